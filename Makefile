@@ -1,0 +1,68 @@
+# One word each. Every target does its own set-up first: git, make and Python 3.11-3.13 are enough.
+#
+#   make quickstart   train, evaluate and report a small sweep on this machine (minutes; again: seconds)
+#   make test         the test suite, without what needs a GPU, a cluster or patience (-m gpu, cluster, slow)
+#   make check        format, lint, types, import contracts, lock: what CI asks before it runs the tests
+#   make bench        measure the numbers in docs/benchmarks.md
+
+UV_VERSION := 0.13.9
+BIN := .venv/bin
+READY := .venv/.ready
+
+# The uv on PATH, or, where there is none (or `make UV=`), one that pip puts into .venv.
+UV ?= $(shell command -v uv 2>/dev/null)
+THE_UV = $(or $(UV),$(BIN)/uv)
+# The project's environment is .venv, whatever else is active in this shell.
+export UV_PROJECT_ENVIRONMENT := .venv
+unexport VIRTUAL_ENV
+# Importing torch and its family from source files alone costs 13 s more, in every process.
+unexport PYTHONDONTWRITEBYTECODE
+
+.PHONY: help quickstart test check bench
+
+help:
+	@sed -n '1,/^$$/p' Makefile
+
+quickstart: $(READY)
+	$(BIN)/stillhouse run sweeps/quickstart.yaml
+	$(BIN)/stillhouse report quickstart
+
+test: $(READY)
+	$(BIN)/python -m pytest -q
+
+check: $(READY)
+	$(BIN)/ruff format --check --quiet .
+	$(BIN)/ruff check --quiet .
+	$(BIN)/lint-imports --no-timing
+	$(BIN)/pyright --pythonpath $(BIN)/python
+	$(BIN)/python tools/lock.py check
+
+bench: $(READY)
+	$(BIN)/python benchmarks/run.py
+
+FITS := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))
+HAS_UV_OR_PIP = { command -v "$(THE_UV)" || $(BIN)/python -m pip --version; } >/dev/null 2>&1
+PYTHONS := $(PYTHON) python3 python3.13 python3.12 python3.11
+
+# Hashes are proven against uv.lock before anything is installed (tools/lock.py restore). The last
+# step takes the hosts out again, so that the checkout stays as clean as it was cloned.
+$(READY): pyproject.toml uv.lock
+	@$(BIN)/python -c '$(FITS)' 2>/dev/null && $(HAS_UV_OR_PIP) || { \
+	  for python in $(PYTHONS) ""; do $$python -c '$(FITS)' 2>/dev/null && break; done; \
+	  if [ -n "$(UV)" ]; then \
+	    $(UV) venv --quiet --clear $${python:+--python "$$python"} .venv; \
+	  elif [ -z "$$python" ]; then \
+	    echo "No Python 3.11, 3.12 or 3.13 among: $(PYTHONS)." >&2; \
+	    echo "Install one, or say where it is: make $(MAKECMDGOALS) PYTHON=/path/to/python3" >&2; \
+	    exit 1; \
+	  elif ! $$python -m venv --clear .venv; then \
+	    echo "$$python makes no virtual environment (Debian: apt install python3-venv)." >&2; \
+	    exit 1; \
+	  fi; }
+	@command -v "$(THE_UV)" >/dev/null || \
+	  $(BIN)/python -m pip install --quiet --disable-pip-version-check uv==$(UV_VERSION)
+	@echo "Installing the locked packages into .venv (5.7 GB, a minute or so) ..."
+	@PATH="$(dir $(THE_UV)):$$PATH" $(BIN)/python tools/lock.py restore
+	@$(THE_UV) sync --frozen --quiet
+	@$(BIN)/python tools/lock.py write
+	@touch $@

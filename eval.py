@@ -1,0 +1,8 @@
+"""Score adapters and their baselines: `python eval.py --pair tiny --suite tiny --lora-paths runs/`."""
+
+import sys
+
+from stillhouse.doors import eval_main
+
+if __name__ == "__main__":
+    sys.exit(eval_main(sys.argv[1:]))

@@ -1,0 +1,19 @@
+"""This file is where `stillhouse.load("quickstart")` comes from; importing it is free."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    import pandas as pd  # pyright: ignore[reportMissingTypeStubs] (its types are inline)
+
+__all__ = ["load"]
+
+
+def load(sweep_name: str, runs: str | Path = "runs") -> pd.DataFrame:
+    """One row per (point, task) of a sweep, baselines too: see `stillhouse.results.table.load`."""
+    from stillhouse.results.table import load as load_frame
+
+    return load_frame(sweep_name, runs)

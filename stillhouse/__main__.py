@@ -1,0 +1,8 @@
+"""`python -m stillhouse`: the launcher, where its script is not on the path."""
+
+import sys
+
+from stillhouse.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,156 @@
+"""This file is where the launcher's command line is read: a verb, a target, words for the grid.
+
+What it does not know it hands on: both dialects of `flags` may stand behind a verb. What is heavy
+is imported by the verb that needs it, so that help comes at once and no verb loads torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+from typing import NoReturn
+
+from stillhouse.errors import AGAIN, DONE, MISTAKE, ConfigError, exit_code_of, nearest
+
+VERBS = {
+    "plan": "how many points are new, done, running, failed or drifted, and what the rest costs",
+    "run": "train and score what is not done; Ctrl-C stops cleanly, the same command goes on",
+    "status": "how a sweep stands; without a target, how every sweep does",
+    "logs": "what points printed (-f: and what they go on to print)",
+    "retry": "let failed points start again, from their checkpoints, at the next run",
+    "cancel": "ask what runs to save and end; the next run goes on from there",
+    "report": "write the report of a sweep, and print its table",
+}
+USAGE = "stillhouse VERB [TARGET] [OVERRIDES ...] [--point P] [--runs DIR] [--json]"
+HELP = """\
+TARGET     a sweep file; for status, logs, retry, cancel and report also a sweep's name, a run's
+           name or the first digits of an id
+OVERRIDES  change the file's base and axes, or are the whole grid where there is no file; as
+           lmbda=0,0.5,1 or --learning-rate 5e-6, any knob or group of conf/
+"""
+EXAMPLES = """\
+examples:
+  stillhouse plan sweeps/lmbda_beta.yaml
+  stillhouse run sweeps/quickstart.yaml
+  stillhouse run pair=tiny lmbda=0,0.5,1 beta=0,1 seeds=3
+  stillhouse status quickstart
+  stillhouse report quickstart
+
+exit codes: 0 all asked for is so, 1 some points failed or stopped, 42 a mistake in what was asked,
+85 interrupted, run it again
+"""
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, with this project's exit code for a mistake."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{self.prog}: {message}; `{self.prog} --help` shows what there is")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The exit code of `stillhouse` with these words."""
+    words = sys.argv[1:] if argv is None else argv
+    try:
+        return exit_code_of(lambda: _dispatch(words))
+    except KeyboardInterrupt:
+        return AGAIN
+    except BrokenPipeError:  # `stillhouse status | head`: whoever read has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return DONE
+
+
+def _dispatch(words: list[str]) -> int:
+    if not words or words[0] in ("-h", "--help", "help"):
+        verbs = "\n".join(f"  {verb:<8} {what}" for verb, what in VERBS.items())
+        print(f"usage: {USAGE}\n\n{verbs}\n\n{HELP}\n{EXAMPLES}", end="")
+        return DONE if words else MISTAKE
+    verb, *rest = words
+    if verb not in VERBS:
+        raise ConfigError(
+            f'no verb "{verb}" ({", ".join(VERBS)}).{nearest(verb, VERBS)} `stillhouse --help`'
+        )
+    options, rest = _parser(verb).parse_known_args(rest)
+    from stillhouse.sweep import verbs
+
+    target, rest = _target(rest)
+    runs, rest = _runs(options.runs, rest)
+    call = verbs.Call(
+        target=target,
+        words=tuple(rest),
+        points=tuple(options.point or ()),
+        backend=options.backend,
+        runs=runs,
+        is_json=options.json,
+        is_new_code=getattr(options, "code", None) == "new",
+        follows=getattr(options, "follow", False),
+        shows_all=getattr(options, "all", False),
+    )
+    return _report(call) if verb == "report" else getattr(verbs, verb)(call)
+
+
+def _parser(verb: str) -> Parser:
+    parser = Parser(
+        prog=f"stillhouse {verb}",
+        usage=USAGE.replace("VERB", verb),
+        description=VERBS[verb],
+        epilog=f"{HELP}\n{EXAMPLES}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add(
+        "--point",
+        action="append",
+        metavar="P",
+        help="only the point of this name or id; repeatable",
+    )
+    add("--backend", default="local", metavar="B", help="where points run: local")
+    add("--runs", metavar="DIR", help="directory of the runs (default: runs)")
+    add("--json", action="store_true", help="print one object: sweep, totals, points")
+    if verb == "run":
+        add("--code", choices=["new"], help="go on with points that other code began")
+    if verb == "logs":
+        add("-f", "--follow", action="store_true", help="go on until the points end, or Ctrl-C")
+    if verb == "retry":
+        add("--failed", action="store_true", help="all that failed (what happens without it, too)")
+    if verb == "status":
+        add("--all", action="store_true", help="every point, done and new ones too")
+    return parser
+
+
+def _target(words: list[str]) -> tuple[str | None, list[str]]:
+    """The target, where the first word is one, and the words for the grid."""
+    if not words or words[0].startswith("-"):
+        return None, words
+    is_target = "=" not in words[0] or words[0].endswith((".yaml", ".yml"))
+    return (words[0], words[1:]) if is_target else (None, words)
+
+
+def _runs(option: str | None, words: list[str]) -> tuple[Path, list[str]]:
+    """The directory of runs: the option, or its knob in Hydra's dialect."""
+    said = [option] if option else []
+    for word in list(words):
+        key, equals, value = word.partition("=")
+        if equals and key in ("runs", "place.runs"):
+            words = [w for w in words if w != word]
+            said.append(value)
+    if len(set(said)) > 1:
+        raise ConfigError(f"two directories of runs are named: {', '.join(said)}; give one")
+    return Path(said[0] if said else "runs"), words
+
+
+def _report(call: object) -> int:
+    from stillhouse.results.report import write_report
+    from stillhouse.sweep import verbs
+
+    assert isinstance(call, verbs.Call)
+    name = Path(call.target).stem if call.target and call.is_file else verbs.find(call).name
+    page = write_report(name, call.runs)
+    if call.is_json:
+        return verbs.status(call)
+    print((page.parent / "table.md").read_text(), end="")
+    print(f"the page: {page}")
+    return DONE

@@ -1,0 +1,222 @@
+"""This file is where settings and `conf/` become a checked spec; only it knows Hydra.
+
+Hydra composes the chosen groups (a file's defaults list, a pair's `override`); single values are
+then laid over the plain result. Composing is remembered per choice of groups, so a grid of 10,000
+points composes a handful of times; a test holds that this equals Hydra composing each point whole.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import functools
+import math
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+from pydantic import TypeAdapter, ValidationError
+
+from stillhouse import flags
+from stillhouse.errors import ConfigError, nearest
+from stillhouse.spec import EvalSpec, TrainSpec
+
+Spec = TypeVar("Spec", TrainSpec, EvalSpec)
+FILE_OF = {TrainSpec: "train", EvalSpec: "eval"}
+# In the order they override one another (conf/train.yaml says the same).
+GROUPS = {
+    TrainSpec: frozenset({"quant", "data", "loss", "optim", "site", "pair", "method"}),
+    EvalSpec: frozenset({"quant", "data", "suite", "pair"}),
+}
+
+
+def conf_dir() -> Path:
+    """`conf/` of the checkout, or the copy that an installed wheel carries."""
+    inside = Path(__file__).parent / "conf"
+    return inside if inside.is_dir() else Path(__file__).parent.parent / "conf"
+
+
+@functools.cache
+def vocabulary(spec_type: type[Any]) -> flags.Vocabulary:
+    """The names that settings of this spec may use."""
+    return flags.Vocabulary(spec_type, GROUPS[spec_type])
+
+
+@dataclasses.dataclass(frozen=True)
+class Overrides:
+    """What is asked on top of the defaults: groups chosen, and values of single leaves."""
+
+    groups: Mapping[str, str]
+    values: Mapping[str, Any]  # dotted path -> value
+
+    def over(self, other: Overrides) -> Overrides:
+        """Self on top of `other`: a group chosen here undoes nothing that was set there."""
+        return Overrides({**other.groups, **self.groups}, {**other.values, **self.values})
+
+
+def from_command_line(argv: list[str], spec_type: type[Any]) -> Overrides:
+    """Overrides from words in either dialect.
+
+    Raises:
+        ConfigError: an unknown name, a value that cannot be read, a sweep (`lmbda=0,1`) where one
+            value is wanted.
+    """
+    where = "command line"
+    groups: dict[str, str] = {}
+    values: dict[str, Any] = {}
+    for setting in flags.parse(argv, vocabulary(spec_type), where):
+        options = parse_value(setting, where)
+        if len(options) != 1:
+            raise ConfigError(
+                f"{where}: {setting.key}={setting.text} is a sweep; one run wants one value"
+                " (stillhouse run takes sweeps)"
+            )
+        if setting.is_group:
+            groups[setting.key] = str(options[0])
+        else:
+            values[setting.key] = options[0]
+    return Overrides(groups, values)
+
+
+def parse_value(setting: flags.Setting, where: str) -> list[Any]:
+    """The values a setting asks for: one, or several if it is a sweep in Hydra's syntax."""
+    if setting.literal:
+        spec = next(s for s in (TrainSpec, EvalSpec) if _knows(s, setting.key))
+        leaf = None if setting.is_group else vocabulary(spec).find(setting.key, where)[1]
+        if leaf is not None and leaf.kind == "texts":
+            return [setting.text.split("\n")]
+        return [None if setting.text == "null" else setting.text]
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    try:
+        parsed = OverridesParser.create().parse_override(f"{setting.key}={setting.text}")
+    except HydraException as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(
+            f'{where}: {setting.key}: cannot read "{setting.text}" ({reason}); quote odd characters'
+        ) from error
+    if not parsed.is_sweep_override():
+        return [_plain(parsed.value())]
+    if not parsed.is_discrete_sweep():
+        raise ConfigError(
+            f"{where}: {setting.key}={setting.text}: a grid needs a list (0,0.5,1 or range(0,3))"
+        )
+    return [_plain(value) for value in parsed.sweep_iterator()]
+
+
+def _knows(spec_type: type[Any], key: str) -> bool:
+    names = vocabulary(spec_type)
+    return key in names.groups or key.rpartition(".")[2] in names.leaves
+
+
+def _plain(value: Any) -> Any:
+    """Hydra's quoted strings and nested lists as plain Python."""
+    if isinstance(value, list):
+        return [_plain(item) for item in cast("list[Any]", value)]
+    return value.text if hasattr(value, "text") else value
+
+
+def resolve(key: str, value: Any, spec_type: type[Any], where: str) -> Overrides:
+    """Overrides from one key of a sweep file, whose value is parsed already."""
+    path, leaf = vocabulary(spec_type).find(key, where)
+    if leaf is None:
+        if not isinstance(value, str):
+            raise ConfigError(f"{where}: {path} names a file in conf/{path}, got {value!r}")
+        return Overrides({path: value}, {})
+    return Overrides({}, {path: value})
+
+
+def options_of(group: str) -> list[str]:
+    """The files of a config group."""
+    return sorted(path.stem for path in (conf_dir() / group).glob("*.yaml"))
+
+
+@functools.lru_cache(maxsize=256)
+def _composed(config: str, groups: tuple[tuple[str, str], ...], where: str) -> dict[str, Any]:
+    from hydra import compose, initialize_config_dir
+    from hydra.errors import HydraException
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    for group, option in groups:
+        if option not in options_of(group):
+            allowed = ", ".join(options_of(group))
+            raise ConfigError(
+                f'{where}: no "{option}" in conf/{group} ({allowed}).'
+                f"{nearest(option, options_of(group))}"
+            )
+    choices = [f"{group}={option}" for group, option in groups]
+    try:
+        with initialize_config_dir(str(conf_dir().absolute()), version_base="1.3"):
+            config_tree = compose(config, overrides=choices)
+        return cast("dict[str, Any]", OmegaConf.to_container(config_tree, resolve=True))
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(f"conf/{config}.yaml with {' '.join(choices)}: {error}") from error
+
+
+@functools.cache
+def _sections(spec_type: type[Any]) -> list[str]:
+    return [field.name for field in dataclasses.fields(spec_type)]
+
+
+@functools.cache
+def _adapter(spec_type: type[Any]) -> Any:
+    return TypeAdapter(spec_type)
+
+
+def compose(overrides: Overrides, spec_type: type[Spec], where: str = "command line") -> Spec:
+    """The checked spec that `conf/` and these overrides describe.
+
+    Raises:
+        ConfigError: an option that does not exist, a value of the wrong type or out of range.
+    """
+    tree = _composed(FILE_OF[spec_type], tuple(sorted(overrides.groups.items())), where)
+    # A pair file brings settings for training too; a spec takes the sections it has.
+    plain = {name: dict(tree[name]) for name in _sections(spec_type) if name in tree}
+    for path, value in overrides.values.items():
+        section, leaf = path.split(".")
+        plain[section][leaf] = copy.copy(value)
+    return check(plain, spec_type, where)
+
+
+def check(plain: Mapping[str, Any], spec_type: type[Spec], where: str) -> Spec:
+    """A spec from plain dicts, or an error in words a person can act on."""
+    try:
+        return cast("Spec", _adapter(spec_type).validate_python(plain))
+    except ValidationError as error:
+        raise ConfigError(_explain(error, spec_type, where)) from error
+
+
+def _explain(error: ValidationError, spec_type: type[Any], where: str) -> str:
+    first = error.errors(include_url=False)[0]
+    loc = [str(part) for part in first["loc"]]
+    key = ".".join(loc[:2])
+    value = first.get("input")
+    if first["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+        known = [leaf.path for leaf in vocabulary(spec_type).leaves.values()]
+        return f'{where}: no knob "{key}".{nearest(key, known)}'
+    reason = first["msg"].removeprefix("Value error, ")
+    reason = reason[0].lower() + reason[1:]
+    if dataclasses.is_dataclass(value) or isinstance(value, Mapping) or not key:
+        return f"{where}: {key or 'settings'}: {reason}"
+    return f"{where}: {key} = {value!r}: {reason}"
+
+
+def as_command_line(overrides: Overrides) -> list[str]:
+    """The overrides as words that any door of this project takes: what a person can paste."""
+    words = [f"{group}={option}" for group, option in overrides.groups.items()]
+    return words + [f"{path.split('.')[-1]}={_text(v)}" for path, v in overrides.values.items()]
+
+
+def _text(value: Any) -> str:
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, list | tuple):
+        items = cast("Iterable[Any]", value)
+        return f"[{','.join(_text(item) for item in items)}]"
+    if isinstance(value, float) and value.is_integer() and math.fabs(value) < 1e6:
+        return str(int(value))
+    return str(value)

@@ -1,0 +1,83 @@
+"""This file is where something is made, measured or checked once, and found by later processes.
+
+What is found was complete when it got its name: directories are renamed into place, files are
+written whole.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from stillhouse.errors import ContractError
+from stillhouse.rundir import Json, publish, read_json, write_json
+from stillhouse.spec import digest
+
+Say = Callable[[str], None]
+
+
+def made_once(home: Path, say: Say, make: Callable[[Path], Json]) -> Json:
+    """What `make` returned when it filled the directory `home`, now or in an earlier process.
+
+    `make` gets an empty directory that becomes `home` when it has returned. Of several processes
+    one makes and the others wait, and say so.
+    Raises ContractError where a file that was made is gone or has another size.
+    """
+    if (done := _whole(home)) is not None:
+        return done
+    home.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(home.with_name(f"{home.name}.lock"))
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        say("another process is preparing it; waiting")
+        lock.acquire()
+    try:
+        if (done := _whole(home)) is not None:
+            return done
+        temporary = home.with_name(f".{home.name}.tmp")
+        shutil.rmtree(temporary, ignore_errors=True)  # of an attempt that was killed
+        temporary.mkdir()
+        facts = make(temporary)
+        files = {
+            str(f.relative_to(temporary)): f.stat().st_size
+            for f in sorted(temporary.rglob("*"))
+            if f.is_file()
+        }
+        write_json(temporary / "made.json", {"facts": facts, "files": files})
+        publish(temporary, home)
+        return dict(facts)
+    finally:
+        lock.release()
+
+
+def _whole(home: Path) -> Json | None:
+    made = read_json(home / "made.json")
+    if made is None:
+        return None
+    for name, size in made["files"].items():
+        if not (home / name).is_file() or (home / name).stat().st_size != size:
+            raise ContractError(
+                f"{home / name} is missing or was changed; remove {home} and run again"
+            )
+    return made["facts"]
+
+
+def remembered(cache_dir: Path, content: Any, compute: Callable[[], Json]) -> Json:
+    """What `compute` returned for this content, now or in an earlier process; kept as JSON."""
+    file = cache_dir / "facts" / f"{digest(content)[:16]}.json"
+    facts = read_json(file)
+    if facts is None:
+        facts = compute()
+        write_json(file, facts)
+    return facts
+
+
+def fingerprint(directory: Path) -> list[list[Any]]:
+    """Tells whether files have changed, without reading gigabytes."""
+    files = sorted(f for f in directory.iterdir() if f.is_file())
+    return [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in files]

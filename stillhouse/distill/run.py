@@ -1,0 +1,338 @@
+"""This file is where a run is put together: models, data, loop, files, how it goes on or ends."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from stillhouse.distill import checkpoint, models
+from stillhouse.distill.loop import (
+    Loop,
+    Scorer,
+    Writer,
+    check_first_step,
+    needed_shares,
+    positions_of,
+)
+from stillhouse.distill.monitor import Monitor
+from stillhouse.distill.prompts import Example, PromptSet, load_prompts
+from stillhouse.distill.rollouts import Completions, uniforms, write
+from stillhouse.distill.tracking import Tracker
+from stillhouse.doors import StopFlag
+from stillhouse.errors import ConfigError, Diverged, Interrupted, OutOfMemory
+from stillhouse.methods import needs_dataset_completions
+from stillhouse.rundir import Json, RunDir, new_record, now, write_json
+from stillhouse.spec import TrainSpec
+
+STATUS_SECONDS = (
+    1.0  # how often status.json says the step: often enough to watch, rare enough to be free
+)
+
+
+class Run:
+    """One process's part in training a point."""
+
+    def __init__(self, spec: TrainSpec, run: RunDir, stop: StopFlag) -> None:
+        self.spec, self.dir, self.stop = spec, run, stop
+        if spec.place.threads:
+            torch.set_num_threads(spec.place.threads)
+        started = time.perf_counter()
+        self.accelerator = Accelerator(mixed_precision=spec.training.mixed_precision)
+        needed_shares(spec, self.accelerator.num_processes)
+        self.is_main = self.accelerator.is_main_process
+        self.prepared = models.prepare(spec.pair, spec.quant, _path(spec.place.cache_dir))
+        self.tokenizer = models.load_tokenizer(
+            self.prepared.student, self.prepared.student_revision
+        )
+        self.prompts = load_prompts(
+            spec.data, self.prepared, self.tokenizer, spec.pair.teacher_few_shot
+        )
+        self._check_data(self.prompts)
+        self._load_models()
+        self.loop = Loop(
+            spec, self.accelerator, self.student, self.prompts.train, self._writers(), self.score,
+            self.pad_id,
+        )  # fmt: skip
+        self.monitor = Monitor(
+            spec, self.loop, self.prompts.held_out, self.tokenizer, self._writers()
+        )
+        self.cost: Json = {"seconds": {"load": time.perf_counter() - started}, "tokens": {}}
+        self.said = 0.0
+
+    def say(self, text: str) -> None:
+        """One line for whoever reads the log."""
+        if self.is_main:
+            print(text, flush=True)
+
+    def _check_data(self, prompts: PromptSet) -> None:
+        for reason, count in sorted(prompts.skipped.items()):
+            self.say(f"data: {count} rows left out: {reason}")
+        self.say(f"data: {len(prompts.train)} rows to train on, {len(prompts.held_out)} held out")
+        if needs_dataset_completions(self.spec.method):
+            bare = sum(not e.completion_ids for e in prompts.train)
+            if bare:
+                raise ConfigError(
+                    f"data {self.spec.data.data_name}: {bare} rows have no completion, and"
+                    " lmbda < 1 trains on them; use lmbda=1 or off_policy_source=teacher"
+                )
+
+    def _load_models(self) -> None:
+        """The student, and the teacher: the student's own base where that is the same thing."""
+        spec, prepared, device = self.spec, self.prepared, self.accelerator.device
+        pair = spec.pair
+        base = models.load_base(
+            prepared.student, prepared.student_revision, pair.student_dtype, spec.quant, device
+        )
+        self.student = models.new_student(base, spec.lora, spec.training.seed)
+        if spec.training.gradient_checkpointing:
+            # A checkpointed block over a frozen base has no gradient unless its input wants one.
+            base.enable_input_require_grads()  # type: ignore[operator]
+            base.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+        is_shared = spec.quant.quant_type == "none" and (
+            prepared.student,
+            prepared.student_revision,
+            pair.student_dtype,
+        ) == (prepared.teacher, prepared.teacher_revision, pair.teacher_dtype)
+        self.is_same_function = is_shared and pair.teacher_few_shot == 0
+        self.teacher: nn.Module = self.student
+        if not is_shared:
+            self.teacher = models.load_base(
+                prepared.teacher, prepared.teacher_revision, pair.teacher_dtype, None, device
+            )
+        eos: Any = base.config.eos_token_id  # type: ignore[union-attr]
+        self.eos_ids = sorted(
+            {*(eos if isinstance(eos, list) else [eos]), self.tokenizer.eos_token_id}
+        )
+        pad = self.tokenizer.pad_token_id
+        self.pad_id = self.eos_ids[0] if pad is None else pad
+
+    @contextlib.contextmanager
+    def _as_teacher(self) -> Any:
+        """The teacher's function: its own model, or the base with the adapter switched off."""
+        if self.teacher is not self.student:
+            yield
+            return
+        was_training = self.student.training
+        self.student.eval()
+        try:
+            with self.student.disable_adapter(), self.accelerator.autocast():
+                yield
+        finally:
+            self.student.train(was_training)
+
+    @property
+    def score(self) -> Scorer:
+        @torch.no_grad()
+        def score(prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]) -> Any:
+            with self._as_teacher():
+                hidden_NH, _ = positions_of(
+                    self.teacher, prompts, completions, max(map(len, prompts)), self.pad_id,
+                    self.accelerator.device,
+                )  # fmt: skip
+            head_VH = models.head_weight(self.teacher)
+            hidden_NH = hidden_NH.to(head_VH.dtype)
+            return lambda rows: hidden_NH[rows] @ head_VH.T
+
+        return score
+
+    def _writers(self) -> dict[str, Writer]:
+        spec = self.spec
+
+        def sampler(purpose: str, prompts_of: Callable[[Example], Sequence[int]]) -> Writer:
+            def sample(
+                examples: Sequence[Example], step: int, rows: Sequence[int], length: int
+            ) -> Completions:
+                prompts = [prompts_of(e) for e in examples]
+                draws = uniforms(
+                    spec.training.seed, purpose, step, rows, spec.rollout.max_new_tokens
+                )
+                model = self.student if purpose == "student" else self.teacher
+                context = (
+                    self.accelerator.autocast() if purpose == "student" else self._as_teacher()
+                )
+                with context:
+                    return write(
+                        model, prompts, draws, spec.rollout, pad_id=self.pad_id,
+                        eos_ids=self.eos_ids, poll=self.stop.check,
+                        prompt_length=max(length, *map(len, prompts)),
+                    )  # fmt: skip
+
+            return sample
+
+        def read(
+            examples: Sequence[Example], step: int, rows: Sequence[int], length: int
+        ) -> Completions:
+            return Completions([list(e.completion_ids) for e in examples], 0)
+
+        return {
+            "student": sampler("student", lambda e: e.prompt_ids),
+            "teacher": sampler("teacher", lambda e: e.teacher_prompt_ids),
+            "dataset": read,
+        }
+
+    def train(self) -> int:
+        """Go from the newest complete checkpoint to the end, and leave the adapter there."""
+        state = checkpoint.load_newest(self.dir, self.student, self.loop.optimizer, self.say)
+        first = 0 if state is None else int(state["step"])
+        if state is not None:
+            self.say(f"going on from step {first}")
+            self.cost = _added(self.cost, state["cost"])
+        best = self.dir.status().get("step") or 0
+        tracker = None
+        if self.is_main:
+            self._record()
+            tracker = Tracker(self.spec, self.dir, first)
+        step = first
+        try:
+            while step < self.spec.training.max_steps:
+                self.stop.check()
+                metrics = self._step(step)
+                step += 1
+                if self.is_main:
+                    assert tracker is not None
+                    tracker.log(metrics)
+                    self._status(step, best)
+                    if step % self.spec.training.save_steps == 0:
+                        self._save(step)
+        except BaseException as error:
+            # Whatever broke after we were asked to stop (a peer that left first, say) is that stop.
+            # The parameters are those of the last completed step: an update is the last act of one.
+            if self.is_main and self.stop.is_set:
+                self._save(step)
+                self.dir.update_status(step=max(step, best))
+            if self.stop.is_set and not isinstance(error, Interrupted):
+                raise Interrupted(
+                    "asked to stop; state is saved, run the same line again"
+                ) from error
+            raise
+        finally:
+            if tracker is not None:
+                tracker.close()
+        if self.is_main:
+            self._finish(step)
+        return 0
+
+    def _step(self, step: int) -> Json:
+        self.loop.clock.seconds.clear()
+        started = time.perf_counter()
+        metrics = self.loop.gradients(step)
+        if not math.isfinite(metrics["train/loss"]):
+            self._post_mortem(step, metrics)
+            raise Diverged(f"step {step}: the loss is {metrics['train/loss']}; see diverged.json")
+        if step == 0:
+            check_first_step(self.spec, metrics, self.is_same_function)
+        try:
+            metrics |= self.loop.update(step)
+        except Diverged:
+            self._post_mortem(step, metrics)
+            raise
+        metrics |= self.monitor.measure(step)
+        seconds = {**self.loop.clock.seconds, "step": time.perf_counter() - started}
+        for phase, value in seconds.items():
+            self._count("seconds", "total" if phase == "step" else phase, value)
+        for kind in ("prompt", "completion", "rollout", "teacher"):
+            self._count("tokens", kind, metrics[f"tokens/{kind}"])
+        times = {f"time/{phase}": round(value, 6) for phase, value in seconds.items()}
+        return {"step": step, **metrics, **times}
+
+    def _count(self, group: str, name: str, value: float) -> None:
+        self.cost[group][name] = self.cost[group].get(name, 0.0) + value
+
+    def _record(self) -> None:
+        if self.dir.record() is None:
+            record = new_record(self.spec, models.versions())
+            record["threads"] = torch.get_num_threads()
+            record["device"] = str(self.accelerator.device)
+            record["prepared"] = {"facts": self.prepared.facts, "rows": len(self.prompts.train)}
+            record["skipped_rows"] = self.prompts.skipped
+            write_json(self.dir.spec_file, record)
+        self.dir.update_status(phase="training", max_steps=self.spec.training.max_steps)
+
+    def _status(self, step: int, best: int) -> None:
+        """Say the step now and then; at once when this attempt gets further than any before it."""
+        is_progress = step == best + 1
+        if is_progress or now() - self.said > STATUS_SECONDS:
+            self.said = now()
+            fields = {"attempts_without_progress": 0} if step > best else {}
+            self.dir.update_status(step=max(step, best), **fields)
+
+    def _save(self, step: int) -> None:
+        with self.loop.clock.phase("save"):
+            checkpoint.save(self.dir, step, self.student, self.loop.optimizer, {"cost": self.cost})
+
+    def _post_mortem(self, step: int, metrics: Json) -> None:
+        if self.is_main:
+            numbers = {k: repr(v) for k, v in metrics.items()}
+            batch = [
+                {"row": e.row, "prompt_ids": list(e.prompt_ids), "completion_ids": c}
+                for share in self.loop.shares
+                for e, c in zip(share.examples, share.completions, strict=True)
+            ]
+            write_json(
+                self.dir.path / "diverged.json", {"step": step, "metrics": numbers, "batch": batch}
+            )
+
+    def _finish(self, step: int) -> None:
+        self.dir.update_status(step=step)
+        cost = self.cost | {
+            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+            "devices": self.accelerator.num_processes,
+            "threads": torch.get_num_threads(),
+            "price_usd_per_hour": self.spec.site.price_usd_per_hour,
+        }
+        write_json(self.dir.cost_file, cost)
+        models.save_adapter(self.student, self.spec, self.prepared, self.dir.adapter)
+        checkpoint.remove_all(
+            self.dir
+        )  # a trained run never resumes; thousands of points share a disk
+        self.say(f"{self.dir.path}: trained, {step} steps")
+
+
+def train_run(spec: TrainSpec, run: RunDir, stop: StopFlag) -> int:
+    """Train `run` to its end in this process; 0 when its adapter is there.
+
+    Raises:
+        StillhouseError: with the exit code that says whether to try again (errors.py).
+    """
+    logging.getLogger("transformers.generation").setLevel(logging.ERROR)
+    try:
+        return Run(spec, run, stop).train()
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise OutOfMemory(_out_of_memory(spec)) from error
+    except RuntimeError as error:
+        if "can't allocate memory" in str(error):  # torch's CPU allocator has no class of its own
+            raise OutOfMemory(_out_of_memory(spec)) from error
+        raise
+
+
+def _out_of_memory(spec: TrainSpec) -> str:
+    size = spec.training.micro_batch or spec.training.per_device_train_batch_size
+    return (
+        f"the device's memory cannot hold a micro batch of {size} sequences; the same point with"
+        f" micro_batch={max(1, size // 2)} computes the same numbers in less"
+    )
+
+
+def _added(now_: Json, before: Json) -> Json:
+    """Costs of this attempt on top of those of the attempts before it."""
+    return {
+        group: {
+            name: now_[group].get(name, 0.0) + before[group].get(name, 0.0)
+            for name in now_[group] | before[group]
+        }
+        for group in ("seconds", "tokens")
+    }
+
+
+def _path(text: str) -> Any:
+    from pathlib import Path
+
+    return Path(text)

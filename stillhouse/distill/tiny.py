@@ -1,0 +1,255 @@
+"""This file is where the project makes a teacher, a student base and their tokenizer from nothing.
+
+The teacher learns two-step word problems. The student base learns to read one-step problems and to
+work out two-step sums, and sees just enough two-step problems (1 in 61) to start an answer the
+right way: what is left to distil is putting the two skills together. Everything follows from a seed
+and a number of steps; one thread is used, so that it does not depend on how many the caller has.
+
+Legend: B sequences, T positions, D hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from stillhouse.distill.problems import Kind, Problem, problems
+
+VERSION = 1  # raise it whenever anything here or in problems.py would give other bytes
+POSITIONS = 512  # room for few-shot prompts
+VOCABULARY = 384
+TRAINING_PROBLEMS = 8000
+LEARNING_RATE = 3e-3
+SPECIALS = ["<pad>", "<eos>", "<|user|>", "<|assistant|>"]
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{% if message.role == 'user' %}{{ '<|user|>' + message.content }}"
+    "{% elif message.role == 'assistant' %}{{ '<|assistant|>' + message.content + eos_token }}"
+    "{% else %}{{ raise_exception('the roles are user and assistant') }}{% endif %}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The size of a tiny Llama, and what it is trained on."""
+
+    hidden: int
+    layers: int
+    mix: dict[Kind, float]
+    batch: int
+    seed_offset: int  # keeps teacher and student of one pair_seed from sharing problems or weights
+
+    @property
+    def step_cost(self) -> float:
+        """What a training step costs, in a unit of its own."""
+        return self.batch * self.layers * self.hidden
+
+
+RECIPES: dict[str, dict[str, Recipe]] = {
+    "tiny": {
+        "teacher": Recipe(96, 3, {"word2": 1}, 48, 1),
+        "student": Recipe(64, 2, {"word1": 30, "symbolic2": 30, "word2": 1}, 64, 2),
+    }
+}
+
+
+def training_problems(recipe: Recipe, pair_seed: int) -> Iterator[Problem]:
+    """What a model of this recipe learns from: problems of the train split only."""
+    return problems(recipe.mix, 10 * pair_seed + recipe.seed_offset, "train")
+
+
+def tokenizer() -> Any:
+    """A byte-level BPE tokenizer with single digits and a chat template; the same at every call.
+
+    There is no BOS token, to be prepended twice or forgotten: <|user|> opens every sequence.
+    """
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    bpe = Tokenizer(models.BPE())
+    pieces = pre_tokenizers.Split(Regex(r"\d|####| ?[A-Za-z]+|\s|[^\sA-Za-z\d]"), "isolated")
+    as_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    bpe.pre_tokenizer = pre_tokenizers.Sequence([pieces, as_bytes])
+    bpe.decoder = decoders.ByteLevel()
+    source = problems({"word1": 1, "word2": 1, "symbolic2": 1}, 0, "train")
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=SPECIALS,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator((f"{p.question}\n{p.worked}" for p in islice(source, 3000)), trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe,
+        pad_token=SPECIALS[0],
+        eos_token=SPECIALS[1],
+        additional_special_tokens=SPECIALS[2:],
+        padding_side="left",
+        model_max_length=POSITIONS,
+        clean_up_tokenization_spaces=False,
+        chat_template=CHAT_TEMPLATE,
+    )
+
+
+def make(
+    models: list[tuple[Recipe, int, Path]], pair_seed: int, say: Callable[[str], None]
+) -> dict[str, Any]:
+    """Trains each (recipe, steps, directory) and saves it there, tokenizer included.
+
+    Calls `say` with one plain line per tenth of the work. Returns each model's final loss, by the
+    directory's name (nats per answer token, mean of the last tenth of the steps; None for 0 steps),
+    and the seconds that all took.
+    """
+    text, facts = tokenizer(), dict[str, Any]()
+    progress = _Progress(sum(steps * recipe.step_cost for recipe, steps, _ in models), say)
+    with _one_thread(), no_bars():
+        for recipe, steps, directory in models:
+            tell = progress.of(directory.name, recipe, steps)
+            model, loss = _train(recipe, text, pair_seed, steps, tell)
+            model.save_pretrained(directory)
+            text.save_pretrained(directory)
+            facts[f"{directory.name}_loss"] = loss
+    return facts | {"seconds": round(progress.seconds(), 1)}
+
+
+@contextmanager
+def no_bars() -> Iterator[None]:
+    """Without transformers' progress bars, which in a log are noise."""
+    from transformers.utils import logging
+
+    was_on = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if was_on:
+            logging.enable_progress_bar()
+
+
+def _train(
+    recipe: Recipe, text: Any, pair_seed: int, steps: int, tell: Callable[[int, float], None]
+) -> tuple[Any, float | None]:
+    import torch
+    import torch.nn.functional as F
+
+    batches = _batches(recipe, text, pair_seed)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(10 * pair_seed + recipe.seed_offset)
+        model = _llama(recipe, text)
+    model.train()
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.01, fused=True
+    )
+    losses: list[float] = []
+    for step in range(steps):
+        ids_BT, answer_BT = next(batches)
+        # Pads are at the end: causal attention never sees them, so there is no mask to pay for.
+        hidden_BTD = model.model(input_ids=ids_BT[:, :-1], use_cache=False).last_hidden_state
+        is_target_BT = answer_BT[:, 1:]
+        logits_NV = model.lm_head(hidden_BTD[is_target_BT])
+        loss = F.cross_entropy(logits_NV, ids_BT[:, 1:][is_target_BT])
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for group in optimizer.param_groups:
+            group["lr"] = LEARNING_RATE * _warm_up_then_cosine(step, steps)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+        tell(step + 1, losses[-1])
+    last = losses[-math.ceil(steps / 10) :] if steps else []
+    return model.eval(), sum(last) / len(last) if last else None
+
+
+def _llama(recipe: Recipe, text: Any) -> Any:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=len(text),
+        hidden_size=recipe.hidden,
+        intermediate_size=3 * recipe.hidden,
+        num_hidden_layers=recipe.layers,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=POSITIONS,
+        tie_word_embeddings=True,
+        pad_token_id=text.pad_token_id,
+        bos_token_id=None,
+        eos_token_id=text.eos_token_id,
+        dtype="float32",
+    )
+    return LlamaForCausalLM(config)
+
+
+def _batches(recipe: Recipe, text: Any, pair_seed: int) -> Iterator[tuple[Any, Any]]:
+    """Endless (ids [B, T], which of them belong to the answer [B, T]), padded at the end."""
+    import torch
+
+    source = list(islice(training_problems(recipe, pair_seed), TRAINING_PROBLEMS))
+    prompts = text([f"<|user|>{p.question}<|assistant|>" for p in source])["input_ids"]
+    answers = text([f"{p.worked}<eos>" for p in source])["input_ids"]
+    rng = random.Random(f"{pair_seed} {recipe.seed_offset} batches")
+    while True:
+        chosen = [rng.randrange(len(source)) for _ in range(recipe.batch)]
+        longest = max(len(prompts[i]) + len(answers[i]) for i in chosen)
+        ids_BT = torch.full((recipe.batch, longest), text.pad_token_id)
+        answer_BT = torch.zeros((recipe.batch, longest), dtype=torch.bool)
+        for row, i in enumerate(chosen):
+            start, end = len(prompts[i]), len(prompts[i]) + len(answers[i])
+            ids_BT[row, :end] = torch.tensor(prompts[i] + answers[i])
+            answer_BT[row, start:end] = True
+        yield ids_BT, answer_BT
+
+
+def _warm_up_then_cosine(step: int, steps: int) -> float:
+    """The share of the peak learning rate at this step: up over a tenth of them, then down to 0."""
+    warm_up = max(1, steps // 10)
+    if step < warm_up:
+        return (step + 1) / warm_up
+    return 0.5 * (1 + math.cos(math.pi * (step - warm_up) / max(1, steps - warm_up)))
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Sums are added in another order on two threads; at this size a second one gains little."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+class _Progress:
+    """One line per tenth of the work of all models together."""
+
+    def __init__(self, work: float, say: Callable[[str], None]) -> None:
+        self._work, self._say = work, say
+        self._done, self._tenths, self._start = 0.0, 0, time.monotonic()
+
+    def seconds(self) -> float:
+        """Since the work began."""
+        return time.monotonic() - self._start
+
+    def of(self, name: str, recipe: Recipe, steps: int) -> Callable[[int, float], None]:
+        """What the training of this model calls after each step, with its loss."""
+
+        def tell(step: int, loss: float) -> None:
+            self._done += recipe.step_cost
+            tenths = int(10 * self._done / self._work + 1e-9)
+            if tenths > self._tenths:
+                self._tenths = tenths
+                where = f"{name} step {step}/{steps}, loss {loss:.2f}"
+                self._say(f"{10 * tenths} % after {self.seconds():.0f} s ({where})")
+
+        return tell

@@ -1,0 +1,79 @@
+"""This file is where every error a user can meet is named, with the exit code it means.
+
+    StillhouseError            42   a mistake in what was asked: never retried
+    ├── ConfigError            42   a key, a flag, a value, a sweep file
+    ├── DataError              42   a data file, a row, a prompt set
+    ├── ContractError          42   an adapter, base or run that cannot be what it says it is
+    ├── Diverged               43   NaN, an exploding loss, no progress in three attempts
+    ├── OutOfMemory            44   retry only with a smaller micro_batch
+    └── Interrupted            85   asked to stop; state is saved, run me again
+
+Anything else that ends a process is infrastructure and may be retried.
+"""
+
+from __future__ import annotations
+
+import difflib
+import sys
+from collections.abc import Callable, Iterable
+
+DONE = 0
+MISTAKE = 42
+DIVERGED = 43
+OUT_OF_MEMORY = 44
+STOPPED = 46
+AGAIN = 85
+
+# Codes that say the same run would end the same way again: the reconcile loop never retries them.
+POISON = frozenset({MISTAKE, DIVERGED, OUT_OF_MEMORY})
+
+
+class StillhouseError(Exception):
+    """A mistake in what was asked; its text says what, where, what was allowed, what to do."""
+
+    exit_code = MISTAKE
+
+
+class ConfigError(StillhouseError):
+    """A key, flag, value or sweep file that cannot be right."""
+
+
+class DataError(StillhouseError):
+    """A data file or row that cannot be read as what it claims to be."""
+
+
+class ContractError(StillhouseError):
+    """An adapter, base model or run directory that does not match what was trained."""
+
+
+class Diverged(StillhouseError):
+    """The numbers left the range in which training means anything."""
+
+    exit_code = DIVERGED
+
+
+class OutOfMemory(StillhouseError):
+    """The device could not hold the step."""
+
+    exit_code = OUT_OF_MEMORY
+
+
+class Interrupted(StillhouseError):
+    """Somebody asked us to stop; everything completed is saved."""
+
+    exit_code = AGAIN
+
+
+def nearest(word: str, allowed: Iterable[str]) -> str:
+    """' Did you mean "x"?' for the closest allowed word, or '' when nothing is close."""
+    close = difflib.get_close_matches(word, list(allowed), n=1, cutoff=0.5)
+    return f' Did you mean "{close[0]}"?' if close else ""
+
+
+def exit_code_of(action: Callable[[], int | None]) -> int:
+    """The exit code of `action`; a user's mistake is printed in its words, without traceback."""
+    try:
+        return action() or DONE
+    except StillhouseError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return error.exit_code

@@ -1,0 +1,127 @@
+"""This file is where adapters are found: paths that a person typed become directories, each once.
+
+an adapter        a directory with adapter_config.json
+a run             a directory with spec.json; its adapter lies in adapter/
+anything else     is searched below, links followed
+dump/NAME, NAME   where there is no such path: the run of that name;  dump/: every run with a name
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import TypeAdapter
+
+from stillhouse.errors import ConfigError, nearest
+from stillhouse.rundir import RunDir, Runs
+from stillhouse.spec import PairSpec
+
+MARK = "adapter_config.json"  # PEFT writes it into every adapter
+
+
+@dataclass(frozen=True)
+class Found:
+    """An adapter, the directory that its scores belong to, and what people call it."""
+
+    adapter: Path
+    home: Path  # the run's directory; of an adapter outside any run, a directory of its own
+    name: str | None  # None: a run without a name
+
+
+def typed(words: tuple[str, ...], runs: Runs) -> tuple[list[Found], int]:
+    """Every adapter at or below these paths in their order, and how many unfinished runs lay there.
+
+    Raises:
+        ConfigError: a path that does not exist, or with no adapter at or below it.
+    """
+    found: dict[Path, Found] = {}
+    untrained: set[Path] = set()
+    names = _names(runs)
+    for word in words:
+        adapters, unfinished = _below(_place(word, runs))
+        if not adapters:
+            raise ConfigError(
+                f"{word}: no adapter (a directory with {MARK}) and no run with an adapter/ in it or"
+                f" below it; {len(unfinished)} runs there are not trained yet"
+            )
+        for adapter in adapters:
+            found.setdefault(adapter.resolve(), _described(adapter, names))
+        untrained |= unfinished
+    return list(found.values()), len(untrained)
+
+
+def trained(pair: PairSpec, runs: Runs) -> list[Found]:
+    """Every run of exactly this pair whose adapter is there and whole."""
+    wanted, names = TypeAdapter(PairSpec).dump_python(pair, mode="json"), _names(runs)
+    return [
+        _described(run.adapter, names)
+        for run in runs.all()
+        if run.is_trained() and (run.contract() or {})["pair"] == wanted
+    ]
+
+
+def _place(word: str, runs: Runs) -> Path:
+    path = Path(word).expanduser()
+    if path.is_dir():
+        return path
+    if path == Path("dump") and runs.names.is_dir():
+        return runs.names
+    if path.parent in (Path("dump"), Path()) and (runs.names / path.name).is_dir():
+        return runs.names / path.name
+    names = [link.name for link in runs.names.glob("*")]
+    raise ConfigError(
+        f"{word}: no such directory, and no run in {runs.root} has the name"
+        f' "{path.name}".{nearest(path.name, names)}'
+    )
+
+
+def _below(top: Path) -> tuple[list[Path], set[Path]]:
+    """Adapters at or below `top`, and the runs there that have none yet."""
+    adapters: list[Path] = []
+    untrained: set[Path] = set()
+    seen: set[Path] = set()  # links can lead in circles
+
+    def visit(directory: Path) -> None:
+        if directory.resolve() in seen:
+            return
+        seen.add(directory.resolve())
+        if (directory / MARK).is_file():
+            adapters.append(directory)
+        elif (directory / "spec.json").is_file():
+            if (directory / "adapter" / MARK).is_file():
+                adapters.append(directory / "adapter")
+            else:
+                untrained.add(directory.resolve())
+        else:
+            for child in _children(directory):
+                visit(child)
+
+    visit(top)
+    return adapters, untrained
+
+
+def _children(directory: Path) -> Iterator[Path]:
+    # A hidden directory is one that is being written, or was when its writer was killed.
+    for child in sorted(directory.iterdir()):
+        if child.is_dir() and not child.name.startswith("."):
+            yield child
+
+
+def _described(adapter: Path, names: dict[Path, str]) -> Found:
+    real = adapter.resolve()
+    in_directory = real.name == "adapter"
+    home = real.parent if in_directory else real
+    # A link is what somebody called it: a name, or the --output_dir of its training.
+    link = next((p for p in (adapter, adapter.parent) if p.is_symlink()), None)
+    if link is not None and link.resolve() in (real, home):
+        return Found(adapter, home, link.name)
+    if not (in_directory and (home / "spec.json").is_file()):
+        return Found(adapter, home, home.name)
+    record = RunDir(home).record() or {}
+    return Found(adapter, home, names.get(home) or record["spec"]["place"]["name"])
+
+
+def _names(runs: Runs) -> dict[Path, str]:
+    return {link.resolve(): link.name for link in sorted(runs.names.glob("*"), reverse=True)}

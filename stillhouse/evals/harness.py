@@ -1,0 +1,295 @@
+"""This file is where a suite is put to the rows of a table: teacher, student, PTQ and adapters.
+
+Every adapter is scored as the function it was trained as, Q(W)x + BAx under its own quantiser (its
+contract says which). A score is written as soon as it is known and never computed twice.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from stillhouse.distill import models
+from stillhouse.errors import ContractError, OutOfMemory
+from stillhouse.evals import find
+from stillhouse.evals.suite import Asked, Scorer, Stop, clear_torch_cache, load_tasks
+from stillhouse.rundir import Json, Runs, eval_file, now, read_json, write_json
+from stillhouse.spec import (
+    EvalSpec,
+    QuantSpec,
+    SuiteSpec,
+    TaskSpec,
+    baseline_key,
+    digest,
+    score_key,
+)
+
+NAME_WIDTH, SCORE_WIDTH = 25, 8  # of the printed table, as in the seeds
+PROBE = "Ida has 7 cups. Then 3 more are found. How many cups now?"
+
+
+@dataclass(frozen=True)
+class Base:
+    """What is loaded once and serves several rows."""
+
+    path: str
+    revision: str | None
+    dtype: str
+    quant: QuantSpec | None
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table: a base, with or without an adapter."""
+
+    label: str
+    home: Path  # its scores are eval_file(home, task)
+    base: Base
+    adapter: Path | None
+    adapter_digest: str | None  # of its contract, which holds the digests of its files
+
+    def finished(self, suite: SuiteSpec, task: TaskSpec) -> Json | None:
+        """The score on disk, if it answers this question about these very weights."""
+        score = read_json(eval_file(self.home, task.task)) or {}
+        asked = (score_key(suite, task), self.adapter_digest, self.base.revision)
+        kept = tuple(score.get(k) for k in ("key", "adapter_digest", "base_revision"))
+        return score if kept == asked else None
+
+
+def run_suite(spec: EvalSpec, stop: Stop) -> int:
+    """Scores what the spec asks for, prints the table and returns 0.
+
+    Under a launcher of several processes the first does it all; the others return at once.
+
+    Raises:
+        ConfigError: nothing found under a path, an unknown task, data that is not here.
+        ContractError: an adapter whose base or quantiser cannot be rebuilt, or that does nothing.
+        OutOfMemory: the device cannot hold eval_batch_size.
+        Interrupted: asked to stop; every finished score is kept.
+    """
+    if os.environ.get("RANK", "0") != "0":
+        return 0
+    runs, suite = Runs(Path(spec.place.runs)), spec.suite
+    words = spec.evaluation.lora_paths
+    found, untrained = find.typed(words, runs) if words else (find.trained(spec.pair, runs), 0)
+    if untrained:
+        _say(f"eval: {untrained} runs found there are not trained yet and are left out")
+    _stay_offline()
+    prepared = models.prepare(spec.pair, spec.quant, Path(spec.place.cache_dir))
+    rows = [*_baselines(spec, prepared, runs), *_adapters(spec, prepared, found)]
+    missing = {(r, t) for r in rows for t in suite.tasks if r.finished(suite, t) is None}
+    todo = f"{len(missing)} of {len(rows) * len(suite.tasks)} scores to find"
+    _say(f"eval: {len(rows)} rows, suite {suite.suite_name}: {todo}")
+    if missing:
+        _score_all(spec, prepared, rows, missing, stop)
+    _say(table(rows, suite))
+    return 0
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)
+
+
+def _stay_offline() -> None:
+    """Nothing is downloaded unless the user said so; the libraries are imported by now."""
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("HF_DATASETS_OFFLINE", os.environ["HF_HUB_OFFLINE"])
+    if os.environ["HF_HUB_OFFLINE"].upper() in ("1", "ON", "YES", "TRUE"):
+        for name in ("huggingface_hub.constants", "datasets.config"):
+            vars(sys.modules[name])["HF_HUB_OFFLINE"] = True
+
+
+# ---------------------------------------------------------------- rows
+
+
+def _baselines(spec: EvalSpec, prepared: models.PreparedPair, runs: Runs) -> list[Row]:
+    pair, asked = spec.pair, spec.evaluation
+    teacher = Base(prepared.teacher, prepared.teacher_revision, pair.teacher_dtype, None)
+    student = Base(prepared.student, prepared.student_revision, pair.student_dtype, None)
+    wanted = [("teacher", "teacher", teacher)] if asked.eval_teacher else []
+    wanted += [("student", "student", student)] if asked.eval_student else []
+    if asked.eval_ptq and spec.quant.quant_type != "none":  # with none it is the student's row
+        quantised = replace(student, quant=spec.quant)
+        wanted += [("ptq", f"ptq_{spec.quant.quant_type}", quantised)]
+    rows = []
+    for kind, label, base in wanted:
+        home = runs.baseline(kind, baseline_key(kind, pair, spec.quant))
+        about = {
+            "format": 1,
+            "label": kind,
+            "pair": TypeAdapter(type(pair)).dump_python(pair, mode="json"),
+            "quant": base.quant and _plain(base.quant),
+        }
+        if read_json(home / "baseline.json") != about:
+            write_json(home / "baseline.json", about)
+        rows.append(Row(label, home, base, None, None))
+    return rows
+
+
+def _adapters(
+    spec: EvalSpec, prepared: models.PreparedPair, found: Iterable[find.Found]
+) -> list[Row]:
+    rows, elsewhere = [], []
+    checked: set[str] = set()
+    for each in found:
+        contract = models.read_contract(each.adapter)
+        quant = _quant(contract, each.adapter)
+        # Many adapters, one base: its weights are hashed once, not once per adapter.
+        promise = digest([contract["base"], contract["quant"], contract["numerics"]])
+        if promise not in checked:
+            models.check_contract(contract, prepared, quant)
+            checked.add(promise)
+        base = Base(
+            prepared.student,
+            prepared.student_revision,
+            contract["dtype"],
+            None if quant.quant_type == "none" else quant,
+        )
+        label = _label(quant.quant_type, each)
+        rows.append(Row(label, each.home, base, each.adapter, digest(contract)[:16]))
+        if quant != spec.quant:
+            elsewhere.append(f"{label} ({_words(quant)})")
+    if elsewhere:
+        _say(
+            f"eval: trained under another quantiser than {_words(spec.quant)}, scored under their"
+            f" own: {', '.join(elsewhere)}"
+        )
+    return rows
+
+
+def _quant(contract: Json, adapter: Path) -> QuantSpec:
+    try:
+        return TypeAdapter(QuantSpec).validate_python(contract["quant"])
+    except (KeyError, ValidationError) as error:
+        raise ContractError(
+            f"{adapter}: its quantiser {contract.get('quant')} is unknown to this version"
+        ) from error
+
+
+def _plain(quant: QuantSpec) -> Json:
+    return TypeAdapter(QuantSpec).dump_python(quant, mode="json")
+
+
+def _words(quant: QuantSpec) -> str:
+    group = f" group {quant.quant_group_size}" if quant.quant_group_size else ""
+    return f"{quant.quant_type}{group}{', double' if quant.double_quant else ''}"
+
+
+def _label(quant_type: str, found: find.Found) -> str:
+    """The seeds' name of a row: lmbda_1_int4 is int4_lmbda_1; a run without a name keeps its id."""
+    if found.name is not None:
+        return f"{quant_type}_{found.name.removesuffix(f'_{quant_type}')}"
+    slug, _, identity = found.home.name.rpartition("-")
+    readable = f"{quant_type}_{slug}"[: NAME_WIDTH - len(identity) - 1].rstrip("-")
+    return f"{readable}-{identity}"
+
+
+def table(rows: list[Row], suite: SuiteSpec) -> str:
+    """The seeds' table: one line per row, one column per task, blank where there is no score."""
+    names = [task.task[:SCORE_WIDTH].rjust(SCORE_WIDTH) for task in suite.tasks]
+    lines = [" | ".join([f"{'model':<{NAME_WIDTH}}", *names])]
+    for row in rows:
+        scores = (row.finished(suite, task) for task in suite.tasks)
+        cells = ("" if score is None else f"{score['value']:.4f}" for score in scores)
+        label = f"{row.label[:NAME_WIDTH]:<{NAME_WIDTH}}"
+        lines.append(" | ".join([label, *(cell.rjust(SCORE_WIDTH) for cell in cells)]))
+    return "\n".join(lines)
+
+
+# ---------------------------------------------------------------- scoring
+
+
+def _score_all(
+    spec: EvalSpec,
+    prepared: models.PreparedPair,
+    rows: list[Row],
+    missing: set[tuple[Row, TaskSpec]],
+    stop: Stop,
+) -> None:
+    wanted = [task for task in spec.suite.tasks if any(t == task for _, t in missing)]
+    tasks = load_tasks(spec.suite, wanted, prepared.data_dir)
+    tokenizer = models.load_tokenizer(prepared.student, prepared.student_revision)
+    scorer = Scorer(spec.suite, tokenizer, spec.evaluation.eval_batch_size, stop)
+    bases = list(dict.fromkeys(row.base for row in rows if any(r == row for r, _ in missing)))
+    for base in bases:
+        stop.check()
+        # Rows without an adapter first: they want the base before PEFT has touched it.
+        of_base = sorted((r for r in rows if r.base == base), key=lambda r: r.adapter is not None)
+        try:
+            _score_base(base, of_base, tasks, missing, scorer, spec.suite)
+        except RuntimeError as error:
+            if "out of memory" not in str(error):
+                raise
+            raise OutOfMemory(
+                f"eval: out of memory at eval_batch_size={spec.evaluation.eval_batch_size};"
+                " finished scores are kept, run again with a smaller one"
+            ) from error
+        finally:
+            clear_torch_cache()
+
+
+def _score_base(
+    base: Base, rows: list[Row], tasks: list[Asked], missing: set[tuple[Row, TaskSpec]],
+    scorer: Scorer, suite: SuiteSpec,
+) -> None:  # fmt: skip
+    model: Any = models.load_base(
+        base.path, base.revision, base.dtype, base.quant, models.pick_device()
+    )
+    # Teacher and untrained student of a self pair are one model: it is asked once.
+    of_base: dict[str, Json] = {}
+    for number, row in enumerate(rows):
+        wanted = [task for task in tasks if (row, task.spec) in missing]
+        if not wanted:
+            continue
+        if row.adapter is not None:
+            model = models.attach_adapter(model, row.adapter, f"row{number}")
+        _check_outputs(model, row, scorer.tokenizer)
+        for task in wanted:
+            scorer.stop.check()
+            score = of_base.get(task.spec.task) if row.adapter is None else None
+            if score is None:
+                score = scorer.score(model, task, row.label)
+            if row.adapter is None:
+                of_base[task.spec.task] = score
+            _write(row, task.spec, suite, score)
+        if row.adapter is not None:
+            model.delete_adapter(f"row{number}")
+
+
+def _check_outputs(model: Any, row: Row, tokenizer: Any) -> None:
+    """Refuses an adapter that changes nothing (its score would be the base's), and NaN."""
+    ids_1T = tokenizer(PROBE, return_tensors="pt")["input_ids"].to(model.device)
+    logits_1TV = model(input_ids=ids_1T).logits
+    if not logits_1TV.isfinite().all():
+        raise ContractError(f"{row.adapter or row.base.path}: its outputs are NaN or infinite")
+    if row.adapter is not None:
+        with model.disable_adapter():
+            plain_1TV = model(input_ids=ids_1T).logits
+        if (plain_1TV == logits_1TV).all():
+            raise ContractError(
+                f"{row.adapter}: switched on or off, this adapter leaves every output as it is; it"
+                " is untrained, or its weights do not reach the base"
+            )
+
+
+def _write(row: Row, task: TaskSpec, suite: SuiteSpec, score: Json) -> None:
+    ours = {name: models.versions()[name] for name in ("transformers", "torch", "peft")}
+    score = score | {
+        "key": score_key(suite, task),
+        "adapter_digest": row.adapter_digest,
+        "base_revision": row.base.revision,
+        "quant_type": row.base.quant.quant_type if row.base.quant else "none",
+        "versions": score["versions"] | ours,
+        "finished": now(),
+    }
+    write_json(eval_file(row.home, task.task), score)
+    _say(
+        f"  {row.label} {task.task}: {score['metric']} {score['value']:.4f}"
+        f" ({score['n']} documents, {score['seconds']:.1f} s)"
+    )

@@ -1,0 +1,300 @@
+"""This file is where lm-eval is asked: the tasks of a suite, and one model's score on one of them.
+
+`tiny_gen` and `tiny_mc` are defined here, over the generated problems of a prepared pair; every
+other name is lm-eval's own, and its data must be on this machine.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+from lm_eval.evaluator import evaluate
+from lm_eval.models.utils_hf import clear_torch_cache
+from lm_eval.tasks import TaskManager
+
+from stillhouse.errors import ConfigError, ContractError, DataError, nearest
+from stillhouse.evals.lm import LOG, Lm, ProgressLines
+from stillhouse.rundir import Json
+from stillhouse.spec import SuiteSpec, TaskSpec
+
+__all__ = ["Asked", "Scorer", "Stop", "clear_torch_cache", "load_tasks"]
+
+TINY = ("tiny_gen", "tiny_mc")
+FEWSHOT_SEED = 1234  # lm-eval's own default: every row sees the same examples
+
+
+@runtime_checkable
+class Stop(Protocol):
+    """What an evaluation polls."""
+
+    def check(self) -> None:
+        """Raises Interrupted if somebody asked us to stop."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A task of the suite, as lm-eval loads it: one task, or a group of tasks with a score."""
+
+    spec: TaskSpec
+    loaded: Any
+
+    def leaves(self) -> list[Any]:
+        """The tasks that have documents."""
+        is_group = hasattr(self.loaded, "get_all_tasks")
+        return self.loaded.get_all_tasks() if is_group else [self.loaded]
+
+
+def load_tasks(
+    suite: SuiteSpec,
+    wanted: Iterable[TaskSpec],
+    data_dir: Path,
+    manager: Callable[[], TaskManager] = TaskManager,
+) -> list[Asked]:
+    """The wanted tasks of a suite with their data, ready to be asked.
+
+    `manager` knows lm-eval's own tasks; it takes 11 s to make and is made only if one is wanted.
+
+    Raises:
+        ConfigError: a task that lm-eval does not know, or whose data is not on this machine.
+        DataError: a line of the generated problems that cannot be read.
+    """
+    local, theirs = TaskManager(include_defaults=False), None
+    asked: list[Asked] = []
+    for spec in wanted:
+        if spec.task in TINY:
+            if spec.num_fewshot:
+                raise ConfigError(
+                    f"task {spec.task}: num_fewshot {spec.num_fewshot}, but every problem it has is"
+                    " held out, so there is none to show; use null"
+                )
+            loaded = local.load([_tiny_task(spec.task, data_dir)])["tasks"][spec.task]
+        else:
+            theirs = theirs or manager()
+            loaded = _lm_eval_task(spec.task, theirs)
+        asked.append(Asked(spec, loaded))
+        for leaf in asked[-1].leaves():
+            _set_every_field(leaf, spec.num_fewshot, suite.max_gen_toks)
+    return asked
+
+
+def _set_every_field(leaf: Any, num_fewshot: int | None, max_gen_toks: int) -> None:
+    if leaf.OUTPUT_TYPE == "generate_until":
+        for other in ("max_new_tokens", "max_tokens", "max_length", "top_p", "top_k"):
+            leaf.config.generation_kwargs.pop(other, None)
+        ours = {
+            "do_sample": False,
+            "num_beams": 1,
+            "temperature": 0.0,
+            "max_gen_toks": max_gen_toks,
+        }
+        leaf.set_config(key="generation_kwargs", value=ours, update=True)
+    if num_fewshot is not None:
+        leaf.set_config(key="num_fewshot", value=num_fewshot)
+    elif leaf.get_config("num_fewshot") is None:
+        leaf.set_config(key="num_fewshot", value=0)
+
+
+def _lm_eval_task(name: str, manager: TaskManager) -> Any:
+    if name not in manager.task_index:
+        raise ConfigError(
+            f'suite: neither lm-eval nor this project has a task "{name}"'
+            f" (ours: {', '.join(TINY)}).{nearest(name, manager.all_tasks)}"
+        )
+    try:
+        loaded = manager.load([name])
+    except (OSError, ValueError) as error:  # offline, datasets raises ConnectionError, an OSError
+        reason = str(error).splitlines()[0]
+        raise ConfigError(
+            f"task {name}: its data is not on this machine ({reason}); run the same line once with"
+            " HF_HUB_OFFLINE=0 in the environment, and lm-eval fetches it"
+        ) from error
+    everything = {**loaded["tasks"], **loaded.get("groups", {})}
+    if name not in everything:
+        raise ConfigError(
+            f"task {name}: a name for several tasks ({', '.join(everything)}) without a score of"
+            " its own; list the tasks in the suite"
+        )
+    return everything[name]
+
+
+class _Rows(list[Json]):
+    """What lm-eval needs of a data set, without a copy of it in somebody's cache."""
+
+    @property
+    def features(self) -> Json:
+        return dict.fromkeys(self[0])
+
+
+def _tiny_task(name: str, data_dir: Path) -> Json:
+    rows = _test_rows(data_dir / "test.jsonl")
+    shared = {
+        "task": name,
+        "custom_dataset": lambda **_: {"test": rows},
+        "test_split": "test",
+        "doc_to_text": "question",
+        "target_delimiter": "",
+        "metadata": {"version": 1},
+    }
+
+    def metrics(*names: str) -> list[Json]:
+        return [{"metric": n, "aggregation": "mean", "higher_is_better": True} for n in names]
+
+    if name == "tiny_mc":
+        return shared | {
+            "output_type": "multiple_choice",
+            "doc_to_choice": "choices",
+            "doc_to_target": "label",
+            "metric_list": metrics("acc", "acc_norm"),
+        }
+    number = {"function": "regex", "regex_pattern": r"#### (-?\d+)"}
+    return shared | {
+        "output_type": "generate_until",
+        "doc_to_target": "answer",
+        "metric_list": metrics("exact_match"),
+        "filter_list": [{"name": "answer", "filter": [number, {"function": "take_first"}]}],
+        "generation_kwargs": {"until": []},
+    }
+
+
+def _test_rows(file: Path) -> _Rows:
+    if not file.is_file():
+        raise ConfigError(
+            f"{file}: not there; tiny_gen and tiny_mc ask the generated problems of a prepared pair"
+        )
+    rows = _Rows()
+    for number, line in enumerate(file.read_text().splitlines(), 1):
+        try:
+            row = json.loads(line)
+            rows.append({k: row[k] for k in ("question", "answer", "choices", "label")})
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise DataError(f"{file}, line {number}: not a problem ({error!r})") from error
+    if not rows:
+        raise DataError(f"{file}: holds no problems")
+    return rows
+
+
+# ---------------------------------------------------------------- asking
+
+
+class Scorer:
+    """Asks models the tasks of one suite."""
+
+    def __init__(self, suite: SuiteSpec, tokenizer: Any, batch_size: int, stop: Stop) -> None:
+        self.suite, self.tokenizer, self.batch_size = suite, tokenizer, batch_size
+        self.stop = stop
+        if suite.apply_chat_template:
+            self._check_prompt()
+
+    def _check_prompt(self) -> None:
+        if not getattr(self.tokenizer, "chat_template", None):
+            raise ConfigError(
+                f"suite {self.suite.suite_name} asks through a chat template, and this pair's"
+                " tokenizer has none; use apply_chat_template=false"
+            )
+        # lm-eval writes a prompt as text and reads it again; training never leaves token ids.
+        chat = [{"role": "user", "content": "How much is 7 + 3?"}]
+        text = self.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+        ids = self.tokenizer.apply_chat_template(
+            chat, tokenize=True, add_generation_prompt=True, return_dict=True
+        )["input_ids"]
+        if self.tokenizer.encode(text, add_special_tokens=False) != list(ids):
+            raise ContractError(
+                f"this tokenizer reads its own chat template as other tokens ({text!r}); lm-eval"
+                " would ask another prompt than training did"
+            )
+
+    def score(self, model: Any, task: Asked, label: str) -> Json:
+        """What eval/<task>.json says about the model; the caller adds whose model it is.
+
+        `samples` hold 1.0 or 0.0 per document for accuracies. For perplexities they hold nats per
+        unit (word or byte), with `weight` the number of units, so that the perplexity is
+        exp(sum(weight * value) / sum(weight)). Metrics without a value per document have none.
+
+        Raises:
+            Interrupted: `stop` was set; polled before every forward pass.
+            ConfigError: the task has no metric of that name.
+        """
+        started = time.perf_counter()
+        for leaf in task.leaves():
+            leaf.set_fewshot_seed(FEWSHOT_SEED)
+        lm = Lm(model, self.tokenizer, self.batch_size, self.suite.apply_chat_template)
+        hook = model.get_input_embeddings().register_forward_pre_hook(lambda *_: self.stop.check())
+        ProgressLines.begin(f"{label} {task.spec.task}")
+        try:
+            results = evaluate(
+                lm=lm,
+                task_dict=TaskManager(include_defaults=False).load([task.loaded]),
+                limit=self.suite.limit,
+                bootstrap_iters=0,
+                apply_chat_template=self.suite.apply_chat_template,
+                fewshot_as_multiturn=True,
+            )
+        finally:
+            hook.remove()
+        if LOG.cut:
+            too_long = f"{LOG.cut} prompts or batches lost their beginning"
+            print(
+                f"  {label} {task.spec.task}: {too_long} (over {lm.max_length} tokens)", flush=True
+            )
+            LOG.cut = 0
+        score = _summary(results, task)
+        score["max_length"] = lm.max_length
+        score["seconds"] = round(time.perf_counter() - started, 3)
+        return score
+
+
+def _summary(results: Any, task: Asked) -> Json:
+    found = results["results"][task.spec.task]
+    metrics = {
+        key: float(value)
+        for key, value in found.items()
+        if "," in key and "_stderr," not in key and not isinstance(value, str)
+    }
+    wanted = task.spec.metric
+    # A task can filter answers in several ways: its first is quoted, "metric,filter" picks one.
+    key = next((k for k in metrics if wanted in (k, k.split(",")[0])), None)
+    if key is None:
+        allowed = sorted({k.split(",")[0] for k in metrics})
+        raise ConfigError(
+            f"task {task.spec.task} has no metric {wanted}; it has {', '.join(allowed)}."
+            f"{nearest(wanted, allowed)}"
+        )
+    return {
+        "format": 1,
+        "task": task.spec.task,
+        "metric": wanted,
+        "value": metrics[key],
+        "higher_is_better": task.spec.higher_is_better,
+        "n": int(found["sample_len"]),
+        "metrics": metrics,
+        "samples": _samples(results["samples"], *key.split(",")),
+        "versions": {
+            "lm_eval": metadata.version("lm_eval"),
+            "task_version": results["versions"].get(task.spec.task),
+        },
+    }
+
+
+def _samples(by_task: dict[str, list[Json]], metric: str, filter_name: str) -> list[Json]:
+    """One entry per document; those of a group are numbered through, in the group's order."""
+    samples: list[Json] = []
+    before = 0
+    for logged in by_task.values():
+        for sample in logged:
+            if sample["filter"] != filter_name or metric not in sample:
+                continue
+            doc, value = before + int(sample["doc_id"]), sample[metric]
+            if isinstance(value, tuple) and ("perplexity" in metric or metric == "bits_per_byte"):
+                loglikelihood, units = value
+                nats = -float(loglikelihood) / units
+                samples.append({"doc": doc, "value": nats, "weight": int(units)})
+            elif not isinstance(value, tuple | list | str):
+                samples.append({"doc": doc, "value": float(value)})
+        before += len({sample["doc_id"] for sample in logged})
+    return samples

@@ -1,0 +1,241 @@
+"""This file is where a sweep becomes a page that a person reads: question, answer, evidence.
+
+The page is one HTML file with its figures inside: no script, nothing fetched. Beside it lie the
+same tables as Markdown and CSV and the same figures as SVG and PNG.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from stillhouse.errors import DIVERGED, MISTAKE, OUT_OF_MEMORY, STOPPED
+from stillhouse.results import plots, table
+from stillhouse.results.answer import Answer, Comparison, answer
+from stillhouse.results.curves import compared_leaf
+from stillhouse.results.stats import number
+from stillhouse.results.table import Frame
+from stillhouse.rundir import Runs, write_atomic
+
+Table = tuple[list[str], list[list[str]]]  # header, rows
+MEANING = {
+    MISTAKE: "a mistake in what was asked",
+    DIVERGED: "diverged",
+    OUT_OF_MEMORY: "out of memory",
+    STOPPED: "stopped by a watch rule",
+}
+NOTE = (
+    "± is one standard error over n training seeds; each seed is one run. A row without seeds"
+    " (teacher, untrained students) was measured once: its binomial standard error is over"
+    " documents, another kind of noise."
+)
+
+
+def write_report(sweep_name: str, runs: Path) -> Path:
+    """Write a sweep's page, tables and figures below its report directory; the page's path.
+
+    Beside report.html: table.md, table.csv (one row per arm and task), points.csv (one row per
+    point and task), each figure as SVG and PNG. Works on a sweep that is half done, and says so.
+
+    Raises:
+        ConfigError: no such sweep, or its comparison is of something it does not have.
+        ContractError: a file of another format, or an edited one.
+    """
+    place = Runs(runs)
+    frame = table.load(sweep_name, runs)
+    directory = place.report(sweep_name)
+    found = answer(frame)
+    summary = table.summary(frame)
+    scores, remarks = table.wide(summary), table.remarks(frame)
+    write_atomic(directory / "points.csv", frame.to_csv(index=False).encode())
+    write_atomic(directory / "table.csv", summary.to_csv(index=False).encode())
+    write_atomic(directory / "table.md", _markdown(frame, found, scores, remarks).encode())
+    pictures = plots.draw(frame, place, directory)
+    page = _page(
+        sweep=frame.attrs["sweep"],
+        found=found,
+        remarks=remarks,
+        scores=scores,
+        note=NOTE,
+        figures=[(p.title, p.caption, inline(p)) for p in pictures],
+        main=comparison_tables(found.main),
+        settings=comparison_tables(found.settings),
+        untrained=[(untrained_name(r), t) for r, t in comparison_tables(found.untrained)],
+        costs=cost_table(frame),
+        failures=failure_table(frame),
+        facts=_facts(frame, place),
+        command=commands(frame, runs),
+    )
+    path = directory / "report.html"
+    write_atomic(path, page.encode())
+    return path
+
+
+def _page(**content: Any) -> str:
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    loader = FileSystemLoader(Path(__file__).parent)
+    environment = Environment(
+        loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True
+    )
+    return environment.get_template("report.html.j2").render(**content)
+
+
+def _markdown(frame: Frame, found: Answer, scores: Table, remarks: list[str]) -> str:
+    sweep = frame.attrs["sweep"]
+    parts = [f"# {sweep['question'] or sweep['name']}", found.text, found.context]
+    parts += [table.to_markdown(*scores).rstrip(), NOTE]
+    for reference, rows in comparison_tables(found.main):
+        parts += [f"Against {reference}:", table.to_markdown(*rows).rstrip()]
+    parts += [f"- {remark}" for remark in remarks]
+    parts.append(table.to_markdown(*cost_table(frame)).rstrip())
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def inline(picture: plots.Picture) -> str:
+    """A figure's SVG as an element of an HTML page: its ids its own, its ink the page's."""
+    text = picture.svg.read_text()
+    text = text[text.index("<svg") :].replace("xlink:href", "href")
+    prefix = f"{picture.name}-"
+    text = re.sub(r'\bid="', f'id="{prefix}', text)
+    text = re.sub(r'href="#', f'href="#{prefix}', text).replace("url(#", f"url(#{prefix}")
+    width, height = re.findall(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', text)[0]
+    opening = (
+        f'<svg viewBox="0 0 {width} {height}" style="max-width: {float(width) * 4 / 3:.0f}px"'
+        f' role="img" aria-label="{picture.title}">'
+    )
+    return opening + text[text.index(">") + 1 :]
+
+
+def comparison_tables(family: Sequence[Comparison]) -> list[tuple[str, Table]]:
+    """(reference, its comparisons as people read them); intervals are 95 %, p is Holm's."""
+    references = dict.fromkeys(c.reference for c in family)
+    return [(r, _comparison_table([c for c in family if c.reference == r])) for r in references]
+
+
+def _comparison_table(family: Sequence[Comparison]) -> Table:
+    header = ["arm", "difference", "95 % interval", "p (Holm)", "detectable", "verdict"]
+    documents = any(c.both is not None for c in family)
+    settings = any(c.setting for c in family)
+    if documents:
+        header.insert(3, "other documents too")
+    if settings:
+        header.insert(1, "at")
+    rows: list[list[str]] = []
+    for c in family:
+        d = c.paired.difference
+        row = [c.arm, *([c.setting] if settings else [])]
+        row += [signed(d.mean), interval(d.low, d.high)]
+        row += [interval(c.both.low, c.both.high) if c.both else "–"] if documents else []
+        row += [probability(c.p), number(c.paired.detectable)]
+        left_out = f" ({c.paired.unpaired} unshared seeds left out)" if c.paired.unpaired else ""
+        rows.append([*row, c.verdict.text + left_out])
+    return header, rows
+
+
+def signed(value: float) -> str:
+    """A difference with its sign."""
+    return f"+{number(value)}" if value > 0 else number(value).replace("-", "−")
+
+
+def interval(low: float, high: float) -> str:
+    """An interval as text, a dash where there is none."""
+    return f"[{signed(low)}, {signed(high)}]" if low == low else "–"
+
+
+def probability(p: float) -> str:
+    """A p value as text: three decimals, never "0.000"."""
+    return "–" if p != p else "< 0.001" if p < 0.001 else f"{p:.3f}"
+
+
+def cost_table(frame: Frame) -> Table:
+    """The seeds' cost table: runs, device time and price, by method or compared value, and in all.
+
+    Device time is wall time times devices. The price is that of training, "not known" where a run's
+    site names none.
+    """
+    points = table.points_of(frame).assign(
+        scoring=lambda p: p["id"].map(frame.groupby("id")["eval_seconds"].sum())
+    )
+    trained = points[points["train_seconds"].notna()]
+    by = "method_name" if points["method_name"].nunique() > 1 else compared_leaf(frame)
+    keys = ["pair_name", by] if points["pair_name"].nunique() > 1 else [by]
+    rows: list[list[str]] = []
+    for key, part in trained.groupby(keys, sort=False, dropna=False):
+        values = [table.spell(v) if table.is_set(v) else "base" for v in key]
+        rows.append([", ".join(values), *_spent(part)])
+    if len(rows) > 1:
+        rows.append(["all", *_spent(trained)])
+    return [by, "runs", "device time", "scoring", "rollout tokens", "price"], rows
+
+
+def _spent(part: Frame) -> list[str]:
+    seconds = (part["train_seconds"] * part["devices"]).sum()
+    price = "not known" if part["price_usd"].isna().any() else f"${part['price_usd'].sum():.2f}"
+    tokens = f"{int(part['tokens_rollout'].sum()):,}"
+    return [str(len(part)), duration(seconds), duration(part["scoring"].sum()), tokens, price]
+
+
+def duration(seconds: float) -> str:
+    """Seconds as a person says them."""
+    for unit, size in (("h", 3600), ("min", 60)):
+        if seconds >= 1.5 * size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.0f} s"
+
+
+def failure_table(frame: Frame) -> Table:
+    """Points that ended badly, those with one cause together."""
+    points = table.points_of(frame)
+    failed = points[points["phase"] == "failed"].fillna({"cause": "no cause was written"})
+    rows: list[list[str]] = []
+    for (cause, code), part in failed.groupby(["cause", "exit_code"], sort=False, dropna=False):
+        who = [f"{row['arm']}, seed {row['seed']}" for row in part.to_dict("records")]
+        meaning = MEANING.get(code, "infrastructure") if table.is_set(code) else "killed"
+        logs = [f"{name}/log.txt" for name in part["directory"]]
+        more = f" and {len(logs) - 3} more" if len(logs) > 3 else ""
+        rows.append([str(cause), meaning, "; ".join(who), ", ".join(logs[:3]) + more])
+    return ["cause", "meaning", "points", "look in"], rows
+
+
+def _facts(frame: Frame, runs: Runs) -> list[tuple[str, str]]:
+    """How the sweep was made, as (what, value) pairs."""
+    sweep = frame.attrs["sweep"]
+    points = table.points_of(frame)
+    asked = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(sweep["created"]))
+    facts = [("sweep", f"{sweep['name']}, asked for on {asked}")]
+    facts.append(("file", sweep["file"] or "none: typed on the command line"))
+    for leaf, values in sweep["axes"].items():
+        facts.append((f"axis {leaf}", ", ".join(table.spell(value) for value in values)))
+    facts.append(("seeds", _distinct(points["seed"].dropna().unique())))
+    facts.append(("pair", _distinct(points["pair_name"].dropna().unique())))
+    facts.append(("quantiser", _distinct(points["quant_type"].dropna().unique())))
+    for key, part in points.groupby("code_digest"):
+        first = part.iloc[0]
+        revision = f", git {first['code_revision'][:10]}" if first["code_revision"] else ""
+        dirty = " with uncommitted changes" if part["code_dirty"].eq(True).any() else ""
+        facts.append(("code", f"{key}{revision}{dirty} ({len(part)} points)"))
+    versions = [c for c in frame if c.startswith(("version_", "eval_version_lm_eval"))]
+    for column in versions:
+        name = column.removeprefix("eval_").removeprefix("version_")
+        facts.append((name, _distinct(frame[column].dropna().unique())))
+    facts.append(("devices", _distinct(points["device"].dropna().unique())))
+    facts.append(("run directories", str(runs.root)))
+    return [(what, value) for what, value in facts if value]
+
+
+def _distinct(values: Iterable[Any]) -> str:
+    return ", ".join(table.spell(value) for value in values)
+
+
+def commands(frame: Frame, runs: Path) -> list[str]:
+    """The lines that make this sweep again, and this page."""
+    sweep = frame.attrs["sweep"]
+    where = [] if runs == Path("runs") else ["--runs", str(runs)]
+    asked = [word for word in (sweep["file"], *(sweep["words"] or [])) if word]
+    again = [["stillhouse", "run", *asked, *where]] if asked else []
+    return [shlex.join(line) for line in [*again, ["stillhouse", "report", sweep["name"], *where]]]

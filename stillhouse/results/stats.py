@@ -1,0 +1,193 @@
+"""This file is where a difference gets its noise: means over seeds, paired comparisons, verdicts.
+
+The unit of replication is the seed: a score on 10,000 documents from one training run is one
+observation of the method that made it. Arms that share their seeds are compared pair by pair, by
+a t interval on the n differences. It speaks of other seeds *on these documents*.
+
+Documents are shared by all seeds and arms, so they are a second, crossed source of noise. Where
+the correctness of each document is kept, `crossed` widens the interval to "other seeds and other
+documents". It is a closed form, not a bootstrap over (seeds, documents): resampling three seeds
+shows a third less variance than they have, and where seeds matter most its 95 % intervals held the
+truth 88 times in 100 in our simulation (this one 94; a test repeats it).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+CONFIDENCE = 0.95
+ALPHA = 1 - CONFIDENCE
+POWER = 0.8
+NAN = float("nan")
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean with its noise; se, low and high are NaN where n < 2: one value shows no noise."""
+
+    mean: float
+    se: float  # standard error of the mean
+    n: int
+    low: float  # 95 % t interval
+    high: float
+
+
+@dataclass(frozen=True)
+class Paired:
+    """An arm against a reference over the seeds both have."""
+
+    difference: Estimate  # arm minus reference
+    p: float  # two-sided paired t test; NaN where the differences show no noise to test against
+    detectable: float  # smallest true difference that is found 4 times in 5
+    unpaired: int  # seeds that only one of the two has; they are left out
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a comparison lets us say."""
+
+    kind: Literal["better", "worse", "within noise", "no statement"]
+    text: str
+
+
+def estimate(values: Sequence[float]) -> Estimate:
+    """Mean, standard error and 95 % Student t interval of independent values."""
+    n = len(values)
+    if n == 0:
+        return Estimate(NAN, NAN, 0, NAN, NAN)
+    mean = math.fsum(values) / n
+    if n == 1:
+        return Estimate(mean, NAN, 1, NAN, NAN)
+    if _all_equal(values):  # a sum of equal floats may miss them by an ulp: no noise is none
+        return Estimate(values[0], 0.0, n, values[0], values[0])
+    se = math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (n - 1) / n)
+    half = _t_quantile(n - 1) * se
+    return Estimate(mean, se, n, mean - half, mean + half)
+
+
+def binomial_se(share: float, n: int) -> float:
+    """Standard error of a share of right answers over n documents: sqrt(p (1 - p) / n)."""
+    return math.sqrt(share * (1 - share) / n) if n else NAN
+
+
+def compare(arm: Mapping[Hashable, float], reference: Mapping[Hashable, float]) -> Paired:
+    """The paired comparison of two arms, each a value per seed; unshared seeds are counted."""
+    shared = [seed for seed in arm if seed in reference]
+    difference = estimate([arm[seed] - reference[seed] for seed in shared])
+    unpaired = len(arm) + len(reference) - 2 * len(shared)
+    if difference.n < 2:
+        return Paired(difference, NAN, NAN, unpaired)
+    if difference.se == 0:
+        # Equal scores say "no difference seen". Equal differences say that the seeds show no noise.
+        return Paired(difference, 1.0 if difference.mean == 0 else NAN, 0.0, unpaired)
+    from scipy.special import stdtr  # scipy.stats holds the same, and takes two seconds to import
+
+    p = 2 * float(stdtr(difference.n - 1, -abs(difference.mean / difference.se)))
+    sd = difference.se * math.sqrt(difference.n)
+    return Paired(difference, p, detectable_difference(sd, difference.n), unpaired)
+
+
+def detectable_difference(sd: float, n: int, power: float = POWER, alpha: float = ALPHA) -> float:
+    """The true difference that a two-sided paired t test finds with this power.
+
+    sd is the standard deviation of the n >= 2 differences, in the metric's unit, as is the answer.
+    Source: power of the t test by the noncentral t distribution with n - 1 degrees of freedom.
+    """
+    from scipy.special import nctdtrinc
+
+    # A significant difference of the wrong sign is rarer than 1 in 1,000 here and left out.
+    noncentrality = nctdtrinc(n - 1, 1 - power, _t_quantile(n - 1, alpha))
+    return sd * float(noncentrality) / math.sqrt(n)
+
+
+def crossed(difference_SD: np.ndarray[Any, np.dtype[np.float64]]) -> Estimate:
+    """Mean difference with the noise of other seeds *and* other documents, n = number of seeds.
+
+    difference_SD: [S seeds, D documents], arm minus reference, the same documents for every seed.
+    The variance of the grand mean of a crossed two-way layout is the sum of a seed, a document and
+    a residual part, each from its mean square and none below zero, with Satterthwaite's degrees of
+    freedom. se is never under that of the seeds alone, and the interval never inside theirs.
+    NaN where S < 2 or D < 2.
+    Source: random-effects two-way analysis of variance; Clark 1973, "The language-as-fixed-effect
+    fallacy", for why both factors are random.
+    """
+    seeds, documents = difference_SD.shape
+    mean = float(difference_SD.mean()) if difference_SD.size else NAN
+    if seeds < 2 or documents < 2:
+        return Estimate(mean, NAN, seeds, NAN, NAN)
+    by_seed = difference_SD.mean(axis=1) - mean
+    by_document = difference_SD.mean(axis=0) - mean
+    residual_SD = difference_SD - mean - by_seed[:, None] - by_document[None, :]
+    free = (seeds - 1, documents - 1, (seeds - 1) * (documents - 1))
+    ms_seed = documents * float((by_seed**2).sum()) / free[0]
+    ms_document = seeds * float((by_document**2).sum()) / free[1]
+    ms_residual = float((residual_SD**2).sum()) / free[2]
+    total = max(ms_seed, ms_residual) + max(ms_document, ms_residual) - ms_residual
+    if total == 0:
+        return Estimate(mean, 0.0, seeds, mean, mean)
+    squares = zip((ms_seed, ms_document, ms_residual), free, strict=True)
+    freedom = total**2 / sum(ms**2 / f for ms, f in squares)
+    se = math.sqrt(total / (seeds * documents))
+    seeds_alone = _t_quantile(free[0]) * math.sqrt(ms_seed / (seeds * documents))
+    half = max(_t_quantile(freedom) * se, seeds_alone)
+    return Estimate(mean, se, seeds, mean - half, mean + half)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """p values adjusted for being several (Holm 1979); a NaN stays NaN and does not count."""
+    adjusted = [NAN] * len(p_values)
+    order = sorted((p, i) for i, p in enumerate(p_values) if not math.isnan(p))
+    highest = 0.0
+    for rank, (p, i) in enumerate(order):
+        highest = max(highest, min(1.0, p * (len(order) - rank)))
+        adjusted[i] = highest
+    return adjusted
+
+
+def verdict(paired: Paired, p: float, higher_is_better: bool, both: Estimate | None) -> Verdict:
+    """What may be said of a comparison.
+
+    p: `paired.p` after `holm` where several were made. both: `crossed` where documents are known;
+    if its interval holds 0, "better" is said of these documents only.
+    """
+    d = paired.difference
+    if d.n == 0:
+        return Verdict("no statement", "no shared seed: no statement")
+    if d.n == 1:
+        return Verdict("no statement", "one seed: no statement")
+    if math.isnan(p):
+        text = f"the same difference in all {d.n} seeds: no noise to judge it by, no statement"
+        return Verdict("no statement", text)
+    if p >= ALPHA:
+        return Verdict("within noise", "within noise")
+    kind = "better" if (d.mean > 0) == higher_is_better else "worse"
+    text = f"{kind} by {number(abs(d.mean))} ± {number(d.se)} (n = {d.n})"
+    if both is not None and both.low <= 0 <= both.high:
+        text += ", on these documents; others could undo it"
+    return Verdict(kind, text)
+
+
+def number(value: float) -> str:
+    """A score as text: three decimals below 10, two above, scientific where those show nothing."""
+    if math.isnan(value):
+        return "–"
+    if value != 0 and not 5e-4 <= abs(value) < 1e5:
+        return f"{value:.1e}"
+    return f"{value:.3f}" if abs(value) < 10 else f"{value:.2f}"
+
+
+def _all_equal(values: Sequence[float]) -> bool:
+    # Differences of equal scores can differ in the last bit (0.3 - 0.2 is not 0.4 - 0.3).
+    spread = max(values) - min(values)
+    return spread <= 1e-12 * max(1.0, *(abs(v) for v in values))
+
+
+def _t_quantile(freedom: float, alpha: float = ALPHA) -> float:
+    from scipy.special import stdtrit
+
+    return float(stdtrit(freedom, 1 - alpha / 2))

@@ -1,0 +1,350 @@
+"""This file is where a sweep's files become one pandas frame, and the frame a table with its noise.
+
+`load` reads, `summary` reduces seeds to means, `wide` lays the summary out for a page or Markdown.
+The frame has one row per (point, task); rows that no run trained (teacher, untrained student,
+quantised student) are in it too, told apart by `kind`. Nothing here needs torch or lm-eval.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import TypeAdapter
+
+from stillhouse.errors import ConfigError, ContractError, nearest
+from stillhouse.results.stats import NAN, binomial_se, estimate, number
+from stillhouse.rundir import FORMAT, RunDir, Runs, eval_file, read_json
+from stillhouse.spec import SuiteSpec, digest, score_key
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+Json = dict[str, Any]
+Frame = Any  # a pandas DataFrame; pandas carries no types that a checker can follow
+Asked = tuple[str, str | None, str | None]  # task, metric, score key; None: whatever is there
+KINDS = ("teacher", "student", "ptq", "point")  # in the order in which a table shows them
+_TOLD = ("name", "file", "question", "compare", "axes", "created", "words")
+
+
+def load(sweep_name: str, runs: str | Path = "runs") -> pd.DataFrame:
+    """One row per (point, task) of a sweep, finished or not, and one per (baseline, task).
+
+    Columns: kind ("point", "teacher", "student", "ptq"), id, name, arm (its overrides, seed apart,
+    in words), one column per override, seed; task, metric, value (NaN: not scored), doc_se
+    (binomial standard error over documents, NaN where answers are not right or wrong), n_docs,
+    higher_is_better; trained, phase, cause, step, max_steps, exit_code; scored_otherwise (a score
+    is there, of other settings than asked), file, directory (below runs); pair_name, quant_type,
+    method_name, pair_key, quant_key; code_digest, code_revision, code_dirty, version_*,
+    eval_version_*; train_seconds, eval_seconds, devices, device, price_usd, tokens_*.
+    `attrs` holds what the sweep asked ("sweep") and its override names ("leaves").
+
+    Raises:
+        ConfigError: no such sweep here. ContractError: a file of another format, or an edited one.
+    """
+    import pandas as pd
+
+    place = Runs(Path(runs))
+    sweep = read_sweep(sweep_name, place)
+    asked = _asked(sweep, place)
+    rows: list[Json] = []
+    for entry in sweep["baselines"]:
+        directory = place.root / "baselines" / entry["directory"]
+        facts = _baseline_facts(entry, directory)
+        rows += [facts | score for score in _scores(directory, asked)]
+    _tell_apart(rows)
+    for point in sweep["points"]:
+        run = RunDir(place.root / f"{point['slug']}-{point['id']}")
+        facts = _point_facts(point, run)
+        rows += [facts | score for score in _scores(run.path, asked)]
+    leaves = list(dict.fromkeys(x for p in sweep["points"] for x in _arm(p["overrides"])))
+    frame: Frame = pd.DataFrame(rows)
+    first = ["kind", "id", "name", "arm", *leaves, "seed", "task", "metric", "value", "doc_se"]
+    first += ["n_docs", "higher_is_better", "trained", "phase", "cause", "step", "max_steps"]
+    first += ["exit_code", "scored_otherwise", "file", "pair_name", "quant_type", "method_name"]
+    first += ["pair_key", "quant_key", "code_digest", "code_revision", "code_dirty"]
+    first += ["train_seconds", "eval_seconds", "devices", "device", "price_usd"]
+    frame = frame.reindex(columns=list(dict.fromkeys([*first, *frame.columns])))
+    for whole in ("seed", "n_docs", "step", "max_steps", "exit_code"):
+        frame[whole] = frame[whole].astype("Int64")
+    frame.attrs = {"sweep": {key: sweep.get(key) for key in _TOLD}, "leaves": leaves}
+    return frame
+
+
+def read_sweep(name: str, runs: Runs) -> Json:
+    """What `stillhouse run` wrote about a sweep.
+
+    Raises:
+        ConfigError: there is none of that name. ContractError: written in another format.
+    """
+    path = runs.sweep_file(name)
+    sweep = read_json(path)
+    if sweep is None:
+        known = sorted(file.stem for file in path.parent.glob("*.json"))
+        there = f"there are {', '.join(known[:8])}" if known else "there are none"
+        more = f" and {len(known) - 8} more" if len(known) > 8 else ""
+        hint = nearest(name, known) or " `stillhouse run SWEEP` starts one."
+        raise ConfigError(f'{path.parent}: no sweep "{name}"; {there}{more}.{hint}')
+    if sweep.get("format") != FORMAT:
+        raise ContractError(
+            f"{path}: written in format {sweep.get('format')}, this version reads format {FORMAT};"
+            " use the version that wrote it"
+        )
+    return sweep
+
+
+def _asked(sweep: Json, runs: Runs) -> list[Asked]:
+    """The columns of the table; a sweep without a suite shows what was scored."""
+    if sweep["suite"] is None:
+        points = [f"{p['slug']}-{p['id']}" for p in sweep["points"]]
+        files = (file for name in points for file in (runs.root / name).glob("eval/*.json"))
+        return [(task, None, None) for task in sorted({file.stem for file in files})]
+    suite = TypeAdapter(SuiteSpec).validate_python(sweep["suite"])
+    asked: list[Asked] = [(t.task, t.metric, score_key(suite, t)) for t in suite.tasks]
+    task, _, metric = ((sweep["compare"] or {}).get("metric") or "").partition("/")
+    extra: list[Asked] = [
+        (t, metric, key) for t, m, key in asked if metric and t == task and m != metric
+    ]
+    return asked + extra
+
+
+def _point_facts(point: Json, run: RunDir) -> Json:
+    overrides = {leaf: _cell(value) for leaf, value in point["overrides"].items()}
+    arm = _arm(overrides)
+    status = run.status()
+    told = {key: status.get(key) for key in ("phase", "step", "max_steps", "exit_code", "cause")}
+    facts = {"kind": "point", "id": point["id"], "name": point["name"], "arm": label(arm)}
+    facts["directory"] = run.path.name
+    record = run.record()
+    if record is not None:
+        spec = record["spec"]
+        facts |= _pair_facts(spec["pair"], spec["quant"])
+        facts |= {"method_name": spec["method"]["method_name"], "seed": spec["training"]["seed"]}
+        facts |= {f"code_{key}": value for key, value in record["code"].items()}
+        facts |= {f"version_{key}": value for key, value in record["versions"].items()}
+    return facts | overrides | {"trained": run.is_trained()} | told | _cost_facts(run)
+
+
+def _baseline_facts(entry: Json, directory: Path) -> Json:
+    name = f"ptq_{entry['quant_type']}" if entry["label"] == "ptq" else entry["label"]
+    facts: Json = {"kind": entry["label"], "name": name, "arm": name, "trained": False}
+    facts |= {"pair_name": entry["pair_name"], "quant_type": entry["quant_type"]}
+    told = read_json(directory / "baseline.json")
+    return facts if told is None else facts | _pair_facts(told["pair"], told["quant"])
+
+
+def _pair_facts(pair: Json, quant: Json | None) -> Json:
+    facts = {"pair_name": pair["pair_name"], "pair_key": digest(pair)[:10]}
+    if quant is not None:
+        facts |= {"quant_type": quant["quant_type"], "quant_key": digest(quant)[:10]}
+    return facts
+
+
+def _tell_apart(baselines: list[Json]) -> None:
+    """Baselines of several pairs get the pair into their name, in place."""
+    pairs = {row["pair_name"] for row in baselines}
+    keys = {row.get("pair_key") for row in baselines}
+    for row in baselines:
+        if len(pairs) > 1:
+            row["arm"] = f"{row['name']} ({row['pair_name']})"
+        if len(keys) > len(pairs):  # one pair under several pair seeds or revisions
+            row["arm"] = f"{row['name']} ({row['pair_name']} {(row.get('pair_key') or '?')[:4]})"
+
+
+def _cost_facts(run: RunDir) -> Json:
+    cost = read_json(run.cost_file)
+    if cost is None:
+        return {}
+    seconds, price = cost["seconds"]["total"], cost["price_usd_per_hour"]
+    facts: Json = {"train_seconds": seconds, "devices": cost["devices"], "device": cost["device"]}
+    facts["price_usd"] = None if price is None else seconds / 3600 * cost["devices"] * price
+    return facts | {f"tokens_{kind}": n for kind, n in cost["tokens"].items()}
+
+
+def _scores(directory: Path, asked: Sequence[Asked]) -> Iterator[Json]:
+    if not asked:
+        yield {"task": None, "metric": None, "value": NAN, "higher_is_better": None}
+    for task, metric, key in asked:
+        file = eval_file(directory, task)
+        score = read_json(file)
+        if score is None or (key is not None and score["key"] != key):
+            empty = {"task": task, "metric": metric, "value": NAN, "file": None}
+            yield empty | {"scored_otherwise": score is not None}
+            continue
+        metric = metric or score["metric"]
+        is_main = metric == score["metric"]
+        if not is_main and metric not in score["metrics"]:
+            known = ", ".join(score["metrics"])
+            raise ConfigError(f"{file}: no metric {metric} (it has {known}); see compare.metric")
+        value = score["value"] if is_main else score["metrics"][metric]
+        right_or_wrong = is_main and right_answers(score) is not None
+        facts = {
+            "task": task,
+            "metric": metric,
+            "value": float(value),
+            "higher_is_better": score["higher_is_better"],
+            "n_docs": score["n"],
+            "doc_se": binomial_se(value, score["n"]) if right_or_wrong else NAN,
+            "eval_seconds": score["seconds"] if is_main else 0.0,
+            "scored_otherwise": False,
+            "file": str(file) if right_or_wrong else None,
+        }
+        yield facts | {f"eval_version_{key}": v for key, v in score["versions"].items()}
+
+
+def right_answers(score: Json) -> dict[int, float] | None:
+    """1.0 or 0.0 by document of an eval file, None where answers are not simply right or wrong."""
+    values = {sample["doc"]: float(sample["value"]) for sample in score["samples"]}
+    return values if values and set(values.values()) <= {0.0, 1.0} else None
+
+
+def _arm(overrides: Mapping[str, Any]) -> Json:
+    return {leaf: value for leaf, value in overrides.items() if leaf != "seed"}
+
+
+def _cell(value: Any) -> Any:
+    """A value that a frame can group by: a list (a λ schedule, say) becomes its JSON."""
+    return json.dumps(value) if isinstance(value, list | dict) else value
+
+
+def spell(value: Any) -> str:
+    """An override's value as a person writes it; 1 and 1.0 are spelt alike."""
+    if isinstance(value, float):
+        if value.is_integer() and abs(value) < 1e15:
+            return str(int(value))
+        if abs(value) >= 1e-3:
+            return f"{value:g}"
+        digits, _, exponent = f"{value:.5e}".partition("e")
+        return f"{digits.rstrip('0').rstrip('.')}e{int(exponent)}"  # 1e-4 beside 5e-5
+    return str(value)
+
+
+def label(overrides: Mapping[str, Any]) -> str:
+    """What an arm is called: its overrides without the seed."""
+    return ", ".join(f"{k} = {spell(v)}" for k, v in _arm(overrides).items()) or "base"
+
+
+def is_set(value: Any) -> bool:
+    """Whether a point sets an override that others of its sweep set."""
+    return value is not None and value == value  # NaN where it does not
+
+
+def points_of(frame: Frame) -> Frame:
+    """One row per point, whatever it was scored on."""
+    return frame[frame["kind"] == "point"].drop_duplicates("id")
+
+
+def is_unscored(frame: Frame) -> Any:
+    """Which rows wait for their score; without any task, for their training."""
+    return frame["value"].isna() & (frame["task"].notna() | ~frame["trained"].astype(bool))
+
+
+def remarks(frame: Frame) -> list[str]:
+    """What to know before comparing rows: what is missing, and what was not made alike."""
+    points = points_of(frame)
+    late = set(frame[(frame["kind"] == "point") & is_unscored(frame)]["id"])
+    said: list[str] = []
+    if late:
+        phases = points[points["id"].isin(late)]["phase"].fillna("not started")
+        counts = phases.replace("done", "trained, not scored").value_counts()
+        states = ", ".join(f"{n} {phase}" for phase, n in counts.items())
+        said.append(f"{len(late)} of {len(points)} points are not scored in full: {states}.")
+    bare = frame[(frame["kind"] != "point") & is_unscored(frame)]
+    if len(bare):
+        names = ", ".join(bare["arm"].drop_duplicates())
+        said.append(f"Baselines not scored in full: {names}.")
+    otherwise = int(frame["scored_otherwise"].eq(True).sum())
+    if otherwise:
+        said.append(
+            f"{otherwise} scores here were made under other settings than this sweep's suite"
+            " and are left out; `stillhouse run` makes them anew."
+        )
+    said += _mixed("code", points["code_digest"])
+    if points["code_dirty"].eq(True).any():
+        said.append("Some points were trained by code with uncommitted changes (code_dirty).")
+    for column in [c for c in frame if c.startswith("version_")]:
+        said += _mixed(f"{column.removeprefix('version_')} in training", points[column])
+    for column in [c for c in frame if c.startswith("eval_version_")]:
+        what = f"{column.removeprefix('eval_version_')} in scoring"
+        said += [m for _, part in frame.groupby("task") for m in _mixed(what, part[column])]
+    return list(dict.fromkeys(said))
+
+
+def _mixed(what: str, column: Any) -> list[str]:
+    counts = column.dropna().value_counts()
+    if len(counts) < 2:
+        return []
+    shares = ", ".join(f"{n} with {value}" for value, n in counts.items())
+    return [f"Mixed {what}: {shares}. A difference between rows may come from that alone."]
+
+
+def summary(frame: Frame) -> Frame:
+    """One row per (arm, task): mean, se, n, low, high over seeds; baselines first, with doc_se.
+
+    se, low and high (95 % t interval) are over seeds and NaN for one seed. A baseline has no seed:
+    its n is missing, and doc_se is the binomial error over documents, another kind of noise.
+    `missing` counts points without a score, `shown` is the cell as text.
+    """
+    import pandas as pd
+
+    leaves: list[str] = frame.attrs["leaves"]
+    rows: list[Json] = []
+    for kind in KINDS:
+        part = frame[(frame["kind"] == kind) & frame["task"].notna()]
+        for _, group in part.groupby(["arm", "task", "metric"], sort=False, dropna=False):
+            first = group.iloc[0]
+            scored = group.dropna(subset="value")
+            e = estimate(scored["value"].tolist())
+            row = {"kind": kind, "arm": first["arm"]}
+            row |= {leaf: first.get(leaf) for leaf in leaves}
+            row |= {"task": first["task"], "metric": first["metric"]}
+            row |= {"mean": e.mean, "se": e.se, "n": e.n if kind == "point" else None}
+            row |= {"low": e.low, "high": e.high, "missing": len(group) - e.n}
+            for column in ("n_docs", "doc_se", "higher_is_better"):
+                row[column] = scored.iloc[0][column] if e.n else None
+            row["codes"] = " ".join(sorted(set(scored["code_digest"].dropna())))
+            rows.append(row | {"shown": _shown(row, e.n)})
+    table: Frame = pd.DataFrame(rows)
+    if rows:
+        table[["n", "n_docs"]] = table[["n", "n_docs"]].astype("Int64")
+    table.attrs = frame.attrs
+    return table
+
+
+def _shown(row: Json, scored: int) -> str:
+    if scored == 0:
+        return "not scored yet"
+    if row["kind"] == "point":
+        if scored == 1:
+            return f"{number(row['mean'])} (one seed)"
+        return f"{number(row['mean'])} ± {number(row['se'])} (n = {scored})"
+    noise = "" if math.isnan(row["doc_se"]) else f", binomial s.e. {number(row['doc_se'])}"
+    return f"{number(row['mean'])} ({row['n_docs']} documents{noise})"
+
+
+def wide(table: Frame) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of the table as people read it: an arm per row, a task per column."""
+    if table.empty:
+        return ["arm"], []
+    tasks = table[["task", "metric"]].drop_duplicates().itertuples(index=False, name=None)
+    columns = [(task, metric, f"{task}/{metric}") for task, metric in tasks]
+    better = table.groupby("task")["higher_is_better"].first()
+    arrows = {t: {True: " ↑", False: " ↓"}.get(up, "") for t, up in better.items()}
+    cells = {(r.arm, r.task, r.metric): r.shown for r in table.itertuples()}
+    body = [
+        [arm, *(cells.get((arm, task, metric), "") for task, metric, _ in columns)]
+        for arm in table["arm"].drop_duplicates()
+    ]
+    return ["arm", *(title + arrows.get(task, "") for task, _, title in columns)], body
+
+
+def to_markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table, its columns padded so that it reads as plain text too."""
+    escaped = [[cell.replace("|", "\\|") for cell in row] for row in (header, *rows)]
+    widths = [max(len(row[i]) for row in escaped) for i in range(len(header))]
+    lines = [" | ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)) for r in escaped]
+    lines.insert(1, " | ".join("-" * width for width in widths))
+    return "".join(f"| {line} |\n" for line in lines)

@@ -1,0 +1,334 @@
+"""This file is where every file name below `runs/` is built, and the only way to read or write one.
+
+    <runs>/<slug>-<id>/        spec.json status.json metrics.jsonl cost.json log.txt run.lock
+                               checkpoints/step-N/  adapter/  eval/<task>.json
+    <runs>/names/NAME          link to the run of that name
+    <runs>/sweeps/NAME.json    a sweep as it was asked
+    <runs>/baselines/<slug>-<id>/   baseline.json  eval/<task>.json: rows that no run trained
+    <runs>/reports/NAME/       tables, plots and the page of a sweep
+
+Every write is atomic: temporary file, fsync, rename. Kill a process at any moment and what is there
+is true.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, cast
+
+from filelock import FileLock, Timeout
+
+from stillhouse.errors import ContractError
+from stillhouse.spec import TrainSpec, digest, point_id, slug, to_plain, versioned
+
+FORMAT = 1  # of a run directory; another number is refused, never guessed at
+
+Json = dict[str, Any]
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Write `data` so that a reader, or a crash, sees the old file or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON-able content atomically; NaN is not JSON and is refused."""
+    write_atomic(path, (json.dumps(content, indent=1, allow_nan=False) + "\n").encode())
+
+
+def read_json(path: Path) -> Json | None:
+    """The object in a JSON file, or None where there is no file.
+
+    Raises:
+        ContractError: the file is there and is not a JSON object.
+    """
+    try:
+        content = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ContractError(f"{path}: not JSON ({error}); move it away and run again") from error
+    if not isinstance(content, dict):
+        raise ContractError(f"{path}: holds no JSON object; move it away and run again")
+    return cast("Json", content)
+
+
+def file_digest(path: Path) -> str:
+    """sha256 of a file's bytes, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sync_directory(path: Path) -> None:
+    """fsync every file below `path` and the directory, so that a rename publishes all of it."""
+    for entry in [*path.rglob("*"), path]:
+        handle = os.open(entry, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def publish(temporary: Path, final: Path) -> None:
+    """Make a finished directory visible under its name in one step, replacing what was there."""
+    sync_directory(temporary)
+    if final.exists():
+        old = final.with_name(f".{final.name}.old")
+        shutil.rmtree(old, ignore_errors=True)
+        final.rename(old)
+        temporary.rename(final)
+        shutil.rmtree(old)
+    else:
+        temporary.rename(final)
+
+
+@cache
+def code_identity() -> Json:
+    """What code this process runs: a digest of its sources, and git's words for it, if any."""
+    package = Path(__file__).parent
+    hasher = hashlib.sha256()
+    for source in sorted(package.rglob("*.py")):
+        hasher.update(f"{source.relative_to(package)}\n".encode() + source.read_bytes())
+
+    def git(*words: str) -> str | None:
+        command = ["git", "-C", str(package), *words]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, check=True)
+        except (OSError, subprocess.CalledProcessError):
+            return None  # installed from a wheel, or no git here: the digest says it all
+        return done.stdout.strip()
+
+    return {
+        "digest": hasher.hexdigest()[:16],
+        "revision": git("rev-parse", "HEAD"),
+        "dirty": bool(git("status", "--porcelain", "--", ".")),
+    }
+
+
+@dataclass(frozen=True)
+class RunDir:
+    """The directory of one point; see the module's picture for what lies where."""
+
+    path: Path
+
+    @property
+    def id(self) -> str:
+        return self.path.name.rpartition("-")[2]
+
+    @property
+    def spec_file(self) -> Path:
+        return self.path / "spec.json"
+
+    @property
+    def status_file(self) -> Path:
+        return self.path / "status.json"
+
+    @property
+    def metrics_file(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def cost_file(self) -> Path:
+        return self.path / "cost.json"
+
+    @property
+    def log_file(self) -> Path:
+        return self.path / "log.txt"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def adapter(self) -> Path:
+        return self.path / "adapter"
+
+    def eval_file(self, task: str) -> Path:
+        return eval_file(self.path, task)
+
+    def lock(self) -> FileLock:
+        """Held by whoever trains this run, so that no two processes ever do."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        return FileLock(self.path / "run.lock", blocking=False)
+
+    def is_locked(self) -> bool:
+        """Whether some live process trains this run now."""
+        if not (self.path / "run.lock").exists():
+            return False
+        try:
+            with FileLock(self.path / "run.lock", blocking=False):
+                return False
+        except Timeout:
+            return True
+
+    def record(self) -> Json | None:
+        """spec.json, checked to be of this format and of this identity; None for a new run.
+
+        Raises:
+            ContractError: written by another version, or its content is not what its name says.
+        """
+        record = read_json(self.spec_file)
+        if record is None:
+            return None
+        if record.get("format") != FORMAT:
+            raise ContractError(
+                f"{self.spec_file}: written in format {record.get('format')}, this version reads"
+                f" format {FORMAT}; use another --runs directory, or the version that wrote it"
+            )
+        if digest(record["versioned"])[: len(self.id)] != self.id:
+            raise ContractError(
+                f"{self.spec_file}: its content is not the point {self.id}; somebody edited it."
+                " Move the directory away and run again"
+            )
+        return record
+
+    def status(self) -> Json:
+        """status.json, {} before the first attempt."""
+        return read_json(self.status_file) or {}
+
+    def update_status(self, **fields: Any) -> Json:
+        """Change some fields of status.json and keep the rest."""
+        status = self.status() | fields
+        write_json(self.status_file, status)
+        return status
+
+    def metrics(self) -> list[Json]:
+        """The lines of metrics.jsonl, one object per step; a torn last line is left out."""
+        if not self.metrics_file.exists():
+            return []
+        lines = self.metrics_file.read_bytes().split(b"\n")
+        return [json.loads(line) for line in lines[:-1]]
+
+    def keep_metrics_before(self, step: int) -> None:
+        """Cut metrics.jsonl back to the steps before `step`: what a resume goes on from."""
+        if self.metrics_file.exists():
+            kept = [m for m in self.metrics() if m["step"] < step]
+            text = "".join(json.dumps(m) + "\n" for m in kept)
+            write_atomic(self.metrics_file, text.encode())
+
+    def contract(self) -> Json | None:
+        """The adapter's numerics contract (adapter/stillhouse.json), None without an adapter."""
+        return read_json(self.adapter / "stillhouse.json")
+
+    def is_trained(self) -> bool:
+        """Whether the adapter is there, whole, and of this point."""
+        contract = self.contract()
+        if contract is None or contract.get("id") != self.id:
+            return False
+        sizes = contract["files"]
+        return all(
+            (self.adapter / name).is_file()
+            and (self.adapter / name).stat().st_size == entry["size"]
+            for name, entry in sizes.items()
+        )
+
+
+def eval_file(directory: Path, task: str) -> Path:
+    """Where a run's or a baseline's result on one task lies."""
+    return directory / "eval" / f"{task}.json"
+
+
+@dataclass(frozen=True)
+class Runs:
+    """A directory of runs."""
+
+    root: Path
+
+    def of(self, spec: TrainSpec) -> RunDir:
+        """The run directory that this content has, whether it exists or not."""
+        return RunDir(self.root / f"{slug(spec)}-{point_id(spec)}")
+
+    def all(self) -> Iterator[RunDir]:
+        """Every run that was ever started here."""
+        for spec_file in sorted(self.root.glob("*/spec.json")):
+            yield RunDir(spec_file.parent)
+
+    def find(self, word: str) -> list[RunDir]:
+        """The runs that a person can mean by `word`: a NAME, or a prefix of an id."""
+        link = self.names / word
+        if link.is_symlink():
+            return [RunDir(self.root / os.path.basename(link.readlink()))]
+        return [run for run in self.all() if run.id.startswith(word) or run.path.name == word]
+
+    @property
+    def names(self) -> Path:
+        return self.root / "names"
+
+    def sweep_file(self, name: str) -> Path:
+        return self.root / "sweeps" / f"{name}.json"
+
+    def baseline(self, label: str, key: str) -> Path:
+        """Directory of a row that no run trained: teacher, student or ptq."""
+        return self.root / "baselines" / f"{label}-{key}"
+
+    def report(self, name: str) -> Path:
+        return self.root / "reports" / name
+
+    def link_name(self, name: str, run: RunDir) -> None:
+        """Make `names/NAME` lead to the run.
+
+        Raises:
+            ContractError: the name already means another configuration.
+        """
+        link_path(self.names / name, run)
+
+
+def link_path(link: Path, run: RunDir) -> None:
+    """Make a path lead to a run's directory; atomic, and a no-op if it does already.
+
+    Raises:
+        ContractError: something else is at that path, or it leads to another run.
+    """
+    if link.is_symlink():
+        there = os.path.basename(os.readlink(link))
+        if there == run.path.name:
+            return
+        raise ContractError(
+            f"{link} already means {there}, this is {run.path.name}: another configuration."
+            " Choose another name, or remove the link"
+        )
+    if link.exists():
+        raise ContractError(f"{link} exists and is not a link to a run; choose another path")
+    link.parent.mkdir(parents=True, exist_ok=True)
+    target = os.path.relpath(run.path.absolute(), link.parent.absolute())
+    temporary = link.with_name(f".{link.name}.{os.getpid()}.tmp")
+    temporary.symlink_to(target)
+    temporary.replace(link)
+
+
+def new_record(spec: TrainSpec, versions: Json) -> Json:
+    """What spec.json says: the resolved config, its identity, the code and the libraries."""
+    return {
+        "format": FORMAT,
+        "id": point_id(spec),
+        "slug": slug(spec),
+        "spec": to_plain(spec),
+        "versioned": versioned(spec),
+        "code": code_identity(),
+        "versions": versions,
+        "created": now(),
+    }
+
+
+def now() -> float:
+    """Seconds since the epoch, to the millisecond."""
+    return round(time.time(), 3)

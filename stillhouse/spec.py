@@ -1,0 +1,380 @@
+"""This file is where every knob of an experiment is declared: its type, its range, its reason.
+
+Defaults are not here: they are data, in `conf/`. A spec is what a composed config becomes once it
+has been checked; it is frozen, and its identity follows from its content alone (`point_id`). Leaf
+names are unique over the whole tree, so that `lmbda` on a command line can only mean one thing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Annotated, Any, Literal
+
+from pydantic import ConfigDict, Field, TypeAdapter, field_validator, model_validator
+from pydantic.dataclasses import dataclass
+
+_STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+Count = Annotated[int, Field(ge=1)]
+Natural = Annotated[int, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[float, Field(gt=0)]
+NonNegative = Annotated[float, Field(ge=0)]
+Dtype = Literal["float32", "bfloat16", "float16"]
+# Knots of a schedule: (fraction of the run, value), linear between, a repeated fraction is a jump.
+# A bare number is the constant schedule.
+Knots = tuple[tuple[Share, float], ...]
+
+ID_DIGITS = (
+    10  # hex digits of the hash: 40 bits, one collision expected near 10^6 points of one slug
+)
+MAX_NAME = 52  # a Job name becomes a label and a pod name: 63 minus what Kubernetes appends
+
+
+@dataclass(frozen=True, config=_STRICT)
+class PairSpec:
+    """A student, a teacher, and where they come from."""
+
+    pair_name: str
+    pair_source: Literal["generated", "hub", "gguf"]
+    student: str  # hub id, local directory, or the recipe's name
+    teacher: str
+    student_revision: str | None
+    teacher_revision: str | None
+    student_dtype: Dtype  # of the frozen base and of its arithmetic
+    teacher_dtype: Dtype
+    teacher_few_shot: Natural  # exemplars that only the teacher sees (context distillation)
+    pair_seed: Natural | None  # generated pairs only: which teacher and student are made
+    student_steps: Natural | None  # generated pairs only: steps of the student base's training
+    teacher_steps: Natural | None
+
+
+@dataclass(frozen=True, config=_STRICT)
+class MethodSpec:
+    """Where the sequences of a step come from, as a schedule over the run."""
+
+    method_name: str
+    lmbda: Share | Knots  # probability that a step trains on the student's own rollouts
+    off_policy_source: Literal["dataset", "teacher"]  # what the other steps train on
+
+    @field_validator("lmbda")
+    @classmethod
+    def _ordered(cls, value: float | Knots) -> float | Knots:
+        if not isinstance(value, tuple):
+            return value
+        if not value:
+            raise ValueError("a schedule needs at least one [fraction, value] knot")
+        if [f for f, _ in value] != sorted(f for f, _ in value):
+            raise ValueError("the fractions of a schedule must not go back")
+        if any(not 0 <= v <= 1 for _, v in value):
+            raise ValueError("the values of a λ schedule lie in [0, 1]")
+        # A constant schedule is one thing, however it is written.
+        return value[0][1] if len({v for _, v in value}) == 1 else value
+
+
+@dataclass(frozen=True, config=_STRICT)
+class LossSpec:
+    """β-JSD between student and teacher, in TRL's convention."""
+
+    beta: Share  # 0 forward KL(teacher || student), 1 reverse KL(student || teacher)
+    loss_temperature: Positive  # both sides' logits are divided by it
+    loss_chunk: Count  # positions per chunk of the loss: memory, not meaning
+
+
+@dataclass(frozen=True, config=_STRICT)
+class QuantSpec:
+    """How the student's frozen base is stored."""
+
+    quant_type: Literal["none", "int4", "bnb_fp4", "bnb_nf4"]
+    quant_group_size: Literal[32, 64, 128, 256, 512, 1024] | None  # weights that share one scale
+    double_quant: bool  # bitsandbytes: quantise the scales too
+
+    @model_validator(mode="after")
+    def _grouped(self) -> QuantSpec:
+        if (self.quant_type == "none") != (self.quant_group_size is None):
+            raise ValueError(
+                f"quant_type {self.quant_type} with quant_group_size {self.quant_group_size}: "
+                "a group size belongs to a quantiser, and only to one (choose with quant=NAME)"
+            )
+        return self
+
+
+@dataclass(frozen=True, config=_STRICT)
+class LoraSpec:
+    """The adapter: what is trained."""
+
+    lora_r: Count
+    lora_alpha: Count | None  # null: twice lora_r, as the quantisation seeds have it
+    lora_dropout: Annotated[float, Field(ge=0, lt=1)]
+    target_modules: tuple[str, ...]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _alpha_follows_rank(cls, values: Any) -> Any:
+        kwargs = dict(values.kwargs if hasattr(values, "kwargs") else values)
+        if kwargs.get("lora_alpha", 0) is None and isinstance(kwargs.get("lora_r"), int):
+            kwargs["lora_alpha"] = 2 * kwargs["lora_r"]
+        return kwargs
+
+
+@dataclass(frozen=True, config=_STRICT)
+class DataSpec:
+    """Prompts and the dataset's own completions."""
+
+    data_name: str
+    data_source: Literal["generated", "gsm8k", "tulu3", "local"]
+    data_path: str | None  # hub id, or a local jsonl or parquet file
+    data_split: str
+    prompt_template: str | None  # has {question}; for data with a question field
+    max_length: Annotated[int, Field(ge=16)]  # prompt + completion, tokens
+    min_completion: Count  # tokens a row must leave room for, or it is counted and left out
+    max_rows: Count | None
+    held_out_rows: Natural  # for the loss that do_eval reports; never trained on
+
+    @field_validator("prompt_template")
+    @classmethod
+    def _has_slot(cls, value: str | None) -> str | None:
+        if value is not None and "{question}" not in value:
+            raise ValueError("a prompt_template must contain {question}")
+        return value
+
+    @field_validator("data_path")
+    @classmethod
+    def _is_given(cls, value: str | None) -> str | None:
+        if value == "???":  # OmegaConf's mark of a value that only the user can know
+            raise ValueError("there is no default; give it as data_path=FILE")
+        return value
+
+
+@dataclass(frozen=True, config=_STRICT)
+class RolloutSpec:
+    """How the student writes. Nothing is inherited from a model's generation_config."""
+
+    max_new_tokens: Count
+    min_new_tokens: Natural  # end-of-text is forbidden before it
+    temperature: Positive  # of sampling; the loss has its own
+
+    @model_validator(mode="after")
+    def _room(self) -> RolloutSpec:
+        if self.min_new_tokens > self.max_new_tokens:
+            raise ValueError(
+                f"min_new_tokens {self.min_new_tokens} is above"
+                f" max_new_tokens {self.max_new_tokens}"
+            )
+        return self
+
+
+@dataclass(frozen=True, config=_STRICT)
+class OptimSpec:
+    """AdamW, its schedule and its limits."""
+
+    learning_rate: Positive
+    lr_scheduler_type: Literal["constant", "linear", "cosine"]  # after the warm-up
+    warmup_ratio: Share
+    weight_decay: NonNegative
+    adam_beta1: Annotated[float, Field(ge=0, lt=1)]
+    adam_beta2: Annotated[float, Field(ge=0, lt=1)]
+    adam_epsilon: Positive
+    max_grad_norm: Positive
+
+
+@dataclass(frozen=True, config=_STRICT)
+class TrainingSpec:
+    """The budget of a run and how it is laid over devices."""
+
+    max_steps: Natural
+    per_device_train_batch_size: Count  # sequences per device and accumulation step
+    gradient_accumulation_steps: Count
+    num_processes: Count  # sequences per step = batch × accumulation × processes
+    mixed_precision: Literal["no", "bf16"]
+    gradient_checkpointing: bool
+    seed: Natural
+    sanity_max_nll: (
+        Positive  # nats per token at step 0 above which inputs and targets are misaligned
+    )
+    micro_batch: Count | None  # splits the per-device batch further; null: not at all
+    save_steps: Count
+
+
+@dataclass(frozen=True, config=_STRICT)
+class MonitorSpec:
+    """What is measured on the way; none of it changes what is trained."""
+
+    do_eval: bool  # loss on held-out rows
+    eval_steps: Count
+    score_steps: Natural  # train/score needs a teacher sample, so every N steps; 0: never
+
+
+@dataclass(frozen=True, config=_STRICT)
+class TrackingSpec:
+    """Weights & Biases, when asked. metrics.jsonl is always written."""
+
+    tracker: Literal["none", "wandb"]
+    wandb_project: str
+    wandb_mode: Literal["offline", "online"]
+
+
+@dataclass(frozen=True, config=_STRICT)
+class PlaceSpec:
+    """Where things lie and what people call them."""
+
+    runs: str  # directory of run directories
+    cache_dir: str  # prepared pairs
+    name: str | None  # an alias of the run; its identity is its content
+    output_dir: str | None  # this path shall lead to the run
+    tags: tuple[str, ...]
+    threads: Count | None  # of torch; null: what torch chooses
+
+
+@dataclass(frozen=True, config=_STRICT)
+class SiteSpec:
+    """Where points run, and how many at once."""
+
+    site_name: str
+    max_parallel: Count
+    infra_retries: Natural  # attempts after the first that an infrastructure failure may cost
+    price_usd_per_hour: NonNegative | None  # of one device-hour here; null: not known
+
+
+@dataclass(frozen=True, config=_STRICT)
+class TrainSpec:
+    """One point: everything `train.py` needs to know."""
+
+    pair: PairSpec
+    method: MethodSpec
+    loss: LossSpec
+    quant: QuantSpec
+    lora: LoraSpec
+    data: DataSpec
+    rollout: RolloutSpec
+    optim: OptimSpec
+    training: TrainingSpec
+    monitor: MonitorSpec
+    tracking: TrackingSpec
+    place: PlaceSpec
+    site: SiteSpec
+
+    @model_validator(mode="after")
+    def _fits(self) -> TrainSpec:
+        t, d = self.training, self.data
+        if t.micro_batch is not None and t.per_device_train_batch_size % t.micro_batch:
+            raise ValueError(
+                f"micro_batch {t.micro_batch} must divide per_device_train_batch_size "
+                f"{t.per_device_train_batch_size}"
+            )
+        if d.min_completion >= d.max_length:
+            raise ValueError(
+                f"min_completion {d.min_completion} must be below max_length {d.max_length}"
+            )
+        return self
+
+
+@dataclass(frozen=True, config=_STRICT)
+class TaskSpec:
+    """One lm-eval task and the number that is quoted from it."""
+
+    task: str
+    metric: str  # lm-eval's name, without the filter: acc, acc_norm, exact_match, word_perplexity
+    num_fewshot: Natural | None
+    higher_is_better: bool
+
+
+@dataclass(frozen=True, config=_STRICT)
+class SuiteSpec:
+    """The tasks an adapter is scored on."""
+
+    suite_name: str
+    tasks: tuple[TaskSpec, ...]
+    apply_chat_template: bool
+    limit: Count | None  # first N documents of each task; null: all
+    max_gen_toks: Count  # for tasks that generate
+
+
+@dataclass(frozen=True, config=_STRICT)
+class EvaluationSpec:
+    """Which rows the table gets."""
+
+    lora_paths: tuple[str, ...]  # adapters, run directories, or directories with either below
+    eval_teacher: bool
+    eval_student: bool  # the untrained, unquantised student
+    eval_ptq: bool  # the untrained student under quant_type
+    eval_batch_size: Count
+
+
+@dataclass(frozen=True, config=_STRICT)
+class EvalSpec:
+    """Everything `eval.py` needs to know."""
+
+    pair: PairSpec
+    quant: QuantSpec
+    data: DataSpec
+    suite: SuiteSpec
+    evaluation: EvaluationSpec
+    place: PlaceSpec
+
+
+# Not part of a point's identity, and why. Whole sections first.
+NOT_VERSIONED: dict[str, str] = {
+    "monitor": "measures, does not train",
+    "tracking": "where metrics are copied to",
+    "place": "paths, names, tags and threads",
+    "site": "where it runs",
+    "loss.loss_chunk": "splits a sum",
+    "training.micro_batch": "splits a sum",
+    "training.save_steps": "a resumed run equals one that never stopped",
+    "training.sanity_max_nll": "a check, not a computation",
+}
+
+_TRAIN = TypeAdapter(TrainSpec)
+_SKIP_SECTIONS = frozenset(key for key in NOT_VERSIONED if "." not in key)
+_SKIP_LEAVES = [key.split(".") for key in NOT_VERSIONED if "." in key]
+
+
+def to_plain(spec: TrainSpec | EvalSpec) -> dict[str, Any]:
+    """The spec as JSON-able dicts and lists."""
+    if isinstance(spec, TrainSpec):
+        return _TRAIN.dump_python(spec, mode="json")
+    return TypeAdapter(EvalSpec).dump_python(spec, mode="json")
+
+
+def versioned(spec: TrainSpec) -> dict[str, dict[str, Any]]:
+    """The fields that decide the numbers a run produces: what its identity is made of."""
+    plain = to_plain(spec)
+    for section in _SKIP_SECTIONS:
+        del plain[section]
+    for section, leaf in _SKIP_LEAVES:
+        del plain[section][leaf]
+    return plain
+
+
+def digest(content: Any) -> str:
+    """sha256 of JSON-able content: key order and the spelling of a number do not matter."""
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def point_id(spec: TrainSpec) -> str:
+    """Ten hex digits that name this content, and no other."""
+    return digest(versioned(spec))[:ID_DIGITS]
+
+
+def slug(spec: TrainSpec) -> str:
+    """The readable half of a run's directory name: pair and method, as a DNS label."""
+    words = f"{spec.pair.pair_name}-{spec.method.method_name}".lower()
+    label = "".join(c if c.isalnum() else "-" for c in words).strip("-")
+    return label[: MAX_NAME - ID_DIGITS - 1].rstrip("-")
+
+
+def score_key(suite: SuiteSpec, task: TaskSpec) -> str:
+    """What makes two scores of one adapter on one task the same question."""
+    asked = TypeAdapter(TaskSpec).dump_python(task, mode="json")
+    settings = (suite.apply_chat_template, suite.limit, suite.max_gen_toks)
+    return digest([asked, settings])[:ID_DIGITS]
+
+
+def baseline_key(label: str, pair: PairSpec, quant: QuantSpec) -> str:
+    """Identity of a row that no run trained: only `ptq` depends on the quantiser."""
+    plain = TypeAdapter(PairSpec).dump_python(pair, mode="json")
+    stored = TypeAdapter(QuantSpec).dump_python(quant, mode="json") if label == "ptq" else None
+    return digest([label, plain, stored])[:ID_DIGITS]

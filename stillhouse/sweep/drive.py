@@ -1,0 +1,311 @@
+"""This file is where a sweep is kept going until nothing is left to do: observe, plan, act, wait.
+
+The loop holds no truth. What a point is, it reads (`plan`); how something runs, its backend knows;
+what a person sees, its watcher shows. Kill it at any moment, start it again, and it goes on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import signal
+from collections.abc import Generator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+from stillhouse.compose import Overrides, compose
+from stillhouse.errors import AGAIN, DONE, POISON
+from stillhouse.rundir import RunDir, code_identity, now, write_json
+from stillhouse.spec import EvalSpec
+from stillhouse.sweep.grid import Point, Sweep
+from stillhouse.sweep.plan import (
+    Action,
+    Baseline,
+    Observation,
+    Situation,
+    actions,
+    baselines_of,
+    groups_of,
+    look,
+    observe,
+)
+from stillhouse.sweep.roster import Roster, is_cancelled, log_file, roster_of
+
+SOME_FAILED = 1  # the launcher's own exit code (DESIGN: Exit codes of the launcher's verbs)
+TICK_S = 0.5  # how often the loop looks up while nothing ends
+
+
+@dataclass(frozen=True)
+class Task:
+    """An action with all that a backend needs to carry it out."""
+
+    action: Action
+    arguments: tuple[Any, ...]  # of the function that its kind of action stands for
+    runs: tuple[RunDir, ...]  # of its points
+    suite_spec: EvalSpec | None  # of an evaluation
+    log: Path  # what it prints is appended here
+
+
+@dataclass(frozen=True)
+class Finished:
+    """How a task ended."""
+
+    action: Action
+    exit_code: int
+    cause: str | None
+    seconds: float
+
+
+@runtime_checkable
+class Backend(Protocol):
+    """Something that runs tasks, and leaves in their run directories how they ended."""
+
+    def start(self, task: Task) -> None:
+        """Take a task on; returns at once."""
+        ...
+
+    def wait(self, timeout_s: float) -> list[Finished]:
+        """The tasks that ended, as soon as one does; none when the time is over."""
+        ...
+
+    def stop(self) -> None:
+        """Ask every task to save and end."""
+        ...
+
+    def kill(self) -> None:
+        """End every task now."""
+        ...
+
+
+@dataclass(frozen=True)
+class Picture:
+    """What there is to see of a sweep under way."""
+
+    roster: Roster
+    observations: Mapping[str, Observation]
+    live: Sequence[Action]
+    is_stopping: bool
+
+
+@runtime_checkable
+class Watcher(Protocol):
+    """Somebody to whom the loop says what happens."""
+
+    def started(self, action: Action) -> None: ...
+
+    def finished(self, finished: Finished) -> None: ...
+
+    def says(self, text: str) -> None: ...
+
+    def sees(self, picture: Picture) -> None:
+        """Called at every turn of the loop, at least once a second."""
+        ...
+
+
+class Interrupts:
+    """How often somebody asked us to stop."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    @contextlib.contextmanager
+    def counted(self) -> Generator[None, None, None]:
+        """Count SIGINT and SIGTERM instead of ending by them."""
+
+        def one_more(number: int, frame: Any) -> None:
+            self.count += 1
+
+        before = {s: signal.signal(s, one_more) for s in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+class Drive:
+    """One loop over one sweep; `only`: the points it is about, all of them without it."""
+
+    def __init__(
+        self, sweep: Sweep, backend: Backend, watcher: Watcher, only: Roster | None = None
+    ) -> None:
+        self.sweep, self.backend, self.watcher = sweep, backend, watcher
+        self.roster = only or roster_of(sweep)
+        self.points: dict[str, Point] = {
+            point.id: point for point in sweep.points if point.id in self.roster.by_id
+        }
+        groups = groups_of(sweep)
+        self.groups = {id_: groups[id_] for id_ in self.points}
+        self.since = now()
+        self.observations = observe(self.roster)
+        self.baselines: tuple[Baseline, ...] = baselines_of(sweep, groups)
+        self.prepared: dict[str, bool] = {}
+        self.failed_to_prepare: dict[str, int] = {}
+        self.blocked: dict[str, str] = {}  # group -> why its pair cannot be had
+        self.live: list[Action] = []
+
+    def run(self) -> int:
+        """Go on until nothing is left to do or somebody asks to stop; the verb's exit code."""
+        interrupts = Interrupts()
+        with interrupts.counted():
+            try:
+                while not self._is_asked_to_stop(interrupts):
+                    self._start_what_can()
+                    elsewhere = self._elsewhere()
+                    if not self.live and not elsewhere:
+                        return self._exit_code()
+                    self._turn()
+                    for id_ in elsewhere:
+                        self._look(id_)
+                return self._wind_down(interrupts)
+            except BaseException:
+                self.backend.stop()  # nobody would reap them, but they can still save
+                raise
+
+    def _is_asked_to_stop(self, interrupts: Interrupts) -> bool:
+        if interrupts.count:
+            return True
+        if is_cancelled(self.sweep.runs, self.sweep.name, self.since):
+            self.watcher.says("cancelled by `stillhouse cancel`")
+            return True
+        return False
+
+    def _wind_down(self, interrupts: Interrupts) -> int:
+        """Let what runs save and end; a second Ctrl-C does not let it."""
+        self.watcher.says(
+            f"stopping: {len(self.live)} at work save what they have (Ctrl-C again kills them)"
+        )
+        self.backend.stop()
+        already = min(interrupts.count, 1)
+        while self.live:
+            self._turn(is_stopping=True)
+            if interrupts.count > max(already, 1):
+                already = interrupts.count
+                self.backend.kill()
+        return AGAIN
+
+    def _turn(self, is_stopping: bool = False) -> None:
+        self.watcher.sees(Picture(self.roster, self.observations, tuple(self.live), is_stopping))
+        for finished in self.backend.wait(TICK_S):
+            self._finish(finished)
+
+    def _start_what_can(self) -> None:
+        while self._is_surprised_while_starting():
+            pass
+
+    def _is_surprised_while_starting(self) -> bool:
+        """Start what is next; true where a point was not what it was: then all is planned anew."""
+        situation = Situation(
+            self.groups, self.observations, self.baselines, self.prepared, self.live, self.since
+        )
+        for action in actions(situation, self.sweep.site.max_parallel, self.sweep.pack):
+            # Another `run`, or a person, may have been quicker since we looked.
+            before = [self.observations[id_] for id_ in action.points]
+            for id_ in action.points:
+                self._look(id_)
+            if [self.observations[id_] for id_ in action.points] != before:
+                return True
+            self.backend.start(self._task(action))
+            self.live.append(action)
+            self.watcher.started(action)
+        return False
+
+    def _finish(self, finished: Finished) -> None:
+        action = finished.action
+        self.live.remove(action)
+        for id_ in action.points:
+            self._look(id_)
+        if action.kind == "prepare":
+            self._learn_whether_prepared(finished)
+        if action.baselines:
+            self.baselines = baselines_of(self.sweep, groups_of(self.sweep))
+        self.watcher.finished(finished)
+
+    def _learn_whether_prepared(self, finished: Finished) -> None:
+        """A pair that cannot be had is no point's failure: it is tried again by the next `run`."""
+        group = finished.action.group
+        if finished.exit_code == DONE:
+            self.prepared[group] = True
+        elif finished.exit_code != AGAIN:
+            self.failed_to_prepare[group] = self.failed_to_prepare.get(group, 0) + 1
+            many = self.failed_to_prepare[group] > self.sweep.site.infra_retries
+            if many or finished.exit_code in POISON:
+                self.prepared[group] = False
+                self.blocked[group] = finished.cause or f"exit code {finished.exit_code}"
+
+    def _look(self, id_: str) -> None:
+        self.observations[id_] = look(self.roster.run(id_), self.roster.suite)
+
+    def _elsewhere(self) -> list[str]:
+        """Points that some other process has at work: waiting for them is all there is to do."""
+        ours = {id_ for action in self.live for id_ in action.points}
+        return [
+            id_
+            for id_, seen in self.observations.items()
+            if seen.state == "running" and id_ not in ours
+        ]
+
+    def _exit_code(self) -> int:
+        states = {seen.state for seen in self.observations.values()}
+        if self.given_up() or states & {"failed", "stopped", "drifted"}:
+            return SOME_FAILED
+        return DONE if states <= {"done"} else AGAIN
+
+    def given_up(self) -> dict[str, str]:
+        """What no run tells: pairs that cannot be had, and baselines that cannot be scored."""
+        pairs = {f"the pair of {group}": cause for group, cause in self.blocked.items()}
+        return pairs | {f"baseline {b.directory.name}": b.cause for b in self.baselines if b.cause}
+
+    # --------------------------------------------------------------- what a backend is given
+
+    def _task(self, action: Action) -> Task:
+        runs = tuple(self.roster.run(id_) for id_ in action.points)
+        log = log_file(self.sweep.runs, self.sweep.name)
+        if action.kind == "train":
+            return Task(action, (self.points[action.points[0]].spec,), runs, None, runs[0].log_file)
+        if action.kind == "eval":
+            spec = self._eval_spec(action)
+            return Task(action, (spec,), runs, spec, log)
+        first = next(self.points[id_] for id_, g in self.groups.items() if g == action.group).spec
+        return Task(action, (first.pair, first.quant, Path(first.place.cache_dir)), (), None, log)
+
+    def _eval_spec(self, action: Action) -> EvalSpec:
+        point, defaults = self.points[action.points[0]].spec, self._eval_defaults
+        assert self.sweep.suite is not None
+        labels = {b.label for b in self.baselines if b.directory in action.baselines}
+        evaluation = dataclasses.replace(
+            defaults.evaluation,
+            lora_paths=tuple(str(self.roster.run(id_).path) for id_ in action.points),
+            eval_teacher="teacher" in labels,
+            eval_student="student" in labels,
+            eval_ptq="ptq" in labels,
+        )
+        return EvalSpec(
+            pair=point.pair,
+            quant=point.quant,
+            data=point.data,
+            suite=self.sweep.suite,
+            evaluation=evaluation,
+            place=dataclasses.replace(point.place, name=None, output_dir=None, tags=()),
+        )
+
+    @functools.cached_property
+    def _eval_defaults(self) -> EvalSpec:
+        return compose(Overrides({}, {}), EvalSpec)
+
+
+def adopt_code(roster: Roster, observations: Mapping[str, Observation]) -> list[str]:
+    """Let drifted points go on under the code at hand, and write down that they did; their ids.
+
+    spec.json keeps every digest that had a part in a run: the report names mixed code.
+    """
+    drifted = [id_ for id_, seen in observations.items() if seen.state == "drifted"]
+    for id_ in drifted:
+        run = roster.run(id_)
+        record = run.record()
+        assert record is not None, "a point drifts from the code that its record names"
+        earlier = [*record.get("earlier_code", []), record["code"]]
+        write_json(run.spec_file, record | {"code": code_identity(), "earlier_code": earlier})
+    return drifted

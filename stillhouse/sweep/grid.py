@@ -1,0 +1,294 @@
+"""This file is where a sweep becomes a list of checked points.
+
+    base < grid, points < command line       who overrides whom; seeds multiply everything
+
+A word of the command line with several values (`lmbda=0,1`) means the union of the sweeps that its
+single values give: it replaces an axis of the file, and multiplies explicit points. Every point is
+composed and checked here, before anything starts: 10,000 in seconds (see `compose`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+from stillhouse.compose import Overrides, as_command_line, compose, resolve, vocabulary
+from stillhouse.errors import ConfigError, nearest
+from stillhouse.spec import (
+    NOT_VERSIONED,
+    EvalSpec,
+    SiteSpec,
+    SuiteSpec,
+    TrainSpec,
+    digest,
+    point_id,
+    slug,
+)
+from stillhouse.sweep import asked as request
+from stillhouse.sweep.asked import SEED, Asked, Axes, Compare, Knobs, label, text
+
+MAX_POINTS = (
+    100_000  # ten times the largest grid that is planned for; more is a slip of the keyboard
+)
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")  # names become file names below runs/names
+
+__all__ = ["Compare", "Point", "Sweep", "load_sweep"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Point:
+    """One run of a sweep: its identity, its whole spec, and what tells it from its neighbours."""
+
+    id: str
+    slug: str
+    spec: TrainSpec
+    name: str | None  # only where somebody gave one
+    tags: tuple[str, ...]
+    overrides: dict[str, Any]  # each axis of the sweep, and "seed": leaf (or group) -> value
+
+
+@dataclasses.dataclass(frozen=True)
+class Sweep:
+    """A question, and the points that answer it."""
+
+    name: str
+    file: str | None
+    question: str | None
+    points: tuple[Point, ...]
+    axes: dict[str, tuple[Any, ...]]  # what varies, seeds apart: leaf (or group) -> values
+    suite: SuiteSpec | None  # None: points are trained and not scored
+    pack: int  # adapters per evaluation
+    compare: Compare | None
+    site: SiteSpec
+    runs: Path
+    baselines: tuple[str, ...]  # of "teacher", "student", "ptq"
+
+
+def load_sweep(target: str | None, words: list[str], runs: Path) -> Sweep:
+    """The sweep that a file (or none) and the words of a command line describe.
+
+    Raises:
+        ConfigError: anything that cannot be right, in one or two lines that name the place.
+    """
+    if target is None and not words:
+        raise ConfigError(
+            "nothing is asked; give a sweep file, or a grid: pair=tiny lmbda=0,0.5,1 seeds=3"
+        )
+    asked = request.read(target, words)
+    points = _points(asked, runs)
+    axes = {
+        name: tuple(dict.fromkeys(point.overrides[name] for point in points))
+        for name in points[0].overrides
+        if name != "seed"
+    }
+    suite = _suite(asked, points[0].spec)
+    block = asked.eval if suite else None
+    baselines = block.baselines if block else ()
+    if all(point.spec.quant.quant_type == "none" for point in points):
+        baselines = tuple(name for name in baselines if name != "ptq")
+    return Sweep(
+        name=_name(points, axes, suite) if target is None else Path(target).stem,
+        file=target,
+        question=asked.question,
+        points=points,
+        axes=axes,
+        suite=suite,
+        pack=block.pack if block else 1,
+        compare=_compare(asked, axes, suite),
+        site=points[0].spec.site,
+        runs=runs,
+        baselines=baselines,
+    )
+
+
+def _points(asked: Asked, runs: Path) -> tuple[Point, ...]:
+    """All points of a sweep, each checked, no two alike."""
+    grid = {**asked.grid, **asked.typed} if asked.grid or not asked.points else None
+    count = 0 if grid is None else math.prod(map(len, grid.values()))
+    count += len(asked.points) * math.prod(map(len, asked.typed.values()))
+    count *= len(asked.seeds or [SEED])
+    if count > MAX_POINTS:
+        raise ConfigError(
+            f"{asked.where}: {count:,} points; at most {MAX_POINTS:,} are planned at once"
+        )
+    varying = list(dict.fromkeys(itertools.chain(grid or {}, asked.typed, *asked.points)))
+    for key in (*varying, *asked.base, *asked.single):
+        if key in ("place.runs", "place.output_dir"):
+            raise ConfigError(
+                f"{asked.where}: {label(key)} is not for a sweep; use --runs DIR and name"
+            )
+        if key.split(".")[0] == "site" and key in varying:
+            raise ConfigError(f"{asked.where}: {label(key)} is one for all points; put it in site:")
+    axes = [key for key in varying if key not in ("place.name", "place.tags", SEED)]
+    points = tuple(_point(asked, own, axes, runs) for own in _own_knobs(asked, grid))
+    _refuse_twins(points, asked.where)
+    return points
+
+
+def _own_knobs(asked: Asked, grid: Axes | None) -> Iterator[Knobs]:
+    """What each point sets beyond base: the grid, then explicit points; seeds vary fastest."""
+    explicit = itertools.product(asked.points, _product(asked.typed))
+    chosen = [{**point, **typed} for point, typed in explicit]
+    for knobs in itertools.chain(() if grid is None else _product(grid), chosen):
+        if asked.seeds is None:
+            yield knobs
+        else:
+            yield from ({**knobs, SEED: seed} for seed in asked.seeds)
+
+
+def _product(axes: Axes) -> Iterator[Knobs]:
+    return (dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values()))
+
+
+def _point(asked: Asked, own: Knobs, axes: Sequence[str], runs: Path) -> Point:
+    knobs = {**asked.base, **own, **asked.single}
+    knobs["place.runs"] = str(runs)
+    knobs["place.tags"] = _tags(asked, own)
+    knobs["place.name"] = name = _point_name(asked, knobs)
+    groups = {key: value for key, value in knobs.items() if "." not in key}
+    overrides = Overrides(groups, {key: value for key, value in knobs.items() if "." in key})
+    try:
+        for group, option in groups.items():
+            if not isinstance(option, str):
+                resolve(group, option, TrainSpec, asked.where)
+        spec = compose(overrides, TrainSpec, asked.where)
+    except ConfigError as error:
+        # Composed with one `where` for all points, which lets Hydra's part be remembered.
+        what = str(error).removeprefix(f"{asked.where}: ")
+        raise ConfigError(f"{asked.where}: point {_describe(own, name)}: {what}") from error
+    values = {label(key): _value(spec, key, groups) for key in axes}
+    values["seed"] = spec.training.seed
+    return Point(point_id(spec), slug(spec), spec, name, spec.place.tags, values)
+
+
+def _tags(asked: Asked, own: Knobs) -> list[str]:
+    """The tags of the sweep, of the point and of the command line, each once."""
+    found: list[str] = []
+    for knobs in (asked.base, own, asked.single):
+        tags: Any = knobs.get("place.tags", [])
+        if not isinstance(tags, list):
+            raise ConfigError(
+                f"{asked.where}: tags is not a list. Did you mean tags: [{text(tags)}]?"
+            )
+        found += cast("list[str]", tags)
+    return list(dict.fromkeys(found))
+
+
+def _point_name(asked: Asked, knobs: Knobs) -> str | None:
+    """The name somebody gave, told apart where words or seeds make several points of it."""
+    if knobs.get("place.name") is None:
+        return None
+    parts = [str(knobs["place.name"])]
+    parts += [f"{label(key)}{text(knobs[key])}" for key in asked.typed]
+    parts += [f"s{knobs[SEED]}"] if asked.seeds and len(asked.seeds) > 1 else []
+    name = "-".join(parts)
+    if not NAME.fullmatch(name):
+        raise ConfigError(
+            f"{asked.where}: name {name!r}: letters, digits, dot, dash and underscore make a name"
+        )
+    return name
+
+
+def _value(spec: TrainSpec, key: str, groups: Mapping[str, str]) -> Any:
+    """The checked value of a knob; of a group, the option that the point got."""
+    section, _, leaf = key.partition(".")
+    if leaf:
+        return getattr(getattr(spec, section), leaf)
+    name_leaf = "quant_type" if key == "quant" else f"{key}_name"
+    return groups.get(key) or getattr(getattr(spec, section), name_leaf, "default")
+
+
+def _refuse_twins(points: Sequence[Point], where: str) -> None:
+    by_id: dict[str, Point] = {}
+    by_name: dict[str, Point] = {}
+    for point in points:
+        twin = by_id.setdefault(point.id, point)
+        if twin is not point:
+            differ = [key for key, value in point.overrides.items() if twin.overrides[key] != value]
+            idle = [key for key in differ if _is_unversioned(key)]
+            why = f" ({', '.join(idle)} does not change what is trained)" if idle else ""
+            both = [_describe(p.overrides, p.name) for p in (twin, point)]
+            raise ConfigError(
+                f"{where}: two points are the same one: {both[0]}; {both[1]}{why}. Remove one"
+            )
+        if point.name and by_name.setdefault(point.name, point) is not point:
+            raise ConfigError(f'{where}: two points are named "{point.name}"; a name means one')
+
+
+def _is_unversioned(name: str) -> bool:
+    path = vocabulary(TrainSpec).find(name, "")[0]
+    return path in NOT_VERSIONED or path.partition(".")[0] in NOT_VERSIONED
+
+
+def _describe(knobs: Mapping[str, Any], name: str | None) -> str:
+    """A point in words that can be pasted: lmbda=0 beta=1 seed=3."""
+    values = {k: v for k, v in knobs.items() if k not in ("place.name", "place.tags")}
+    words = " ".join(as_command_line(Overrides({}, values)))
+    return f'"{name}" ({words})' if name else words or "(base)"
+
+
+def _suite(asked: Asked, spec: TrainSpec) -> SuiteSpec | None:
+    block = asked.eval
+    if block is None or (block.suite is None and not asked.picks_suite):
+        return None
+    groups = {} if block.suite is None else {"suite": block.suite}
+    if block.suite is None and spec.pair.pair_source == "generated":
+        groups = {"suite": "tiny"}  # the one that asks about the generated problems
+    limit = {} if block.limit is None else {"suite.limit": block.limit}
+    return compose(Overrides(groups, limit), EvalSpec, f"{asked.where}: eval").suite
+
+
+def _compare(
+    asked: Asked, axes: Mapping[str, tuple[Any, ...]], suite: SuiteSpec | None
+) -> Compare | None:
+    """The comparison, with its axis and baseline as the points have them.
+
+    None where the command line took away what it needs: a narrowed axis, another suite.
+    """
+    compare, where = asked.compare, f"{asked.where}: compare"
+    if compare is None:
+        return None
+    by = label(vocabulary(TrainSpec).find(compare.by, f"{where}.by")[0])
+    if by not in axes:
+        raise ConfigError(f"{where}.by = {by}: not an axis of this sweep ({', '.join(axes)})")
+    if "suite" in asked.words and (suite is None or compare.metric not in _metrics(suite)):
+        return None
+    if suite is None:
+        raise ConfigError(
+            f"{where}: nothing is scored, so nothing can be compared; add eval: {{suite}}"
+        )
+    metrics = _metrics(suite)
+    if compare.metric not in metrics:
+        raise ConfigError(
+            f"{where}.metric = {compare.metric}: suite {suite.suite_name} has {', '.join(metrics)}."
+            f"{nearest(compare.metric, metrics)}"
+        )
+    baseline: Any = compare.baseline
+    if isinstance(baseline, list):
+        baseline = tuple(tuple(knot) for knot in cast("list[list[float]]", baseline))
+    if baseline not in axes[by]:
+        if by in asked.words:
+            return None
+        values = ", ".join(map(text, axes[by]))
+        raise ConfigError(f"{where}.baseline = {text(baseline)}: not a value of {by} ({values})")
+    return Compare(by, compare.metric, axes[by][axes[by].index(baseline)])
+
+
+def _metrics(suite: SuiteSpec) -> list[str]:
+    return [f"{task.task}/{task.metric}" for task in suite.tasks]
+
+
+def _name(
+    points: Sequence[Point], axes: Mapping[str, tuple[Any, ...]], suite: SuiteSpec | None
+) -> str:
+    """A readable name that follows from the content of a typed grid: tiny-lmbda-beta-3f9a0c."""
+    pairs = {point.spec.pair.pair_name for point in points}
+    words = [*(pairs if len(pairs) == 1 else ()), *axes]
+    scored = None if suite is None else dataclasses.asdict(suite)
+    content = digest([sorted(point.id for point in points), scored])
+    return f"{'-'.join(words)[:60]}-{content[:6]}"

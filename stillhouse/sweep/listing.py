@@ -1,0 +1,158 @@
+"""This file is where the state of a sweep becomes text or JSON: what plan, run and status print.
+
+Plain strings, no terminal: the same words go to a screen, a log and a test.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Mapping, Sequence
+
+from stillhouse.rundir import Json
+from stillhouse.sweep import cost
+from stillhouse.sweep.asked import text
+from stillhouse.sweep.grid import Sweep
+from stillhouse.sweep.plan import STATES, Observation
+from stillhouse.sweep.progress import counted, duration
+from stillhouse.sweep.roster import Roster, Row
+
+SHOWN = 20  # points that a list names before it only counts them
+FAILED = ("failed", "stopped")
+
+
+def as_json(roster: Roster, observations: Mapping[str, Observation]) -> Json:
+    """The one object that `--json` prints."""
+    totals = Counter(observations[row.id].state for row in roster.rows)
+    return {
+        "sweep": roster.name,
+        "totals": {state: totals[state] for state in STATES},
+        "points": [
+            {
+                "id": row.id,
+                "name": row.name,
+                "overrides": row.overrides,
+                "state": observations[row.id].state,
+                "cause": observations[row.id].cause,
+            }
+            for row in roster.rows
+        ],
+    }
+
+
+def headline(roster: Roster, observations: Mapping[str, Observation]) -> str:
+    """`quickstart: 9 points: 5 done, 4 new`."""
+    states = Counter(observations[row.id].state for row in roster.rows)
+    count = len(roster.rows)
+    return f"{roster.name}: {count} point{'s' if count != 1 else ''}: {counted(states)}"
+
+
+def by_axis(
+    roster: Roster, observations: Mapping[str, Observation], costs: Mapping[str, cost.Cost]
+) -> list[str]:
+    """A table with a line per value of each axis: its points by state, and the time still to go."""
+    present = [s for s in STATES if any(observations[r.id].state == s for r in roster.rows)]
+    table = [["", "", "points", *present, *(["to go"] if costs else [])]]
+    for axis in roster.rows[0].overrides if roster.rows else ():
+        values: dict[str, list[Row]] = {}
+        for row in roster.rows:
+            values.setdefault(text(row.overrides[axis]), []).append(row)
+        for place, (value, rows) in enumerate(itertools.islice(values.items(), SHOWN)):
+            states = Counter(observations[row.id].state for row in rows)
+            line = [axis if place == 0 else "", value, str(len(rows))]
+            line += [str(states[state] or "") for state in present]
+            known = [c.seconds for row in rows if (c := costs.get(row.id)) and c.seconds]
+            table.append([*line, *([duration(sum(known)) if known else ""] if costs else [])])
+        if len(values) > SHOWN:
+            table.append(["", f"and {len(values) - SHOWN} more", "", *([""] * len(table[0][3:]))])
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    return [
+        "  " + "  ".join(_cell(i, cell, widths[i]) for i, cell in enumerate(line)).rstrip()
+        for line in table
+    ]
+
+
+def _cell(column: int, cell: str, width: int) -> str:
+    return cell.ljust(width) if column < 2 else cell.rjust(width)
+
+
+def costs_to_go(sweep: Sweep, observations: Mapping[str, Observation]) -> dict[str, cost.Cost]:
+    """What each point that is still to be trained would cost, from its first step."""
+    left = [point for point in sweep.points if not _is_settled(observations[point.id])]
+    return cost.estimate(left, sweep.runs) if left else {}
+
+
+def estimate(sweep: Sweep, costs: Mapping[str, cost.Cost]) -> list[str]:
+    """Time and price of what is to be trained, and what that rests on."""
+    if not costs:
+        return []
+    total = cost.totals(costs, dict.fromkeys(costs, ""))[-1]
+    points = f"{total.runs} point{'s' if total.runs > 1 else ''} to train"
+    if total.unknown == total.runs:
+        lines = [f"{points}: time not known"]
+    else:
+        slots = min(sweep.site.max_parallel, total.runs)
+        lines = [
+            f"{points}: about {duration(total.hours * 3600 / slots)} with {slots} at once, scoring"
+            f" not counted; {total.device_hours:.2g} device-hours, {_price(total)}"
+        ]
+        if total.unknown:
+            lines.append(f"  without {total.unknown} whose time is not known")
+    bases = Counter(one.basis for one in costs.values()).most_common(4)
+    return lines + [f"  {count} {basis}" for basis, count in bases]
+
+
+def _is_settled(seen: Observation) -> bool:
+    return seen.is_trained or seen.state in ("done", *FAILED)
+
+
+def _price(total: cost.Total) -> str:
+    if total.usd is None:
+        return "price not known (site: price_usd_per_hour)"
+    without = f" (without {total.unpriced} that have no price)" if total.unpriced else ""
+    return f"${total.usd:.2f}{without}"
+
+
+def unfinished(roster: Roster, observations: Mapping[str, Observation], limit: int) -> list[str]:
+    """A line for each point that is not done and has something to say: state, step, cause."""
+    rows = [row for row in roster.rows if observations[row.id].state not in ("done", "new")]
+    lines = [_line(row, observations[row.id]) for row in rows[:limit]]
+    if len(rows) > limit:
+        lines.append(f"  and {len(rows) - limit} more (--all lists every point)")
+    return lines
+
+
+def every(roster: Roster, observations: Mapping[str, Observation]) -> list[str]:
+    """A line for each point."""
+    return [_line(row, observations[row.id]) for row in roster.rows]
+
+
+def _line(row: Row, seen: Observation) -> str:
+    steps = f", step {seen.step}" + (f"/{seen.max_steps}" if seen.max_steps else "")
+    at = steps if seen.step and not seen.is_trained else ""
+    cause = f": {seen.cause}" if seen.cause else ""
+    return f"  {seen.state:<8} {row}{at}{cause}"
+
+
+def failures(roster: Roster, observations: Mapping[str, Observation]) -> list[str]:
+    """What failed and why: one line for each kind of cause."""
+    kinds: dict[str, list[Row]] = {}
+    for row in roster.rows:
+        if observations[row.id].state in FAILED:
+            kinds.setdefault(fingerprint(observations[row.id]), []).append(row)
+    return [_kind(rows, observations) for rows in sorted(kinds.values(), key=len, reverse=True)]
+
+
+def _kind(rows: Sequence[Row], observations: Mapping[str, Observation]) -> str:
+    first = observations[rows[0].id]
+    who = ", ".join(str(row) for row in rows[:3]) + (" …" if len(rows) > 3 else "")
+    return f"{first.state} {len(rows)}: {first.cause or f'exit code {first.exit_code}'} [{who}]"
+
+
+def fingerprint(seen: Observation) -> str:
+    """What failures of one kind have in common: the cause without numbers, ids and paths."""
+    words = (
+        "…" if "/" in word or any(c.isdigit() for c in word) else word
+        for word in (seen.cause or "").split()
+    )
+    return " ".join([str(seen.exit_code), *(word for word, _ in itertools.groupby(words))])

@@ -1,0 +1,344 @@
+"""This file is where what lies on disk becomes the state of every point, and states become actions.
+
+`observe` and `baselines_of` read; `judge` and `actions` are pure. Nothing here knows where points
+run: what a process left in its run directory is all there is.
+
+    new       nobody ever started it          failed    42, 43, 44, or one death too many
+    waiting   may start, or start again       stopped   46: a watch rule ended it
+    running   a live process holds its lock   drifted   begun, untrained, by other code than ours
+    done      trained, and every task that was asked for is scored
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, cast
+
+from stillhouse.errors import AGAIN, POISON, STOPPED
+from stillhouse.rundir import Json, RunDir, code_identity, eval_file, read_json
+from stillhouse.spec import SuiteSpec, score_key
+from stillhouse.sweep.grid import Sweep
+from stillhouse.sweep.roster import Roster, baseline_rows
+
+State = Literal["new", "waiting", "running", "done", "failed", "stopped", "drifted"]
+STATES: tuple[State, ...] = (
+    "done", "running", "waiting", "new", "drifted", "failed", "stopped",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What is known about a point."""
+
+    state: State
+    cause: str | None = None  # why it is not done, where there is a reason
+    step: int = 0  # completed optimiser steps, as status.json last said
+    max_steps: int | None = None
+    exit_code: int | None = None
+    pid: int | None = None  # of the process that has it, while it is running
+    is_trained: bool = False
+    goes_alone: bool = False  # an evaluation with others failed: the next one is to show who it was
+    asked_to_stop: float | None = None  # seconds since the epoch, where that ended it
+
+
+@dataclass(frozen=True)
+class Found:
+    """What lies in a run directory."""
+
+    status: Json
+    code: str | None  # digest of the code that began it; None: nobody did
+    is_trained: bool = False
+    unscored: tuple[str, ...] = ()
+    is_locked: bool = False
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """A row that no run trained, and whether it still has to be scored."""
+
+    directory: Path
+    label: str
+    groups: frozenset[str]  # the groups whose evaluations can take it along
+    is_scored: bool = False
+    goes_alone: bool = False
+    cause: str | None = None  # why it is given up
+
+
+@dataclass(frozen=True)
+class Action:
+    """One thing to do next: prepare a group's pair, train a point, or score a pack of one group."""
+
+    kind: Literal["prepare", "train", "eval"]
+    group: str
+    points: tuple[str, ...] = ()
+    baselines: tuple[Path, ...] = ()
+
+
+@dataclass(frozen=True)
+class Situation:
+    """All that the next actions follow from."""
+
+    groups: Mapping[str, str]  # point id -> group, in the order in which points start
+    observations: Mapping[str, Observation]
+    baselines: Sequence[Baseline]
+    prepared: Mapping[str, bool]  # group -> whether its pair is there; missing: not tried yet
+    live: Sequence[Action]
+    since: float  # who was asked to stop after this is left alone by this loop
+
+
+# ------------------------------------------------------------------------------- reading
+
+
+def observe(roster: Roster) -> dict[str, Observation]:
+    """The state of every point of a sweep, by its id.
+
+    Raises:
+        ContractError: a run directory that another version wrote, or that is not what it says.
+    """
+    there = set(os.listdir(roster.runs)) if roster.runs.is_dir() else set[str]()
+    return {
+        row.id: look(roster.run(row.id), roster.suite)
+        if row.directory in there
+        else Observation("new")
+        for row in roster.rows
+    }
+
+
+def look(run: RunDir, suite: SuiteSpec | None) -> Observation:
+    """The state of one point."""
+    record, status = run.record(), run.status()
+    is_trained = run.is_trained()
+    # The lock is only tried where somebody may hold it: trying it is holding it for an instant.
+    may_run = status.get("phase") in ("starting", "training") or bool(status.get("scoring"))
+    found = Found(
+        status=status,
+        code=record["code"]["digest"] if record else None,
+        is_trained=is_trained,
+        unscored=unscored(run.path, suite) if is_trained else (),
+        is_locked=may_run and run.is_locked(),
+    )
+    return judge(found, code_identity()["digest"] if record else "")
+
+
+def unscored(directory: Path, suite: SuiteSpec | None) -> tuple[str, ...]:
+    """The tasks of a suite that have no result here, or one that answers another question."""
+    missing: list[str] = []
+    for task in suite.tasks if suite else ():
+        result = read_json(eval_file(directory, task.task))
+        if suite and (result is None or result.get("key") != score_key(suite, task)):
+            missing.append(task.task)
+    return tuple(missing)
+
+
+def groups_of(sweep: Sweep) -> dict[str, str]:
+    """Point id -> name of its group: points whose adapters one evaluation can score together."""
+    names: dict[Any, str] = {}
+    found: dict[str, str] = {}
+    for point in sweep.points:
+        spec = point.spec
+        key = (spec.pair, spec.quant, spec.data)
+        if key not in names:
+            name = f"{spec.pair.pair_name}/{spec.quant.quant_type}"
+            twins = sum(other.split("#")[0] == name for other in names.values())
+            names[key] = f"{name}#{twins + 1}" if twins else name
+        found[point.id] = names[key]
+    return found
+
+
+def baselines_of(sweep: Sweep, groups: Mapping[str, str]) -> tuple[Baseline, ...]:
+    """The rows of a sweep that no run trains, as they are on disk now."""
+    found: list[Baseline] = []
+    for row in baseline_rows(sweep):
+        status = RunDir(row.directory).status()
+        found.append(
+            Baseline(
+                directory=row.directory,
+                label=row.label,
+                groups=frozenset(groups[id_] for id_ in row.points),
+                is_scored=not unscored(row.directory, sweep.suite),
+                goes_alone=bool(status.get("eval_alone")),
+                cause=status.get("eval_cause") if status.get("eval_gave_up") else None,
+            )
+        )
+    return tuple(found)
+
+
+# --------------------------------------------------------------------------------- judging
+
+
+def judge(found: Found, code: str) -> Observation:
+    """The state that follows from what lies in a run directory, for a launcher of this code."""
+    status = found.status
+
+    def observed(state: State, cause: str | None = None, **more: Any) -> Observation:
+        return Observation(
+            state,
+            cause,
+            step=cast("int", status.get("step") or 0),
+            max_steps=status.get("max_steps"),
+            exit_code=status.get("eval_exit_code" if found.is_trained else "exit_code"),
+            is_trained=found.is_trained,
+            **more,
+        )
+
+    if found.is_trained and not found.unscored:
+        return observed("done")
+    if found.is_locked:
+        return observed("running", pid=status.get("pid"))
+    if found.is_trained:
+        return _judge_unscored(found, observed)
+    if not status and found.code is None:
+        return Observation("new")
+    exit_code, cause = status.get("exit_code"), status.get("cause")
+    if exit_code == STOPPED:
+        return observed("stopped", cause)
+    if status.get("phase") == "failed" and (exit_code in POISON or status.get("gave_up")):
+        return observed("failed", cause)
+    if found.code not in (None, code):
+        return observed("drifted", f"begun by code {found.code}, this is {code}")
+    if exit_code == AGAIN:
+        return observed("waiting", cause, asked_to_stop=status.get("finished"))
+    if status.get("phase") in ("starting", "training"):
+        cause = "its process ended without a word"
+    elif status.get("phase") == "done":
+        cause = "its adapter is gone, or not whole"
+    return observed("waiting", cause)
+
+
+def _judge_unscored(found: Found, observed: Any) -> Observation:
+    """A trained point without its scores. Its code is not asked: training it mixed nothing."""
+    status = found.status
+    cause = status.get("eval_cause")
+    if status.get("eval_gave_up"):
+        return observed("failed", cause)
+    stopped = status.get("eval_finished") if status.get("eval_exit_code") == AGAIN else None
+    return observed(
+        "waiting",
+        cause or f"trained, to be scored on {', '.join(found.unscored)}",
+        goes_alone=bool(status.get("eval_alone")),
+        asked_to_stop=stopped,
+    )
+
+
+# --------------------------------------------------------------------------------- planning
+
+
+def actions(now: Situation, slots: int, pack: int) -> list[Action]:
+    """What to start now, at most as much as there are free slots.
+
+    Full packs first; then training, group by group, each group's pair prepared before it (one at a
+    time); then what is left to score of groups in which nothing is trained any more.
+    """
+    free = slots - len(now.live)
+    if free <= 0:
+        return []
+    to_train, to_score = _idle(now)
+    chosen: list[Action] = []
+    for group, ids in to_score.items():
+        alone = [id_ for id_ in ids if now.observations[id_].goes_alone]
+        chosen += [Action("eval", group, (id_,)) for id_ in alone]
+        together = [id_ for id_ in ids if id_ not in alone]
+        whole = len(together) // pack * pack
+        chosen += _packs(group, together[:whole], pack)
+        to_score[group] = together[whole:]
+    chosen += _trainings(now, to_train, max(0, free - len(chosen)))
+    coming = _coming(now, to_train)
+    rest = {g: ids for g, ids in to_score.items() if ids and g not in coming}
+    for group, ids in rest.items():
+        # A pack is a maximum: idle slots share the rest.
+        share = max(1, (free - len(chosen)) // len(rest))
+        chosen += _packs(group, ids, min(pack, -(-len(ids) // share)))
+    waiting = coming | {group for group, ids in to_score.items() if ids}
+    return _with_baselines(now, chosen[:free], waiting)[:free]
+
+
+def _idle(now: Situation) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
+    """Points that may start, by group: those to train, and those to score."""
+    busy = {id_ for action in now.live for id_ in action.points}
+    to_train: dict[str, list[str]] = {}
+    to_score: dict[str, list[str]] = {}
+    for id_, group in now.groups.items():
+        seen = now.observations[id_]
+        if id_ in busy or seen.state not in ("new", "waiting"):
+            continue
+        if seen.asked_to_stop is not None and seen.asked_to_stop >= now.since:
+            continue  # somebody stopped it while we ran; starting it again would undo that
+        if seen.is_trained:
+            to_score.setdefault(group, []).append(id_)
+        elif now.prepared.get(group) is not False:
+            to_train.setdefault(group, []).append(id_)
+    return to_train, to_score
+
+
+def _trainings(now: Situation, to_train: Mapping[str, Sequence[str]], free: int) -> list[Action]:
+    chosen: list[Action] = []
+    is_preparing = any(action.kind == "prepare" for action in now.live)
+    for group, ids in to_train.items():
+        if group in now.prepared:
+            chosen += [Action("train", group, (id_,)) for id_ in ids[: free - len(chosen)]]
+        elif not is_preparing and len(chosen) < free:
+            chosen.append(Action("prepare", group))
+            is_preparing = True
+    return chosen
+
+
+def _coming(now: Situation, to_train: Iterable[str]) -> set[str]:
+    """The groups in which some point may still become trained."""
+    elsewhere = (
+        now.groups[id_]
+        for id_, seen in now.observations.items()
+        if seen.state == "running" and not seen.is_trained
+    )
+    return {*to_train, *elsewhere, *(a.group for a in now.live if a.kind == "train")}
+
+
+def _packs(group: str, ids: Sequence[str], size: int) -> list[Action]:
+    return [
+        Action("eval", group, tuple(ids[start : start + size]))
+        for start in range(0, len(ids), size)
+    ]
+
+
+def _with_baselines(now: Situation, chosen: list[Action], waiting: set[str]) -> list[Action]:
+    """The actions, with each baseline that is not scored yet in one of them or in one of its own.
+
+    `waiting`: groups that have or will have something else to score. A baseline that failed in
+    company goes alone, with a point that is scored already: evaluations load by adapter.
+    """
+    taken = {directory for action in now.live for directory in action.baselines}
+    open_ = [b for b in now.baselines if not (b.is_scored or b.cause or b.directory in taken)]
+    result: list[Action] = []
+    for action in chosen:
+        along: list[Path] = []
+        is_company = action.kind == "eval" and not any(
+            now.observations[id_].goes_alone for id_ in action.points
+        )
+        for baseline in list(open_):
+            if is_company and not baseline.goes_alone and action.group in baseline.groups:
+                along.append(baseline.directory)
+                open_.remove(baseline)
+        result.append(Action(action.kind, action.group, action.points, tuple(along)))
+    return result + _carried(now, [b for b in open_ if b.goes_alone or not waiting & b.groups])
+
+
+def _carried(now: Situation, baselines: Iterable[Baseline]) -> list[Action]:
+    """Evaluations of baselines with a point that is scored already: it costs a load, no more."""
+    carriers: dict[str, str] = {}  # group -> a point of it that is done
+    for id_, group in now.groups.items():
+        if now.observations[id_].state == "done":
+            carriers.setdefault(group, id_)
+    alone: list[Action] = []
+    together: dict[str, list[Path]] = {}
+    for baseline in baselines:
+        group = next((g for g in sorted(baseline.groups) if g in carriers), None)
+        if group and baseline.goes_alone:
+            alone.append(Action("eval", group, (carriers[group],), (baseline.directory,)))
+        elif group:
+            together.setdefault(group, []).append(baseline.directory)
+    return alone + [
+        Action("eval", group, (carriers[group],), tuple(directories))
+        for group, directories in together.items()
+    ]

@@ -1,0 +1,206 @@
+"""This file is where a person watches a sweep: a board that stays put in a terminal, or lines.
+
+The board moves twice a second and scrolls only for what went wrong. The lines are one per event,
+without control codes, so that a log is a history.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import Counter
+from collections.abc import Mapping
+from types import TracebackType
+from typing import TextIO
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from stillhouse.errors import AGAIN, DONE
+from stillhouse.rundir import RunDir
+from stillhouse.sweep.drive import Finished, Picture
+from stillhouse.sweep.plan import STATES, Action, Observation
+from stillhouse.sweep.roster import Roster
+
+TAIL_BYTES = 16_384  # of metrics.jsonl: more than a line, less than a page of disk reads
+LIVE_ROWS = 12  # tasks at work that the board lists; a laptop has fewer
+DOING = {"prepare": "prepares", "train": "trains", "eval": "scores"}
+DID = {"prepare": "prepared", "train": "trained", "eval": "scored"}
+
+
+def steps_done(run: RunDir) -> int:
+    """Completed steps of a run under way: what the last whole line of its metrics says."""
+    try:
+        with run.metrics_file.open("rb") as file:
+            file.seek(max(0, run.metrics_file.stat().st_size - TAIL_BYTES))
+            lines = file.read().split(b"\n")
+        return int(json.loads(lines[-2])["step"]) + 1
+    except (OSError, IndexError, ValueError, KeyError):
+        return 0  # nothing written yet, or being written just now
+
+
+def about(action: Action, roster: Roster) -> str:
+    """What an action is about, in a few words."""
+    if action.kind == "train":
+        return str(roster.by_id[action.points[0]])
+    if action.kind == "prepare":
+        return f"the pair of {action.group}"
+    points, rows = len(action.points), len(action.baselines)
+    words = [str(roster.by_id[action.points[0]]) if points == 1 else f"{points} points"]
+    if rows:
+        words.append(f"{rows} baseline{'s' if rows > 1 else ''}")
+    return f"{' and '.join(words)} of {action.group}"
+
+
+def states_now(picture: Picture) -> Counter[str]:
+    """Points by state, counting what this launcher has at work as running."""
+    live = {id_ for action in picture.live for id_ in action.points}
+    return Counter(
+        "running" if id_ in live and seen.state != "done" else seen.state
+        for id_, seen in picture.observations.items()
+    )
+
+
+def counted(states: Mapping[str, int]) -> str:
+    """`5 done, 2 running`, in one fixed order and without the zeros."""
+    return ", ".join(f"{states[state]} {state}" for state in STATES if states.get(state))
+
+
+def duration(seconds: float) -> str:
+    """A time as a person says it: 42 s, 7 min, 3 h 20 min."""
+    if seconds < 99.5:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    if minutes < 100:
+        return f"{minutes} min"
+    return f"{minutes // 60} h {minutes % 60} min"
+
+
+class Lines:
+    """One line per event."""
+
+    def __init__(self, roster: Roster, stream: TextIO) -> None:
+        self.roster, self.stream = roster, stream
+        self.states: Counter[str] = Counter()
+
+    def __enter__(self) -> Lines:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stream.flush()
+
+    def says(self, text: str) -> None:
+        print(time.strftime("%H:%M:%S"), text, file=self.stream, flush=True)
+
+    def started(self, action: Action) -> None:
+        self.says(f"{DOING[action.kind]} {about(action, self.roster)}")
+
+    def finished(self, finished: Finished) -> None:
+        self.says(how_it_ended(finished, self.roster))
+
+    def sees(self, picture: Picture) -> None:
+        states = states_now(picture)
+        if states["done"] != self.states["done"]:
+            self.says(f"{picture.roster.name}: {counted(states)}")
+        self.states = states
+
+
+def how_it_ended(finished: Finished, roster: Roster) -> str:
+    """One line on a task that ended."""
+    what = about(finished.action, roster)
+    if finished.exit_code == DONE:
+        return f"{DID[finished.action.kind]} {what} in {duration(finished.seconds)}"
+    if finished.exit_code == AGAIN:
+        return f"stopped {what}: {finished.cause}"
+    cause = finished.cause or "no words"
+    return f"failed: {finished.action.kind} {what}: {cause} (exit code {finished.exit_code})"
+
+
+class Board:
+    """A few lines that stay where they are: one bar for the sweep, one row per task at work."""
+
+    def __init__(self, roster: Roster, console: Console) -> None:
+        self.roster, self.console = roster, console
+        self.live = Live(console=console, auto_refresh=False, transient=True)
+        self.began: dict[Action, float] = {}
+        self.first: tuple[float, float] | None = None  # when training began, and points' worth then
+
+    def __enter__(self) -> Board:
+        self.live.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.live.stop()
+
+    def says(self, text: str) -> None:
+        self.console.print(Text(text))
+
+    def started(self, action: Action) -> None:
+        self.began[action] = time.monotonic()
+
+    def finished(self, finished: Finished) -> None:
+        self.began.pop(finished.action, None)
+        if finished.exit_code not in (DONE, AGAIN):
+            self.says(how_it_ended(finished, self.roster))
+
+    def sees(self, picture: Picture) -> None:
+        steps = {
+            action.points[0]: steps_done(self.roster.run(action.points[0]))
+            for action in picture.live
+            if action.kind == "train"
+        }
+        worth = sum(_worth(seen, steps.get(id_)) for id_, seen in picture.observations.items())
+        clock = time.monotonic()
+        if self.first is None and steps:
+            self.first = (clock, worth)
+        self.live.update(self._drawn(picture, steps, worth, clock), refresh=True)
+
+    def _drawn(
+        self, picture: Picture, steps: Mapping[str, int], worth: float, clock: float
+    ) -> Group:
+        total = len(picture.observations)
+        words = [counted(states_now(picture))]
+        if picture.is_stopping:
+            words.append("stopping")
+        elif self.first and worth > self.first[1] and worth < total:
+            rate = (worth - self.first[1]) / (clock - self.first[0])
+            words.append(f"about {duration((total - worth) / rate)} of training left")
+        head = Table.grid(padding=(0, 2))
+        head.add_row(
+            Text(picture.roster.name, style="bold"),
+            ProgressBar(total, worth, width=30),
+            Text(" · ".join(words)),
+        )
+        rows = Table.grid(padding=(0, 2))
+        for action in picture.live[:LIVE_ROWS]:
+            since = duration(clock - self.began.get(action, clock))
+            if action.kind == "train":
+                seen = picture.observations[action.points[0]]
+                now_at, end = steps[action.points[0]], seen.max_steps
+                since = f"step {now_at}{f'/{end}' if end else ''} · {since}"
+            rows.add_row(f"  {DOING[action.kind]}", about(action, self.roster), Text(since))
+        more = len(picture.live) - LIVE_ROWS
+        return Group(head, rows, *([Text(f"  and {more} more")] if more > 0 else []))
+
+
+def _worth(seen: Observation, steps: int | None) -> float:
+    """How much of a point's training is behind it, in [0, 1]."""
+    if seen.is_trained or seen.state in ("failed", "stopped"):
+        return 1.0
+    done = seen.step if steps is None else max(steps, seen.step)
+    return min(1.0, done / seen.max_steps) if seen.max_steps else 0.0
+
+
+def watcher(roster: Roster, stream: TextIO) -> Board | Lines:
+    """A board where somebody looks at a terminal, lines where they go to a file."""
+    console = Console(file=stream, highlight=False)
+    is_screen = stream.isatty() and not console.is_dumb_terminal
+    return Board(roster, console) if is_screen else Lines(roster, stream)

@@ -1,0 +1,252 @@
+"""This file is where a sweep is written down as it was asked, and found again by what it is called.
+
+    <runs>/sweeps/NAME.json        which points, suite and baselines: all that looking takes
+    <runs>/sweeps/NAME.cancelled   when somebody asked a running `run` of it to end
+    <runs>/sweeps/NAME.log         what preparing its pairs and scoring its points printed
+
+The verbs that look or mend need no configuration, only this: a sweep outlives its file.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, cast
+
+from pydantic import TypeAdapter
+
+from stillhouse.errors import ConfigError, ContractError, nearest
+from stillhouse.rundir import FORMAT, Json, RunDir, Runs, now, read_json, write_json
+from stillhouse.spec import PairSpec, QuantSpec, SuiteSpec, baseline_key
+from stillhouse.sweep.asked import text
+from stillhouse.sweep.grid import Sweep
+
+
+@dataclass(frozen=True)
+class Row:
+    """A point as it is listed: no spec, but all that finds and names it."""
+
+    id: str
+    slug: str
+    name: str | None
+    overrides: dict[str, Any]
+
+    @property
+    def directory(self) -> str:
+        return f"{self.slug}-{self.id}"
+
+    def __str__(self) -> str:
+        """What people call it: its name, or what it sets, and the id's first digits."""
+        words = self.name or " ".join(f"{k}={text(v)}" for k, v in self.overrides.items())
+        return f"{words or self.slug} ({self.id[:6]})"
+
+
+@dataclass(frozen=True)
+class Roster:
+    """The points of a sweep, where they lie, and what makes one of them done."""
+
+    name: str
+    runs: Path
+    rows: tuple[Row, ...]
+    suite: SuiteSpec | None
+    baselines: tuple[Path, ...]  # directories of the rows that no run trained
+
+    @functools.cached_property
+    def by_id(self) -> dict[str, Row]:
+        return {row.id: row for row in self.rows}
+
+    def run(self, id_: str) -> RunDir:
+        return RunDir(self.runs / self.by_id[id_].directory)
+
+
+@dataclass(frozen=True)
+class BaselineRow:
+    """A row that no run trains: teacher, student or ptq, of one pair and quantiser."""
+
+    directory: Path
+    label: str
+    pair_name: str
+    quant_type: str | None  # of ptq only: the others do not depend on it
+    points: tuple[str, ...]  # ids of the points beside which it stands
+
+
+def roster_of(sweep: Sweep) -> Roster:
+    """The points of a sweep that was just read."""
+    rows = (Row(p.id, p.slug, p.name, p.overrides) for p in sweep.points)
+    baselines = tuple(row.directory for row in baseline_rows(sweep))
+    return Roster(sweep.name, sweep.runs, tuple(rows), sweep.suite, baselines)
+
+
+def write(sweep: Sweep) -> None:
+    """Write the sweep down as it is asked now, and make its points' names lead to their runs.
+
+    Raises:
+        ContractError: a name already means another configuration; nothing was written then.
+    """
+    runs, roster = Runs(sweep.runs), roster_of(sweep)
+    for row in roster.rows:
+        link = runs.names / str(row.name)
+        if row.name and link.is_symlink() and link.readlink().name != row.directory:
+            runs.link_name(row.name, roster.run(row.id))  # says what it means already
+    write_json(runs.sweep_file(sweep.name), _record(sweep))
+    for row in roster.rows:
+        if row.name:
+            runs.link_name(row.name, roster.run(row.id))
+
+
+def _record(sweep: Sweep) -> Json:
+    suite = TypeAdapter(SuiteSpec).dump_python(sweep.suite, mode="json") if sweep.suite else None
+    compare = sweep.compare
+    return {
+        "format": FORMAT,
+        "name": sweep.name,
+        "file": sweep.file,
+        "question": sweep.question,
+        "compare": compare
+        and {"by": compare.by, "metric": compare.metric, "baseline": compare.baseline},
+        "axes": {leaf: list(values) for leaf, values in sweep.axes.items()},
+        "suite": suite,
+        "pack": sweep.pack,
+        "points": [
+            {
+                "id": point.id,
+                "slug": point.slug,
+                "name": point.name,
+                "tags": list(point.tags),
+                "overrides": point.overrides,
+            }
+            for point in sweep.points
+        ],
+        "baselines": [
+            {
+                "label": row.label,
+                "pair_name": row.pair_name,
+                "quant_type": row.quant_type,
+                "directory": row.directory.name,
+            }
+            for row in baseline_rows(sweep)
+        ],
+        "created": now(),
+    }
+
+
+def baseline_rows(sweep: Sweep) -> tuple[BaselineRow, ...]:
+    """The rows of a sweep's table that no run trains."""
+    points: dict[tuple[PairSpec, QuantSpec], list[str]] = {}
+    for point in sweep.points if sweep.suite else ():
+        points.setdefault((point.spec.pair, point.spec.quant), []).append(point.id)
+    found: dict[Path, BaselineRow] = {}
+    for (pair, quant), ids in points.items():
+        for label in sweep.baselines:
+            is_ptq = label == "ptq"
+            if is_ptq and quant.quant_type == "none":
+                continue  # it would be the student
+            directory = Runs(sweep.runs).baseline(label, baseline_key(label, pair, quant))
+            before = found[directory].points if directory in found else ()
+            found[directory] = BaselineRow(
+                directory, label, pair.pair_name, quant.quant_type if is_ptq else None,
+                (*before, *ids),
+            )  # fmt: skip
+    return tuple(found.values())
+
+
+def names(runs: Path) -> list[str]:
+    """The sweeps that were ever started here."""
+    return sorted(file.stem for file in Runs(runs).sweep_file("x").parent.glob("*.json"))
+
+
+def read(runs: Path, name: str) -> Roster | None:
+    """A sweep that was started here, as it was last asked; None where there is none of that name.
+
+    Raises:
+        ContractError: its file was written by another version.
+    """
+    file = Runs(runs).sweep_file(name)
+    record = read_json(file)
+    if record is None:
+        return None
+    if record.get("format") != FORMAT:
+        raise ContractError(
+            f"{file}: written in format {record.get('format')}, this version reads format {FORMAT};"
+            " use another --runs directory, or the version that wrote it"
+        )
+    rows = (Row(p["id"], p["slug"], p["name"], p["overrides"]) for p in record["points"])
+    suite = record["suite"] and TypeAdapter(SuiteSpec).validate_python(record["suite"])
+    baselines = tuple(runs / "baselines" / b["directory"] for b in record["baselines"])
+    return Roster(name, runs, tuple(rows), cast("SuiteSpec | None", suite), baselines)
+
+
+def find(word: str, runs: Path) -> Roster:
+    """What `word` means: a sweep's name, a run's NAME, or an id's first digits.
+
+    Raises:
+        ConfigError: it means nothing here, or more than one run.
+    """
+    sweep = read(runs, word)
+    if sweep is not None:
+        return sweep
+    found = Runs(runs).find(word)
+    if len(found) > 1:
+        ids = ", ".join(sorted(run.id for run in found)[:4])
+        raise ConfigError(f'"{word}" means {len(found)} runs ({ids} …); give more digits')
+    if not found:
+        links = Runs(runs).names
+        known = [*names(runs), *([p.name for p in links.iterdir()] if links.is_dir() else [])]
+        raise ConfigError(
+            f'no sweep and no run "{word}" below {runs}/ (a sweep file ends in .yaml;'
+            f" `stillhouse status` lists the sweeps).{nearest(word, known)}"
+        )
+    return _with_its_sweep(found[0], runs)
+
+
+def _with_its_sweep(run: RunDir, runs: Path) -> Roster:
+    """One run, with the suite of a sweep it belongs to: what makes it done."""
+    for name in names(runs):
+        sweep = read(runs, name)
+        if sweep and run.id in sweep.by_id:
+            return replace(sweep, rows=(sweep.by_id[run.id],), baselines=())
+    slug = run.path.name.rpartition("-")[0]
+    return Roster(run.path.name, runs, (Row(run.id, slug, None, {}),), None, ())
+
+
+def narrowed(roster: Roster, words: Sequence[str]) -> Roster:
+    """The points that `--point` names, by name or by an id's first digits; all of them without one.
+
+    Raises:
+        ConfigError: a word that means no point of the sweep, or more than one.
+    """
+    if not words:
+        return roster
+    chosen: dict[str, Row] = {}
+    for word in words:
+        found = [row for row in roster.rows if row.name == word] or [
+            row for row in roster.rows if row.id.startswith(word) or row.directory == word
+        ]
+        if len(found) != 1:
+            known = [row.name or row.id for row in roster.rows]
+            reason = "no point" if not found else f"{len(found)} points"
+            raise ConfigError(
+                f"--point {word}: {reason} of {roster.name} with this name or id."
+                f"{nearest(word, known)} `stillhouse status {roster.name} --all` lists them"
+            )
+        chosen[found[0].id] = found[0]
+    rows = tuple(row for row in roster.rows if row.id in chosen)
+    return replace(roster, rows=rows, baselines=())
+
+
+def log_file(runs: Path, name: str) -> Path:
+    """What preparing and scoring printed."""
+    return Runs(runs).sweep_file(name).with_suffix(".log")
+
+
+def cancel(runs: Path, name: str) -> None:
+    """Ask every `run` of this sweep that is under way now to end; later ones do not mind."""
+    write_json(Runs(runs).sweep_file(name).with_suffix(".cancelled"), {"asked": now()})
+
+
+def is_cancelled(runs: Path, name: str, since: float) -> bool:
+    """Whether somebody asked that at `since` (seconds since the epoch) or later."""
+    asked = read_json(Runs(runs).sweep_file(name).with_suffix(".cancelled"))
+    return asked is not None and asked["asked"] >= since

@@ -1,0 +1,8 @@
+"""This file is where the package's annotations, tensor shapes among them, become checks."""
+
+from jaxtyping import install_import_hook
+
+# Before any test imports the package: each call of an annotated function of it is then checked. The
+# tower lets an int stand where a float is asked for, as type checkers do.
+CHECKER = "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"
+install_import_hook("stillhouse", CHECKER)

@@ -1,0 +1,25 @@
+"""Writes the gradient of one step of a point: `gradient_worker.py FILE STEP WORDS…`, run by tests."""
+
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from stillhouse.compose import compose, from_command_line
+from stillhouse.distill.run import Run
+from stillhouse.doors import StopFlag
+from stillhouse.rundir import Runs
+from stillhouse.spec import TrainSpec
+
+if __name__ == "__main__":
+    file, step, *words = sys.argv[1:]
+    spec = compose(from_command_line(words, TrainSpec), TrainSpec)
+    run = Run(spec, Runs(Path(spec.place.runs)).of(spec), StopFlag())
+    run.loop.gradients(int(step))
+    if run.is_main:
+        tokens = [t for share in run.loop.shares for c in share.completions for t in c]
+        gradient = torch.cat([p.grad.flatten() for p in run.loop.parameters if p.grad is not None])
+        processes = torch.tensor(run.accelerator.num_processes)
+        content = {"gradient": gradient, "tokens": torch.tensor(tokens), "processes": processes}
+        save_file(content, file)

@@ -1,0 +1,210 @@
+"""Workers are real processes here: they crash, are killed, print, and outlive nobody."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import behaving
+import pytest
+
+from stillhouse.rundir import RunDir
+from stillhouse.sweep.backends.local import LocalBackend
+from stillhouse.sweep.drive import Drive, Finished, Task
+from stillhouse.sweep.grid import Sweep, load_sweep
+from stillhouse.sweep.plan import Action, observe
+from stillhouse.sweep.progress import Lines
+from stillhouse.sweep.roster import roster_of
+
+
+@pytest.fixture
+def sweep(tmp_path: Path) -> Sweep:
+    return load_sweep(None, [*behaving.words(tmp_path)], tmp_path)
+
+
+@pytest.fixture
+def backend(sweep: Sweep) -> Iterator[LocalBackend]:
+    backend = behaving.backend_for(sweep)
+    yield backend
+    backend.kill()
+
+
+def the_task(sweep: Sweep, backend: LocalBackend, action: Action) -> Task:
+    drive = Drive(sweep, backend, Lines(roster_of(sweep), sys.stderr))
+    return drive._task(action)
+
+
+def train(sweep: Sweep, backend: LocalBackend, place: int = 0) -> RunDir:
+    """Start training of one point; its run directory."""
+    action = Action("train", "tiny/int4", (sweep.points[place].id,))
+    task = the_task(sweep, backend, action)
+    backend.start(task)
+    return task.runs[0]
+
+
+def wait(backend: LocalBackend) -> Finished:
+    found: list[Finished] = []
+    behaving.until(lambda: found.extend(backend.wait(0.1)) or found)
+    return found[0]
+
+
+def state(sweep: Sweep, run: RunDir) -> tuple[str, str | None]:
+    seen = observe(roster_of(sweep))[run.id]
+    return seen.state, seen.cause
+
+
+def test_a_worker_that_ends_well_leaves_its_words_in_the_runs_log(
+    sweep: Sweep, backend: LocalBackend
+) -> None:
+    run = train(sweep, backend)
+    finished = wait(backend)
+    assert (finished.exit_code, finished.cause) == (0, None)
+    assert run.is_trained()
+    assert "training" in run.log_file.read_text()
+
+
+def test_every_point_is_told_its_threads(sweep: Sweep, backend: LocalBackend) -> None:
+    run = train(sweep, backend)
+    wait(backend)
+    record = run.record()
+    assert record is not None
+    assert record["threads"] == backend.threads >= 1
+    assert backend.threads == max(1, len(os.sched_getaffinity(0)) // sweep.site.max_parallel)
+
+
+@pytest.mark.parametrize(
+    ("end", "exit_code", "cause", "phase"),
+    [
+        ("config", 42, "ConfigError: as it was told to", "failed"),
+        ("diverged", 43, "Diverged: as it was told to", "failed"),
+        ("memory", 44, "OutOfMemory: as it was told to", "failed"),
+        ("crash", 1, "RuntimeError: as it was told to", "waiting"),
+    ],
+)
+def test_how_a_worker_ended_is_its_exit_code_and_last_words(
+    sweep: Sweep, backend: LocalBackend, end: str, exit_code: int, cause: str, phase: str
+) -> None:
+    behaving.misbehave(sweep.runs, exit=end)
+    run = train(sweep, backend)
+    finished = wait(backend)
+    assert (finished.exit_code, finished.cause) == (exit_code, cause)
+    assert state(sweep, run) == (phase, cause)
+    assert cause in run.log_file.read_text()
+
+
+def test_a_death_by_signal_is_written_down_by_the_launcher(
+    sweep: Sweep, backend: LocalBackend
+) -> None:
+    behaving.misbehave(sweep.runs, kill="SIGKILL")
+    run = train(sweep, backend)
+    assert wait(backend).exit_code == 128 + signal.SIGKILL
+    assert state(sweep, run) == ("waiting", "killed by SIGKILL")
+    assert run.status()["infra_failures"] == 1
+
+
+def test_a_worker_that_promises_success_and_leaves_no_score_has_failed(
+    sweep: Sweep, backend: LocalBackend
+) -> None:
+    run = train(sweep, backend)
+    wait(backend)
+    behaving.misbehave(sweep.runs, run.id, eval_forgets=True)
+    backend.start(the_task(sweep, backend, Action("eval", "tiny/int4", (run.id,))))
+    finished = wait(backend)
+    assert finished.exit_code == 1
+    assert finished.cause == f"it ended with exit code 0 and left no scores in {run.path.name}"
+    assert run.status()["eval_infra_failures"] == 1
+
+
+def test_a_run_that_is_at_work_elsewhere_is_left_alone(sweep: Sweep, backend: LocalBackend) -> None:
+    run = RunDir(roster_of(sweep).run(sweep.points[0].id).path)
+    run.update_status(phase="training", pid=os.getpid())
+    with run.lock():
+        train(sweep, backend)
+        finished = wait(backend)
+        assert (finished.exit_code, finished.cause) == (85, "another process has this run now")
+        assert state(sweep, run)[0] == "running"
+    assert run.status() == {"phase": "training", "pid": os.getpid()}
+
+
+def test_a_point_that_is_being_scored_is_running_and_knows_by_whom(
+    sweep: Sweep, backend: LocalBackend
+) -> None:
+    run = train(sweep, backend)
+    wait(backend)
+    behaving.misbehave(sweep.runs, run.id, eval_s=0.3)
+    backend.start(the_task(sweep, backend, Action("eval", "tiny/int4", (run.id,))))
+    behaving.until(lambda: state(sweep, run)[0] == "running")
+    seen = observe(roster_of(sweep))[run.id]
+    assert seen.pid is not None and os.getsid(seen.pid) == seen.pid != os.getsid(0)
+    assert wait(backend).exit_code == 0
+    assert state(sweep, run) == ("done", None)
+
+
+def test_stop_lets_workers_save_and_kill_does_not(sweep: Sweep, backend: LocalBackend) -> None:
+    behaving.misbehave(sweep.runs, steps=1000, step_s=0.02)
+    deaf = sweep.points[1].id
+    behaving.misbehave(sweep.runs, deaf, steps=1000, step_s=0.02, deaf=True)
+    first, second = train(sweep, backend, 0), train(sweep, backend, 1)
+    # It forks what waited for the server's imports when it is asked what ended.
+    behaving.until(
+        lambda: not backend.wait(0.05) and all(len(run.metrics()) > 1 for run in (first, second))
+    )
+    backend.stop()
+    finished = wait(backend)
+    assert (finished.action.points, finished.exit_code) == ((first.id,), 85)
+    assert backend.wait(0.2) == []
+    backend.kill()
+    assert wait(backend).exit_code == 128 + signal.SIGKILL
+    assert state(sweep, second) == ("waiting", "killed by SIGKILL")
+    assert "infra_failures" not in second.status()
+
+
+def test_workers_and_server_end_with_a_launcher_that_is_killed(tmp_path: Path) -> None:
+    behaving.misbehave(tmp_path, steps=10_000, step_s=0.02)
+    launcher = behaving.start_launcher(tmp_path, *behaving.words(tmp_path))
+    runs = behaving.at_work(tmp_path, 2)
+    workers: list[int] = [run.status()["pid"] for run in runs]
+    server = parent_of(workers[0])
+    assert server not in (launcher.pid, 1)
+    launcher.kill()
+    launcher.wait()
+    behaving.until(lambda: not any(is_alive(pid) for pid in [*workers, server]))
+    for run in runs:
+        status: dict[str, Any] = run.status()
+        assert (status["phase"], status["exit_code"]) == ("waiting", 85)
+
+
+def parent_of(pid: int) -> int:
+    words = ["ps", "-o", "ppid=", "-p", str(pid)]
+    return int(subprocess.run(words, capture_output=True, text=True, check=True).stdout)
+
+
+def is_alive(pid: int) -> bool:
+    """Whether a process is there and is no zombie that waits for somebody to look."""
+    words = ["ps", "-o", "stat=", "-p", str(pid)]
+    stat = subprocess.run(words, capture_output=True, text=True, check=False).stdout.strip()
+    return bool(stat) and not stat.startswith("Z")
+
+
+def test_what_the_server_prints_while_it_imports_goes_to_the_log(tmp_path: Path) -> None:
+    (tmp_path / "noisy.py").write_text("import sys; print('noise', file=sys.stderr)\n")
+    program = (
+        "import sys; from pathlib import Path\n"
+        "from stillhouse.sweep.backends.local import LocalBackend\n"
+        f"b = LocalBackend(1, 0, Path({str(tmp_path / 'log')!r}), preload=['noisy'])\n"
+        "b._warming.join()\n"
+        "print('torch' in sys.modules)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert done.stdout == "False\n"
+    assert "noise" not in done.stderr
+    assert (tmp_path / "log").read_text() == "noise\n"

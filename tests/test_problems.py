@@ -1,0 +1,170 @@
+"""This file is where the generated problems are tested, and the hold-out is proved."""
+
+from __future__ import annotations
+
+import random
+import re
+from itertools import islice
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from stillhouse.distill import problems, tiny
+from stillhouse.distill.problems import Chain, Problem
+from stillhouse.spec import digest
+
+
+@st.composite
+def chains(draw: st.DrawFn, least: int = 1, most: int = 5) -> Chain:
+    value = draw(st.integers(1, problems.LARGEST))
+    chain = [value]
+    for _ in range(draw(st.integers(least, most))):
+        delta = draw(st.integers(-min(value, problems.LARGEST), problems.LARGEST).filter(bool))
+        chain.append(delta)
+        value += delta
+    return tuple(chain)
+
+
+def chain_of(worked: str) -> Chain:
+    """The chain as a reader of the text sees it, so that the proof does not trust the generator."""
+    sums = re.findall(r"(\d+)([+-]\d+)=(\d+)\.", worked)
+    for (_, _, result), (value, _, _) in zip(sums, sums[1:], strict=False):
+        assert result == value
+    return (int(sums[0][0]), *(int(delta) for _, delta, _ in sums))
+
+
+def windows_of(worked: list[str]) -> set[Chain]:
+    return {window for text in worked for window in problems.windows(chain_of(text))}
+
+
+def test_the_windows_of_a_chain_start_at_the_value_reached() -> None:
+    assert problems.windows((7, 3)) == []
+    assert problems.windows((7, 3, -2)) == [(7, 3, -2)]
+    assert problems.windows((7, 3, -2, 5)) == [(7, 3, -2), (10, -2, 5)]
+
+
+@given(chains(least=2))
+def test_whatever_lies_inside_a_chain_of_a_split_is_of_that_split(chain: Chain) -> None:
+    split = problems.split_of(chain)
+    if split is None:
+        return
+    value = chain[0]
+    for start in range(len(chain) - 2):
+        for end in range(start + 3, len(chain) + 1):
+            assert problems.split_of((value, *chain[start + 1 : end])) == split
+        value += chain[start + 1]
+
+
+@given(chains(least=3))
+def test_a_chain_that_mixes_splits_belongs_to_none(chain: Chain) -> None:
+    inside = {problems.split_of(window) for window in problems.windows(chain)}
+    assert (problems.split_of(chain) is None) == (len(inside) > 1)
+
+
+def test_one_two_step_chain_in_five_is_held_out() -> None:
+    dealt = [
+        problems.split_of((start, first, second))
+        for start in range(1, 11)
+        for first in range(-start, 11)
+        for second in range(-start - first, 11)
+    ]
+    held = sum(split != "train" for split in dealt) / len(dealt)
+    assert 0.18 < held < 0.22
+    assert {"train", "held_out", "test"} == set(dealt)
+
+
+@given(st.integers(0, 10**6), st.integers(0, 10**6))
+def test_problems_of_different_splits_share_no_chain(seed: int, other: int) -> None:
+    mix: dict[problems.Kind, float] = {"word1": 1, "word2": 1, "symbolic2": 1}
+    train = islice(problems.problems(mix, seed, "train"), 60)
+    test = islice(problems.problems({"word2": 1, "symbolic2": 1}, other, "test"), 20)
+    trained, tested = (windows_of([p.worked for p in some]) for some in (train, test))
+    assert tested
+    assert not trained & tested
+
+
+def test_nothing_a_tiny_pair_learns_from_shares_a_chain_with_a_test_problem() -> None:
+    train = problems.chat_rows("train", problems.TRAIN_ROWS)
+    held_out = problems.chat_rows("held_out", problems.HELD_OUT_ROWS)
+    tested = windows_of([row["worked"] for row in problems.test_rows(problems.TEST_ROWS)])
+    assert len(tested) > 100
+    sources = {
+        "distillation prompts": [row["messages"][1]["content"] for row in train],
+        "held-out rows": [row["messages"][1]["content"] for row in held_out],
+    }
+    for pair_seed in (0, 1):
+        for role, recipe in tiny.RECIPES["tiny"].items():
+            source = tiny.training_problems(recipe, pair_seed)
+            texts = [p.worked for p in islice(source, tiny.TRAINING_PROBLEMS)]
+            sources[f"{role} {pair_seed}"] = texts
+    for name, texts in sources.items():
+        assert not windows_of(texts) & tested, name
+    assert not windows_of(sources["held-out rows"]) & windows_of(sources["distillation prompts"])
+
+
+def test_a_single_sum_cannot_be_held_out() -> None:
+    assert problems.split_of((7, 3)) == "train"
+    with pytest.raises(ValueError, match="two steps"):
+        next(problems.problems({"word1": 1, "word2": 1}, 0, "test"))
+
+
+def test_questions_ask_what_the_worked_answer_answers() -> None:
+    for kind in ("word1", "word2", "symbolic2"):
+        for problem in islice(problems.problems({kind: 1}, 3, "train"), 200):
+            numbers = [int(n) for n in re.findall(r"\d+", problem.question)]
+            assert numbers == [abs(n) for n in problem.chain]
+            assert chain_of(problem.worked) == problem.chain
+            assert problem.worked.endswith(f" #### {sum(problem.chain)}")
+            assert problem.answer == sum(problem.chain) >= 0
+
+
+def test_a_worked_answer_reads_as_in_the_readme() -> None:
+    row = next(r for r in problems.test_rows(256) if r["chain"] == [3, 6, 4])
+    assert row["worked"] == "3+6=9. 9+4=13. #### 13"
+    assert row["answer"] == "13"
+    assert row["choices"][row["label"]] == row["worked"]
+
+
+def sums_are_right(worked: str) -> bool:
+    return all(
+        int(a) + int(d) == int(r) for a, d, r in re.findall(r"(\d+)([+-]\d+)=(\d+)\.", worked)
+    )
+
+
+@given(chains(least=2, most=2), st.integers(0, 99))
+def test_wrong_answers_need_both_reading_and_arithmetic_to_be_told(chain: Chain, seed: int) -> None:
+    wrong = problems.wrong_answers(chain, random.Random(seed))
+    results = [text.partition("#### ")[2] for text in wrong]
+    assert len({*results, str(sum(chain))}) == problems.CHOICES
+    for text in wrong:
+        assert re.fullmatch(r"(\d+[+-]\d+=\d+\. ){2}#### \d+", text)
+    read_right = [chain_of(text) == chain for text in wrong]
+    summed_right = [sums_are_right(text) for text in wrong]
+    assert any(read_right) and any(summed_right)
+    assert not any(a and b for a, b in zip(read_right, summed_right, strict=True))
+
+
+def test_the_right_choice_stands_in_every_place_about_equally_often() -> None:
+    labels = [row["label"] for row in problems.test_rows(256)]
+    assert all(40 < labels.count(place) < 90 for place in range(problems.CHOICES))
+
+
+def test_no_question_is_asked_twice() -> None:
+    def same() -> list[Problem]:
+        return [
+            Problem("a", "", 0, (1, 1)),
+            Problem("a", "", 0, (1, 1)),
+            Problem("b", "", 0, (1, 1)),
+        ]
+
+    assert [p.question for p in problems.distinct(iter(same()), 2)] == ["a", "b"]
+    questions = [row["messages"][0]["content"] for row in problems.chat_rows("train", 500)]
+    assert len(set(questions)) == 500
+
+
+def test_the_problems_are_those_of_this_version() -> None:
+    # Prepared pairs are found by tiny.VERSION: who changes the problems must raise it, and this.
+    rows = [problems.chat_rows("train", 50), problems.chat_rows("held_out", 50)]
+    found = digest([tiny.VERSION, *rows, problems.test_rows(50)])[:10]
+    assert found == "c3ae453f24"

@@ -1,0 +1,143 @@
+"""Sequences are drawn from the model's own distribution, by counted randomness."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+
+from stillhouse.distill.rollouts import (
+    cut_after_eos,
+    pad_left,
+    permutation,
+    uniforms,
+    write,
+)
+from stillhouse.spec import RolloutSpec
+
+V, PAD, EOS = 12, 0, 1
+
+
+@pytest.fixture(scope="module")
+def model() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=V, hidden_size=16, intermediate_size=32, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=64,
+        pad_token_id=PAD, eos_token_id=EOS, bos_token_id=None, initializer_range=0.5,
+    )  # fmt: skip
+    return LlamaForCausalLM(config).eval()
+
+
+def drawn(model, prompts, uniform_BT, temperature=1.0, longest=8, shortest=0, length=None):
+    return write(
+        model, prompts, uniform_BT, RolloutSpec(longest, shortest, temperature),
+        pad_id=PAD, eos_ids=[EOS], poll=lambda: None, prompt_length=length,
+    )  # fmt: skip
+
+
+def test_a_rollout_is_the_inverse_of_the_models_own_cumulative_distribution(model):
+    prompt = [3, 5, 2]
+    uniform_BT = uniforms(7, "student", 0, [0], 8)
+    [written] = drawn(model, [prompt], uniform_BT, temperature=0.7).ids
+    context = list(prompt)
+    for position, token in enumerate(written):
+        with torch.no_grad():
+            logits_V = model(torch.tensor([context])).logits[0, -1]
+        cdf_V = torch.softmax(logits_V.double() / 0.7, -1).cumsum(-1)
+        assert cdf_V[token] > uniform_BT[0, position]
+        assert token == 0 or cdf_V[token - 1] <= uniform_BT[0, position]
+        context.append(token)
+
+
+def test_draws_follow_the_distribution(model):
+    n = 4000
+    uniform_BT = uniforms(3, "student", 0, range(n), 1)
+    first = [row[0] for row in drawn(model, [[4, 4]] * n, uniform_BT, longest=1).ids]
+    with torch.no_grad():
+        expected_V = torch.softmax(model(torch.tensor([[4, 4]])).logits[0, -1].double(), -1)
+    counted_V = torch.bincount(torch.tensor(first), minlength=V).double() / n
+    # 4.5 standard errors of a binomial share, for 12 shares at once
+    assert (counted_V - expected_V).abs().max() < 4.5 * (0.25 / n) ** 0.5
+
+
+def test_a_row_does_not_depend_on_its_neighbours_or_on_padding(model):
+    rows = [[3, 5, 2], [9], [7, 7, 7, 7, 2]]
+    together = drawn(model, rows, uniforms(1, "student", 4, [10, 11, 12], 8)).ids
+    alone = drawn(model, [rows[1]], uniforms(1, "student", 4, [11], 8), length=9).ids
+    assert together[1] == alone[0]
+
+
+def test_another_step_purpose_seed_or_row_is_another_draw():
+    base = uniforms(1, "student", 4, [10], 4)
+    for other in [(2, "student", 4, 10), (1, "teacher", 4, 10), (1, "student", 5, 10),
+                  (1, "student", 4, 11)]:  # fmt: skip
+        assert not torch.equal(base, uniforms(other[0], other[1], other[2], [other[3]], 4))
+    assert torch.equal(base, uniforms(1, "student", 4, [10], 4))
+
+
+def test_nothing_is_inherited_from_the_models_generation_config(model):
+    draws = uniforms(5, "student", 0, range(16), 8)
+    plain = drawn(model, [[4, 2]] * 16, draws).ids
+    model.generation_config = GenerationConfig(
+        do_sample=True, top_k=1, top_p=0.1, temperature=0.01, repetition_penalty=9.0,
+        no_repeat_ngram_size=1, suppress_tokens=[2, 3], min_new_tokens=7,
+    )  # fmt: skip
+    try:
+        assert drawn(model, [[4, 2]] * 16, draws).ids == plain
+    finally:
+        model.generation_config = GenerationConfig()
+
+
+def test_end_of_text_is_kept_and_what_follows_is_cut():
+    assert cut_after_eos([5, EOS, PAD, PAD], [EOS]) == [5, EOS]
+    assert cut_after_eos([5, 6], [EOS]) == [5, 6]
+    assert cut_after_eos([5, 1, 1, 1], [1]) == [5, 1], "pad and end-of-text may be one id"
+
+
+def test_min_new_tokens_forbids_an_early_end_and_truncation_is_counted(model):
+    draws = uniforms(2, "student", 0, range(64), 6)
+    free = drawn(model, [[4]] * 64, draws, longest=6)
+    late = drawn(model, [[4]] * 64, draws, longest=6, shortest=5)
+    assert any(len(row) < 5 for row in free.ids)
+    assert all(EOS not in row[:5] for row in late.ids)
+    assert free.truncated == sum(row[-1] != EOS for row in free.ids)
+
+
+def test_dropout_is_off_while_writing_and_back_on_after(model):
+    model.train()
+    drawn(model, [[4]], uniforms(2, "student", 0, [0], 3), longest=3)
+    assert model.training
+    model.eval()
+
+
+def test_a_poll_that_raises_stops_a_rollout_between_two_tokens(model):
+    class Enough(Exception):
+        pass
+
+    calls = []
+
+    def poll():
+        calls.append(1)
+        if len(calls) == 3:
+            raise Enough
+
+    with pytest.raises(Enough):
+        write(
+            model, [[4]], uniforms(2, "student", 0, [0], 8), RolloutSpec(8, 8, 1.0),
+            pad_id=PAD, eos_ids=[EOS], poll=poll,
+        )  # fmt: skip
+    assert len(calls) == 3
+
+
+@given(st.integers(1, 50), st.integers(0, 9))
+def test_every_epoch_is_a_permutation(length, epoch):
+    assert sorted(permutation(3, epoch, length)) == list(range(length))
+
+
+def test_prompts_end_at_the_last_position():
+    ids, mask = pad_left([[5], [6, 7]], 3, PAD)
+    assert ids.tolist() == [[0, 0, 5], [0, 6, 7]]
+    assert mask.tolist() == [[0, 0, 1], [0, 1, 1]]

@@ -1,0 +1,301 @@
+"""A run as a process: it ends, goes on after any death, and says how it ended."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from cheap import cheap, words
+from safetensors.torch import load_file
+
+from stillhouse import doors
+from stillhouse.errors import Diverged, StillhouseError
+from stillhouse.rundir import RunDir, Runs
+
+STEPS = 12
+POINT = [f"max_steps={STEPS}", "save_steps=3", "lmbda=0.5", "lora_dropout=0.1"]
+
+
+def run_of(runs: Path, *more: str) -> RunDir:
+    return Runs(runs).of(cheap(runs, *more))
+
+
+def metrics_but_times(run: RunDir):
+    return [{k: v for k, v in m.items() if not k.startswith("time/")} for m in run.metrics()]
+
+
+def adapter_bytes(run: RunDir) -> bytes:
+    return (run.adapter / "adapter_model.safetensors").read_bytes()
+
+
+def start(*argv: str, **env: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "train.py", *argv], text=True, env={**os.environ, **env},
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory) -> RunDir:
+    """The run that nothing happened to."""
+    runs = tmp_path_factory.mktemp("undisturbed")
+    assert doors.train(cheap(runs, *POINT)) == 0
+    return run_of(runs, *POINT)
+
+
+def wait_for(condition, process, seconds=60.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < end, "it never came"
+        time.sleep(0.01)
+
+
+def test_a_run_leaves_what_the_contract_says(undisturbed):
+    run = undisturbed
+    assert run.is_trained()
+    record = run.record()
+    assert record is not None and record["id"] == run.id
+    assert record["threads"] == 1 and record["versions"]["torch"] == torch.__version__
+    assert run.status()["phase"] == "done" and run.status()["step"] == STEPS
+    assert [m["step"] for m in run.metrics()] == list(range(STEPS))
+    cost = json.loads(run.cost_file.read_text())
+    assert cost["tokens"]["completion"] == sum(m["tokens/completion"] for m in run.metrics())
+    assert cost["seconds"]["total"] > 0 and cost["device"] == "cpu"
+    assert not run.checkpoints.exists(), "a trained run needs no optimiser state"
+    phases = {m["train/phase"] for m in run.metrics()}
+    assert phases == {0.0, 1.0}, "this point visits both kinds of step"
+    for metrics in run.metrics():
+        assert metrics["train/jsd_half"] <= 0.6932 and metrics["train/forward_kl"] >= 0
+        on_policy = metrics["train/phase"] == 1.0
+        assert ("train/on_policy_loss" in metrics) is on_policy
+        assert ("rollout/truncation_rate" in metrics) is on_policy
+
+
+def test_a_run_that_finds_itself_done_exits_0_before_importing_torch(undisturbed):
+    script = (
+        "import sys; from stillhouse.doors import train_main; code = train_main(sys.argv[1:]);"
+        "print('torch' in sys.modules); sys.exit(code)"
+    )
+    line = words(undisturbed.path.parent, *POINT)
+    done = subprocess.run([sys.executable, "-c", script, *line], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "nothing to do" in done.stdout and done.stdout.endswith("False\n")
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_kill_9_at_random_moments_and_the_same_line_again_gives_the_same_bits(
+    tmp_path, undisturbed, seed
+):
+    rng = random.Random(seed)
+    run = run_of(tmp_path, *POINT)
+    line = words(tmp_path, *POINT)
+    for _ in range(2):
+        process = start(*line)
+        until = rng.randrange(1, STEPS)
+        wait_for(lambda u=until: len(run.metrics()) >= u or run.is_trained(), process)
+        time.sleep(rng.random() * 0.1)
+        process.kill()
+        process.communicate()
+    last = start(*line)
+    out, err = last.communicate(timeout=120)
+    assert last.returncode == 0, err
+    assert metrics_but_times(run) == metrics_but_times(undisturbed)
+    assert adapter_bytes(run) == adapter_bytes(undisturbed)
+
+
+def test_sigterm_in_a_rollout_saves_and_exits_85_and_the_next_attempt_goes_on(
+    tmp_path, undisturbed
+):
+    run = run_of(tmp_path, *POINT, "save_steps=1000")
+    process = start(*words(tmp_path, *POINT, "save_steps=1000"))
+    wait_for(lambda: len(run.metrics()) >= 4, process)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 85, err
+    assert "Traceback" not in err and "run the same line again" in err
+    status = run.status()
+    assert status["exit_code"] == 85 and status["phase"] == "waiting"
+    assert status["attempts_without_progress"] == 0, "being asked to stop is no failure"
+    [saved] = run.checkpoints.iterdir()
+    assert saved.name == f"step-{len(run.metrics())}", "every completed step is saved"
+    assert doors.train(cheap(tmp_path, *POINT)) == 0
+    assert metrics_but_times(run) == metrics_but_times(undisturbed)
+    assert adapter_bytes(run) == adapter_bytes(undisturbed)
+
+
+def test_a_stop_between_two_tokens_changes_no_parameter(tmp_path, undisturbed):
+    """Deterministically in the middle of a rollout: the flag is set at the 30th token drawn."""
+    from stillhouse.distill import run as room
+
+    spec = cheap(tmp_path, *POINT, "lmbda=1")
+    run = Runs(tmp_path).of(spec)
+    stop = doors.StopFlag()
+    one = room.Run(spec, run, stop)
+    drawn = []
+    check = stop.check
+
+    def count():
+        drawn.append(1)
+        if len(drawn) == 30:
+            stop.is_set = True
+        check()
+
+    stop.check = count  # type: ignore[method-assign]
+    with pytest.raises(StillhouseError) as stopped:
+        one.train()
+    assert stopped.value.exit_code == 85
+    step = int(next(run.checkpoints.iterdir()).name.removeprefix("step-"))
+    assert step == len(run.metrics()) > 0
+    assert doors.train(spec) == 0
+    other = tmp_path / "other"
+    assert doors.train(cheap(other, *POINT, "lmbda=1")) == 0
+    assert adapter_bytes(run) == adapter_bytes(run_of(other, *POINT, "lmbda=1"))
+
+
+def test_three_attempts_without_a_step_of_progress_are_exit_43(tmp_path):
+    spec = cheap(tmp_path, "max_length=128")
+    run = Runs(tmp_path).of(spec)
+    for _ in range(3):  # three deaths during start-up, as a kill -9 leaves them
+        before = run.status()
+        run.update_status(attempts_without_progress=before.get("attempts_without_progress", 0) + 1)
+    with pytest.raises(Diverged, match="3 attempts in a row"):
+        doors.train(spec)
+
+
+def test_a_number_that_is_no_number_stops_the_run_with_its_batch_saved(tmp_path):
+    from stillhouse.distill import run as room
+
+    spec = cheap(tmp_path, "lmbda=0")
+    run = Runs(tmp_path).of(spec)
+    one = room.Run(spec, run, doors.StopFlag())
+    next(iter(one.loop.parameters)).data[0] = float("nan")
+    with pytest.raises(Diverged, match="the loss is nan") as stopped:
+        one.train()
+    assert stopped.value.exit_code == 43
+    saved = json.loads((run.path / "diverged.json").read_text())
+    assert saved["step"] == 0 and len(saved["batch"]) == 4
+    assert not run.is_trained()
+
+
+def test_two_processes_never_train_one_run(tmp_path):
+    line = words(tmp_path, *POINT)
+    first = start(*line)
+    run = run_of(tmp_path, *POINT)
+    wait_for(run.is_locked, first)
+    second = start(*line)
+    _, err = second.communicate(timeout=60)
+    assert second.returncode == 42 and "another process trains this run now" in err
+    assert first.wait(timeout=120) == 0
+
+
+def test_a_name_that_means_another_configuration_is_refused(tmp_path, undisturbed):
+    runs = tmp_path / "runs"
+    shutil.copytree(undisturbed.path.parent, runs, symlinks=True)
+    assert doors.train(cheap(runs, *POINT, "name=mine", f"output_dir={tmp_path / 'out'}")) == 0
+    assert (tmp_path / "out").resolve() == run_of(runs, *POINT).path.resolve()
+    assert Runs(runs).find("mine") == [run_of(runs, *POINT)]
+    with pytest.raises(StillhouseError, match="already means"):
+        doors.train(cheap(runs, *POINT, "beta=0.5", "name=mine"))
+    with pytest.raises(StillhouseError, match="already means"):
+        doors.train(cheap(runs, *POINT, "beta=0.5", f"output_dir={tmp_path / 'out'}"))
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(StillhouseError, match="not a link to a run"):
+        doors.train(cheap(runs, *POINT, f"output_dir={tmp_path / 'file'}"))
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+@pytest.mark.parametrize("edit", ["format", "content"])
+def test_a_directory_of_another_version_or_content_is_refused_untouched(
+    tmp_path, undisturbed, edit
+):
+    runs = tmp_path / "runs"
+    shutil.copytree(undisturbed.path.parent, runs, symlinks=True)
+    run = run_of(runs, *POINT)
+    record = json.loads(run.spec_file.read_text())
+    if edit == "format":
+        record["format"] = 99
+    else:
+        record["versioned"]["loss"]["beta"] = 0.25
+    run.spec_file.write_text(json.dumps(record))
+    before = sorted((str(p), p.stat().st_mtime_ns) for p in run.path.rglob("*"))
+    with pytest.raises(StillhouseError, match="format 99|is not the point") as refused:
+        doors.train(cheap(runs, *POINT))
+    assert refused.value.exit_code == 42
+    assert sorted((str(p), p.stat().st_mtime_ns) for p in run.path.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        (["--lmba", "0"], 'no knob "lmba". Did you mean "lmbda"?'),
+        (["--lmbda", "2"], "less than or equal to 1"),
+        (["--pair", "tinny"], 'Did you mean "tiny"?'),
+        (["--data", "local", "--data-path", "nowhere.jsonl"], "nowhere.jsonl"),
+        (["--pair", "qwen3_4b_self"], "not on this machine; get it with"),
+    ],
+)
+def test_a_users_mistake_is_exit_42_in_a_line_or_two(tmp_path, line, said):
+    done = subprocess.run(
+        [sys.executable, "train.py", *words(tmp_path), *line],
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 42, done.stderr
+    message = done.stderr.strip().splitlines()
+    assert said in done.stderr and "Traceback" not in done.stderr
+    assert len([text for text in message if "kernels" not in text]) <= 2
+
+
+def free_port() -> int:
+    with contextlib.closing(socket.socket()) as sock:
+        sock.bind(("127.0.0.1", 0))
+        return sock.getsockname()[1]
+
+
+def test_two_processes_give_the_gradient_of_one_with_the_double_batch(tmp_path):
+    """Rollouts included, to 1e-6, at dropout 0; under `accelerate launch` on the CPU."""
+    common = words(tmp_path, "lmbda=1", "lora_dropout=0")
+    launch = [
+        sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2",
+        "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no",
+        "--main_process_ip", "127.0.0.1", "--main_process_port", str(free_port()),
+    ]  # fmt: skip
+    env = {
+        **os.environ,
+        "GLOO_SOCKET_IFNAME": "lo",
+        "PYTHONPATH": os.getcwd(),
+        "OMP_NUM_THREADS": "1",
+    }
+    two = tmp_path / "two.safetensors"
+    worker = ["tests/gradient_worker.py"]
+    done = subprocess.run(
+        [*launch, *worker, str(two), "2", *common, "per_device_train_batch_size=2",
+         "num_processes=2"],
+        capture_output=True, text=True, env=env, timeout=180,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    one = tmp_path / "one.safetensors"
+    done = subprocess.run(
+        [sys.executable, *worker, str(one), "2", *common], capture_output=True, text=True, env=env,
+        timeout=180,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    a, b = load_file(two), load_file(one)
+    assert a["processes"] == 2 and b["processes"] == 1
+    half = len(a["tokens"])
+    assert torch.equal(a["tokens"], b["tokens"][:half]), (
+        "rank 0 wrote the first half of the rollouts"
+    )
+    assert b["gradient"].abs().max() > 1e-4
+    assert (a["gradient"] - b["gradient"]).abs().max() < 1e-6
