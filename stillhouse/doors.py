@@ -7,7 +7,6 @@ the heavy imports. What ends a run is written into its status.json, so that noth
 from __future__ import annotations
 
 import os
-import signal
 import traceback
 from pathlib import Path
 from typing import Any
@@ -19,39 +18,15 @@ from stillhouse.errors import (
     AGAIN,
     ContractError,
     Diverged,
-    Interrupted,
     StillhouseError,
     exit_code_of,
 )
 from stillhouse.rundir import Runs, link_path, now
 from stillhouse.spec import EvalSpec, TrainSpec
+from stillhouse.stop import StopFlag
 
 # Attempts in a row that may end without one completed step more than before (then exit 43).
 ATTEMPTS_WITHOUT_PROGRESS = 3
-
-
-class StopFlag:
-    """Set by SIGTERM or SIGINT; polled between steps and inside every rollout and evaluation."""
-
-    def __init__(self) -> None:
-        self.is_set = False
-
-    def install(self) -> None:
-        """Catch SIGTERM and SIGINT in this process; a second SIGINT acts at once."""
-        signal.signal(signal.SIGTERM, self._set)
-        signal.signal(signal.SIGINT, self._set)
-
-    def _set(self, number: int, frame: Any) -> None:
-        if self.is_set and number == signal.SIGINT:
-            signal.default_int_handler(number, frame)
-        self.is_set = True
-
-    def check(self) -> None:
-        """Raise Interrupted if somebody asked us to stop."""
-        if self.is_set:
-            raise Interrupted(
-                "asked to stop; everything completed is saved, run the same line again"
-            )
 
 
 def train_main(argv: list[str]) -> int:

@@ -92,6 +92,8 @@ class QuantSpec:
 
     @model_validator(mode="after")
     def _grouped(self) -> QuantSpec:
+        if self.double_quant and not self.quant_type.startswith("bnb"):
+            raise ValueError(f"double_quant is bitsandbytes' own; {self.quant_type} has none")
         if (self.quant_type == "none") != (self.quant_group_size is None):
             raise ValueError(
                 f"quant_type {self.quant_type} with quant_group_size {self.quant_group_size}: "

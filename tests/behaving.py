@@ -18,7 +18,7 @@ from typing import Any
 
 from filelock import Timeout
 
-from stillhouse.doors import StopFlag
+from stillhouse.stop import StopFlag
 from stillhouse.errors import (
     ConfigError,
     ContractError,

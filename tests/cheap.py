@@ -1,9 +1,15 @@
-"""This file is where tests get a point that trains in a second: a tiny pair hardly trained at all."""
+"""This file is where tests get a point that trains in a second, and processes that train it."""
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
+from stillhouse import doors
 from stillhouse.compose import compose, from_command_line
 from stillhouse.spec import TrainSpec
 
@@ -31,3 +37,43 @@ def words(runs: Path, *more: str) -> list[str]:
 def cheap(runs: Path, *more: str) -> TrainSpec:
     """A cheap point's spec."""
     return compose(from_command_line(words(runs, *more), TrainSpec), TrainSpec)
+
+
+# Forked from a server that has torch loaded: a real process in milliseconds instead of seconds.
+_processes = multiprocessing.get_context("forkserver")
+_processes.set_forkserver_preload(["stillhouse.distill.run"])
+
+
+class Training:
+    """`train.py WORDS…` as a process of its own, with its output in a file."""
+
+    def __init__(self, line: list[str], log: Path) -> None:
+        self.log = log
+        self.process = _processes.Process(target=_train, args=(line, str(log)))
+        self.process.start()
+
+    def wait_until(self, condition: Callable[[], bool], seconds: float = 240) -> None:
+        """Return when the condition holds; fail if the process ends before, or never gets there."""
+        end = time.monotonic() + seconds
+        while not condition():
+            assert self.process.is_alive() or condition(), self.log.read_text()
+            assert time.monotonic() < end, f"it never came: {self.log.read_text()}"
+            time.sleep(0.005)
+
+    def send(self, number: int) -> None:
+        pid = self.process.pid
+        assert pid is not None
+        os.kill(pid, number)
+
+    def ended(self, seconds: float = 240) -> int:
+        """The exit code, negative for a signal."""
+        self.process.join(seconds)
+        assert self.process.exitcode is not None, "it does not end"
+        return self.process.exitcode
+
+
+def _train(line: list[str], log: str) -> None:
+    out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(out, 1)
+    os.dup2(out, 2)
+    sys.exit(doors.train_main(line))

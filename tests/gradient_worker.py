@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 
 from stillhouse.compose import compose, from_command_line
 from stillhouse.distill.run import Run
-from stillhouse.doors import StopFlag
+from stillhouse.stop import StopFlag
 from stillhouse.rundir import Runs
 from stillhouse.spec import TrainSpec
 

@@ -49,7 +49,7 @@ def test_the_configuration_that_is_tested_is_the_one_that_is_used():
 
 @pytest.mark.parametrize(("group", "option"), OPTIONS)
 def test_every_file_in_conf_composes(group: str, option: str):
-    used_by = [t for t in (TrainSpec, EvalSpec) if group in GROUPS[t]]
+    used_by: list[Any] = [t for t in (TrainSpec, EvalSpec) if group in GROUPS[t]]
     assert used_by, f"conf/{group} is in no defaults list"
     for spec_type in used_by:
         overrides = Overrides({group: option}, NEEDS.get((group, option), {}))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import signal
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,7 +25,7 @@ def sweep_in(runs: Path, *more: str, points: int = 2, parallel: int = 2) -> Swee
 
 def drive(sweep: Sweep) -> int:
     rows = roster_of(sweep)
-    return Drive(sweep, behaving.backend_for(sweep), Lines(rows, io.StringIO())).run()
+    return Drive(sweep, behaving.backend_for(sweep), Lines(rows, [].append)).run()
 
 
 def states(sweep: Sweep) -> list[str]:
@@ -94,7 +93,7 @@ def test_one_broken_adapter_does_not_take_its_pack_with_it(tmp_path: Path) -> No
 def test_a_baseline_that_cannot_be_scored_fails_alone(tmp_path: Path) -> None:
     sweep = sweep_in(tmp_path, points=2)
     behaving.misbehave(tmp_path, "teacher", eval_fails=True)
-    backend, lines = behaving.backend_for(sweep), Lines(roster_of(sweep), io.StringIO())
+    backend, lines = behaving.backend_for(sweep), Lines(roster_of(sweep), [].append)
     loop = Drive(sweep, backend, lines)
     assert loop.run() == 1
     assert states(sweep) == ["done", "done"]
@@ -105,7 +104,7 @@ def test_a_baseline_that_cannot_be_scored_fails_alone(tmp_path: Path) -> None:
 def test_a_pair_that_cannot_be_had_fails_no_point(tmp_path: Path) -> None:
     sweep = sweep_in(tmp_path)
     (tmp_path / "no-weights").touch()
-    loop = Drive(sweep, behaving.backend_for(sweep), Lines(roster_of(sweep), io.StringIO()))
+    loop = Drive(sweep, behaving.backend_for(sweep), Lines(roster_of(sweep), [].append))
     assert loop.run() == 1
     cause = "ConfigError: pair tiny: its weights are not at hand; fetch them"
     assert loop.given_up() == {"the pair of tiny/int4": cause}

@@ -35,7 +35,7 @@ def backend(sweep: Sweep) -> Iterator[LocalBackend]:
 
 
 def the_task(sweep: Sweep, backend: LocalBackend, action: Action) -> Task:
-    drive = Drive(sweep, backend, Lines(roster_of(sweep), sys.stderr))
+    drive = Drive(sweep, backend, Lines(roster_of(sweep), [].append))
     return drive._task(action)
 
 

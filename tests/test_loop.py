@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy
 
 from stillhouse.distill.loop import check_first_step, learning_rate, needed_shares
 from stillhouse.distill.run import Run
-from stillhouse.doors import StopFlag
+from stillhouse.stop import StopFlag
 from stillhouse.errors import ConfigError
 from stillhouse.methods import step_plan
 from stillhouse.rundir import Runs

@@ -16,12 +16,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from cheap import cheap, words
+from cheap import Training, cheap, words
 from safetensors.torch import load_file
 
 from stillhouse import doors
 from stillhouse.errors import Diverged, StillhouseError
 from stillhouse.rundir import RunDir, Runs
+from stillhouse.stop import StopFlag
 
 STEPS = 12
 POINT = [f"max_steps={STEPS}", "save_steps=3", "lmbda=0.5", "lora_dropout=0.1"]
@@ -39,13 +40,6 @@ def adapter_bytes(run: RunDir) -> bytes:
     return (run.adapter / "adapter_model.safetensors").read_bytes()
 
 
-def start(*argv: str, **env: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "train.py", *argv], text=True, env={**os.environ, **env},
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    )  # fmt: skip
-
-
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory) -> RunDir:
     """The run that nothing happened to."""
@@ -54,20 +48,12 @@ def undisturbed(tmp_path_factory) -> RunDir:
     return run_of(runs, *POINT)
 
 
-def wait_for(condition, process, seconds=60.0) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < end, "it never came"
-        time.sleep(0.01)
-
-
 def test_a_run_leaves_what_the_contract_says(undisturbed):
     run = undisturbed
     assert run.is_trained()
     record = run.record()
     assert record is not None and record["id"] == run.id
-    assert record["threads"] == 1 and record["versions"]["torch"] == torch.__version__
+    assert record["threads"] == 1 and torch.__version__.startswith(record["versions"]["torch"])
     assert run.status()["phase"] == "done" and run.status()["step"] == STEPS
     assert [m["step"] for m in run.metrics()] == list(range(STEPS))
     cost = json.loads(run.cost_file.read_text())
@@ -94,37 +80,35 @@ def test_a_run_that_finds_itself_done_exits_0_before_importing_torch(undisturbed
     assert "nothing to do" in done.stdout and done.stdout.endswith("False\n")
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(4))
 def test_kill_9_at_random_moments_and_the_same_line_again_gives_the_same_bits(
     tmp_path, undisturbed, seed
 ):
     rng = random.Random(seed)
-    run = run_of(tmp_path, *POINT)
-    line = words(tmp_path, *POINT)
-    for _ in range(2):
-        process = start(*line)
-        until = rng.randrange(1, STEPS)
-        wait_for(lambda u=until: len(run.metrics()) >= u or run.is_trained(), process)
-        time.sleep(rng.random() * 0.1)
-        process.kill()
-        process.communicate()
-    last = start(*line)
-    out, err = last.communicate(timeout=120)
-    assert last.returncode == 0, err
+    run, line = run_of(tmp_path, *POINT), words(tmp_path, *POINT)
+    for attempt in range(3):
+        training = Training(line, tmp_path / f"log{attempt}")
+        steps = min(STEPS, len(run.metrics()) + rng.randrange(4))
+        training.wait_until(lambda n=steps: len(run.metrics()) >= n or run.is_trained())
+        time.sleep(rng.random() * 0.2)
+        training.send(signal.SIGKILL)
+        training.ended()
+    last = Training(line, tmp_path / "log")
+    assert last.ended() == 0, last.log.read_text()
     assert metrics_but_times(run) == metrics_but_times(undisturbed)
     assert adapter_bytes(run) == adapter_bytes(undisturbed)
 
 
-def test_sigterm_in_a_rollout_saves_and_exits_85_and_the_next_attempt_goes_on(
+def test_sigterm_saves_every_completed_step_and_exits_85_and_the_next_attempt_goes_on(
     tmp_path, undisturbed
 ):
-    run = run_of(tmp_path, *POINT, "save_steps=1000")
-    process = start(*words(tmp_path, *POINT, "save_steps=1000"))
-    wait_for(lambda: len(run.metrics()) >= 4, process)
-    process.send_signal(signal.SIGTERM)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 85, err
-    assert "Traceback" not in err and "run the same line again" in err
+    run, line = run_of(tmp_path, *POINT), words(tmp_path, *POINT, "save_steps=1000")
+    training = Training(line, tmp_path / "log")
+    training.wait_until(lambda: len(run.metrics()) >= 4)
+    training.send(signal.SIGTERM)
+    assert training.ended() == 85, training.log.read_text()
+    said = training.log.read_text()
+    assert "Traceback" not in said and "run the same line again" in said
     status = run.status()
     assert status["exit_code"] == 85 and status["phase"] == "waiting"
     assert status["attempts_without_progress"] == 0, "being asked to stop is no failure"
@@ -141,7 +125,7 @@ def test_a_stop_between_two_tokens_changes_no_parameter(tmp_path, undisturbed):
 
     spec = cheap(tmp_path, *POINT, "lmbda=1")
     run = Runs(tmp_path).of(spec)
-    stop = doors.StopFlag()
+    stop = StopFlag()
     one = room.Run(spec, run, stop)
     drawn = []
     check = stop.check
@@ -156,8 +140,8 @@ def test_a_stop_between_two_tokens_changes_no_parameter(tmp_path, undisturbed):
     with pytest.raises(StillhouseError) as stopped:
         one.train()
     assert stopped.value.exit_code == 85
-    step = int(next(run.checkpoints.iterdir()).name.removeprefix("step-"))
-    assert step == len(run.metrics()) > 0
+    steps = [int(p.name.removeprefix("step-")) for p in run.checkpoints.iterdir()]
+    assert max(steps) == len(run.metrics()) > 0
     assert doors.train(spec) == 0
     other = tmp_path / "other"
     assert doors.train(cheap(other, *POINT, "lmbda=1")) == 0
@@ -179,7 +163,7 @@ def test_a_number_that_is_no_number_stops_the_run_with_its_batch_saved(tmp_path)
 
     spec = cheap(tmp_path, "lmbda=0")
     run = Runs(tmp_path).of(spec)
-    one = room.Run(spec, run, doors.StopFlag())
+    one = room.Run(spec, run, StopFlag())
     next(iter(one.loop.parameters)).data[0] = float("nan")
     with pytest.raises(Diverged, match="the loss is nan") as stopped:
         one.train()
@@ -190,14 +174,13 @@ def test_a_number_that_is_no_number_stops_the_run_with_its_batch_saved(tmp_path)
 
 
 def test_two_processes_never_train_one_run(tmp_path):
-    line = words(tmp_path, *POINT)
-    first = start(*line)
-    run = run_of(tmp_path, *POINT)
-    wait_for(run.is_locked, first)
-    second = start(*line)
-    _, err = second.communicate(timeout=60)
-    assert second.returncode == 42 and "another process trains this run now" in err
-    assert first.wait(timeout=120) == 0
+    line, run = words(tmp_path, *POINT), run_of(tmp_path, *POINT)
+    first = Training(line, tmp_path / "first")
+    first.wait_until(run.is_locked)
+    second = Training(line, tmp_path / "second")
+    assert second.ended() == 42
+    assert "another process trains this run now" in second.log.read_text()
+    assert first.ended() == 0
 
 
 def test_a_name_that_means_another_configuration_is_refused(tmp_path, undisturbed):
@@ -243,7 +226,7 @@ def test_a_directory_of_another_version_or_content_is_refused_untouched(
         (["--lmbda", "2"], "less than or equal to 1"),
         (["--pair", "tinny"], 'Did you mean "tiny"?'),
         (["--data", "local", "--data-path", "nowhere.jsonl"], "nowhere.jsonl"),
-        (["--pair", "qwen3_4b_self"], "not on this machine; get it with"),
+        (["--pair", "qwen3_4b_self", "--min-new-tokens", "0"], "not on this machine; get it with"),
     ],
 )
 def test_a_users_mistake_is_exit_42_in_a_line_or_two(tmp_path, line, said):
@@ -264,10 +247,13 @@ def free_port() -> int:
 
 
 def test_two_processes_give_the_gradient_of_one_with_the_double_batch(tmp_path):
-    """Rollouts included, to 1e-6, at dropout 0; under `accelerate launch` on the CPU."""
+    """Rollouts included, to 1e-6, at dropout 0; under `accelerate launch` on the CPU.
+
+    `--multi_gpu` is accelerate's word for its torchrun launcher; with `--cpu` it wants MPI.
+    """
     common = words(tmp_path, "lmbda=1", "lora_dropout=0")
     launch = [
-        sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2",
+        sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
         "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no",
         "--main_process_ip", "127.0.0.1", "--main_process_port", str(free_port()),
     ]  # fmt: skip

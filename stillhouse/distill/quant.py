@@ -25,7 +25,7 @@ from stillhouse.errors import ConfigError, ContractError
 from stillhouse.spec import QuantSpec
 
 INT4_GROUPS = (32, 64, 128)
-BNB_GROUPS = (32, 64, 128, 256, 512, 1024, 2048, 4096)  # what bitsandbytes 0.50 has kernels for
+BNB_GROUPS = (32, 64, 128, 256, 512, 1024)
 INT4_FORMAT = "1"  # raise it whenever the same W would give another Q(W): old adapters then refuse
 LEVELS = 15  # steps between the 16 values of four bits
 

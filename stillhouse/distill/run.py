@@ -26,7 +26,7 @@ from stillhouse.distill.monitor import Monitor
 from stillhouse.distill.prompts import Example, PromptSet, load_prompts
 from stillhouse.distill.rollouts import Completions, uniforms, write
 from stillhouse.distill.tracking import Tracker
-from stillhouse.doors import StopFlag
+from stillhouse.stop import StopFlag
 from stillhouse.errors import ConfigError, Diverged, Interrupted, OutOfMemory
 from stillhouse.methods import needs_dataset_completions
 from stillhouse.rundir import Json, RunDir, new_record, now, write_json
@@ -45,7 +45,9 @@ class Run:
         if spec.place.threads:
             torch.set_num_threads(spec.place.threads)
         started = time.perf_counter()
-        self.accelerator = Accelerator(mixed_precision=spec.training.mixed_precision)
+        self.accelerator = Accelerator(
+            mixed_precision=spec.training.mixed_precision, cpu=not torch.cuda.is_available()
+        )
         needed_shares(spec, self.accelerator.num_processes)
         self.is_main = self.accelerator.is_main_process
         self.prepared = models.prepare(spec.pair, spec.quant, _path(spec.place.cache_dir))

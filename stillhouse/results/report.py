@@ -15,7 +15,7 @@ from typing import Any
 
 from stillhouse.errors import DIVERGED, MISTAKE, OUT_OF_MEMORY, STOPPED
 from stillhouse.results import plots, table
-from stillhouse.results.answer import Answer, Comparison, answer
+from stillhouse.results.answer import Answer, Comparison, answer, untrained_name
 from stillhouse.results.curves import compared_leaf
 from stillhouse.results.stats import number
 from stillhouse.results.table import Frame
@@ -118,22 +118,21 @@ def comparison_tables(family: Sequence[Comparison]) -> list[tuple[str, Table]]:
 
 
 def _comparison_table(family: Sequence[Comparison]) -> Table:
-    header = ["arm", "difference", "95 % interval", "p (Holm)", "detectable", "verdict"]
+    header = ["arm", "verdict", "difference", "95 % interval", "p (Holm)", "detectable"]
     documents = any(c.both is not None for c in family)
     settings = any(c.setting for c in family)
     if documents:
-        header.insert(3, "other documents too")
+        header.insert(4, "other documents too")
     if settings:
         header.insert(1, "at")
     rows: list[list[str]] = []
     for c in family:
         d = c.paired.difference
-        row = [c.arm, *([c.setting] if settings else [])]
+        left_out = f" (unshared seeds left out: {c.paired.unpaired})" if c.paired.unpaired else ""
+        row = [c.arm, *([c.setting] if settings else []), c.verdict.text + left_out]
         row += [signed(d.mean), interval(d.low, d.high)]
         row += [interval(c.both.low, c.both.high) if c.both else "–"] if documents else []
-        row += [probability(c.p), number(c.paired.detectable)]
-        left_out = f" ({c.paired.unpaired} unshared seeds left out)" if c.paired.unpaired else ""
-        rows.append([*row, c.verdict.text + left_out])
+        rows.append([*row, probability(c.p), number(c.paired.detectable)])
     return header, rows
 
 

@@ -98,8 +98,9 @@ def labels_by(points: Sequence[Point], by: str) -> dict[str, str]:
 def shape(plain: Mapping[str, Any]) -> Shape:
     """What decides how long a step takes, of a spec as plain dicts (spec.json has it so)."""
     pair, training, rollout = plain["pair"], plain["training"], plain["rollout"]
-    lmbda, source = plain["method"]["lmbda"], plain["method"]["off_policy_source"]
-    schedule = tuple((f, v) for f, v in lmbda) if isinstance(lmbda, list) else float(lmbda)
+    lmbda: float | list[tuple[float, float]] = plain["method"]["lmbda"]
+    source = plain["method"]["off_policy_source"]
+    schedule = tuple((f, v) for f, v in lmbda) if isinstance(lmbda, list) else lmbda
     # Mean λ over the run: how much of it is spent on rollouts, which are the dearest part.
     on_policy = statistics.fmean(value_at(schedule, (i + 0.5) / 100) for i in range(100))
     return (

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import TextIO
 
@@ -82,18 +82,18 @@ def duration(seconds: float) -> str:
 class Lines:
     """One line per event."""
 
-    def __init__(self, roster: Roster, stream: TextIO) -> None:
-        self.roster, self.stream = roster, stream
+    def __init__(self, roster: Roster, write: Callable[[str], object]) -> None:
+        self.roster, self.write = roster, write
         self.states: Counter[str] = Counter()
 
     def __enter__(self) -> Lines:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.stream.flush()
+        pass
 
     def says(self, text: str) -> None:
-        print(time.strftime("%H:%M:%S"), text, file=self.stream, flush=True)
+        self.write(f"{time.strftime('%H:%M:%S')} {text}")
 
     def started(self, action: Action) -> None:
         self.says(f"{DOING[action.kind]} {about(action, self.roster)}")
@@ -203,4 +203,6 @@ def watcher(roster: Roster, stream: TextIO) -> Board | Lines:
     """A board where somebody looks at a terminal, lines where they go to a file."""
     console = Console(file=stream, highlight=False)
     is_screen = stream.isatty() and not console.is_dumb_terminal
-    return Board(roster, console) if is_screen else Lines(roster, stream)
+    if is_screen:
+        return Board(roster, console)
+    return Lines(roster, lambda text: print(text, file=stream, flush=True))
