@@ -58,7 +58,7 @@ def main() -> None:
         ]
     print(
         f"{os.cpu_count()} cores, Python {platform.python_version()}, load average"
-        f" {os.getloadavg()[0]:.1f} at the end; where wall is far above processor time, others ran too.\n"
+        f" {os.getloadavg()[0]:.1f} at the end (wall far above processor time: others ran too).\n"
     )
     print(f"| whole process | median of {RUNS}, s | range, s | processor, s | limit, s |")
     print("|---|---|---|---|---|", *rows, sep="\n")

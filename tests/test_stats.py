@@ -126,7 +126,9 @@ def test_a_detectable_difference_is_found_four_times_in_five() -> None:
     rng = np.random.default_rng(0)
     effect = detectable_difference(1.0, 3)
     found = [
-        compare(dict(enumerate(effect + rng.normal(size=3))), dict.fromkeys(range(3), 0.0)).p
+        compare(
+            dict(enumerate((effect + rng.normal(size=3)).tolist())), dict.fromkeys(range(3), 0.0)
+        ).p
         for _ in range(2000)
     ]
     assert np.mean(np.array(found) < 0.05) == pytest.approx(0.8, abs=0.03)

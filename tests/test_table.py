@@ -1,0 +1,339 @@
+"""A sweep's files as a frame, and the frame as a table, on a sweep written by sample_runs."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from sample_runs import DOCUMENTS, SUITE, Sample, write_sample
+
+import stillhouse
+from stillhouse.errors import ConfigError, ContractError
+from stillhouse.results.answer import answer
+from stillhouse.results.table import (
+    is_unscored,
+    label,
+    load,
+    points_of,
+    remarks,
+    spell,
+    summary,
+    to_markdown,
+    wide,
+)
+from stillhouse.rundir import Runs, read_json, write_json
+
+GRID = Sample(
+    name="grid",
+    axes={"lmbda": [0, 1], "beta": [0, 1]},
+    seeds=3,
+    base={"weight_decay": 0.01},  # no point in common with the other sweep here
+    unstarted=(5,),
+    failed={7: "Diverged: loss 312.4 at step 30"},
+    other_code=(0, 1),
+)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("runs")
+    write_sample(root)
+    write_sample(root, GRID)
+    return root
+
+
+def rows(frame, **where):
+    for column, value in where.items():
+        frame = frame[frame[column] == value]
+    return frame
+
+
+def test_a_frame_has_a_row_per_point_and_task_and_per_baseline_and_task(runs: Path) -> None:
+    frame = stillhouse.load("sample", runs=runs)
+    assert len(rows(frame, kind="point")) == 3 * 3 * len(SUITE.tasks)
+    assert {kind: len(part) for kind, part in frame.groupby("kind")} == {
+        "point": 18,
+        "teacher": 2,
+        "student": 2,
+        "ptq": 2,
+    }
+    assert sorted(rows(frame, kind="point")["lmbda"].unique()) == [0, 0.5, 1]
+    assert rows(frame, kind="point")["seed"].unique().tolist() == [0, 1, 2]
+    assert rows(frame, kind="ptq")["name"].unique().tolist() == ["ptq_int4"]
+    assert points_of(frame)["trained"].all()
+
+
+def test_a_value_is_the_one_in_its_eval_file(runs: Path) -> None:
+    frame = load("sample", runs)
+    for row in rows(frame, kind="point", task="tiny_gen").itertuples():
+        file = read_json(runs / row.directory / "eval" / "tiny_gen.json")
+        assert file is not None
+        assert (row.value, row.metric, row.n_docs) == (file["value"], file["metric"], DOCUMENTS)
+        assert row.higher_is_better and row.eval_version_lm_eval == "0.4.13"
+        assert row.code_digest == "c0ffee0123456789" and row.version_torch == "2.13.0"
+
+
+def test_a_summary_is_the_mean_over_seeds_with_its_error(runs: Path) -> None:
+    frame = load("sample", runs)
+    values = rows(frame, arm="lmbda = 0.5", task="tiny_gen")["value"].to_numpy()
+    row = rows(summary(frame), arm="lmbda = 0.5", task="tiny_gen").iloc[0]
+    assert row["n"] == 3 and row["missing"] == 0
+    assert row["mean"] == pytest.approx(values.mean())
+    assert row["se"] == pytest.approx(values.std(ddof=1) / np.sqrt(3))
+    assert row["shown"] == f"{values.mean():.3f} ± {row['se']:.3f} (n = 3)"
+
+
+def test_a_baseline_shows_documents_and_no_seeds(runs: Path) -> None:
+    row = rows(summary(load("sample", runs)), kind="teacher", task="tiny_gen").iloc[0]
+    share = row["mean"]
+    assert np.isnan(row["se"]) and row.isna()["n"]
+    assert row["doc_se"] == pytest.approx(np.sqrt(share * (1 - share) / DOCUMENTS))
+    assert row["shown"] == f"{share:.3f} (200 documents, binomial s.e. {row['doc_se']:.3f})"
+
+
+def test_baselines_come_first_and_arms_in_the_order_of_the_sweep(runs: Path) -> None:
+    header, body = wide(summary(load("sample", runs)))
+    assert header == ["arm", "tiny_gen/exact_match ↑", "tiny_mc/acc ↑"]
+    arms = ["teacher", "student", "ptq_int4", "lmbda = 0", "lmbda = 0.5", "lmbda = 1"]
+    assert [row[0] for row in body] == arms
+
+
+def test_one_seed_is_printed_as_such(tmp_path: Path) -> None:
+    write_sample(tmp_path, Sample(seeds=1))
+    table = summary(load("sample", tmp_path))
+    shown = rows(table, kind="point", task="tiny_gen")["shown"]
+    assert all(text.endswith("(one seed)") and "±" not in text for text in shown)
+
+
+def test_a_sweep_that_is_half_done_says_how_much_is_missing(runs: Path) -> None:
+    frame = load("grid", runs)
+    assert len(points_of(frame)) == 12
+    assert points_of(frame[is_unscored(frame)])["phase"].isna().sum() == 1
+    said = remarks(frame)
+    assert said[0] == "2 of 12 points are not scored in full: 1 not started, 1 failed."
+    row = rows(summary(frame), arm="lmbda = 0, beta = 1", task="tiny_gen").iloc[0]
+    assert (row["n"], row["missing"]) == (2, 1)
+
+
+def test_a_sweep_that_has_not_begun_gives_a_table_without_numbers(tmp_path: Path) -> None:
+    write_sample(tmp_path, Sample(unstarted=range(9), baselines=()))
+    frame = load("sample", tmp_path)
+    assert frame["value"].isna().all() and not frame["trained"].any()
+    assert set(summary(frame)["shown"]) == {"not scored yet"}
+    assert remarks(frame) == ["9 of 9 points are not scored in full: 9 not started."]
+
+
+def test_mixed_code_and_versions_are_named(runs: Path, tmp_path: Path) -> None:
+    assert any(
+        remark.startswith("Mixed code: 9 with c0ffee0123456789, 2 with 0ddc0de012345678")
+        for remark in remarks(load("grid", runs))
+    )
+    assert remarks(load("sample", runs)) == []
+    made = write_sample(tmp_path)
+    file = made[0].eval_file("tiny_mc")
+    score = read_json(file)
+    assert score is not None
+    write_json(file, score | {"versions": score["versions"] | {"lm_eval": "0.4.14"}})
+    said = remarks(load("sample", tmp_path))
+    assert len(said) == 1 and said[0].startswith("Mixed lm_eval in scoring: 11 with 0.4.13, 1 with")
+
+
+def test_a_score_of_other_settings_is_left_out_and_said(tmp_path: Path) -> None:
+    made = write_sample(tmp_path)
+    sweep = read_json(Runs(tmp_path).sweep_file("sample"))
+    assert sweep is not None
+    write_json(
+        Runs(tmp_path).sweep_file("sample"), sweep | {"suite": sweep["suite"] | {"limit": 9}}
+    )
+    frame = load("sample", tmp_path)
+    assert frame["value"].isna().all() and frame["scored_otherwise"].all()
+    assert any("24 scores here were made under other settings" in said for said in remarks(frame))
+    assert len(made) == 9
+
+
+def test_a_sweep_without_a_suite_shows_what_was_scored(tmp_path: Path) -> None:
+    write_sample(tmp_path, Sample(compare=None))
+    path = Runs(tmp_path).sweep_file("sample")
+    sweep = read_json(path)
+    assert sweep is not None
+    write_json(path, sweep | {"suite": None})
+    frame = load("sample", tmp_path)
+    assert set(frame["task"]) == {"tiny_gen", "tiny_mc"} and frame["value"].notna().all()
+
+
+def test_an_unknown_sweep_names_the_nearest_one(runs: Path) -> None:
+    with pytest.raises(
+        ConfigError, match='no sweep "sampel"; there are grid, sample. Did you mean'
+    ):
+        load("sampel", runs)
+    with pytest.raises(ConfigError, match="there are none"):
+        load("sample", runs / "elsewhere")
+
+
+def test_a_sweep_of_another_format_is_refused(tmp_path: Path) -> None:
+    write_sample(tmp_path)
+    path = Runs(tmp_path).sweep_file("sample")
+    write_json(path, (read_json(path) or {}) | {"format": 2})
+    with pytest.raises(ContractError, match="format 2"):
+        load("sample", tmp_path)
+
+
+def test_points_may_set_different_things(tmp_path: Path) -> None:
+    made = write_sample(tmp_path, Sample(axes={"lmbda": [0, 1]}, seeds=1, compare=None))
+    path = Runs(tmp_path).sweep_file("sample")
+    sweep = read_json(path)
+    assert sweep is not None
+    sweep["points"][0]["overrides"] = {"learning_rate": 5e-6, "seed": 0}
+    sweep["points"][1]["overrides"] = {"lmbda": [[0, 0], [1, 1]], "seed": 0}
+    write_json(path, sweep)
+    frame = load("sample", tmp_path)
+    arms = points_of(frame)["arm"].tolist()
+    assert arms == ["learning_rate = 5e-6", "lmbda = [[0, 0], [1, 1]]"]
+    assert frame.attrs["leaves"] == ["learning_rate", "lmbda"] and len(made) == 2
+    assert len(rows(summary(frame), kind="point")) == 4
+
+
+def test_perplexity_has_no_binomial_error_and_points_down(tmp_path: Path) -> None:
+    made = write_sample(tmp_path, Sample(seeds=2))
+    files = [run.eval_file("tiny_mc") for run in made]
+    files += (tmp_path / "baselines").glob("*/eval/tiny_mc.json")
+    for file in files:
+        score = read_json(file)
+        assert score is not None
+        score |= {"value": 10.404, "higher_is_better": False, "samples": []}
+        write_json(file, score)
+    table = summary(load("sample", tmp_path))
+    assert wide(table)[0][2] == "tiny_mc/acc ↓"
+    assert rows(table, kind="teacher", task="tiny_mc")["shown"].item() == "10.40 (200 documents)"
+
+
+def test_values_are_spelt_as_a_person_writes_them() -> None:
+    spelt = [spell(v) for v in (1, 1.0, 0.5, 1e-4, 5e-6, 1.5e-5, 0.001, "int4", True)]
+    assert spelt == ["1", "1", "0.5", "1e-4", "5e-6", "1.5e-5", "0.001", "int4", "True"]
+    assert label({"seed": 3}) == "base"
+
+
+def test_a_markdown_table_lines_up_and_escapes_bars() -> None:
+    text = to_markdown(["arm", "x ↑"], [["a|b", "1"], ["c", "12345"]])
+    assert text.splitlines() == [
+        "| arm  | x ↑   |",
+        "| ---- | ----- |",
+        "| a\\|b | 1     |",
+        "| c    | 12345 |",
+    ]
+
+
+def test_importing_the_package_imports_nothing_heavy() -> None:
+    code = (
+        "import sys, stillhouse, stillhouse.results.report;"
+        "heavy = ('torch', 'pandas', 'scipy', 'matplotlib', 'lm_eval');"
+        "print([name for name in heavy if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_the_answer_pairs_arms_by_seed(runs: Path) -> None:
+    frame = load("sample", runs)
+    found = answer(frame)
+    assert [(c.arm, c.reference) for c in found.main] == [
+        ("lmbda = 0.5", "lmbda = 0"),
+        ("lmbda = 1", "lmbda = 0"),
+    ]
+    scores = rows(frame, task="tiny_gen", kind="point").set_index(["lmbda", "seed"])["value"]
+    by_hand = [scores[0.5, seed] - scores[0, seed] for seed in range(3)]
+    comparison = found.main[0]
+    assert comparison.paired.difference.mean == pytest.approx(np.mean(by_hand))
+    assert comparison.both is not None
+    assert comparison.both.mean == pytest.approx(np.mean(by_hand))
+    assert comparison.both.se >= comparison.paired.difference.se
+    assert comparison.p >= comparison.paired.p
+    assert found.text.startswith("On tiny_gen/exact_match (higher is better), against lmbda = 0:")
+    assert "(n = 3)" in found.text
+
+
+def test_arms_are_compared_with_the_untrained_students(runs: Path) -> None:
+    found = answer(load("sample", runs))
+    assert [c.reference for c in found.untrained] == ["student"] * 3 + ["ptq_int4"] * 3
+    assert "Against the untrained student (" in found.context
+    assert "Against the untrained student in int4 (" in found.context
+    assert found.context.endswith("For comparison: teacher 0.850.")
+
+
+def test_other_axes_are_averaged_seed_by_seed_and_do_not_raise_n(runs: Path) -> None:
+    frame = load("grid", runs)
+    found = answer(frame)
+    assert [c.setting for c in found.settings] == ["beta = 0", "beta = 1"]
+    # Seed 2 of (0, 1) never started and seed 1 of (1, 0) failed: one seed has every setting.
+    assert found.main[0].paired.difference.n == 1
+    assert found.main[0].verdict.text == "one seed: no statement"
+    scores = rows(frame, task="tiny_gen", kind="point").set_index(["lmbda", "beta", "seed"])[
+        "value"
+    ]
+    by_hand = np.mean([scores[1, beta, 0] - scores[0, beta, 0] for beta in (0, 1)])
+    assert found.main[0].paired.difference.mean == pytest.approx(by_hand)
+    assert found.text.startswith("So far, with 10 of 12 points scored: on tiny_gen/exact_match")
+
+
+def test_arms_that_do_not_differ_are_called_within_noise(tmp_path: Path) -> None:
+    write_sample(tmp_path, Sample(ability=lambda overrides: 0.5))
+    found = answer(load("sample", tmp_path))
+    assert {c.verdict.kind for c in found.main} == {"within noise"}
+    assert "is within noise (" in found.text and "found 4 times in 5" in found.text
+
+
+def test_a_sweep_that_compares_nothing_gets_no_comparison(tmp_path: Path) -> None:
+    write_sample(tmp_path, Sample(compare=None))
+    found = answer(load("sample", tmp_path))
+    assert found.main == [] and "names no comparison" in found.text
+    assert found.untrained
+
+
+def test_nothing_scored_means_nothing_said(tmp_path: Path) -> None:
+    write_sample(tmp_path, Sample(unstarted=range(9), baselines=()))
+    assert answer(load("sample", tmp_path)).text == "No score is here yet, so nothing can be said."
+
+
+@pytest.mark.parametrize(
+    ("compare", "said"),
+    [
+        ({"by": "lmbda", "metric": "tiny_gne/exact_match", "baseline": 0}, "Did you mean"),
+        ({"by": "lambda", "metric": "tiny_gen/exact_match", "baseline": 0}, "no point sets lambda"),
+    ],
+)
+def test_a_comparison_of_what_is_not_there_is_an_error(
+    tmp_path: Path, compare: dict[str, object], said: str
+) -> None:
+    write_sample(tmp_path, Sample(compare=compare, seeds=1))
+    with pytest.raises(ConfigError, match=said):
+        answer(load("sample", tmp_path))
+
+
+def test_documents_that_differ_between_arms_give_no_crossed_interval(tmp_path: Path) -> None:
+    made = write_sample(tmp_path)
+    file = made[0].eval_file("tiny_gen")
+    score = json.loads(file.read_text())
+    write_json(file, score | {"samples": score["samples"][1:]})
+    found = answer(load("sample", tmp_path))
+    assert all(c.both is None for c in found.main)
+    assert all(c.paired.difference.n == 3 for c in found.main)
+
+
+def test_many_values_are_counted_in_the_answer(tmp_path: Path) -> None:
+    values = [1e-6, 2e-6, 5e-6, 1e-5, 2e-5, 1e-4]
+    compare = {"by": "learning_rate", "metric": "tiny_gen/exact_match", "baseline": 1e-5}
+    write_sample(tmp_path, Sample(axes={"learning_rate": values}, compare=compare, seeds=2))
+    found = answer(load("sample", tmp_path))
+    assert "against learning_rate = 1e-5: of 5 other values, " in found.text
+
+
+def test_samples_of_one_seed_each_make_no_statement(tmp_path: Path) -> None:
+    write_sample(tmp_path, dataclasses.replace(Sample(), seeds=1))
+    found = answer(load("sample", tmp_path))
+    assert {c.verdict.text for c in found.main} == {"one seed: no statement"}
+    assert "lmbda = 1, one seed: no statement (" in found.text
