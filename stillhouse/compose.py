@@ -11,6 +11,7 @@ import copy
 import dataclasses
 import functools
 import math
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -80,34 +81,34 @@ def from_command_line(argv: list[str], spec_type: type[Any]) -> Overrides:
 
 def parse_value(setting: flags.Setting, where: str) -> list[Any]:
     """The values a setting asks for: one, or several if it is a sweep in Hydra's syntax."""
+    if "${" in setting.text:
+        raise ConfigError(
+            f"{where}: {setting.key}={setting.text}: let your shell fill in variables"
+        )
+    if setting.items:
+        return [list(setting.items)]
     if setting.literal:
-        spec = next(s for s in (TrainSpec, EvalSpec) if _knows(s, setting.key))
-        leaf = None if setting.is_group else vocabulary(spec).find(setting.key, where)[1]
-        if leaf is not None and leaf.kind == "texts":
-            return [setting.text.split("\n")]
         return [None if setting.text == "null" else setting.text]
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
 
     try:
         parsed = OverridesParser.create().parse_override(f"{setting.key}={setting.text}")
+        if parsed.is_sweep_override():
+            if not parsed.is_discrete_sweep():
+                raise ConfigError(
+                    f"{where}: {setting.key}={setting.text}: a grid needs a list"
+                    " (0,0.5,1 or range(0,3))"
+                )
+            return [_plain(value) for value in parsed.sweep_iterator()]
     except HydraException as error:
         reason = str(error).splitlines()[0]
         raise ConfigError(
             f'{where}: {setting.key}: cannot read "{setting.text}" ({reason}); quote odd characters'
         ) from error
-    if not parsed.is_sweep_override():
-        return [_plain(parsed.value())]
-    if not parsed.is_discrete_sweep():
-        raise ConfigError(
-            f"{where}: {setting.key}={setting.text}: a grid needs a list (0,0.5,1 or range(0,3))"
-        )
-    return [_plain(value) for value in parsed.sweep_iterator()]
-
-
-def _knows(spec_type: type[Any], key: str) -> bool:
-    names = vocabulary(spec_type)
-    return key in names.groups or key.rpartition(".")[2] in names.leaves
+    value = _plain(parsed.value())
+    is_text = setting.is_text and isinstance(value, int | float)
+    return [setting.text if is_text else value]  # a run may be called 12, and 1e-5 is a name too
 
 
 def _plain(value: Any) -> Any:
@@ -203,6 +204,22 @@ def _explain(error: ValidationError, spec_type: type[Any], where: str) -> str:
     return f"{where}: {key} = {value!r}: {reason}"
 
 
+def help_text(script: str, spec_type: type[Any]) -> str:
+    """Every group with its options and every knob with its default, for a terminal."""
+    tree = _composed(FILE_OF[spec_type], (), script)
+    lines = [f"python {script} [--knob VALUE | knob=VALUE ...]", "", "groups:"]
+    groups = sorted(GROUPS[spec_type])
+    lines += [f"  --{group:<8} {', '.join(options_of(group))}" for group in groups]
+    lines += [
+        "",
+        "knobs, with the defaults of the default pair (their ranges: stillhouse/spec.py):",
+    ]
+    for name, leaf in vocabulary(spec_type).leaves.items():
+        section, _, key = leaf.path.partition(".")
+        lines.append(f"  --{name.replace('_', '-'):<30} {_text(tree[section][key])}")
+    return "\n".join(lines)
+
+
 def as_command_line(overrides: Overrides) -> list[str]:
     """The overrides as words that any door of this project takes: what a person can paste."""
     words = [f"{group}={option}" for group, option in overrides.groups.items()]
@@ -219,4 +236,14 @@ def _text(value: Any) -> str:
         return f"[{','.join(_text(item) for item in items)}]"
     if isinstance(value, float) and value.is_integer() and math.fabs(value) < 1e6:
         return str(int(value))
+    if isinstance(value, str) and not _is_plain_word(value):
+        escaped = value.replace("\\'", "\\\\'").replace("'", "\\'")
+        return f"'{escaped}'"
     return str(value)
+
+
+def _is_plain_word(text: str) -> bool:
+    """Whether Hydra's grammar reads these characters as the text they are, and nothing else."""
+    if re.fullmatch(r"[A-Za-z_][\w./:@-]*|[/.][\w./:@-]*", text) is None:
+        return False
+    return text.lower() not in ("null", "true", "false", "nan", "inf")

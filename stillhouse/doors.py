@@ -13,7 +13,7 @@ from typing import Any
 
 from filelock import Timeout
 
-from stillhouse.compose import compose, from_command_line
+from stillhouse.compose import compose, from_command_line, help_text
 from stillhouse.errors import (
     AGAIN,
     ContractError,
@@ -31,11 +31,17 @@ ATTEMPTS_WITHOUT_PROGRESS = 3
 
 def train_main(argv: list[str]) -> int:
     """The exit code of `train.py` with these words."""
+    if {"--help", "-h"} & {*argv}:
+        print(help_text("train.py", TrainSpec))
+        return 0
     return exit_code_of(lambda: train(compose(from_command_line(argv, TrainSpec), TrainSpec)))
 
 
 def eval_main(argv: list[str]) -> int:
     """The exit code of `eval.py` with these words."""
+    if {"--help", "-h"} & {*argv}:
+        print(help_text("eval.py", EvalSpec))
+        return 0
     return exit_code_of(lambda: evaluate(compose(from_command_line(argv, EvalSpec), EvalSpec)))
 
 
@@ -119,6 +125,7 @@ def _attempt(spec: TrainSpec, run: Any) -> int:
 
 def evaluate(spec: EvalSpec) -> int:
     """Score what the spec asks for and print the table; finished scores are not computed again."""
+    stop = _stop()  # before the imports: they take ten seconds in which somebody may ask
     from stillhouse.evals.harness import run_suite
 
-    return run_suite(spec, _stop())
+    return run_suite(spec, stop)

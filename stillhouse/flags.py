@@ -37,6 +37,8 @@ class Setting:
     text: str
     is_group: bool
     literal: bool  # the text is the value itself, not Hydra's grammar
+    items: tuple[str, ...] = ()  # of a repeated list flag
+    is_text: bool = False  # of a leaf that holds text, so that 12 is one
 
 
 def leaves(spec_type: type[Any]) -> dict[str, Leaf]:
@@ -96,7 +98,6 @@ def parse(argv: list[str], vocabulary: Vocabulary, where: str = "command line") 
         ConfigError: an unknown name, a flag without its value, a word that is neither dialect.
     """
     settings: list[Setting] = []
-    repeated: dict[str, list[str]] = {}
     words = list(argv)
     while words:
         word = words.pop(0)
@@ -120,11 +121,17 @@ def parse(argv: list[str], vocabulary: Vocabulary, where: str = "command line") 
                 raise ConfigError(f"{where}: {word} needs a value")
             value = words.pop(0)
         if kind == "texts":
-            repeated.setdefault(key, []).append(value)
+            settings.append(_appended(settings, key, value))
         else:
             settings.append(Setting(key, value, leaf is None, kind == "text"))
-    settings += [Setting(k, "\n".join(texts), False, True) for k, texts in repeated.items()]
     return settings
+
+
+def _appended(settings: list[Setting], key: str, item: str) -> Setting:
+    """Every knob and group that this setting may name; `Setting.items` keeps a list flag."""
+    last = next((s for s in reversed(settings) if s.key == key), None)
+    items = (*last.items, item) if last else (item,)
+    return Setting(key, ",".join(items), False, True, items)
 
 
 def _hydra(word: str, vocabulary: Vocabulary, where: str) -> Setting:
@@ -135,4 +142,5 @@ def _hydra(word: str, vocabulary: Vocabulary, where: str) -> Setting:
             " adding or deleting knobs (+, ~) is not possible"
         )
     path, leaf = vocabulary.find(key.replace("-", "_"), where)
-    return Setting(path, text, leaf is None, False)
+    is_text = leaf is not None and leaf.kind == "text"
+    return Setting(path, text, leaf is None, False, is_text=is_text)

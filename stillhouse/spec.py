@@ -9,18 +9,37 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
-from pydantic import ConfigDict, Field, TypeAdapter, field_validator, model_validator
+from pydantic import (
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    field_validator,
+    model_validator,
+)
 from pydantic.dataclasses import dataclass
 
 _STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
 
-Count = Annotated[int, Field(ge=1)]
-Natural = Annotated[int, Field(ge=0)]
-Share = Annotated[float, Field(ge=0, le=1)]
-Positive = Annotated[float, Field(gt=0)]
-NonNegative = Annotated[float, Field(ge=0)]
+
+def _no_flag(value: Any) -> Any:
+    """Python counts True as 1; a person who writes true means something else."""
+    if isinstance(value, bool):
+        raise ValueError("a number is wanted, not true or false")
+    return value
+
+
+_Number = BeforeValidator(_no_flag)
+Count = Annotated[int, Field(ge=1), _Number]
+Natural = Annotated[int, Field(ge=0), _Number]
+Share = Annotated[float, Field(ge=0, le=1), _Number]
+BelowOne = Annotated[float, Field(ge=0, lt=1), _Number]
+Positive = Annotated[float, Field(gt=0), _Number]
+NonNegative = Annotated[float, Field(ge=0), _Number]
+# It becomes a file name below runs/names, so it is one, and nothing else.
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=200)]
 Dtype = Literal["float32", "bfloat16", "float16"]
 # Knots of a schedule: (fraction of the run, value), linear between, a repeated fraction is a jump.
 # A bare number is the constant schedule.
@@ -108,8 +127,8 @@ class LoraSpec:
 
     lora_r: Count
     lora_alpha: Count | None  # null: twice lora_r, as the quantisation seeds have it
-    lora_dropout: Annotated[float, Field(ge=0, lt=1)]
-    target_modules: tuple[str, ...]
+    lora_dropout: BelowOne
+    target_modules: Annotated[tuple[str, ...], Field(min_length=1)]
 
     @model_validator(mode="before")
     @classmethod
@@ -129,7 +148,7 @@ class DataSpec:
     data_path: str | None  # hub id, or a local jsonl or parquet file
     data_split: str
     prompt_template: str | None  # has {question}; for data with a question field
-    max_length: Annotated[int, Field(ge=16)]  # prompt + completion, tokens
+    max_length: Annotated[int, Field(ge=16), _Number]  # prompt + completion, tokens
     min_completion: Count  # tokens a row must leave room for, or it is counted and left out
     max_rows: Count | None
     held_out_rows: Natural  # for the loss that do_eval reports; never trained on
@@ -175,8 +194,8 @@ class OptimSpec:
     lr_scheduler_type: Literal["constant", "linear", "cosine"]  # after the warm-up
     warmup_ratio: Share
     weight_decay: NonNegative
-    adam_beta1: Annotated[float, Field(ge=0, lt=1)]
-    adam_beta2: Annotated[float, Field(ge=0, lt=1)]
+    adam_beta1: BelowOne
+    adam_beta2: BelowOne
     adam_epsilon: Positive
     max_grad_norm: Positive
 
@@ -223,7 +242,7 @@ class PlaceSpec:
 
     runs: str  # directory of run directories
     cache_dir: str  # prepared pairs
-    name: str | None  # an alias of the run; its identity is its content
+    name: Name | None  # an alias of the run; its identity is its content
     output_dir: str | None  # this path shall lead to the run
     tags: tuple[str, ...]
     threads: Count | None  # of torch; null: what torch chooses
@@ -287,7 +306,7 @@ class SuiteSpec:
     """The tasks an adapter is scored on."""
 
     suite_name: str
-    tasks: tuple[TaskSpec, ...]
+    tasks: Annotated[tuple[TaskSpec, ...], Field(min_length=1)]
     apply_chat_template: bool
     limit: Count | None  # first N documents of each task; null: all
     max_gen_toks: Count  # for tasks that generate
@@ -352,8 +371,17 @@ def versioned(spec: TrainSpec) -> dict[str, dict[str, Any]]:
 
 def digest(content: Any) -> str:
     """sha256 of JSON-able content: key order and the spelling of a number do not matter."""
-    text = json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    text = json.dumps(_canonical(content), sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _canonical(content: Any) -> Any:
+    """-0.0 and 0.0 are one number; JSON alone would tell them apart."""
+    if isinstance(content, dict):
+        return {k: _canonical(v) for k, v in cast("dict[str, Any]", content).items()}
+    if isinstance(content, list | tuple):
+        return [_canonical(item) for item in cast("list[Any]", content)]
+    return content + 0.0 if isinstance(content, float) else content
 
 
 def point_id(spec: TrainSpec) -> str:
@@ -364,7 +392,7 @@ def point_id(spec: TrainSpec) -> str:
 def slug(spec: TrainSpec) -> str:
     """The readable half of a run's directory name: pair and method, as a DNS label."""
     words = f"{spec.pair.pair_name}-{spec.method.method_name}".lower()
-    label = "".join(c if c.isalnum() else "-" for c in words).strip("-")
+    label = "".join(c if c.isascii() and c.isalnum() else "-" for c in words).strip("-")
     return label[: MAX_NAME - ID_DIGITS - 1].rstrip("-")
 
 

@@ -18,7 +18,6 @@ from typing import Any
 
 from filelock import Timeout
 
-from stillhouse.stop import StopFlag
 from stillhouse.errors import (
     ConfigError,
     ContractError,
@@ -29,6 +28,7 @@ from stillhouse.errors import (
 )
 from stillhouse.rundir import RunDir, Runs, eval_file, new_record, now, read_json, write_json
 from stillhouse.spec import EvalSpec, PairSpec, QuantSpec, TrainSpec, baseline_key, score_key
+from stillhouse.stop import StopFlag
 from stillhouse.sweep.backends.local import LocalBackend
 from stillhouse.sweep.grid import Sweep
 from stillhouse.sweep.roster import log_file
@@ -63,6 +63,11 @@ def start_launcher(runs: Path, *words: str) -> subprocess.Popen[bytes]:
         return subprocess.Popen(
             [sys.executable, "-c", program], cwd=Path(__file__).parent, stdout=out, stderr=out
         )
+
+
+def parent_of(pid: int) -> int:
+    words = ["ps", "-o", "ppid=", "-p", str(pid)]
+    return int(subprocess.run(words, capture_output=True, text=True, check=True).stdout)
 
 
 def at_work(runs: Path, count: int) -> list[RunDir]:

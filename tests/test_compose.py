@@ -245,7 +245,6 @@ def test_overrides_come_back_from_the_words_they_print():
     assert from_command_line(as_command_line(overrides), TrainSpec) == overrides
 
 
-@pytest.mark.xfail(strict=True, reason="compose._text: texts are not quoted for Hydra's grammar")
 @pytest.mark.parametrize(
     ("path", "value"),
     [
@@ -300,7 +299,6 @@ def test_a_value_that_cannot_be_is_refused_in_one_line(word: str):
     assert "\n" not in message
 
 
-@pytest.mark.xfail(strict=True, reason="compose.parse_value: HydraException from sweep_iterator")
 def test_a_glob_is_refused_like_any_other_value_that_cannot_be():
     with pytest.raises(ConfigError):
         from_command_line(["method=glob(*)"], TrainSpec)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Sequence
 from pathlib import Path
@@ -120,6 +121,17 @@ def test_two_launchers_at_once_train_every_point_once(tmp_path: Path) -> None:
     assert [launcher.wait(60) for launcher in launchers] == [0, 0]
     sweep = sweep_in(tmp_path, points=6)
     assert states(sweep) == ["done"] * 6
+    assert sorted(behaving.begun(tmp_path, "train")) == sorted(ids(sweep))
+
+
+def test_workers_outlive_a_server_that_dies_and_are_waited_for(tmp_path: Path) -> None:
+    behaving.misbehave(tmp_path, steps=60, step_s=0.05)
+    launcher = behaving.start_launcher(tmp_path, *behaving.words(tmp_path, points=3))
+    run = behaving.at_work(tmp_path, 2)[0]
+    os.kill(behaving.parent_of(run.status()["pid"]), signal.SIGKILL)
+    assert launcher.wait(60) == 0
+    sweep = sweep_in(tmp_path, points=3)
+    assert states(sweep) == ["done"] * 3
     assert sorted(behaving.begun(tmp_path, "train")) == sorted(ids(sweep))
 
 

@@ -13,7 +13,7 @@ from lm_eval.api.group import Group
 from lm_eval.config.group import GroupConfig
 from lm_eval.tasks import TaskManager
 from tokenizers.processors import TemplateProcessing
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from stillhouse.compose import compose, from_command_line
 from stillhouse.distill import models, problems, tiny
@@ -66,7 +66,9 @@ def llama(vocabulary: int, hidden: int = 32, seed: int = 0, **more: Any) -> Llam
         initializer_range=0.3,
         **more,
     )
-    return LlamaForCausalLM(config).eval()
+    model = LlamaForCausalLM(config).eval()
+    model.generation_config = GenerationConfig()  # as models.load_base leaves it
+    return model
 
 
 @pytest.fixture(scope="module")
@@ -436,19 +438,25 @@ def test_a_label_is_cut_to_the_column_but_keeps_the_id():
 # ---------------------------------------------------------------- what lm-eval is made to ask
 
 
-def with_bos() -> Any:
-    """A tokenizer that adds a BOS to whatever it reads, and whose chat template writes one too."""
+def bos_outside_template() -> Any:
+    """A tokenizer that adds a BOS to whatever it reads, while its chat template has none."""
     text = tiny.tokenizer()
     text.add_special_tokens({"bos_token": "<bos>"})
     text.backend_tokenizer.post_processor = TemplateProcessing(
         single="<bos> $A", special_tokens=[("<bos>", text.bos_token_id)]
     )
-    text.chat_template = "{{ bos_token }}" + text.chat_template
     assert text.encode("x")[0] == text.bos_token_id
     return text
 
 
-@pytest.mark.parametrize("make_tokenizer", [tiny.tokenizer, with_bos])
+def with_bos() -> Any:
+    """The same, and the chat template writes a BOS too."""
+    text = bos_outside_template()
+    text.chat_template = "{{ bos_token }}" + text.chat_template
+    return text
+
+
+@pytest.mark.parametrize("make_tokenizer", [tiny.tokenizer, with_bos, bos_outside_template])
 def test_lm_eval_feeds_exactly_the_prompts_of_training(place, tmp_path, make_tokenizer):
     text = make_tokenizer()
     rows = problems.test_rows(LIMIT)
@@ -482,7 +490,7 @@ def chain(text: Any, steps: dict[int, int]) -> LlamaForCausalLM:
     """A model whose next token follows from the current one alone; by default it ends the text."""
     size = len(text)
     hidden = size + -size % 4  # RoPE wants even heads
-    model = llama(size, hidden=hidden, tie_word_embeddings=False)
+    model: Any = llama(size, hidden=hidden, tie_word_embeddings=False)
     with torch.no_grad():
         for layer in model.model.layers:
             layer.self_attn.o_proj.weight.zero_()

@@ -192,20 +192,15 @@ def test_a_misspelt_negated_flag_is_told_its_right_spelling():
         evaluate("--no-evl-teacher")
 
 
-@pytest.mark.xfail(strict=True, reason="flags.parse: repeated flags are put after all other words")
 def test_the_last_word_on_a_list_counts_in_mixed_dialects():
     assert train("--tags a tags=[b]").place.tags == ("b",)
 
 
-@pytest.mark.xfail(strict=True, reason="compose.parse_value: Hydra's grammar makes 12 a number")
 @pytest.mark.parametrize(("line", "name"), [("name=12", "12"), ("wandb_project=1e5", "1e5")])
 def test_a_text_knob_takes_digits_in_both_dialects(line: str, name: str):
     assert name in flat(train(line)).values()
 
 
-@pytest.mark.xfail(
-    strict=True, reason="compose.parse_value: texts are joined and split at newlines"
-)
 def test_a_text_with_a_line_break_stays_one_text():
     assert train("--tags 'a\nb'").place.tags == ("a\nb",)
 

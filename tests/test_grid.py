@@ -108,7 +108,7 @@ def test_the_published_runs_are_points_of_the_sweeps_with_their_tags():
         spec = compose(from_command_line(flags_of(run_of[name]), TrainSpec), TrainSpec)
         point = points[sweep, point_id(spec)]
         assert point.tags == spec.place.tags
-    # One seed of the published β runs was laid out as 2 × 4, others stand alone: not in a grid.
+    # In no grid: λ = 0.5 stands alone, and two β runs were laid out as 2 × 4 to fit a memory.
     assert set(run_of) - set(sweep_of) == {"lmbda_05_int4", "lmbda0_beta05", "lmbda1_beta05"}
 
 
@@ -324,6 +324,9 @@ def test_seeds_typed_replace_seeds_written(tmp_path: Path):
     for words, seeds in (("seeds=3", {0, 1, 2}), ("seed=7", {7}), ("--seeds 4,5", {4, 5})):
         sweep = load(FILE, tmp_path, *words.split())
         assert {point.overrides["seed"] for point in sweep.points} == seeds
+    own = "base: {pair: tiny}\npoints: [{beta: 0, seed: 1}, {beta: 1, seed: 2}]"
+    assert [point.overrides["seed"] for point in load(own, tmp_path).points] == [1, 2]
+    assert [point.overrides["seed"] for point in load(own, tmp_path, "seed=7").points] == [7, 7]
 
 
 def test_a_comparison_that_the_command_line_took_apart_is_dropped(tmp_path: Path):

@@ -169,7 +169,7 @@ def test_workers_and_server_end_with_a_launcher_that_is_killed(tmp_path: Path) -
     launcher = behaving.start_launcher(tmp_path, *behaving.words(tmp_path))
     runs = behaving.at_work(tmp_path, 2)
     workers: list[int] = [run.status()["pid"] for run in runs]
-    server = parent_of(workers[0])
+    server = behaving.parent_of(workers[0])
     assert server not in (launcher.pid, 1)
     launcher.kill()
     launcher.wait()
@@ -177,11 +177,6 @@ def test_workers_and_server_end_with_a_launcher_that_is_killed(tmp_path: Path) -
     for run in runs:
         status: dict[str, Any] = run.status()
         assert (status["phase"], status["exit_code"]) == ("waiting", 85)
-
-
-def parent_of(pid: int) -> int:
-    words = ["ps", "-o", "ppid=", "-p", str(pid)]
-    return int(subprocess.run(words, capture_output=True, text=True, check=True).stdout)
 
 
 def is_alive(pid: int) -> bool:

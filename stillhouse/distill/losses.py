@@ -1,12 +1,12 @@
 """This file is where hidden states become a loss, chunk by chunk, with no [B, T, V] tensor.
 
-Legend: N positions (the completion tokens of a batch, flattened), n positions of one chunk, H hidden
-width, V vocabulary. Student p = softmax(z / T), teacher q without gradient, m a mixture of the two.
+Legend: N positions (the completion tokens of a batch, flattened), n positions of one chunk,
+H hidden width, V vocabulary. Student p = softmax(z / T), teacher q, m a mixture of the two.
 
 A loss is one function of a chunk's logits: it returns a value per position and d value / d logits.
 `_SumOverPositions` does the rest: head product, sum, chain to the hidden states. The gradient is
-formed in the forward pass and only d loss / d hidden, [N, H], is kept. The head is frozen, so nothing
-else is wanted, and a backward pass that formed the logits again would pay a fourth head product.
+formed in the forward pass and only d loss / d hidden, [N, H], is kept. The head is frozen, so
+nothing else is wanted, and a backward pass that formed the logits again would pay for them twice.
 """
 
 from __future__ import annotations
@@ -21,9 +21,12 @@ from torch.autograd.function import once_differentiable
 
 from stillhouse.errors import ContractError
 
-# Positions per chunk. On a CPU, V 49,152, H 576: the head products take 1.8 times as long with 16
-# positions as with 64, and a fifth less with 128, for twice the memory.
-CHUNK = 64
+# Positions per chunk. On a CPU, V 49,152, H 576, the head products of 16 positions at a time take
+# twice as long as those of 128; beyond that, memory buys little.
+CHUNK = 128
+# Numbers per buffer in the passes over a chunk on a CPU: five such buffers stay in its caches, and
+# the passes take half the time. A GPU wants few large kernels instead.
+BLOCK = 400_000
 
 
 class TokenStats(NamedTuple):
@@ -62,11 +65,11 @@ def distill_loss(
     is no factor temperature². The caller divides by the global number of completion tokens. The sum
     is differentiable with respect to `hidden_NH` only, once; unwanted gradients are not formed.
 
-    `teacher_logits(rows)` gives the logits [n, V_t] of those positions; it is called once per chunk,
-    in order, without gradient, and what it returns is not written to. Vocabularies of two lengths
-    differ in padding: both are cut to the shorter. `hidden_NH` and `head_VH` share a dtype, the logits
-    are their product in it, as the model itself would form them, and what follows is float32
-    (float64 for float64). NaN logits give a NaN loss. N = 0 gives 0, with a gradient path.
+    `teacher_logits(rows)` gives the logits [n, V_t] of those positions; it is called once per
+    chunk, in order, without gradient, and what it returns is not written to. Where V_t is not V,
+    the difference is padding: both are cut to the shorter. `hidden_NH` and `head_VH` share a dtype;
+    the logits are their product in it, as the model itself would form them, and what follows is
+    float32 (float64 for float64). NaN logits give a NaN loss. N = 0 gives 0, with a gradient path.
 
     Raises ContractError if a target lies outside the shared vocabulary; ValueError or TypeError for
     arguments that mean nothing.
@@ -75,23 +78,19 @@ def distill_loss(
     _refuse_nonsense(hidden_NH, head_VH, beta, temperature, chunk)
     wants_gradient = hidden_NH.requires_grad and torch.is_grad_enabled()
     seen: list[TokenStats] = []
-    scratch_4bV = hidden_NH.new_empty(0)
 
     def position_loss(rows: slice, logits_nV: Tensor) -> tuple[Tensor, Tensor | None]:
-        nonlocal scratch_4bV
         teacher_nV = teacher_logits(rows)
-        n, V = len(logits_nV), min(logits_nV.shape[1], teacher_nV.shape[1])
-        assert len(teacher_nV) == n, f"{len(teacher_nV)} rows of teacher logits for {n} positions"
+        assert len(teacher_nV) == len(logits_nV), "teacher_logits(rows) owes a row per position"
+        V = min(logits_nV.shape[1], teacher_nV.shape[1])
         if not seen:  # once: on a GPU, to look at the targets is to wait for them
             _refuse_targets_outside(targets_N, V)
-            scratch_4bV = logits_nV.new_empty(4, _block(n, V, logits_nV.device), V)
-        first, size = len(seen), scratch_4bV.shape[1]
-        logits_nV = logits_nV[:, :V]
-        for z_bV, t_bV, y_b in zip(
-            logits_nV.split(size), teacher_nV[:, :V].split(size), targets_N[rows].split(size), strict=True
-        ):
-            seen.append(_divergence_(z_bV, t_bV, y_b, scratch_4bV[:, :len(y_b)], beta, temperature, wants_gradient))
-        return torch.cat([stats.loss for stats in seen[first:]]), logits_nV if wants_gradient else None
+        shared_nV = logits_nV[:, :V]
+        stats = _divergence_(
+            shared_nV, teacher_nV[:, :V], targets_N[rows], beta, temperature, wants_gradient
+        )
+        seen.append(stats)
+        return stats.loss, shared_nV if wants_gradient else None
 
     loss = _SumOverPositions.apply(
         hidden_NH, head_VH, weights_N, chunk, wants_gradient, position_loss
@@ -99,7 +98,7 @@ def distill_loss(
     if not seen:
         nothing = torch.empty(0, dtype=loss.dtype, device=loss.device)
         seen.append(TokenStats(*[nothing] * len(TokenStats._fields)))
-    return loss, TokenStats(*map(torch.cat, zip(*seen, strict=True)))
+    return loss, _joined(seen)
 
 
 class _SumOverPositions(torch.autograd.Function):
@@ -126,9 +125,12 @@ class _SumOverPositions(torch.autograd.Function):
             product_nV, logits_nV = (b[: rows.stop - start] for b in (product_cV, logits_cV))
             # out= allocates nothing, and autocast leaves it alone: the dtype is the one promised.
             torch.mm(hidden_NH[rows], head_VH.T, out=product_nV)
-            value_n, dz_nV = position_loss(rows, logits_nV if logits_cV is product_cV else logits_nV.copy_(product_nV))
-            weights_n = 1.0 if weights_N is None else weights_N[rows]
-            loss += (value_n * weights_n).sum()
+            if logits_cV is not product_cV:
+                logits_nV.copy_(product_nV)
+            value_n, dz_nV = position_loss(rows, logits_nV)
+            if weights_N is not None:
+                value_n = value_n * weights_N[rows]
+            loss += value_n.sum()
             if gradient_NH is None or dz_nV is None:
                 continue
             if weights_N is not None:
@@ -152,13 +154,34 @@ def _divergence_(
     logits_nV: Tensor,
     teacher_nV: Tensor,
     targets_n: Tensor,
-    scratch_4nV: Tensor,
     beta: float,
     temperature: float,
     wants_gradient: bool,
 ) -> TokenStats:
-    """JSD_beta of a chunk with its statistics, and d JSD_beta / d logits. Writes over the logits."""
-    log_p, log_q, p, q = scratch_4nV
+    """The statistics of a chunk; its logits become d JSD_beta / d logits, or are used up."""
+    n, V = logits_nV.shape
+    size = n if logits_nV.is_cuda else min(n, max(1, BLOCK // V))
+    scratch_4bV = logits_nV.new_empty(4, size, V)
+    blocks = zip(*(x.split(size) for x in (logits_nV, teacher_nV, targets_n)), strict=True)
+    return _joined(
+        [
+            _divergence_of_block_(z_bV, t_bV, y_b, scratch_4bV, beta, temperature, wants_gradient)
+            for z_bV, t_bV, y_b in blocks
+        ]
+    )
+
+
+def _divergence_of_block_(
+    logits_nV: Tensor,
+    teacher_nV: Tensor,
+    targets_n: Tensor,
+    scratch_4bV: Tensor,
+    beta: float,
+    temperature: float,
+    wants_gradient: bool,
+) -> TokenStats:
+    """As above, for so few positions that the passes below stay in cache."""
+    log_p, log_q, p, q = scratch_4bV[:, : len(logits_nV)]
     torch.log_softmax(logits_nV, -1, out=log_p)
     nll = -log_p.gather(1, targets_n[:, None]).squeeze(1)
     teacher_nV = teacher_nV.to(log_p.dtype)
@@ -176,30 +199,26 @@ def _divergence_(
     student_entropy, teacher_entropy = -_dot(p, log_p, spare), -_dot(q, log_q, spare)
     log_ratio, mixture = log_p.sub_(log_q), log_q  # log p - log q; log q is not needed again
     forward_kl, reverse_kl = -_dot(q, log_ratio, spare), _dot(p, log_ratio, spare)
-    if beta in (0, 1):
-        jsd_half, _ = _jsd(0.5, p, q, mixture, spare, spare)
-        loss, centre = (reverse_kl, reverse_kl) if beta == 1 else (forward_kl, None)
+    keeps = log_ratio if beta == 0.5 else spare
+    jsd_half, centre = _jsd(0.5, p, q, mixture, keeps, spare)
+    if beta == 0:
+        loss = forward_kl
+    elif beta == 1:
+        loss = centre = reverse_kl
+    elif beta == 0.5:
+        loss = jsd_half
     else:
-        jsd_half, _ = _jsd(0.5, p, q, mixture, spare, spare) if beta != 0.5 else (None, None)
-        loss, centre = _jsd(beta, p, q, mixture, log_ratio, spare)  # log_ratio: log p - log m
-        jsd_half = loss if jsd_half is None else jsd_half
-    stats = TokenStats(
-        loss, forward_kl, reverse_kl, jsd_half, nll, student_entropy, teacher_entropy
-    )
+        loss, centre = _jsd(beta, p, q, mixture, log_ratio, spare)
     if wants_gradient:
-        if centre is None:
+        if beta == 0:
             torch.sub(p, q, out=logits_nV)
-        else:
+        else:  # log_ratio is log p - log q at beta = 1, log p - log m between the ends
             torch.mul(log_ratio.sub_(centre[:, None]), p, out=logits_nV)
         scale = (1 if beta in (0, 1) else 1 - beta) / temperature
         if scale != 1:
             logits_nV.mul_(scale)
-    return stats
+    return TokenStats(loss, forward_kl, reverse_kl, jsd_half, nll, student_entropy, teacher_entropy)
 
-
-def _block(n,V,device):
-    import os
-    return min(n,int(os.environ.get('BLK','16')))
 
 def _jsd(
     beta: float, p: Tensor, q: Tensor, mixture: Tensor, log_ratio: Tensor, spare: Tensor
@@ -207,7 +226,7 @@ def _jsd(
     """JSD_beta and KL(p || m), both [n]; m is left in `mixture`, log p - log m in `log_ratio`.
 
     Quotients of probabilities, not differences of their logs: p / m is at most 1 / (1 - beta), so
-    nothing overflows, and where p equals q it is exactly 1, so that loss and gradient are exactly 0.
+    nothing overflows, and where p equals q it is exactly 1: loss and gradient are exactly 0 there.
     """
     torch.lerp(p, q, beta, out=mixture)  # exact at p = q, which beta * q + (1 - beta) * p is not
     of_teacher = _dot(q, torch.div(q, mixture, out=spare).log_(), spare)
@@ -217,8 +236,12 @@ def _jsd(
 
 
 def _dot(a_nV: Tensor, b_nV: Tensor, spare_nV: Tensor) -> Tensor:
-    """Dot product of each pair of rows, [n]. Not linalg.vecdot: its float32 sum is a plain one."""
+    """Dot product of each pair of rows, [n]; torch.sum adds pairwise, which float32 needs here."""
     return torch.mul(a_nV, b_nV, out=spare_nV).sum(-1)
+
+
+def _joined(parts: list[TokenStats]) -> TokenStats:
+    return TokenStats(*map(torch.cat, zip(*parts, strict=True)))
 
 
 def _work_dtype(hidden_NH: Tensor) -> torch.dtype:

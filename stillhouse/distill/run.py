@@ -66,7 +66,8 @@ class Run:
         self.monitor = Monitor(
             spec, self.loop, self.prompts.held_out, self.tokenizer, self._writers()
         )
-        self.cost: Json = {"seconds": {"load": time.perf_counter() - started}, "tokens": {}}
+        loading = time.perf_counter() - started
+        self.cost: Json = {"seconds": {"load": loading, "total": loading}, "tokens": {}}
         self.said = 0.0
 
     def say(self, text: str) -> None:

@@ -6,7 +6,7 @@ It decides what a figure's lines are; `plots` draws them.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from stillhouse.results.table import Frame, is_set, points_of, spell
@@ -25,10 +25,9 @@ class Group:
     """Runs that share a line in a plot."""
 
     name: str  # for the legend
-    method: str
     pair_name: str
     runs: list[Frame]  # the metrics of each, indexed by step
-    schedule: Any  # the method's λ, a number or knots, of the first run
+    schedule: Any  # λ of the first run, a number or knots
     max_steps: int
 
 
@@ -38,7 +37,6 @@ def groups(frame: Frame, runs: Runs, by: str) -> list[Group]:
 
     found: dict[tuple[str, str], Group] = {}
     started = points_of(frame).dropna(subset=["pair_name"])
-    several = started["pair_name"].nunique() > 1
     for row in started.to_dict("records"):
         run = RunDir(runs.root / row["directory"])
         metrics = run.metrics()
@@ -49,18 +47,19 @@ def groups(frame: Frame, runs: Runs, by: str) -> list[Group]:
         if key not in found:
             spec = record["spec"]
             name = f"{by} = {key[0]}" if by in frame.attrs["leaves"] else key[0]
-            name += f" ({key[1]})" if several else ""
-            method = spec["method"]
             steps = spec["training"]["max_steps"]
-            found[key] = Group(name, method["method_name"], key[1], [], method["lmbda"], steps)
+            found[key] = Group(name, key[1], [], spec["method"]["lmbda"], steps)
         found[key].runs.append(pd.DataFrame(metrics).set_index("step"))
     return list(found.values())
 
 
 def lines_of(frame: Frame, runs: Runs, most: int) -> list[Group]:
-    """One group per arm; per compared value where there are more than `most` arms."""
+    """One group per arm, or per compared value and pair where there are more than `most` arms."""
     arms = points_of(frame)["arm"].nunique()
-    return groups(frame, runs, "arm" if arms <= most else compared_leaf(frame))
+    found = groups(frame, runs, "arm" if arms <= most else compared_leaf(frame))
+    if len({group.name for group in found}) == len(found):
+        return found
+    return [replace(group, name=f"{group.name} ({group.pair_name})") for group in found]
 
 
 def compared_leaf(frame: Frame) -> str:
@@ -71,6 +70,14 @@ def compared_leaf(frame: Frame) -> str:
     points = points_of(frame)
     always = [leaf for leaf in leaves if points[leaf].notna().all()]
     return max(always, key=lambda leaf: points[leaf].nunique(), default="arm")
+
+
+def ordered(column: Any) -> list[str]:
+    """The values of an override, numbers by size, words as they first come."""
+    values = list(dict.fromkeys(column.dropna()))
+    if all(isinstance(value, int | float) for value in values):
+        values.sort()
+    return list(dict.fromkeys(spell(value) for value in values))
 
 
 def over_steps(group: Group, key: str, window: int = 1) -> Frame | None:

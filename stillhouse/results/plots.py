@@ -21,6 +21,7 @@ from stillhouse.results.curves import (
     groups,
     jumps,
     lines_of,
+    ordered,
     over_steps,
     score_key,
 )
@@ -38,6 +39,7 @@ BASELINE_LINES = {"teacher": (0, (6, 2)), "student": (0, (1, 2)), "ptq": (0, (4,
 INK = "#1f2328"
 MAX_GROUPS = len(COLOURS)
 MAX_PANELS = 6
+PAIR_LEAVES = ("pair", "pair_name")
 STYLE: dict[Any, Any] = {
     "font.size": 9,
     "axes.titlesize": 9.5,
@@ -88,7 +90,7 @@ Drawn = tuple[Draw, str, str, str]  # figure, name, title, caption
 
 
 def _save(figure: Draw, name: str, title: str, caption: str, directory: Path) -> Picture:
-    svg, png = directory / f"{name}.svg", directory / f"{name}.png"
+    svg, png = (directory / f"{name}.{kind}" for kind in ("svg", "png"))
     figure.draw_without_rendering()  # lay out once, not once per format
     figure.set_layout_engine("none")
     buffer = io.BytesIO()
@@ -105,7 +107,7 @@ def _panels(count: int, height: float = 3.0, sharey: bool = False) -> tuple[Draw
     """A figure with `count` axes, at most three in a row, a row `height` inches high."""
     from matplotlib.figure import Figure
 
-    columns = min(count, 3)
+    columns = 2 if count == 4 else min(count, 3)
     rows = math.ceil(count / columns)
     width = {1: 5.6, 2: 7.2}.get(columns, 9.0)
     figure = Figure(figsize=(width, height * rows + 0.5), layout="constrained")
@@ -127,8 +129,7 @@ def _legend(figure: Draw, axes: Sequence[Draw]) -> None:
     if len(entries) > 1:
         widest = max(len(label) for label in entries) + 8  # the handle and the gap count too
         columns = max(1, min(len(entries), int(figure.get_figwidth() * 12 / widest)))
-        where = {"loc": "outside lower center", "ncols": columns}
-        figure.legend(entries.values(), entries.keys(), **where)
+        figure.legend(entries.values(), entries, loc="outside lower center", ncols=columns)
 
 
 def _scores(frame: Frame, runs: Runs) -> Drawn | None:
@@ -136,15 +137,16 @@ def _scores(frame: Frame, runs: Runs) -> Drawn | None:
     if not (scored["kind"] == "point").any():
         return None
     by = compared_leaf(frame)
-    others = [leaf for leaf in frame.attrs["leaves"] if by not in ("arm", leaf)]
+    pairs = scored["pair_name"].nunique() > 1 and by not in PAIR_LEAVES
+    given = ("arm", by, *(PAIR_LEAVES if pairs else ()))
+    others = [leaf for leaf in frame.attrs["leaves"] if by != "arm" and leaf not in given]
     series = max(others, key=lambda leaf: frame[leaf].nunique(), default=None)
-    tasks = scored[["task", "metric"]].drop_duplicates().itertuples(index=False, name=None)
-    columns = list(tasks)[:MAX_PANELS]
-    figure, axes = _panels(len(columns))
-    for axis, (task, metric) in zip(axes, columns, strict=True):
-        part = scored[(scored["task"] == task) & (scored["metric"] == metric)]
+    panels = scored.groupby(["task", "metric", *(["pair_name"] if pairs else [])], sort=False)
+    shown = list(panels)[:MAX_PANELS]
+    figure, axes = _panels(len(shown))
+    for axis, ((task, metric, *pair), part) in zip(axes, shown, strict=True):
         _score_panel(axis, part, by, series)
-        axis.set_title(f"{task}: {metric}", loc="left")
+        axis.set_title(": ".join((task, metric, *pair)), loc="left")
         axis.set_xlabel(by)
         arrow = "higher is better" if part.iloc[0]["higher_is_better"] else "lower is better"
         axis.set_ylabel(f"{metric} ({arrow})")
@@ -160,8 +162,8 @@ def _scores(frame: Frame, runs: Runs) -> Drawn | None:
 
 def _score_panel(axis: Draw, part: Frame, by: str, series: str | None) -> None:
     points = part[part["kind"] == "point"]
-    ticks = _ordered(points[by])
-    names = _ordered(points[series])[:MAX_GROUPS] if series else [None]
+    ticks = ordered(points[by])
+    names = ordered(points[series])[:MAX_GROUPS] if series else [None]
     for place, name in enumerate(names):
         mine = points if name is None else points[points[series].map(spell) == name]
         shift = 0.0 if len(names) == 1 else 0.5 * (place / (len(names) - 1) - 0.5)
@@ -202,7 +204,7 @@ def _baselines(axis: Draw, part: Frame, flat: bool = False) -> None:
     line = axis.axvline if flat else axis.axhline
     for row in part[part["kind"] != "point"].itertuples():
         style = BASELINE_LINES[row.kind]
-        line(row.value, color=INK, linewidth=1.1, linestyle=style, label=row.arm, zorder=1)
+        line(row.value, color=INK, linewidth=1.1, linestyle=style, label=row.name, zorder=1)
 
 
 def _frame_values(set_limits: Callable[[float, float], Any], part: Frame) -> None:
@@ -212,14 +214,6 @@ def _frame_values(set_limits: Callable[[float, float], Any], part: Frame) -> Non
     bounded = part["doc_se"].notna().all()  # a share of right answers lies in [0, 1]
     low, high = low - room, high + room
     set_limits(max(low, -0.02) if bounded else low, min(high, 1.02) if bounded else high)
-
-
-def _ordered(column: Any) -> list[str]:
-    """The values of an override, numbers by size, words as they first come."""
-    values = list(dict.fromkeys(column.dropna()))
-    if all(isinstance(value, int | float) for value in values):
-        values.sort()
-    return list(dict.fromkeys(spell(value) for value in values))
 
 
 def _method_comparison(frame: Frame, runs: Runs) -> Drawn | None:
@@ -235,8 +229,8 @@ def _method_comparison(frame: Frame, runs: Runs) -> Drawn | None:
         return None
     first = scored.iloc[0]
     scored = scored[(scored["task"] == first["task"]) & (scored["metric"] == first["metric"])]
-    pairs = _ordered(scored["pair_name"])[:3]
-    methods = _ordered(scored["method_name"])
+    pairs = ordered(scored[scored["kind"] == "point"]["pair_name"])[:3]
+    methods = ordered(scored["method_name"])
     figure, axes = _panels(len(pairs), 0.9 + 0.34 * len(methods), sharey=True)
     for axis, pair in zip(axes, pairs, strict=True):
         part = scored[scored["pair_name"] == pair]
@@ -272,8 +266,7 @@ def _training(frame: Frame, runs: Runs) -> Drawn | None:
             axes[2].plot(teacher["mean"], color=COLOURS[place], linewidth=0.8, alpha=0.8)
     titles = ("loss, as differentiated", "reverse KL(student || teacher)")
     for axis, title in zip(axes, (*titles, "entropy: student, teacher thin"), strict=True):
-        axis.set_title(title, loc="left")
-        axis.set_xlabel("step")
+        _steps(axis, title)
         axis.set_ylabel("nats per token")
     _legend(figure, axes)
     caption = "Means over the runs of a line; bands: lowest to highest run."
@@ -281,7 +274,7 @@ def _training(frame: Frame, runs: Runs) -> Drawn | None:
         caption += f" Each run is a running mean of {window} steps."
     if len(lines) > MAX_GROUPS:
         caption += f" The first {MAX_GROUPS} of {len(lines)} groups."
-    caption += " Losses at different β are not comparable with one another; the KL is."
+    caption += " Losses at different β are not comparable; each line is on what its arm trains on."
     return figure, "training", "Training", caption
 
 
@@ -293,40 +286,45 @@ def _line(axis: Draw, group: Group, place: int, key: str, window: int = 1) -> No
     colour, style = COLOURS[place % MAX_GROUPS], LINES[place % MAX_GROUPS]
     axis.plot(curve["mean"], color=colour, linestyle=style, linewidth=1.5, label=group.name)
     if len(group.runs) > 1:
-        axis.fill_between(
-            curve.index, curve["low"], curve["high"], color=colour, alpha=0.14, linewidth=0
-        )
+        band = (curve.index, curve["low"], curve["high"])
+        axis.fill_between(*band, color=colour, alpha=0.14, linewidth=0)
+
+
+def _steps(axis: Draw, title: str, above: float = 0) -> None:
+    axis.set_title(title, loc="left", pad=6 + above)
+    axis.set_xlabel("step")
+    axis.xaxis.get_major_locator().set_params(integer=True)
 
 
 def _cliff(frame: Frame, runs: Runs) -> Drawn | None:
-    methods = groups(frame, runs, "method_name")
-    key = score_key(methods)
-    if key is None or not any(jumps(group) for group in methods):
+    # λ is a method's schedule, unless the sweep sets it: then it is what its arms differ in.
+    lines = groups(frame, runs, "lmbda" if "lmbda" in frame.attrs["leaves"] else "method_name")
+    key = score_key(lines)
+    if key is None or not any(jumps(group) for group in lines):
         return None
     by_pair: dict[str, list[Group]] = {}
-    for group in methods:
+    for group in lines:
         by_pair.setdefault(group.pair_name, []).append(group)
-    places = {name: i for i, name in enumerate(dict.fromkeys(g.method for g in methods))}
+    places = {name: i for i, name in enumerate(dict.fromkeys(g.name for g in lines))}
     figure, axes = _panels(min(3, len(by_pair)), 3.4, sharey=True)
-    for axis, (pair, lines) in zip(axes, by_pair.items(), strict=False):
-        for group in lines:
-            _line(axis, group, places[group.method], key)
-        switches = [(places[g.method], g.method, *jump) for g in lines for jump in jumps(g)]
-        for row, (place, method, step, towards) in enumerate(reversed(switches)):
+    for axis, (pair, mine) in zip(axes, by_pair.items(), strict=False):
+        for group in mine:
+            _line(axis, group, places[group.name], key)
+        switches = [(places[g.name], g, *jump) for g in mine for jump in jumps(g)]
+        for row, (place, group, step, towards) in enumerate(reversed(switches)):
             look = {"color": COLOURS[place % MAX_GROUPS], "linestyle": LINES[place % MAX_GROUPS]}
             axis.axvline(step, linewidth=0.9, **look)
             axis.annotate(
-                f"{method} turns {towards}",
+                f"{group.name} turns {towards}" if len(group.name) < 24 else f"turns {towards}",
                 (step, 1),
                 (0, 3 + 11 * row),  # above the frame, each in a row of its own
                 xycoords=axis.get_xaxis_transform(),
                 textcoords="offset points",
-                ha="left" if step < lines[0].max_steps / 3 else "right",
+                ha="left" if step < group.max_steps / 3 else "right",
                 color=look["color"],
                 fontsize=8,
             )
-        axis.set_title(pair, loc="left", pad=6 + 11 * len(switches))
-        axis.set_xlabel("step")
+        _steps(axis, pair, above=11 * len(switches))
         axis.set_ylabel(SCORE_KEYS[key])
     _legend(figure, axes)
     caption = "Vertical lines: a schedule switches there. Means over runs; bands: all runs."
@@ -334,8 +332,7 @@ def _cliff(frame: Frame, runs: Runs) -> Drawn | None:
 
 
 def _seeding(frame: Frame, runs: Runs) -> Drawn | None:
-    several = points_of(frame)["method_name"].nunique() > 1
-    lines = groups(frame, runs, "method_name") if several else lines_of(frame, runs, MAX_GROUPS)
+    lines = lines_of(frame, runs, MAX_GROUPS)
     forced = [over_steps(group, "train/seed_tokens") for group in lines]
     if not any((curve["high"] > 0).any() for curve in forced if curve is not None):
         return None
@@ -346,8 +343,7 @@ def _seeding(frame: Frame, runs: Runs) -> Drawn | None:
         _line(axes[1], group, place, key)
     titles = ("tokens forced from the teacher", SCORE_KEYS.get(key, "loss, nats per token"))
     for axis, title in zip(axes, titles, strict=True):
-        axis.set_xlabel("step")
-        axis.set_title(title, loc="left")
+        _steps(axis, title)
     axes[0].set_ylabel("tokens")
     axes[0].yaxis.get_major_locator().set_params(integer=True)
     _legend(figure, axes)

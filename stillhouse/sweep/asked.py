@@ -110,7 +110,9 @@ def read(target: str | None, words: list[str]) -> Asked:
     of_words = _take_seeds("command line", launcher.get("seeds"), single, typed)
     of_file = _take_seeds(where, file.seeds, base, grid)
     seeds = of_words or of_file
-    if seeds and any(SEED in point for point in points):
+    if of_words:  # on top of all points, as any word
+        points = [{key: v for key, v in point.items() if key != SEED} for point in points]
+    elif of_file and any(SEED in point for point in points):
         raise ConfigError(f"{where}: a point has its own seed beside seeds; keep one of them")
     grid.update({key: [value] for key, value in single.items() if key in grid})
     return Asked(

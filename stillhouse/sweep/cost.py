@@ -19,8 +19,9 @@ from stillhouse.spec import TrainSpec, to_plain
 from stillhouse.sweep.asked import text
 from stillhouse.sweep.grid import Point
 
-# Seconds of a generated pair's step, per sequence. 200 steps of 32 took 13 to 20 s on one core
-# without quantiser and metrics (0.07 to 0.10 s a step); 0.15 s leaves room for both.
+# Seconds of a generated pair's step, per sequence. A step of 32 at λ = 1 with int4 took 0.20 s on one
+# thread of a busy 2-core machine, and 0.07 to 0.10 s without quantiser and metrics on a quiet one;
+# 0.15 s lies between. It is used only until the first run of the same shape is done.
 GENERATED_SEQUENCE_S = 0.15 / 32
 READ_AT_MOST = 500  # run directories: a plan must stay quick beside thousands of finished runs
 
@@ -64,7 +65,7 @@ def spent(runs: Path, ids: Iterable[str]) -> dict[str, Cost]:
     for run in Runs(runs).all():
         cost = read_json(run.cost_file) if run.id in wanted else None
         if cost is not None:
-            seconds = float(cost["seconds"]["total"])
+            seconds = cost["seconds"]["total"]
             found[run.id] = _cost(
                 seconds, cost["devices"], cost["price_usd_per_hour"], f"measured: {cost['device']}"
             )
@@ -143,8 +144,9 @@ def _measure(run: RunDir, wanted: set[Shape]) -> _Measure | None:
     steps, this = plain["training"]["max_steps"], shape(plain)
     if this not in wanted or not steps:
         return None
-    fixed = float(cost["seconds"]["load"])
-    return _Measure(this, fixed, (cost["seconds"]["total"] - fixed) / steps, cost["device"])
+    # "total" holds the loading too, which is paid once.
+    load, total = cost["seconds"]["load"], cost["seconds"]["total"]
+    return _Measure(this, load, (total - load) / steps, cost["device"])
 
 
 def _foretell(spec: TrainSpec, measured: list[_Measure] | None) -> Cost:

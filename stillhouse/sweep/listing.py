@@ -93,8 +93,8 @@ def estimate(sweep: Sweep, costs: Mapping[str, cost.Cost]) -> list[str]:
     else:
         slots = min(sweep.site.max_parallel, total.runs)
         lines = [
-            f"{points}: about {duration(total.hours * 3600 / slots)} with {slots} at once, scoring"
-            f" not counted; {total.device_hours:.2g} device-hours, {_price(total)}"
+            f"{points}: about {duration(total.hours * 3600 / slots)} with {slots} at once",
+            f"  scoring not counted; {total.device_hours:.2g} device-hours, {_price(total)}",
         ]
         if total.unknown:
             lines.append(f"  without {total.unknown} whose time is not known")

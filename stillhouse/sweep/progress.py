@@ -7,11 +7,12 @@ without control codes, so that a log is a history.
 from __future__ import annotations
 
 import json
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from types import TracebackType
-from typing import TextIO
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -27,19 +28,29 @@ from stillhouse.sweep.roster import Roster
 
 TAIL_BYTES = 16_384  # of metrics.jsonl: more than a line, less than a page of disk reads
 LIVE_ROWS = 12  # tasks at work that the board lists; a laptop has fewer
+BAR_WIDTH = 60
 DOING = {"prepare": "prepares", "train": "trains", "eval": "scores"}
 DID = {"prepare": "prepared", "train": "trained", "eval": "scored"}
 
 
-def steps_done(run: RunDir) -> int:
-    """Completed steps of a run under way: what the last whole line of its metrics says."""
+@dataclass(frozen=True)
+class Steps:
+    """How far a run under way is."""
+
+    done: int
+    of: int | None  # None: it did not say yet
+
+
+def steps_of(run: RunDir) -> Steps:
+    """Completed steps, as the last whole line of the run's metrics says, and how many there are."""
+    end = run.status().get("max_steps")
     try:
         with run.metrics_file.open("rb") as file:
             file.seek(max(0, run.metrics_file.stat().st_size - TAIL_BYTES))
             lines = file.read().split(b"\n")
-        return int(json.loads(lines[-2])["step"]) + 1
+        return Steps(int(json.loads(lines[-2])["step"]) + 1, end)
     except (OSError, IndexError, ValueError, KeyError):
-        return 0  # nothing written yet, or being written just now
+        return Steps(0, end)  # nothing written yet, or being written just now
 
 
 def about(action: Action, roster: Roster) -> str:
@@ -56,21 +67,27 @@ def about(action: Action, roster: Roster) -> str:
 
 
 def states_now(picture: Picture) -> Counter[str]:
-    """Points by state, counting what this launcher has at work as running."""
+    """Points by state; what is at work here is running, and what only wants its scores is told."""
     live = {id_ for action in picture.live for id_ in action.points}
-    return Counter(
-        "running" if id_ in live and seen.state != "done" else seen.state
-        for id_, seen in picture.observations.items()
-    )
+
+    def said(id_: str, seen: Observation) -> str:
+        if id_ in live and seen.state != "done":
+            return "running"
+        return "trained" if seen.is_trained and seen.state == "waiting" else seen.state
+
+    return Counter(said(id_, seen) for id_, seen in picture.observations.items())
 
 
 def counted(states: Mapping[str, int]) -> str:
     """`5 done, 2 running`, in one fixed order and without the zeros."""
-    return ", ".join(f"{states[state]} {state}" for state in STATES if states.get(state))
+    order = [STATES[0], "trained", *STATES[1:]]
+    return ", ".join(f"{states[state]} {state}" for state in order if states.get(state))
 
 
 def duration(seconds: float) -> str:
-    """A time as a person says it: 42 s, 7 min, 3 h 20 min."""
+    """A time as a person says it: 0.4 s, 42 s, 7 min, 3 h 20 min."""
+    if seconds < 9.95:
+        return f"{seconds:.1f} s"
     if seconds < 99.5:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)
@@ -153,7 +170,7 @@ class Board:
 
     def sees(self, picture: Picture) -> None:
         steps = {
-            action.points[0]: steps_done(self.roster.run(action.points[0]))
+            action.points[0]: steps_of(self.roster.run(action.points[0]))
             for action in picture.live
             if action.kind == "train"
         }
@@ -164,45 +181,41 @@ class Board:
         self.live.update(self._drawn(picture, steps, worth, clock), refresh=True)
 
     def _drawn(
-        self, picture: Picture, steps: Mapping[str, int], worth: float, clock: float
+        self, picture: Picture, steps: Mapping[str, Steps], worth: float, clock: float
     ) -> Group:
         total = len(picture.observations)
-        words = [counted(states_now(picture))]
+        words = [f"{picture.roster.name}: {counted(states_now(picture))}"]
         if picture.is_stopping:
             words.append("stopping")
-        elif self.first and worth > self.first[1] and worth < total:
+        elif self.first and self.first[1] < worth < total:
             rate = (worth - self.first[1]) / (clock - self.first[0])
-            words.append(f"about {duration((total - worth) / rate)} of training left")
-        head = Table.grid(padding=(0, 2))
-        head.add_row(
-            Text(picture.roster.name, style="bold"),
-            ProgressBar(total, worth, width=30),
-            Text(" · ".join(words)),
-        )
+            left = max(10.0, (total - worth) / rate)
+            words.append(f"about {duration(left)} of training left")
+        bar = Table.grid()  # a bare bar would not end its line
+        bar.add_row(ProgressBar(total, worth, width=min(BAR_WIDTH, self.console.width)))
         rows = Table.grid(padding=(0, 2))
         for action in picture.live[:LIVE_ROWS]:
-            since = duration(clock - self.began.get(action, clock))
+            so_far = duration(clock - self.began.get(action, clock))
             if action.kind == "train":
-                seen = picture.observations[action.points[0]]
-                now_at, end = steps[action.points[0]], seen.max_steps
-                since = f"step {now_at}{f'/{end}' if end else ''} · {since}"
-            rows.add_row(f"  {DOING[action.kind]}", about(action, self.roster), Text(since))
+                at = steps[action.points[0]]
+                so_far = f"step {at.done}{f'/{at.of}' if at.of else ''}, {so_far}"
+            rows.add_row(f"  {DOING[action.kind]}", about(action, self.roster), so_far)
         more = len(picture.live) - LIVE_ROWS
-        return Group(head, rows, *([Text(f"  and {more} more")] if more > 0 else []))
+        tail = [Text(f"  and {more} more")] if more > 0 else []
+        return Group(Text(", ".join(words)), bar, rows, *tail)
 
 
-def _worth(seen: Observation, steps: int | None) -> float:
+def _worth(seen: Observation, steps: Steps | None) -> float:
     """How much of a point's training is behind it, in [0, 1]."""
     if seen.is_trained or seen.state in ("failed", "stopped"):
         return 1.0
-    done = seen.step if steps is None else max(steps, seen.step)
-    return min(1.0, done / seen.max_steps) if seen.max_steps else 0.0
+    at = steps or Steps(seen.step, seen.max_steps)
+    return min(1.0, at.done / at.of) if at.of else 0.0
 
 
-def watcher(roster: Roster, stream: TextIO) -> Board | Lines:
-    """A board where somebody looks at a terminal, lines where they go to a file."""
-    console = Console(file=stream, highlight=False)
-    is_screen = stream.isatty() and not console.is_dumb_terminal
-    if is_screen:
+def watcher(roster: Roster) -> Board | Lines:
+    """A board where somebody looks at a terminal, lines where stdout is a file."""
+    console = Console(highlight=False)
+    if sys.stdout.isatty() and not console.is_dumb_terminal:
         return Board(roster, console)
-    return Lines(roster, lambda text: print(text, file=stream, flush=True))
+    return Lines(roster, lambda text: print(text, flush=True))

@@ -6,6 +6,7 @@ stopped, 85 interrupted. Mistakes are StillhouseErrors and become 42 at the door
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.util
 import json
@@ -16,7 +17,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TextIO
 
 from stillhouse.errors import AGAIN, DONE, ConfigError, nearest
 from stillhouse.rundir import RunDir
@@ -114,6 +114,16 @@ def plan(call: Call) -> int:
 
 def run(call: Call, backend_for: Callable[[Sweep], Backend] | None = None) -> int:
     """Train and score what is not done; `backend_for` makes what it runs on, of a sweep."""
+    if not call.is_json:
+        return _run(call, backend_for or _local)
+    with contextlib.redirect_stdout(sys.stderr):  # one object is all that goes to stdout
+        code = _run(call, backend_for or _local)
+    rows = roster.narrowed(roster_of(call.sweep()), call.points)
+    _print_json(rows, observe(rows))
+    return code
+
+
+def _run(call: Call, backend_for: Callable[[Sweep], Backend]) -> int:
     sweep = call.sweep()
     rows = roster.narrowed(roster_of(sweep), call.points)
     observations = observe(rows)
@@ -128,22 +138,19 @@ def run(call: Call, backend_for: Callable[[Sweep], Backend] | None = None) -> in
     if drifted:
         adopt_code(rows, observations)
         observations = observe(rows)
-    say = sys.stderr if call.is_json else sys.stdout
     if _is_nothing_left(sweep, observations):
-        print("nothing left to do", file=say)
-        return _summary(call, rows, observations, {})
-    print(listing.headline(rows, observations), file=say)
-    costs = listing.costs_to_go(_only(sweep, rows), observations)
-    _print(listing.estimate(sweep, costs), say)
-    backend = (backend_for or _local)(sweep)
-    started = time.monotonic()
-    with watcher(rows, say) as watch:
+        print("nothing left to do")
+        return _summary(call, rows, observations, _given_up(rows))
+    print(listing.headline(rows, observations))
+    _print(listing.estimate(sweep, listing.costs_to_go(_only(sweep, rows), observations)))
+    backend, started = backend_for(sweep), time.monotonic()
+    with watcher(rows) as watch:
         drive = Drive(sweep, backend, watch, rows)
         code = drive.run()
-    print(f"after {duration(time.monotonic() - started)}:", file=say)
+    print(f"after {duration(time.monotonic() - started)}:")
     _summary(call, rows, drive.observations, drive.given_up())
     if code == AGAIN:
-        print("stopped before the end; the same command goes on from here", file=say)
+        print("stopped before the end; the same command goes on from here")
     return code
 
 
@@ -171,10 +178,6 @@ def _summary(
 ) -> int:
     """Say how a sweep stands and what to do about it; 1 where something failed."""
     has_failed = any(seen.state in listing.FAILED for seen in observations.values())
-    code = SOME_FAILED if has_failed or given_up else DONE
-    if call.is_json:
-        _print_json(rows, observations)
-        return code
     print(listing.headline(rows, observations))
     _print(listing.failures(rows, observations))
     _print([f"failed: {what}: {cause}" for what, cause in given_up.items()])
@@ -185,7 +188,7 @@ def _summary(
         )
     if any(seen.is_trained for seen in observations.values()):
         print(f"`{call.command('report', rows.name)}` shows the results")
-    return code
+    return SOME_FAILED if has_failed or given_up else DONE
 
 
 def status(call: Call) -> int:
@@ -202,7 +205,8 @@ def status(call: Call) -> int:
             _print(listing.every(rows, observations))
         else:
             _print(listing.unfinished(rows, observations, listing.SHOWN))
-    return _code(observations)
+        _print([f"  failed   {what}: {cause}" for what, cause in _given_up(rows).items()])
+    return _code(rows, observations)
 
 
 def _overview(call: Call) -> int:
@@ -214,7 +218,7 @@ def _overview(call: Call) -> int:
         rows = roster.find(name, call.runs)
         observations = observe(rows)
         print(listing.headline(rows, observations))
-        codes.append(_code(observations))
+        codes.append(_code(rows, observations))
     return max(codes)
 
 
@@ -294,7 +298,8 @@ def cancel(call: Call) -> int:
     _print([f"  asked to save and stop: {row}" for row in asked])
     if not asked:
         print(f"{rows.name}: no point of it is running here")
-    print("`stillhouse run` goes on from there")
+    if any(seen.state != "done" for seen in observations.values()):
+        print("`stillhouse run` goes on from there")
     return DONE
 
 
@@ -312,9 +317,19 @@ def _ask_to_stop(row: roster.Row, seen: Observation) -> bool:
 # ------------------------------------------------------------------------------------ helpers
 
 
-def _code(observations: Observations) -> int:
+def _code(rows: Roster, observations: Observations) -> int:
     has_failed = any(seen.state in listing.FAILED for seen in observations.values())
-    return SOME_FAILED if has_failed else DONE
+    return SOME_FAILED if has_failed or _given_up(rows) else DONE
+
+
+def _given_up(rows: Roster) -> dict[str, str]:
+    """The baselines that could not be scored, and why."""
+    statuses = {directory.name: RunDir(directory).status() for directory in rows.baselines}
+    return {
+        f"baseline {name}": status["eval_cause"]
+        for name, status in statuses.items()
+        if status.get("eval_gave_up")
+    }
 
 
 def _drifted(observations: Observations) -> list[str]:
@@ -332,9 +347,9 @@ def _only(sweep: Sweep, rows: Roster) -> Sweep:
     return dataclasses.replace(sweep, points=points)
 
 
-def _print(lines: Sequence[str], stream: TextIO | None = None) -> None:
+def _print(lines: Sequence[str]) -> None:
     for line in lines:
-        print(line, file=stream)
+        print(line)
 
 
 def _print_json(rows: Roster, observations: Observations) -> int:

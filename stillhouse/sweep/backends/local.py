@@ -32,7 +32,7 @@ from typing import Any, cast
 from filelock import Timeout
 
 from stillhouse.errors import AGAIN, DONE, StillhouseError
-from stillhouse.rundir import RunDir
+from stillhouse.rundir import RunDir, code_identity
 from stillhouse.spec import EvalSpec, TrainSpec
 from stillhouse.sweep.drive import Finished, Task
 from stillhouse.sweep.endings import Ending, check_promise, write_ending
@@ -56,7 +56,7 @@ LOCK_WAIT_S = 5.0  # a look at a lock holds it for an instant; somebody at work 
 
 
 class LocalBackend:
-    """A bounded pool of worker processes. One launcher has one: its server serves them all."""
+    """A pool of worker processes, as many as it is given tasks; one launcher has one server."""
 
     def __init__(
         self,
@@ -71,10 +71,12 @@ class LocalBackend:
         self._context = multiprocessing.get_context("forkserver")
         self._workers: list[_Worker] = []
         self._queue: list[Task] = []  # asked for while the server still imports
+        self._left_behind: list[ForkServerProcess] = []
         self._is_stopping = False
         if preload is None:
             preload = PRELOAD if CUDA_DEVICE.exists() else PRELOAD_WITHOUT_CUDA
-        self._context.set_forkserver_preload(list(preload))
+        self._context.set_forkserver_preload([*preload, "stillhouse.sweep.backends.warm"])
+        code_identity()  # the launcher's, too, is what it was now
         _start_server(log, self.threads)
         # The first fork waits for the imports; this thread waits, so that we still hear Ctrl-C.
         self._warming = threading.Thread(target=self._warm, daemon=True)
@@ -150,8 +152,6 @@ class LocalBackend:
         task, code = worker.task, worker.process.exitcode
         assert code is not None
         cause = worker.last_words()
-        worker.process.join()
-        worker.process.close()
         if code == -signal.SIGTERM:  # before it could listen: it was asked to stop, and did
             code, cause = AGAIN, "asked to stop before it began"
         elif code < 0:
@@ -159,7 +159,14 @@ class LocalBackend:
             code = 128 - code  # as a shell says it
         elif code == DONE:
             code, cause = check_promise(task)
-        if cause != ELSEWHERE and not any(run.is_locked() for run in task.runs):
+        if any(run.is_locked() for run in task.runs):
+            # Another launcher's worker has it; or ours, which a server that died left behind: its
+            # process object is kept, because the pipe it holds says that the launcher is alive.
+            code, cause = AGAIN, ELSEWHERE
+            self._left_behind.append(worker.process)
+        else:
+            worker.process.close()
+        if cause != ELSEWHERE:
             write_ending(task, Ending(code, cause, self.infra_retries, self._is_stopping))
         seconds = time.perf_counter() - worker.started
         return Finished(task.action, code, cause, seconds)

@@ -1,0 +1,325 @@
+"""The launcher's command line: what it takes, what it refuses, and what it prints."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import behaving
+import pytest
+
+from stillhouse.cli import VERBS, main
+from stillhouse.rundir import RunDir, Runs
+from stillhouse.sweep import verbs
+from stillhouse.sweep.grid import Sweep, load_sweep
+from stillhouse.sweep.plan import Observation, observe
+from stillhouse.sweep.progress import Board, Steps, counted, duration, steps_of, watcher
+from stillhouse.sweep.roster import roster_of
+
+GRID = ["pair=tiny", "lmbda=0,0.5", "beta=0,1", "seeds=2"]
+HEAVY = "{'torch', 'transformers', 'hydra', 'pandas', 'rich', 'kubernetes', 'matplotlib'}"
+
+
+def run(runs: Path, *words: str) -> int:
+    """`stillhouse run` with work that behaves."""
+    return verbs.run(verbs.Call(words=words, runs=runs), behaving.backend_for)
+
+
+def done_sweep(runs: Path, *more: str, points: int = 2) -> Sweep:
+    words = behaving.words(runs, *more, points=points)
+    run(runs, *words)
+    return load_sweep(None, [*words], runs)
+
+
+# ------------------------------------------------------------------------------------ help
+
+
+def test_help_names_every_verb_and_loads_nothing_heavy() -> None:
+    program = (
+        "import sys; from stillhouse.cli import main; code = main(['--help'])\n"
+        f"print(sorted({HEAVY} & set(sys.modules))); sys.exit(code)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.endswith("[]\n")
+    assert all(f"  {verb} " in done.stdout for verb in VERBS)
+
+
+def test_planning_loads_no_torch() -> None:
+    program = (
+        f"import sys; from stillhouse.cli import main; code = main(['plan', *{GRID}])\n"
+        "print(sorted({'torch', 'transformers', 'pandas', 'matplotlib'} & set(sys.modules)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.endswith("[]\n")
+
+
+def test_the_module_and_the_script_are_one_door() -> None:
+    words = [sys.executable, "-m", "stillhouse", "statsu"]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert done.returncode == 42
+    assert 'no verb "statsu"' in done.stderr and 'Did you mean "status"?' in done.stderr
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_has_a_help_of_its_own(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main([verb, "--help"])
+    assert ended.value.code == 0
+    assert f"usage: stillhouse {verb} [TARGET]" in capsys.readouterr().out
+
+
+# --------------------------------------------------------------------------------- mistakes
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["plan"], "nothing is asked"),
+        (["plan", "sweeps/no_such.yaml"], "no such sweep file"),
+        (["plan", "pair=tiny", "lmbd=0,1"], 'Did you mean "lmbda"'),
+        (["run", "pair=tiny", "--backend", "cluster"], "not in this version"),
+        (["run", "pair=tiny", "--backend", "locl"], "there is local"),
+        (["run", "pair=tiny", "--code=old"], "--code"),
+        (["plan", "pair=tiny", "--point"], "expected one argument"),
+        (["plan", "pair=tiny", "lmbda=0,1", "--point", "zz"], "no point of tiny-lmbda"),
+        (["plan", "pair=tiny", "runs=a", "--runs", "b"], "two directories"),
+        (["status", "nothing"], 'no sweep and no run "nothing"'),
+        (["logs"], "which sweep?"),
+        (["retry", "nothing", "lmbda=0"], "words change a sweep file"),
+        (["report", "nothing"], "nothing"),
+    ],
+)
+def test_a_mistake_is_42_and_one_or_two_lines(
+    words: list[str], says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    here = [] if "--runs" in words else ["--runs", str(tmp_path)]
+    assert main([words[0], *here, *words[1:]]) == 42
+    error = capsys.readouterr().err
+    assert says in error
+    assert error.startswith("ConfigError: ") and error.count("\n") <= 2
+    assert list(tmp_path.iterdir()) == []
+
+
+# ------------------------------------------------------------------------------------- plan
+
+
+def test_plan_counts_states_by_axis_and_says_what_it_would_take(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["plan", *GRID, "--runs", str(tmp_path)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].endswith(": 8 points: 8 new")
+    assert lines[1].split() == ["points", "new", "to", "go"]
+    # 4 points of 100 steps, at the rule's 0.15 s a step
+    assert lines[2].split() == ["lmbda", "0", "4", "4", "60", "s"]
+    assert lines[3].split() == ["0.5", "4", "4", "60", "s"]
+    assert "8 points to train: about 60 s with 2 at once" in lines
+    assert list(tmp_path.iterdir()) == [], "a plan writes nothing"
+
+
+def test_plan_takes_both_dialects_and_a_directory_in_either(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--pair", "tiny", "--lmbda", "0,0.5", "--seeds=2", f"runs={tmp_path}", "--json"]
+    assert main(["plan", *words]) == 0
+    typed = json.loads(capsys.readouterr().out)
+    assert main(["plan", "pair=tiny", "lmbda=0,0.5", "seeds=2", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["points"] == typed["points"]
+
+
+def test_json_is_one_object_with_the_points_and_their_states(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["plan", "pair=tiny", "lmbda=0,0.5", "--json", "--runs", str(tmp_path)]) == 0
+    said = json.loads(capsys.readouterr().out)
+    sweep = load_sweep(None, ["pair=tiny", "lmbda=0,0.5"], tmp_path)
+    assert said["sweep"] == sweep.name
+    assert {state: n for state, n in said["totals"].items() if n} == {"new": 2}
+    assert said["points"][1] == {
+        "id": sweep.points[1].id,
+        "name": None,
+        "overrides": {"lmbda": 0.5, "seed": 42},
+        "state": "new",
+        "cause": None,
+    }
+
+
+# -------------------------------------------------------------------------------------- run
+
+
+def test_run_writes_the_sweep_down_names_its_points_and_is_idle_the_second_time(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = behaving.words(tmp_path, "name=mine", points=1)
+    assert run(tmp_path, *words) == 0
+    sweep = load_sweep(None, [*words], tmp_path)
+    record = json.loads(Runs(tmp_path).sweep_file(sweep.name).read_text())
+    assert [point["id"] for point in record["points"]] == [sweep.points[0].id]
+    assert {b["label"]: b["quant_type"] for b in record["baselines"]} == {
+        "teacher": None, "student": None, "ptq": "int4",
+    }  # fmt: skip
+    assert (tmp_path / "names" / "mine" / "spec.json").is_file()
+    out = capsys.readouterr().out
+    assert "trained mine" in out and "\x1b" not in out
+    begun = behaving.begun(tmp_path, "")
+    assert run(tmp_path, *words) == 0
+    assert "nothing left to do" in capsys.readouterr().out
+    assert behaving.begun(tmp_path, "") == begun
+
+
+def test_run_with_json_prints_one_object_and_nothing_else_to_stdout(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    call = verbs.Call(words=behaving.words(tmp_path, points=1), runs=tmp_path, is_json=True)
+    assert verbs.run(call, behaving.backend_for) == 0
+    assert json.loads(capsys.readouterr().out)["totals"]["done"] == 1
+
+
+def test_run_takes_one_point_of_a_sweep_and_leaves_the_others_new(tmp_path: Path) -> None:
+    words = behaving.words(tmp_path, points=3)
+    chosen = load_sweep(None, [*words], tmp_path).points[1].id
+    call = verbs.Call(words=words, runs=tmp_path, points=(chosen[:5],))
+    assert verbs.run(call, behaving.backend_for) == 0
+    sweep = load_sweep(None, [*words], tmp_path)
+    seen = observe(roster_of(sweep))
+    assert [seen[point.id].state for point in sweep.points] == ["new", "done", "new"]
+
+
+def test_failures_of_one_kind_are_one_line_and_retry_lets_them_go_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    behaving.misbehave(tmp_path, exit="diverged", times=1)
+    words = behaving.words(tmp_path, points=3)
+    assert run(tmp_path, *words) == 1
+    out = capsys.readouterr().out
+    assert out.count("Diverged: as it was told to [") == 1
+    name = load_sweep(None, [*words], tmp_path).name
+    assert main(["status", name, "--runs", str(tmp_path)]) == 1
+    assert capsys.readouterr().out.splitlines()[0] == f"{name}: 3 points: 3 failed"
+    assert run(tmp_path, *words) == 1, "poison is not tried again by itself"
+    assert main(["retry", name, "--failed", "--runs", str(tmp_path)]) == 0
+    assert main(["status", name, "--runs", str(tmp_path)]) == 0
+    assert run(tmp_path, *words) == 0
+
+
+# ------------------------------------------------------------------------------ looking at it
+
+
+def test_a_sweep_a_name_and_the_start_of_an_id_lead_to_the_same_points(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sweep = done_sweep(tmp_path, "name=mine", points=1)
+    capsys.readouterr()
+    for word in (sweep.name, "mine", sweep.points[0].id[:6]):
+        assert main(["status", word, "--json", "--runs", str(tmp_path)]) == 0
+        said: dict[str, Any] = json.loads(capsys.readouterr().out)
+        assert (said["sweep"], said["totals"]["done"]) == (sweep.name, 1)
+    assert main(["status", "--runs", str(tmp_path)]) == 0
+    assert capsys.readouterr().out == f"{sweep.name}: 1 point: 1 done\n"
+
+
+def test_logs_show_one_log_whole_and_of_many_what_matters(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    behaving.misbehave(tmp_path, exit="config", times=1)
+    sweep = done_sweep(tmp_path)
+    capsys.readouterr()
+    id_ = sweep.points[0].id
+    assert main(["logs", sweep.name, "--point", id_, "--runs", str(tmp_path)]) == 0
+    log = capsys.readouterr().out
+    assert log.startswith(f"training {id_}") and "ConfigError: as it was told to" in log
+    assert main(["logs", sweep.name, "--runs", str(tmp_path)]) == 0
+    many = capsys.readouterr().out
+    assert many.count("==> ") == 2 and many.count("ConfigError") == 2
+
+
+def test_logs_follow_until_the_points_have_ended(tmp_path: Path) -> None:
+    behaving.misbehave(tmp_path, steps=30, step_s=0.05)
+    words = behaving.words(tmp_path, points=1)
+    launcher = behaving.start_launcher(tmp_path, *words)
+    (point,) = behaving.at_work(tmp_path, 1)
+    program = [sys.executable, "-m", "stillhouse", "logs", "-f", point.id, "--runs", str(tmp_path)]
+    follower = subprocess.run(program, capture_output=True, text=True, timeout=40, check=True)
+    assert f"training {point.id}" in follower.stdout
+    assert launcher.wait(40) == 0
+
+
+def test_report_prints_the_table_and_where_the_page_is(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from sample_runs import Sample, write_sample
+
+    write_sample(tmp_path)
+    name = Sample().name
+    assert main(["report", name, "--runs", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    page = Runs(tmp_path).report(name) / "report.html"
+    assert out.endswith(f"the page: {page}\n") and page.is_file()
+    assert out.startswith((page.parent / "table.md").read_text()[:40])
+
+
+def test_a_reader_that_has_read_enough_is_no_error(tmp_path: Path) -> None:
+    words = [sys.executable, "-m", "stillhouse", "plan", *GRID, "--runs", str(tmp_path)]
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(words, stdout=writer, stderr=subprocess.PIPE, check=False)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
+# ---------------------------------------------------------------------------------- progress
+
+
+def test_steps_are_read_from_the_last_whole_line(tmp_path: Path) -> None:
+    run_ = RunDir(tmp_path)
+    assert steps_of(run_) == Steps(0, None)
+    run_.update_status(max_steps=9)
+    run_.metrics_file.write_text('{"step": 3}\n{"step": 4}\n{"step"')
+    assert steps_of(run_) == Steps(5, 9)
+
+
+def test_times_and_counts_are_said_as_people_say_them() -> None:
+    said = [duration(s) for s in (0.44, 12.3, 99, 100, 3600, 3600 * 3 + 20 * 60)]
+    assert said == ["0.4 s", "12 s", "99 s", "2 min", "60 min", "3 h 20 min"]
+    assert counted({"new": 2, "done": 1, "failed": 0, "trained": 3}) == "1 done, 3 trained, 2 new"
+
+
+def test_a_file_gets_lines_and_a_terminal_gets_a_board_that_stays_put(tmp_path: Path) -> None:
+    from rich.console import Console
+
+    from stillhouse.sweep.drive import Picture
+    from stillhouse.sweep.plan import Action
+    from stillhouse.sweep.progress import Lines
+
+    sweep = load_sweep(None, [*behaving.words(tmp_path, points=3)], tmp_path)
+    rows = roster_of(sweep)
+    assert isinstance(watcher(rows), Lines), "pytest's stdout is no terminal"
+    first, second, third = (point.id for point in sweep.points)
+    rows.run(first).update_status(max_steps=10)
+    rows.run(first).metrics_file.write_text('{"step": 4}\n')
+    seen = {
+        first: Observation("waiting"),
+        second: Observation("waiting", is_trained=True),
+        third: Observation("new"),
+    }
+    action = Action("train", "tiny/int4", (first,))
+    picture = Picture(rows, seen, [action], False)
+    with (tmp_path / "screen").open("w+") as screen:
+        console = Console(file=screen, force_terminal=True, width=80)
+        with Board(rows, console) as board:
+            board.started(action)
+            time.sleep(0.01)
+            board.sees(picture)
+        screen.seek(0)
+        drawn = screen.read()
+    assert "1 trained, 1 running, 1 new" in drawn
+    assert f"trains  lmbda=0 seed=42 ({first[:6]})  step 5/10" in drawn

@@ -1,0 +1,453 @@
+"""This file is where the distillation loss is held to hand-made numbers and a dense computation."""
+
+from __future__ import annotations
+
+from math import log
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jaxtyping import TypeCheckError
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from stillhouse.distill import losses
+from stillhouse.distill.losses import TokenStats, distill_loss
+from stillhouse.errors import ContractError
+
+BETAS = [0.0, 0.1, 0.25, 0.5, 0.9, 1.0]
+F64 = torch.float64
+
+
+def dense_loss(
+    logits: Tensor, teacher: Tensor, beta: float, temperature: float = 1.0
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """JSD_beta, forward KL, reverse KL and JSD(1/2) per position by the textbook, all at once."""
+    V = min(logits.shape[1], teacher.shape[1])
+    log_p = torch.log_softmax(logits[:, :V] / temperature, -1)
+    log_q = torch.log_softmax(teacher[:, :V].to(logits.dtype) / temperature, -1)
+
+    def kl(log_a: Tensor, log_b: Tensor) -> Tensor:
+        return (log_a.exp() * (log_a - log_b)).sum(-1)
+
+    def jsd(beta: float) -> Tensor:
+        if beta in (0, 1):
+            return kl(log_p, log_q) if beta else kl(log_q, log_p)
+        log_m = torch.logaddexp(log_q + log(beta), log_p + log(1 - beta))
+        return beta * kl(log_q, log_m) + (1 - beta) * kl(log_p, log_m)
+
+    return jsd(beta), jsd(0.0), jsd(1.0), jsd(0.5)
+
+
+def on_logits(
+    logits_NV: Tensor,
+    teacher_NV: Tensor,
+    targets_N: Tensor | None = None,
+    *,
+    beta: float,
+    temperature: float = 1.0,
+) -> tuple[Tensor, TokenStats, Tensor]:
+    """Loss, statistics, d loss / d logits: with the identity as head, hidden states are logits."""
+    hidden = logits_NV.clone().requires_grad_()
+    if targets_N is None:
+        targets_N = torch.zeros(len(hidden), dtype=torch.long)
+    head = torch.eye(hidden.shape[1], dtype=hidden.dtype)
+    loss, stats = distill_loss(
+        hidden, head, lambda rows: teacher_NV[rows], targets_N, beta=beta, temperature=temperature
+    )
+    loss.backward()
+    assert hidden.grad is not None
+    return loss.detach(), stats, hidden.grad
+
+
+def some(N: int, H: int, V: int, dtype: torch.dtype = F64) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Hidden states, a head, teacher logits and targets; another seed for another shape."""
+    g = torch.Generator().manual_seed(1000 * N + 10 * H + V)
+    hidden, head, teacher = (
+        torch.randn(*shape, generator=g, dtype=F64).to(dtype) for shape in ((N, H), (V, H), (N, V))
+    )
+    return hidden, head, 2 * teacher, torch.randint(V, (N,), generator=g)
+
+
+# One position, three tokens: p = (1/2, 1/4, 1/4), q = (1/8, 3/4, 1/8).
+P = torch.tensor([[1 / 2, 1 / 4, 1 / 4]], dtype=F64)
+Q = torch.tensor([[1 / 8, 3 / 4, 1 / 8]], dtype=F64)
+# KL(q || p) = 1/8 ln(1/4) + 3/4 ln 3 + 1/8 ln(1/2);  KL(p || q) = 1/2 ln 4 + 1/4 ln(1/3) + 1/4 ln 2
+FORWARD = 3 / 4 * log(3) - 3 / 8 * log(2)
+REVERSE = 5 / 4 * log(2) - 1 / 4 * log(3)
+# beta = 1/2: m = (5/16, 8/16, 3/16), so q/m = (2/5, 3/2, 2/3) and p/m = (8/5, 1/2, 4/3)
+HALF_Q = 1 / 8 * log(2 / 5) + 3 / 4 * log(3 / 2) + 1 / 8 * log(2 / 3)
+HALF_P = 1 / 2 * log(8 / 5) + 1 / 4 * log(1 / 2) + 1 / 4 * log(4 / 3)
+# beta = 1/4: m = 1/4 q + 3/4 p = (13, 12, 7)/32, q/m = (4/13, 2, 4/7), p/m = (16/13, 2/3, 8/7)
+QUARTER_Q = 1 / 8 * log(4 / 13) + 3 / 4 * log(2) + 1 / 8 * log(4 / 7)
+QUARTER_P = 1 / 2 * log(16 / 13) + 1 / 4 * log(2 / 3) + 1 / 4 * log(8 / 7)
+
+
+@pytest.mark.parametrize(
+    ("beta", "value", "gradient"),
+    [
+        # forward KL: p - q
+        (0.0, FORWARD, [3 / 8, -1 / 2, 1 / 8]),
+        # reverse KL: p * (log p/q - KL(p || q))
+        (
+            1.0,
+            REVERSE,
+            [
+                1 / 2 * (log(4) - REVERSE),
+                1 / 4 * (log(1 / 3) - REVERSE),
+                1 / 4 * (log(2) - REVERSE),
+            ],
+        ),
+        # between: (1 - beta) * p * (log p/m - KL(p || m))
+        (
+            0.5,
+            (HALF_Q + HALF_P) / 2,
+            [
+                1 / 4 * (log(8 / 5) - HALF_P),
+                1 / 8 * (log(1 / 2) - HALF_P),
+                1 / 8 * (log(4 / 3) - HALF_P),
+            ],
+        ),
+        (
+            0.25,
+            1 / 4 * QUARTER_Q + 3 / 4 * QUARTER_P,
+            [
+                3 / 8 * (log(16 / 13) - QUARTER_P),
+                3 / 16 * (log(2 / 3) - QUARTER_P),
+                3 / 16 * (log(8 / 7) - QUARTER_P),
+            ],
+        ),
+    ],
+)
+def test_three_tokens_by_hand(beta: float, value: float, gradient: list[float]) -> None:
+    loss, stats, dz = on_logits(P.log() + 7, Q.log() - 3, beta=beta)
+    assert loss.item() == pytest.approx(value, rel=1e-12)
+    assert stats.loss.tolist() == pytest.approx([value], rel=1e-12)
+    assert dz[0].tolist() == pytest.approx(gradient, rel=1e-11)
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.25, 0.5, 1.0])
+def test_statistics_are_the_same_numbers_whatever_is_trained(beta: float) -> None:
+    _, stats, _ = on_logits(P.log(), Q.log(), torch.tensor([2]), beta=beta)
+    assert stats.forward_kl.item() == pytest.approx(FORWARD)
+    assert stats.reverse_kl.item() == pytest.approx(REVERSE)
+    assert stats.jsd_half.item() == pytest.approx((HALF_Q + HALF_P) / 2)
+    assert stats.nll.item() == pytest.approx(log(4))  # p(token 2) = 1/4
+    # H(p) = 1/2 ln 2 + 2/4 ln 4;  H(q) = 2/8 ln 8 + 3/4 ln(4/3)
+    assert stats.student_entropy.item() == pytest.approx(3 / 2 * log(2))
+    assert stats.teacher_entropy.item() == pytest.approx(3 / 4 * log(2) + 3 / 4 * log(4 / 3))
+    assert not any(field.requires_grad for field in stats)
+
+
+@pytest.mark.parametrize("beta", BETAS)
+def test_gradient_agrees_with_finite_differences(beta: float) -> None:
+    hidden, head, teacher, targets = some(5, 4, 7)
+    weights = torch.tensor([1.0, 0.0, 2.0, -1.0, 0.5], dtype=F64)
+
+    def loss(hidden: Tensor) -> Tensor:
+        return distill_loss(
+            hidden, head, lambda rows: teacher[rows], targets,
+            beta=beta, temperature=1.7, chunk=2, weights_N=weights,
+        )[0]  # fmt: skip
+
+    assert torch.autograd.gradcheck(loss, (hidden.requires_grad_(),))
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    beta=st.one_of(st.sampled_from(BETAS), st.floats(1e-3, 0.999)),
+    temperature=st.sampled_from([0.5, 1.0, 2.0]),
+    N=st.integers(1, 9),
+    V=st.integers(2, 40),
+    extra=st.integers(-1, 3),
+    scale=st.sampled_from([0.01, 1.0, 10.0, 300.0]),
+    chunk=st.integers(1, 10),
+)
+def test_float32_equals_a_dense_float64_computation(
+    beta: float, temperature: float, N: int, V: int, extra: int, scale: float, chunk: int
+) -> None:
+    hidden, head, _, targets = some(N, 3, V, torch.float32)
+    teacher = scale * some(N, 2, max(V + extra, 1), torch.float32)[2]
+    targets = targets % min(V, teacher.shape[1])
+    hidden = (scale * hidden).requires_grad_()
+    weights = torch.linspace(0.5, 1.5, N)
+    loss, stats = distill_loss(
+        hidden, head, lambda rows: teacher[rows], targets,
+        beta=beta, temperature=temperature, chunk=chunk, weights_N=weights,
+    )  # fmt: skip
+    (gradient,) = torch.autograd.grad(loss, hidden)
+
+    # float32 logits are the input here: the reference starts from their exact values.
+    logits = (hidden.detach() @ head.T).double().requires_grad_()
+    exact = dense_loss(logits, teacher, beta, temperature)
+    (exact[0] * weights).sum().backward()
+    assert logits.grad is not None
+    names = ("loss", "forward_kl", "reverse_kl", "jsd_half")
+    for name, want in zip(names, exact, strict=True):
+        got = getattr(stats, name)
+        torch.testing.assert_close(got.double(), want.detach(), rtol=2e-6, atol=2e-6 * (1 + scale))
+        assert got.min() >= -1e-6 * (1 + scale)
+    assert stats.jsd_half.max() <= log(2) + 1e-6
+    assert loss.item() == pytest.approx((weights * stats.loss).sum().item(), rel=1e-5, abs=1e-6)
+    want = logits.grad @ head.double()
+    torch.testing.assert_close(gradient.double(), want, rtol=1e-4, atol=2e-6 * (1 + scale))
+
+
+@pytest.mark.parametrize("beta", BETAS)
+def test_probabilities_that_underflow_leave_the_loss_exact(beta: float) -> None:
+    # Both sides underflow on tokens 2 and 3, each alone on one of the others.
+    logits = torch.tensor([[0.0, -400.0, -300.0, -250.0]])
+    teacher = torch.tensor([[-350.0, 0.0, -200.0, -300.0]])
+    loss, stats, dz = on_logits(logits, teacher, beta=beta)
+    exact_logits = logits.double().requires_grad_()
+    exact = dense_loss(exact_logits, teacher, beta)[0].sum()
+    (want,) = torch.autograd.grad(exact, exact_logits)
+    assert loss.item() == pytest.approx(exact.item(), rel=1e-6)
+    assert stats.forward_kl.item() == pytest.approx(400.0)
+    assert stats.reverse_kl.item() == pytest.approx(350.0)
+    torch.testing.assert_close(dz.double(), want, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("beta", [*BETAS, 0.3, 0.7, 1e-6, 1 - 1e-6])
+def test_a_teacher_that_is_the_student_gives_exactly_zero(beta: float, dtype: torch.dtype) -> None:
+    hidden, head, _, targets = some(9, 8, 1000, dtype)
+    hidden = (5 * hidden).requires_grad_()
+    teacher = (hidden @ head.T).detach()
+    loss, stats = distill_loss(hidden, head, lambda rows: teacher[rows], targets, beta=beta)
+    (gradient,) = torch.autograd.grad(loss, hidden)
+    assert loss.item() == 0
+    assert not torch.count_nonzero(gradient)
+    assert not any(field.any() for field in stats[:4])
+    assert (stats.student_entropy == stats.teacher_entropy).all()
+
+
+def test_the_chunk_and_the_block_do_not_change_the_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    hidden, head, teacher, targets = some(13, 4, 11)
+    hidden.requires_grad_()
+
+    def everything(chunk: int) -> list[Tensor]:
+        loss, stats = distill_loss(
+            hidden, head, lambda rows: teacher[rows], targets, beta=0.3, chunk=chunk
+        )
+        return [loss.detach(), *torch.autograd.grad(loss, hidden), *stats]
+
+    whole = everything(13)
+    for chunk, block in ((1, 10**6), (5, 10**6), (100, 10**6), (13, 1), (5, 25), (6, 33)):
+        monkeypatch.setattr(losses, "BLOCK", block)
+        for got, want in zip(everything(chunk), whole, strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-14)
+
+
+def test_the_teacher_is_asked_once_per_chunk_in_order_without_gradient() -> None:
+    hidden, head, teacher, targets = some(7, 4, 5)
+    teacher.requires_grad_()
+    before, asked = teacher.detach().clone(), []
+
+    def teacher_logits(rows: slice) -> Tensor:
+        asked.append((rows.start, rows.stop, torch.is_grad_enabled()))
+        return teacher[rows]
+
+    loss, _ = distill_loss(
+        hidden.requires_grad_(), head, teacher_logits, targets, beta=0.5, temperature=2.0, chunk=3
+    )
+    loss.backward()
+    assert asked == [(0, 3, False), (3, 6, False), (6, 7, False)]
+    assert teacher.grad is None
+    assert torch.equal(teacher, before)
+
+
+def test_predicting_the_next_token_costs_nothing_and_predicting_the_current_one_fails() -> None:
+    tokens = torch.tensor([3, 1, 4, 0, 5, 2, 6])
+    inputs, targets = tokens[:-1], tokens[1:]
+    knows_the_next = 20.0 * torch.eye(7)[targets]
+    _, aligned, _ = on_logits(knows_the_next, knows_the_next, targets, beta=1.0)
+    _, swapped, _ = on_logits(knows_the_next, knows_the_next, inputs, beta=1.0)
+    assert aligned.nll.max() < 1e-6
+    assert swapped.nll.min() > 19
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
+def test_padding_rows_of_either_vocabulary_are_cut_not_filled(beta: float) -> None:
+    hidden, head, teacher, targets = some(6, 4, 12)
+    targets = targets % 10
+
+    def of(student_V: int, teacher_V: int) -> list[Tensor]:
+        h = hidden.clone().requires_grad_()
+        loss, stats = distill_loss(
+            h, head[:student_V], lambda rows: teacher[rows, :teacher_V], targets, beta=beta, chunk=4
+        )
+        return [loss.detach(), *torch.autograd.grad(loss, h), *stats]
+
+    want = of(10, 10)
+    for widths in ((12, 10), (10, 12)):
+        for got, expected in zip(of(*widths), want, strict=True):
+            torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize("target", [10, 11, -100])
+def test_a_target_outside_the_shared_vocabulary_is_refused(target: int) -> None:
+    hidden, head, teacher, targets = some(3, 4, 12)
+    targets = torch.tensor([0, 9, target])
+    with pytest.raises(ContractError, match=f"{target}.*share 0 to 9"):
+        distill_loss(hidden, head, lambda rows: teacher[rows, :10], targets, beta=0.5)
+
+
+@pytest.mark.parametrize("beta", BETAS)
+def test_temperature_divides_both_logits_and_the_gradient_once(beta: float) -> None:
+    logits, _, teacher, targets = some(4, 6, 6)
+    plain, of_plain, plain_dz = on_logits(logits, teacher, targets, beta=beta)
+    # Logits three times as large at temperature 3: the same distributions, a third of the gradient.
+    loss, stats, dz = on_logits(3 * logits, 3 * teacher, targets, beta=beta, temperature=3.0)
+    torch.testing.assert_close(loss, plain)
+    torch.testing.assert_close(dz, plain_dz / 3)
+    torch.testing.assert_close(stats.student_entropy, of_plain.student_entropy)
+    # nll stays the model's own, at temperature 1.
+    nll = torch.nn.functional.cross_entropy(3 * logits, targets, reduction="none")
+    torch.testing.assert_close(stats.nll, nll)
+
+
+def test_weights_scale_positions_and_leave_the_statistics_alone() -> None:
+    hidden, head, teacher, targets = some(3, 4, 5)
+    weights = torch.tensor([2.0, 0.0, 0.25], dtype=F64)
+    hidden.requires_grad_()
+
+    def of(weights_N: Tensor | None) -> tuple[Tensor, TokenStats, Tensor]:
+        loss, stats = distill_loss(
+            hidden, head, lambda rows: teacher[rows], targets, beta=0.5, weights_N=weights_N
+        )
+        return loss.detach(), stats, torch.autograd.grad(loss, hidden)[0]
+
+    plain_loss, plain, plain_dh = of(None)
+    loss, stats, dh = of(weights)
+    torch.testing.assert_close(plain_loss, plain.loss.sum())
+    torch.testing.assert_close(loss, 2 * plain.loss[0] + plain.loss[2] / 4)
+    torch.testing.assert_close(dh, weights[:, None] * plain_dh)
+    assert all(torch.equal(a, b) for a, b in zip(stats, plain, strict=True))
+
+
+def test_no_positions_give_zero_with_a_gradient_path() -> None:
+    hidden = torch.empty(0, 4, requires_grad=True)
+
+    def nobody(rows: slice) -> Tensor:
+        raise AssertionError("the teacher has nothing to say")
+
+    loss, stats = distill_loss(
+        hidden, torch.ones(5, 4), nobody, torch.empty(0, dtype=torch.long), beta=0.5
+    )
+    loss.backward()
+    assert loss.item() == 0
+    assert hidden.grad is not None and hidden.grad.shape == (0, 4)
+    assert [field.shape for field in stats] == [(0,)] * 7
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+@pytest.mark.parametrize("side", ["student", "teacher"])
+def test_a_logit_that_is_not_finite_is_not_hidden(beta: float, poison: float, side: str) -> None:
+    logits, _, teacher, _ = some(3, 4, 4, torch.float32)
+    (logits if side == "student" else teacher)[1, 2] = poison
+    loss, stats, dz = on_logits(logits, teacher, beta=beta)
+    assert not loss.isfinite()
+    assert stats.loss.isfinite().tolist() == [True, False, True]
+    assert not dz[1].isfinite().all()
+
+
+class Largest(TorchDispatchMode):
+    """Remembers the size of the largest tensor that any operation returns, and counts products."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.numel, self.products = 0, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, tuple | list) else [out]:
+            if isinstance(tensor, Tensor):
+                self.numel = max(self.numel, tensor.numel())
+        self.products += func.overloadpacket is torch.ops.aten.mm
+        return out
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.3, 0.5, 1.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_no_tensor_has_all_positions_and_the_vocabulary(beta: float, dtype: torch.dtype) -> None:
+    N, H, V, chunk = 64, 4, 100, 8
+    hidden, head, teacher_hidden, targets = some(N, H, V, dtype)
+    teacher_hidden = teacher_hidden[:, :H]
+    with Largest() as seen:
+        loss, _ = distill_loss(
+            hidden.requires_grad_(), head, lambda rows: teacher_hidden[rows] @ head.T, targets,
+            beta=beta, temperature=2.0, chunk=chunk,
+        )  # fmt: skip
+        loss.backward()
+    assert seen.numel <= 4 * chunk * V  # the scratch of a chunk; [N, V] would be twice that
+
+
+def test_no_gradient_is_formed_where_none_is_wanted() -> None:
+    hidden, head, teacher, targets = some(6, 4, 5)
+
+    def products(hidden: Tensor) -> tuple[int, Tensor]:
+        with Largest() as seen:
+            loss, _ = distill_loss(
+                hidden, head, lambda rows: teacher[rows], targets, beta=0.5, chunk=3
+            )
+        return seen.products, loss
+
+    wanted, loss = products(hidden.clone().requires_grad_())
+    assert wanted == 4 and loss.requires_grad
+    unwanted, same = products(hidden)
+    assert unwanted == 2 and not same.requires_grad and same == loss
+    with torch.no_grad():
+        assert products(hidden.clone().requires_grad_())[0] == 2
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.3, 0.5, 1.0])
+def test_bfloat16_rounds_where_the_model_itself_would(beta: float) -> None:
+    hidden, head, teacher, targets = some(6, 16, 50, torch.bfloat16)
+    hidden.requires_grad_()
+    loss, _ = distill_loss(hidden, head, lambda rows: teacher[rows], targets, beta=beta, chunk=6)
+    dense = dense_loss((hidden @ head.T).float(), teacher, beta)[0].sum()
+    (got,) = torch.autograd.grad(loss, hidden)
+    (want,) = torch.autograd.grad(dense, hidden)
+    assert loss.dtype == torch.float32 and got.dtype == torch.bfloat16
+    torch.testing.assert_close(loss, dense, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(got, want, rtol=0.02, atol=1e-3)
+
+
+def test_autocast_does_not_lower_the_precision() -> None:
+    hidden, head, teacher, targets = some(6, 16, 50, torch.float32)
+
+    def of() -> list[Tensor]:
+        h = hidden.clone().requires_grad_()
+        loss, stats = distill_loss(h, head, lambda rows: teacher[rows], targets, beta=0.3)
+        loss.backward()
+        assert h.grad is not None
+        return [loss.detach(), h.grad, *stats]
+
+    plain = of()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        lowered = of()
+    assert all(torch.equal(a, b) for a, b in zip(plain, lowered, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("change", "error"),
+    [
+        ({"beta": 1.1}, ValueError),
+        ({"beta": float("nan")}, ValueError),
+        ({"temperature": 0.0}, ValueError),
+        ({"chunk": 0}, ValueError),
+        ({"head_VH": torch.ones(5, 4)}, TypeError),
+        ({"head_VH": torch.ones(5, 4, dtype=F64, requires_grad=True)}, ValueError),
+        ({"head_VH": torch.ones(5, 3, dtype=F64)}, TypeCheckError),
+        ({"targets_N": torch.zeros(2, dtype=torch.long)}, TypeCheckError),
+        ({"weights_N": torch.ones(3, 1)}, TypeCheckError),
+    ],
+)
+def test_arguments_that_mean_nothing_are_refused(change: dict, error: type[Exception]) -> None:
+    hidden, head, teacher, targets = some(3, 4, 5)
+    arguments = {"hidden_NH": hidden, "head_VH": head, "targets_N": targets, "beta": 0.5}
+    with pytest.raises(error):
+        distill_loss(teacher_logits=lambda rows: teacher[rows], **(arguments | change))

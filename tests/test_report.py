@@ -1,0 +1,290 @@
+"""The page of a sweep and its figures: what is on it, what is not, and that it stands alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from sample_runs import Sample, cliff, write_sample
+
+from stillhouse.errors import ConfigError
+from stillhouse.results import plots
+from stillhouse.results.curves import groups, jumps, over_steps
+from stillhouse.results.report import (
+    commands,
+    cost_table,
+    duration,
+    failure_table,
+    interval,
+    probability,
+    signed,
+    write_report,
+)
+from stillhouse.results.table import load
+from stillhouse.rundir import Runs, read_json, write_json
+
+CAUSE = "Diverged: loss 312.4 at step 30 is above <100> nats per token"
+VOID = {"meta", "br", "hr", "img", "input", "link"}
+
+
+class Outline(HTMLParser):
+    """What a browser would see: open tags balanced, ids, text, and addresses of other things."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: set[str] = set()
+        self.ids: list[str] = []
+        self.points_to: set[str] = set()
+        self.text = ""
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if tag not in VOID:
+            self.open.append(tag)
+        self._note(tag, attrs)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self._note(tag, attrs)
+
+    def _note(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.add(tag)
+        for name, value in attrs:
+            if name == "id":
+                self.ids.append(value or "")
+            if name in ("href", "src"):
+                self.points_to.add(value or "")
+            self.points_to |= {f"#{used}" for used in re.findall(r"url\(#([^)]+)\)", value or "")}
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("runs")
+    write_sample(root)
+    write_sample(root, dataclasses.replace(cliff(), failed={5: CAUSE}, unstarted=(11,)))
+    return root
+
+
+@pytest.fixture(scope="module")
+def page(runs: Path) -> str:
+    return write_report("sample", runs).read_text()
+
+
+def test_the_page_opens_with_the_question_and_its_answer(page: str) -> None:
+    body = page[page.index("<body>") :]
+    question = body.index("Does training on the student&#39;s own answers help?")
+    answer = body.index("against lmbda = 0: lmbda = 0.5 is better by")
+    assert question < answer < body.index("<table")
+
+
+def test_the_page_stands_alone(page: str) -> None:
+    outline = Outline(page)
+    assert outline.open == [], "every element is closed"
+    assert "script" not in outline.tags and "link" not in outline.tags
+    assert "http" not in page and "@import" not in page
+    # Only fragments of this page are referred to, each is there, and no id stands twice.
+    assert {target.removeprefix("#") for target in outline.points_to} <= set(outline.ids)
+    assert all(target.startswith("#") for target in outline.points_to)
+    assert len(outline.ids) == len(set(outline.ids))
+
+
+def test_the_figures_take_the_ink_of_the_page(page: str) -> None:
+    assert page.count("<svg") == 2
+    assert "currentColor" in page and plots.INK not in page.split("</style>", 1)[1]
+
+
+def test_tables_and_figures_lie_beside_the_page(runs: Path, page: str) -> None:
+    directory = Runs(runs).report("sample")
+    assert {path.name for path in directory.iterdir()} == {
+        "report.html",
+        "table.md",
+        "table.csv",
+        "points.csv",
+        "scores.svg",
+        "scores.png",
+        "training.svg",
+        "training.png",
+    }
+    text = (directory / "table.md").read_text()
+    assert "| lmbda = 0.5 |" in text and "± is one standard error over n training seeds" in text
+    assert len((directory / "points.csv").read_text().splitlines()) == 1 + 18 + 6
+    assert len((directory / "table.csv").read_text().splitlines()) == 1 + 12
+
+
+def test_a_report_written_twice_is_the_same_to_the_byte(runs: Path, page: str) -> None:
+    directory = Runs(runs).report("sample")
+    before = {path.name: path.read_bytes() for path in directory.iterdir()}
+    write_report("sample", runs)
+    assert {path.name: path.read_bytes() for path in directory.iterdir()} == before
+
+
+def test_what_failed_and_why_is_on_the_page(runs: Path) -> None:
+    frame = load("cliff", runs)
+    header, rows = failure_table(frame)
+    directory = frame[frame["phase"] == "failed"].iloc[0]["directory"]
+    assert rows == [[CAUSE, "diverged", "method = hybrid, seed 2", f"{directory}/log.txt"]]
+    text = Outline(write_report("cliff", runs).read_text()).text
+    assert CAUSE in text, "angle brackets are escaped, not lost"
+    assert "2 of 12 points are not scored in full" in text
+    assert "So far, with 10 of 12 points scored" in text
+
+
+def test_points_with_one_cause_fail_in_one_row(tmp_path: Path) -> None:
+    write_sample(tmp_path, Sample(failed={0: CAUSE, 1: CAUSE, 4: "OutOfMemory: step 3"}))
+    rows = failure_table(load("sample", tmp_path))[1]
+    assert [row[2] for row in rows] == [
+        "lmbda = 0, seed 0; lmbda = 0, seed 1",
+        "lmbda = 0.5, seed 1",
+    ]
+
+
+def test_the_cost_table_adds_up(runs: Path) -> None:
+    frame = load("cliff", runs)
+    header, rows = cost_table(frame)
+    assert header[0] == "method_name" and rows[-1][0] == "all"
+    assert [row[:2] for row in rows] == [
+        ["on_policy_gkd", "3"],
+        ["hybrid", "2"],
+        ["off_policy", "3"],
+        ["reverse_curriculum", "2"],
+        ["all", "10"],
+    ]
+    points = frame.drop_duplicates("id")
+    # 0.75 dollars an hour, one device.
+    assert points["price_usd"].sum() == pytest.approx(points["train_seconds"].sum() / 3600 * 0.75)
+    assert rows[-1][5] == f"${points['price_usd'].sum():.2f}"
+    assert rows[-1][4] == f"{10 * 600 * 60:,}"
+
+
+def test_a_price_that_is_not_known_is_not_guessed(runs: Path) -> None:
+    assert {row[5] for row in cost_table(load("sample", runs))[1]} == {"not known"}
+
+
+def test_the_page_says_how_to_make_it_again(runs: Path, tmp_path: Path) -> None:
+    frame = load("sample", runs)
+    assert commands(frame, Path("runs")) == [
+        "stillhouse run sweeps/sample.yaml",
+        "stillhouse report sample",
+    ]
+    assert commands(frame, Path("my runs"))[1] == "stillhouse report sample --runs 'my runs'"
+    frame.attrs["sweep"] |= {"file": None, "words": ["pair=tiny", "lmbda=0,1"]}
+    assert commands(frame, Path("runs"))[0] == "stillhouse run pair=tiny lmbda=0,1"
+    frame.attrs["sweep"] |= {"words": None}
+    assert commands(frame, Path("runs")) == ["stillhouse report sample"]
+
+
+def test_a_sweep_that_has_not_begun_has_a_page_too(tmp_path: Path) -> None:
+    write_sample(tmp_path, Sample(unstarted=range(9), baselines=(), question=None))
+    text = Outline(write_report("sample", tmp_path).read_text()).text
+    assert "No score is here yet" in text and "9 of 9 points are not scored" in text
+    assert "no question was written" in text
+    assert not list(Runs(tmp_path).report("sample").glob("*.svg"))
+
+
+def test_a_sweep_that_is_trained_and_not_scored_shows_its_curves(tmp_path: Path) -> None:
+    for run in write_sample(tmp_path, Sample(baselines=())):
+        for file in run.path.glob("eval/*.json"):
+            file.unlink()
+    text = Outline(write_report("sample", tmp_path).read_text()).text
+    assert "9 of 9 points are not scored in full: 9 trained, not scored." in text
+    assert [p.name for p in Runs(tmp_path).report("sample").glob("*.svg")] == ["training.svg"]
+
+
+def test_a_sweep_without_scores_asked_for_has_a_page(tmp_path: Path) -> None:
+    for run in write_sample(tmp_path, Sample(baselines=(), compare=None)):
+        for file in run.path.glob("eval/*.json"):
+            file.unlink()
+    path = Runs(tmp_path).sweep_file("sample")
+    write_json(path, (read_json(path) or {}) | {"suite": None})
+    text = Outline(write_report("sample", tmp_path).read_text()).text
+    assert "No score is here yet" in text and "not scored in full" not in text
+
+
+def test_an_unknown_sweep_writes_no_report(runs: Path) -> None:
+    with pytest.raises(ConfigError, match="Did you mean"):
+        write_report("samples", runs)
+    assert not Runs(runs).report("samples").exists()
+
+
+def names(sweep: str, runs: Path, directory: Path) -> list[str]:
+    return [p.name for p in plots.draw(load(sweep, runs), Runs(runs), directory)]
+
+
+def test_the_seeds_figures_are_drawn_where_their_data_are(runs: Path, tmp_path: Path) -> None:
+    assert names("sample", runs, tmp_path / "a") == ["scores", "training"]
+    drawn = names("cliff", runs, tmp_path / "b")
+    assert drawn == ["scores", "method_comparison", "training", "distribution_cliff"]
+    for name in drawn:
+        assert (tmp_path / "b" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+        assert b"<dc:date>" not in (tmp_path / "b" / f"{name}.svg").read_bytes()
+
+
+def test_seeding_is_drawn_where_tokens_are_forced(tmp_path: Path) -> None:
+    seeded = Sample(seed_tokens=lambda step: max(0, 20 - step), scores=True)
+    write_sample(tmp_path, seeded)
+    assert "teacher_seeding" in names("sample", tmp_path, tmp_path / "drawn")
+
+
+def test_many_arms_of_one_seed_and_a_schedule_as_an_axis_can_be_drawn(tmp_path: Path) -> None:
+    axes = {"lmbda": [0, [[0, 0], [0.5, 0], [0.5, 1]]], "learning_rate": [1e-5, 2e-5, 5e-5, 1e-4]}
+    compare = {"by": "learning_rate", "metric": "tiny_mc/acc", "baseline": 1e-5}
+    sample = Sample(axes=axes, seeds=1, compare=compare, ability=lambda overrides: 0.2, steps=20)
+    write_sample(tmp_path, sample)
+    drawn = names("sample", tmp_path, tmp_path / "drawn")
+    assert drawn == ["scores", "training", "distribution_cliff"]
+
+
+def test_a_curve_is_the_mean_of_its_runs_within_their_band(runs: Path) -> None:
+    made = groups(load("cliff", runs), Runs(runs), "method_name")
+    assert [group.name for group in made][:2] == ["on_policy_gkd", "hybrid"]
+    # Two hybrid runs went to the end; the third failed half way, and counts as far as it came.
+    hybrid = made[1]
+    curve = over_steps(hybrid, "train/reverse_kl")
+    assert curve is not None
+    for step, present in ((10, 3), (50, 2)):
+        values = [run["train/reverse_kl"][step] for run in hybrid.runs if step in run.index]
+        assert len(values) == present
+        assert curve["mean"][step] == pytest.approx(sum(values) / present)
+        assert (curve["low"][step], curve["high"][step]) == (min(values), max(values))
+    assert over_steps(hybrid, "train/never_logged") is None
+
+
+def test_smoothing_keeps_a_constant_and_the_number_of_steps(runs: Path) -> None:
+    made = groups(load("sample", runs), Runs(runs), "arm")
+    curve = over_steps(made[0], "tokens/completion", window=7)
+    assert curve is not None
+    assert len(curve) == 60 and set(curve["mean"]) == {640.0}
+
+
+def test_a_jump_of_the_schedule_is_found_and_a_ramp_is_none(runs: Path) -> None:
+    made = groups(load("cliff", runs), Runs(runs), "method_name")
+    found = {group.name: jumps(group) for group in made}
+    assert found["hybrid"] == [(30.0, "to on-policy")]
+    assert found["reverse_curriculum"] == [(42.0, "to off-policy")]
+    assert found["off_policy"] == []
+    ramp = dataclasses.replace(made[0], schedule=[[0, 0], [1, 1]])
+    assert jumps(ramp) == []
+
+
+def test_numbers_are_written_for_people() -> None:
+    assert [duration(s) for s in (3, 89, 90, 5399, 5400, 225720)] == [
+        "3 s",
+        "89 s",
+        "1.5 min",
+        "90.0 min",
+        "1.5 h",
+        "62.7 h",
+    ]
+    assert (signed(0.5), signed(-0.5)) == ("+0.500", "−0.500")
+    assert interval(-0.1, 0.2) == "[−0.100, +0.200]"
+    assert interval(float("nan"), float("nan")) == "–"
+    assert [probability(p) for p in (0.2, 1e-9, float("nan"))] == ["0.200", "< 0.001", "–"]
