@@ -1,4 +1,4 @@
-"""Score adapters and their baselines: `python eval.py --pair tiny --suite tiny --lora-paths runs/`."""
+"""Score adapters and baselines: `python eval.py --pair tiny --suite tiny --lora-paths runs/`."""
 
 import sys
 

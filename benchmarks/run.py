@@ -48,7 +48,8 @@ def main(names: list[str]) -> int:
         return 42
     for name in names or TITLES:
         print(f"{name} ...", flush=True)
-        done = subprocess.run([sys.executable, HERE / f"{name}.py"], text=True, stdout=subprocess.PIPE)
+        script = [sys.executable, HERE / f"{name}.py"]
+        done = subprocess.run(script, text=True, stdout=subprocess.PIPE)
         if done.returncode:
             return done.returncode
         put(name, done.stdout.strip())

@@ -128,7 +128,7 @@ def parse(argv: list[str], vocabulary: Vocabulary, where: str = "command line") 
 
 
 def _appended(settings: list[Setting], key: str, item: str) -> Setting:
-    """Every knob and group that this setting may name; `Setting.items` keeps a list flag."""
+    """The list flag with one more item; one set in the other dialect is started anew."""
     last = next((s for s in reversed(settings) if s.key == key), None)
     items = (*last.items, item) if last else (item,)
     return Setting(key, ",".join(items), False, True, items)

@@ -1,4 +1,4 @@
-"""Writes the gradient of one step of a point: `gradient_worker.py FILE STEP WORDS…`, run by tests."""
+"""This file is where a process of its own writes one step's gradient: FILE STEP WORDS…"""
 
 import sys
 from pathlib import Path
@@ -8,9 +8,9 @@ from safetensors.torch import save_file
 
 from stillhouse.compose import compose, from_command_line
 from stillhouse.distill.run import Run
-from stillhouse.stop import StopFlag
 from stillhouse.rundir import Runs
 from stillhouse.spec import TrainSpec
+from stillhouse.stop import StopFlag
 
 if __name__ == "__main__":
     file, step, *words = sys.argv[1:]

@@ -1,4 +1,4 @@
-"""A whole sweep through the real doors: planned, trained, scored, reported, and killed on the way."""
+"""A whole sweep through the real doors: planned, trained, scored, reported, killed on the way."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ class Launcher:
     def __init__(self, place: Path) -> None:
         (place / "small.yaml").write_text(SWEEP)
         self.runs, self.log = place / "runs", place / "log"
-        self._line = [sys.executable, "-m", "stillhouse", "run", str(place / "small.yaml"), "--runs",
-                      str(self.runs)]  # fmt: skip
+        target = [str(place / "small.yaml"), "--runs", str(self.runs)]
+        self._line = [sys.executable, "-m", "stillhouse", "run", *target]
 
     def start(self) -> subprocess.Popen[bytes]:
         environment = {**os.environ, "PYTHONPATH": os.getcwd(), "HF_HUB_OFFLINE": "1"}

@@ -11,10 +11,10 @@ from torch.nn.functional import cross_entropy
 
 from stillhouse.distill.loop import check_first_step, learning_rate, needed_shares
 from stillhouse.distill.run import Run
-from stillhouse.stop import StopFlag
 from stillhouse.errors import ConfigError
 from stillhouse.methods import step_plan
 from stillhouse.rundir import Runs
+from stillhouse.stop import StopFlag
 
 
 def make(runs, *words):
@@ -74,7 +74,8 @@ def test_accumulation_normalises_by_all_completion_tokens_of_the_step(tmp_path):
 def test_a_share_of_two_processes_and_a_double_batch_are_the_same_step(tmp_path):
     one = make(tmp_path, "lmbda=1")
     two = make(tmp_path, "lmbda=1", "per_device_train_batch_size=2", "num_processes=2")
-    one.loop.gradients(3), two.loop.gradients(3)
+    one.loop.gradients(3)
+    two.loop.gradients(3)
     assert [c for s in two.loop.shares for c in s.completions] == one.loop.shares[0].completions
     torch.testing.assert_close(flat_gradient(two), flat_gradient(one), rtol=1e-5, atol=1e-7)
 
@@ -141,8 +142,8 @@ def test_a_teacher_that_is_the_student_gives_a_loss_of_zero(tmp_path):
 def test_a_context_teacher_reads_exemplars_that_the_student_does_not(tmp_path):
     made = make(tmp_path)
     weights = made.prepared.teacher
-    run = make(tmp_path, "pair_source=hub", f"student={weights}", f"teacher={weights}", "quant=none",
-               "teacher_few_shot=2", "lmbda=1", "pair_name=fewshot")  # fmt: skip
+    run = make(tmp_path, "pair_source=hub", f"student={weights}", f"teacher={weights}",
+               "quant=none", "teacher_few_shot=2", "lmbda=1", "pair_name=fewshot")  # fmt: skip
     example = run.prompts.train[0]
     assert example.teacher_prompt_ids[-len(example.prompt_ids) :] == example.prompt_ids
     assert len(example.teacher_prompt_ids) > 2 * len(example.prompt_ids)
@@ -185,7 +186,8 @@ def test_the_learning_rate_warms_up_and_then_follows_its_schedule(tmp_path, kind
 
 def test_processes_that_cannot_share_evenly_are_refused(tmp_path):
     spec = cheap(tmp_path, "num_processes=8")
-    needed_shares(spec, 1), needed_shares(spec, 4)
+    needed_shares(spec, 1)
+    needed_shares(spec, 4)
     with pytest.raises(ConfigError, match="num_processes is 8 and 3 processes"):
         needed_shares(spec, 3)
 

@@ -1,5 +1,8 @@
 """The page of a sweep and its figures: what is on it, what is not, and that it stands alone."""
 
+# pandas annotates its results as unions of everything it could return.
+# pyright: reportAttributeAccessIssue=false, reportGeneralTypeIssues=false, reportArgumentType=false
+
 from __future__ import annotations
 
 import dataclasses

@@ -1,5 +1,8 @@
 """The numbers in stats.py against hand computation, tables and invariants."""
 
+# pandas annotates its results as unions of everything it could return.
+# pyright: reportAttributeAccessIssue=false, reportGeneralTypeIssues=false, reportArgumentType=false
+
 from __future__ import annotations
 
 import math

@@ -1,5 +1,8 @@
 """A sweep's files as a frame, and the frame as a table, on a sweep written by sample_runs."""
 
+# pandas annotates its results as unions of everything it could return.
+# pyright: reportAttributeAccessIssue=false, reportGeneralTypeIssues=false, reportArgumentType=false
+
 from __future__ import annotations
 
 import dataclasses

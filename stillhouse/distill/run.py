@@ -26,11 +26,11 @@ from stillhouse.distill.monitor import Monitor
 from stillhouse.distill.prompts import Example, PromptSet, load_prompts
 from stillhouse.distill.rollouts import Completions, uniforms, write
 from stillhouse.distill.tracking import Tracker
-from stillhouse.stop import StopFlag
 from stillhouse.errors import ConfigError, Diverged, Interrupted, OutOfMemory
 from stillhouse.methods import needs_dataset_completions
 from stillhouse.rundir import Json, RunDir, new_record, now, write_json
 from stillhouse.spec import TrainSpec
+from stillhouse.stop import StopFlag
 
 STATUS_SECONDS = (
     1.0  # how often status.json says the step: often enough to watch, rare enough to be free

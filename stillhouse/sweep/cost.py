@@ -19,9 +19,9 @@ from stillhouse.spec import TrainSpec, to_plain
 from stillhouse.sweep.asked import text
 from stillhouse.sweep.grid import Point
 
-# Seconds of a generated pair's step, per sequence. A step of 32 at λ = 1 with int4 took 0.20 s on one
-# thread of a busy 2-core machine, and 0.07 to 0.10 s without quantiser and metrics on a quiet one;
-# 0.15 s lies between. It is used only until the first run of the same shape is done.
+# Seconds of a generated pair's step, per sequence. A step of 32 at λ = 1 with int4 took 0.20 s on
+# one thread of a busy 2-core machine, and 0.07 to 0.10 s without quantiser and metrics on a quiet
+# one; 0.15 s lies between. It is used only until the first run of the same shape is done.
 GENERATED_SEQUENCE_S = 0.15 / 32
 READ_AT_MOST = 500  # run directories: a plan must stay quick beside thousands of finished runs
 

@@ -127,7 +127,8 @@ class LocalBackend:
                 return never_forked
         self._fork_queued()
         sentinels = [worker.process.sentinel for worker in self._workers]
-        if not sentinels:
+        if not sentinels:  # what we wait for runs elsewhere
+            time.sleep(timeout_s)
             return []
         connection.wait(sentinels, timeout_s)
         ended = [w for w in self._workers if w.process.exitcode is not None]
