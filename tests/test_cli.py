@@ -17,8 +17,9 @@ from stillhouse.cli import VERBS, main
 from stillhouse.rundir import RunDir, Runs
 from stillhouse.sweep import verbs
 from stillhouse.sweep.grid import Sweep, load_sweep
+from stillhouse.sweep.listing import counted, duration
 from stillhouse.sweep.plan import Observation, observe
-from stillhouse.sweep.progress import Board, Steps, counted, duration, steps_of, watcher
+from stillhouse.sweep.progress import Board, Steps, steps_of, watcher
 from stillhouse.sweep.roster import roster_of
 
 GRID = ["pair=tiny", "lmbda=0,0.5", "beta=0,1", "seeds=2"]
@@ -54,7 +55,7 @@ def test_help_names_every_verb_and_loads_nothing_heavy() -> None:
 def test_planning_loads_no_torch() -> None:
     program = (
         f"import sys; from stillhouse.cli import main; code = main(['plan', *{GRID}])\n"
-        "print(sorted({'torch', 'transformers', 'pandas', 'matplotlib'} & set(sys.modules)))"
+        "print(sorted({'torch', 'transformers', 'pandas', 'matplotlib', 'rich'} & {*sys.modules}))"
     )
     done = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, check=True

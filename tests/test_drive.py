@@ -160,6 +160,7 @@ def test_a_second_ctrl_c_kills_what_does_not_listen(tmp_path: Path) -> None:
     launcher = behaving.start_launcher(tmp_path, *behaving.words(tmp_path, points=1))
     (run,) = behaving.at_work(tmp_path, 1)
     launcher.send_signal(signal.SIGINT)
+    launcher.send_signal(signal.SIGTERM)  # as `make` does; it is not a second Ctrl-C
     out = tmp_path / "launcher.out"
     behaving.until(lambda: "stopping: 1 at work" in out.read_text())
     assert launcher.poll() is None

@@ -13,6 +13,7 @@ Legend: N out_features, K in_features, G weights per group, J = K / G groups per
 
 from __future__ import annotations
 
+import functools
 from importlib.metadata import version
 from typing import Any, NoReturn
 
@@ -238,12 +239,37 @@ def _unpack(packed: Tensor, scale_NJ: Tensor, zero_NJ: Tensor) -> Tensor:
     return (steps_NJG * scale_NJ.unsqueeze(-1)).flatten(1)
 
 
+@functools.cache
+def _linear4bit() -> Any:
+    """bitsandbytes' Linear4bit, with Q(W) kept dense on a CPU, as Int4Linear keeps it and for its
+    reasons: unpacking 134 M weights for every token of a rollout took 1.3 s a token (two threads,
+    SmolLM2). The stored form, the GPU's path and every value stay bitsandbytes' own."""
+    import bitsandbytes
+
+    bnb: Any = bitsandbytes.nn
+
+    class KeptLinear4bit(bnb.Linear4bit):
+        _constant: Tensor | None = None
+
+        def forward(self, x: Tensor) -> Tensor:
+            if x.device.type != "cpu" or self.support_avx512bf16_for_cpu:
+                return super().forward(x)
+            dtype = self.compute_dtype or x.dtype
+            if self._constant is None or self._constant.dtype != dtype:
+                with torch.inference_mode(False):
+                    self._constant = dequantized_weight(self).to(dtype)
+            bias = None if self.bias is None else self.bias.to(dtype)
+            return F.linear(x.to(dtype), self._constant, bias).to(x.dtype)
+
+    return KeptLinear4bit
+
+
 def _bnb_linear(dense: nn.Linear, quant: QuantSpec) -> nn.Module:
     import bitsandbytes
 
     bnb: Any = bitsandbytes.nn  # its stubs know neither Linear4bit nor what Params4bit takes
     # On "meta": its constructor would otherwise draw random weights, only to lose them again.
-    layer = bnb.Linear4bit(
+    layer = _linear4bit()(
         dense.in_features,
         dense.out_features,
         bias=dense.bias is not None,

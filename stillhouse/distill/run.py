@@ -98,7 +98,7 @@ class Run:
         if spec.training.gradient_checkpointing:
             # A checkpointed block over a frozen base has no gradient unless its input wants one.
             base.enable_input_require_grads()  # type: ignore[operator]
-            base.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+            base.activation_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
         is_shared = spec.quant.quant_type == "none" and (
             prepared.student,
             prepared.student_revision,

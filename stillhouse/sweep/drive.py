@@ -115,7 +115,8 @@ class Interrupts:
         """Count SIGINT and SIGTERM instead of ending by them."""
 
         def one_more(number: int, frame: Any) -> None:
-            self.count += 1
+            # Only a person presses twice: `make`, say, sends SIGTERM after the terminal's SIGINT.
+            self.count = self.count + 1 if number == signal.SIGINT else max(self.count, 1)
 
         before = {s: signal.signal(s, one_more) for s in (signal.SIGINT, signal.SIGTERM)}
         try:

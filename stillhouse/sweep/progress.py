@@ -23,7 +23,8 @@ from rich.text import Text
 from stillhouse.errors import AGAIN, DONE
 from stillhouse.rundir import RunDir
 from stillhouse.sweep.drive import Finished, Picture
-from stillhouse.sweep.plan import STATES, Action, Observation
+from stillhouse.sweep.listing import counted, duration
+from stillhouse.sweep.plan import Action, Observation
 from stillhouse.sweep.roster import Roster
 
 TAIL_BYTES = 16_384  # of metrics.jsonl: more than a line, less than a page of disk reads
@@ -76,24 +77,6 @@ def states_now(picture: Picture) -> Counter[str]:
         return "trained" if seen.is_trained and seen.state == "waiting" else seen.state
 
     return Counter(said(id_, seen) for id_, seen in picture.observations.items())
-
-
-def counted(states: Mapping[str, int]) -> str:
-    """`5 done, 2 running`, in one fixed order and without the zeros."""
-    order = [STATES[0], "trained", *STATES[1:]]
-    return ", ".join(f"{states[state]} {state}" for state in order if states.get(state))
-
-
-def duration(seconds: float) -> str:
-    """A time as a person says it: 0.4 s, 42 s, 7 min, 3 h 20 min."""
-    if seconds < 9.95:
-        return f"{seconds:.1f} s"
-    if seconds < 99.5:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    if minutes < 100:
-        return f"{minutes} min"
-    return f"{minutes // 60} h {minutes % 60} min"
 
 
 class Lines:

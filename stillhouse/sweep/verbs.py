@@ -24,14 +24,12 @@ from stillhouse.sweep import listing, roster
 from stillhouse.sweep.drive import SOME_FAILED, Backend, Drive, adopt_code
 from stillhouse.sweep.endings import forget_failures
 from stillhouse.sweep.grid import Sweep, load_sweep
+from stillhouse.sweep.logs import show
 from stillhouse.sweep.plan import Observation, baselines_of, groups_of, observe
-from stillhouse.sweep.progress import duration, watcher
 from stillhouse.sweep.roster import Roster, roster_of
 
 DEFAULT_RUNS = Path("runs")
 BACKENDS = ("local", "cluster")
-TAIL_LINES = 10  # of each log, where several are shown
-FOLLOW_S = 0.3  # how often a followed log is looked at
 
 Observations = Mapping[str, Observation]
 
@@ -143,11 +141,13 @@ def _run(call: Call, backend_for: Callable[[Sweep], Backend]) -> int:
         return _summary(call, rows, observations, _given_up(rows))
     print(listing.headline(rows, observations))
     _print(listing.estimate(sweep, listing.costs_to_go(_only(sweep, rows), observations)))
+    from stillhouse.sweep.progress import watcher  # rich, which looking does not need
+
     backend, started = backend_for(sweep), time.monotonic()
     with watcher(rows) as watch:
         drive = Drive(sweep, backend, watch, rows)
         code = drive.run()
-    print(f"after {duration(time.monotonic() - started)}:")
+    print(f"after {listing.duration(time.monotonic() - started)}:")
     _summary(call, rows, drive.observations, drive.given_up())
     if code == AGAIN:
         print("stopped before the end; the same command goes on from here")
@@ -224,46 +224,9 @@ def _overview(call: Call) -> int:
 
 def logs(call: Call) -> int:
     """Show what points printed: one whole log, or the end of each that is at work or failed."""
-    rows = find(call)
-    is_single = len(rows.rows) == 1
-    shown: dict[Path, int] = {}
-    while True:
-        observations = observe(rows)
-        states = {seen.state for seen in observations.values()}
-        for title, path in _logs_of_interest(call, rows, observations):
-            _show(title, path, shown, is_single)
-        if not call.follows or not states & {"new", "waiting", "running"}:
-            break
-        time.sleep(FOLLOW_S)
-    if not shown:
-        print(f"{rows.name}: nothing was printed yet", file=sys.stderr)
+    if not show(find(call), call.follows):
+        print("nothing was printed yet", file=sys.stderr)
     return DONE
-
-
-def _logs_of_interest(
-    call: Call, rows: Roster, observations: Observations
-) -> list[tuple[str, Path]]:
-    if len(rows.rows) == 1:
-        return [(str(rows.rows[0]), rows.run(rows.rows[0].id).log_file)]
-    at_work = [r for r in rows.rows if observations[r.id].state in ("running", *listing.FAILED)]
-    found = [(str(row), rows.run(row.id).log_file) for row in at_work[-listing.SHOWN :]]
-    log = roster.log_file(call.runs, rows.name)
-    return [*found, (f"{rows.name}: pairs and scores", log)]
-
-
-def _show(title: str, path: Path, shown: dict[Path, int], is_single: bool) -> None:
-    """Print what a log has that was not shown yet, under its name where there are several."""
-    if not path.is_file() or path.stat().st_size == shown.get(path, 0):
-        return
-    with path.open("rb") as file:
-        file.seek(shown.get(path, 0))
-        new = file.read()
-    lines = new.decode(errors="replace").splitlines()
-    if not is_single:
-        print(f"==> {title} <==")
-        lines = lines if path in shown else lines[-TAIL_LINES:]
-    print("\n".join(lines), flush=True)
-    shown[path] = shown.get(path, 0) + len(new)
 
 
 def retry(call: Call) -> int:
