@@ -168,7 +168,8 @@ class RunDir:
     def lock(self) -> FileLock:
         """Held by whoever trains this run, so that no two processes ever do."""
         self.path.mkdir(parents=True, exist_ok=True)
-        return FileLock(self.path / "run.lock", blocking=False)
+        # A second's patience: whoever asks `is_locked` holds it for an instant.
+        return FileLock(self.path / "run.lock", timeout=1)
 
     def is_locked(self) -> bool:
         """Whether some live process trains this run now."""
@@ -242,6 +243,11 @@ class RunDir:
         )
 
 
+def directory_name(slug_: str, id_: str) -> str:
+    """The name of a point's run directory."""
+    return f"{slug_}-{id_}"
+
+
 def eval_file(directory: Path, task: str) -> Path:
     """Where a run's or a baseline's result on one task lies."""
     return directory / "eval" / f"{task}.json"
@@ -255,7 +261,7 @@ class Runs:
 
     def of(self, spec: TrainSpec) -> RunDir:
         """The run directory that this content has, whether it exists or not."""
-        return RunDir(self.root / f"{slug(spec)}-{point_id(spec)}")
+        return RunDir(self.root / directory_name(slug(spec), point_id(spec)))
 
     def all(self) -> Iterator[RunDir]:
         """Every run that was ever started here."""
@@ -275,6 +281,14 @@ class Runs:
 
     def sweep_file(self, name: str) -> Path:
         return self.root / "sweeps" / f"{name}.json"
+
+    def sweep_log(self, name: str) -> Path:
+        """What preparing its pairs and scoring its points printed."""
+        return self.sweep_file(name).with_suffix(".log")
+
+    def cancel_file(self, name: str) -> Path:
+        """Says when somebody asked a running `run` of the sweep to end."""
+        return self.sweep_file(name).with_suffix(".cancelled")
 
     def baseline(self, label: str, key: str) -> Path:
         """Directory of a row that no run trained: teacher, student or ptq."""

@@ -43,6 +43,7 @@ __all__ = [
     "prepare",
     "read_contract",
     "save_adapter",
+    "use_threads",
     "versions",
 ]
 
@@ -60,6 +61,12 @@ def pick_device() -> torch.device:
     if torch.cuda.is_available():
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     return torch.device("cpu")
+
+
+def use_threads(threads: int | None) -> None:
+    """Compute with so many CPU threads; None: what torch chooses."""
+    if threads:
+        torch.set_num_threads(threads)
 
 
 def load_tokenizer(path: str, revision: str | None) -> Any:

@@ -42,8 +42,7 @@ class Run:
 
     def __init__(self, spec: TrainSpec, run: RunDir, stop: StopFlag) -> None:
         self.spec, self.dir, self.stop = spec, run, stop
-        if spec.place.threads:
-            torch.set_num_threads(spec.place.threads)
+        models.use_threads(spec.place.threads)
         started = time.perf_counter()
         self.accelerator = Accelerator(
             mixed_precision=spec.training.mixed_precision, cpu=not torch.cuda.is_available()

@@ -81,6 +81,7 @@ def run_suite(spec: EvalSpec, stop: Stop) -> int:
     if untrained:
         _say(f"eval: {untrained} runs found there are not trained yet and are left out")
     _stay_offline()
+    models.use_threads(spec.place.threads)
     prepared = models.prepare(spec.pair, spec.quant, Path(spec.place.cache_dir))
     rows = [*_baselines(spec, prepared, runs), *_adapters(spec, prepared, found)]
     missing = {(r, t) for r in rows for t in suite.tasks if r.finished(suite, t) is None}

@@ -67,6 +67,7 @@ class Sweep:
     site: SiteSpec
     runs: Path
     baselines: tuple[str, ...]  # of "teacher", "student", "ptq"
+    words: tuple[str, ...] = ()  # of the command line, as typed: what repeats it
 
 
 def load_sweep(target: str | None, words: list[str], runs: Path) -> Sweep:
@@ -103,6 +104,7 @@ def load_sweep(target: str | None, words: list[str], runs: Path) -> Sweep:
         site=points[0].spec.site,
         runs=runs,
         baselines=baselines,
+        words=tuple(words),
     )
 
 

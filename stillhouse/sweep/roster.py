@@ -18,7 +18,16 @@ from typing import Any, cast
 from pydantic import TypeAdapter
 
 from stillhouse.errors import ConfigError, ContractError, nearest
-from stillhouse.rundir import FORMAT, Json, RunDir, Runs, now, read_json, write_json
+from stillhouse.rundir import (
+    FORMAT,
+    Json,
+    RunDir,
+    Runs,
+    directory_name,
+    now,
+    read_json,
+    write_json,
+)
 from stillhouse.spec import PairSpec, QuantSpec, SuiteSpec, baseline_key
 from stillhouse.sweep.asked import text
 from stillhouse.sweep.grid import Sweep
@@ -35,7 +44,7 @@ class Row:
 
     @property
     def directory(self) -> str:
-        return f"{self.slug}-{self.id}"
+        return directory_name(self.slug, self.id)
 
     def __str__(self) -> str:
         """What people call it: its name, or what it sets, and the id's first digits."""
@@ -103,6 +112,7 @@ def _record(sweep: Sweep) -> Json:
         "format": FORMAT,
         "name": sweep.name,
         "file": sweep.file,
+        "words": list(sweep.words),
         "question": sweep.question,
         "compare": compare
         and {"by": compare.by, "metric": compare.metric, "baseline": compare.baseline},
@@ -238,15 +248,15 @@ def narrowed(roster: Roster, words: Sequence[str]) -> Roster:
 
 def log_file(runs: Path, name: str) -> Path:
     """What preparing and scoring printed."""
-    return Runs(runs).sweep_file(name).with_suffix(".log")
+    return Runs(runs).sweep_log(name)
 
 
 def cancel(runs: Path, name: str) -> None:
     """Ask every `run` of this sweep that is under way now to end; later ones do not mind."""
-    write_json(Runs(runs).sweep_file(name).with_suffix(".cancelled"), {"asked": now()})
+    write_json(Runs(runs).cancel_file(name), {"asked": now()})
 
 
 def is_cancelled(runs: Path, name: str, since: float) -> bool:
     """Whether somebody asked that at `since` (seconds since the epoch) or later."""
-    asked = read_json(Runs(runs).sweep_file(name).with_suffix(".cancelled"))
+    asked = read_json(Runs(runs).cancel_file(name))
     return asked is not None and asked["asked"] >= since
