@@ -10,12 +10,12 @@ Legend: N positions, H hidden width, V vocabulary.
 from __future__ import annotations
 
 import os
-import resource
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -99,18 +99,24 @@ def step(variant: str, x: Inputs, beta: float) -> tuple[float, float, Tensor]:
     return seconds, loss.item(), x.hidden_NH.grad
 
 
+def resident_mib(line: str) -> float:
+    """What Linux says of this process's memory: VmRSS now, VmHWM at its peak."""
+    (kib,) = (x.split()[1] for x in Path("/proc/self/status").open() if x.startswith(line))
+    return int(kib) / 1024
+
+
 def extra_mib(variant: str, beta: float) -> float:
     """Peak memory above what was resident before the call, by the kernel's own count.
 
-    Called in a fresh process, since a peak never falls. The small call first loads what libraries
-    load once. The start is what is resident, not an earlier peak: an error can only add.
+    Called in a fresh process, since a peak never falls. (Not by getrusage's ru_maxrss: a child
+    starts with its parent's.) The small call first loads what libraries load once. The start is what
+    is resident, not an earlier peak, so that an error can only add.
     """
     step(variant, inputs(4, 512, HIDDEN), beta)
     x = inputs(BATCH * TIME, VOCABULARY, HIDDEN)
-    with open("/proc/self/statm") as statm:
-        before = int(statm.read().split()[1]) * resource.getpagesize()
+    before = resident_mib("VmRSS")
     step(variant, x, beta)
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before) / 2**20
+    return resident_mib("VmHWM") - before
 
 
 def measured_extra_mib(variant: str, beta: float) -> float:
