@@ -69,7 +69,8 @@ def train(spec: TrainSpec) -> int:
         return train_run(spec, run, _stop())
     try:
         with run.lock():
-            return _attempt(spec, run)
+            # Whoever held it while we waited may have finished the run.
+            return 0 if run.is_trained() else _attempt(spec, run)
     except Timeout as error:
         raise ContractError(f"{run.path}: another process trains this run now") from error
 
