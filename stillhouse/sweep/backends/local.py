@@ -100,19 +100,26 @@ class LocalBackend:
             self._workers.append(self._fork(self._queue.pop(0)))
 
     def _fork(self, task: Task) -> _Worker:
+        try:
+            return self._forked(task)
+        except (EOFError, ConnectionError):  # the server was just dying; there will be another
+            pass
+        try:
+            return self._forked(task)
+        except (EOFError, ConnectionError) as error:
+            raise RuntimeError(
+                f"the server of the local backend died while it imported; see {task.log} and"
+                " the sweep's log for what it printed"
+            ) from error
+
+    def _forked(self, task: Task) -> _Worker:
         receiver, sender = self._context.Pipe(duplex=False)
         arguments = tuple(_with_threads(a, self.threads) for a in task.arguments)
         locks = task.runs if task.action.kind == "eval" else ()
         process = self._context.Process(
             target=_work, args=(self.work[task.action.kind], arguments, task.log, locks, sender)
         )
-        try:
-            process.start()
-        except EOFError as error:
-            raise RuntimeError(
-                f"the server of the local backend died while it imported; see {task.log} and"
-                " the sweep's log for what it printed"
-            ) from error
+        process.start()
         sender.close()
         return _Worker(task, process, receiver, time.perf_counter())
 
