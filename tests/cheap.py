@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import sys
@@ -63,7 +64,8 @@ class Training:
     def send(self, number: int) -> None:
         pid = self.process.pid
         assert pid is not None
-        os.kill(pid, number)
+        with contextlib.suppress(ProcessLookupError):  # it ended by itself a moment ago
+            os.kill(pid, number)
 
     def ended(self, seconds: float = 240) -> int:
         """The exit code, negative for a signal."""

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from stillhouse import doors
 from stillhouse.distill.monitor import score
 from stillhouse.distill.run import Run
+from stillhouse.errors import Interrupted
 from stillhouse.rundir import Runs
 from stillhouse.stop import StopFlag
 
@@ -49,6 +50,33 @@ def test_monitoring_measures_and_changes_nothing_that_is_trained(tmp_path):
     last = b.metrics()[-1]
     assert 0 <= last["train/score"] <= 1 and 0 <= last["eval/avg_score"] <= 1
     assert last["eval/loss"] > 0 and last["eval/nll"] > 0
+
+
+def test_a_stop_while_measuring_loses_no_update_and_no_measurement(tmp_path):
+    words = ["lmbda=0", "score_steps=3", "save_steps=1000"]
+    spec = cheap(tmp_path / "stopped", *words)
+    run, stop = Runs(tmp_path / "stopped").of(spec), StopFlag()
+    one, polls, check = Run(spec, run, stop), [], stop.check
+
+    def poll():
+        polls.append(1)
+        stop.is_set = len(polls) > 5  # 3 steps; what else polls here is the score's sampling
+        check()
+
+    stop.check = poll  # type: ignore[method-assign]
+    with pytest.raises(Interrupted):
+        one.train()
+    assert [p.name for p in run.checkpoints.iterdir()] == ["step-3"]
+    assert [m["step"] for m in run.metrics()] == [0, 1]
+    assert doors.train(spec) == 0
+    assert doors.train(cheap(tmp_path / "whole", *words)) == 0
+    whole = Runs(tmp_path / "whole").of(spec)
+
+    def timeless(run):
+        return [{k: v for k, v in m.items() if "time/" not in k} for m in run.metrics()]
+
+    assert timeless(run) == timeless(whole)
+    assert "train/score" in run.metrics()[2]
 
 
 def test_wandb_is_offline_unless_told_otherwise_and_has_every_step(tmp_path):

@@ -15,6 +15,7 @@ from stillhouse.distill.loop import Loop, Writer, positions_of
 from stillhouse.distill.losses import distill_loss
 from stillhouse.distill.models import head_weight
 from stillhouse.distill.prompts import Example
+from stillhouse.errors import ConfigError
 from stillhouse.spec import TrainSpec
 
 SCORED_ROWS = 8  # a teacher answer each; enough to see a curve, few enough to afford
@@ -50,6 +51,11 @@ class Monitor:
     ) -> None:
         self.spec, self.loop, self.tokenizer, self.writers = spec, loop, tokenizer, writers
         self.held_out = [e for e in held_out if e.completion_ids]
+        if spec.monitor.do_eval and not self.held_out:
+            raise ConfigError(
+                f"do_eval: data {spec.data.data_name} has no held-out row with a completion"
+                f" (held_out_rows {spec.data.held_out_rows}); raise it, or leave do_eval out"
+            )
 
     def measure(self, step: int) -> dict[str, float]:
         """What is due after step `step`, counted from 0; every process measures the same rows."""
@@ -63,7 +69,7 @@ class Monitor:
         if monitor.do_eval and (done % monitor.eval_steps == 0 or is_last):
             with self.loop.clock.phase("eval"):
                 metrics |= self._held_out_loss()
-                metrics["eval/avg_score"] = self._score(self.held_out[:SCORED_ROWS], step)
+            metrics["eval/avg_score"] = self._score(self.held_out[:SCORED_ROWS], step)
         return metrics
 
     def _score(self, examples: Sequence[Example], step: int) -> float:

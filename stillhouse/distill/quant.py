@@ -242,8 +242,8 @@ def _unpack(packed: Tensor, scale_NJ: Tensor, zero_NJ: Tensor) -> Tensor:
 @functools.cache
 def _linear4bit() -> Any:
     """bitsandbytes' Linear4bit, with Q(W) kept dense on a CPU, as Int4Linear keeps it and for its
-    reasons: unpacking 134 M weights for every token of a rollout took 1.3 s a token (two threads,
-    SmolLM2). The stored form, the GPU's path and every value stay bitsandbytes' own."""
+    reasons: a decoding step of SmolLM2-135M in nf4 takes 0.05 s instead of 0.16 s (batch 4, two
+    threads). The stored form, the GPU's path and every value stay bitsandbytes' own."""
     import bitsandbytes
 
     bnb: Any = bitsandbytes.nn

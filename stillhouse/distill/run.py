@@ -68,6 +68,7 @@ class Run:
         loading = time.perf_counter() - started
         self.cost: Json = {"seconds": {"load": loading, "total": loading}, "tokens": {}}
         self.said = 0.0
+        self.pending: Json | None = None  # metrics of an update that is not measured and logged yet
 
     def say(self, text: str) -> None:
         """One line for whoever reads the log."""
@@ -193,20 +194,25 @@ class Run:
             self._record()
             tracker = Tracker(self.spec, self.dir, first)
         step = first
+        self.pending = state and state["pending"]
         try:
-            while step < self.spec.training.max_steps:
+            while step < self.spec.training.max_steps or self.pending:
                 self.stop.check()
-                metrics = self._step(step)
-                step += 1
-                if self.is_main:
-                    assert tracker is not None
+                if self.pending is None:
+                    self.pending = self._step(step)
+                    step += 1
+                metrics = self.pending | self._measure(step - 1)
+                self.pending = None
+                if tracker is not None:
                     tracker.log(metrics)
                     self._status(step, best)
                     if step % self.spec.training.save_steps == 0:
                         self._save(step)
+        except KeyboardInterrupt:
+            raise  # a second Ctrl-C may fall into the middle of an update: nothing to save
         except BaseException as error:
             # Whatever broke after we were asked to stop (a peer that left first, say) is that stop.
-            # The parameters are those of the last completed step: an update is the last act of one.
+            # The parameters are those of `step` completed updates: an update cannot be interrupted.
             if self.is_main and self.stop.is_set:
                 self._save(step)
                 self.dir.update_status(step=max(step, best))
@@ -236,7 +242,6 @@ class Run:
         except Diverged:
             self._post_mortem(step, metrics)
             raise
-        metrics |= self.monitor.measure(step)
         seconds = {**self.loop.clock.seconds, "step": time.perf_counter() - started}
         for phase, value in seconds.items():
             self._count("seconds", "total" if phase == "step" else phase, value)
@@ -244,6 +249,17 @@ class Run:
             self._count("tokens", kind, metrics[f"tokens/{kind}"])
         times = {f"time/{phase}": round(value, 6) for phase, value in seconds.items()}
         return {"step": step, **metrics, **times}
+
+    def _measure(self, step: int) -> Json:
+        """What the monitor finds after the update of `step`; interrupted, it is found again."""
+        self.loop.clock.seconds.clear()
+        metrics = self.monitor.measure(step)
+        spent = self.loop.clock.seconds.get("eval", 0.0)
+        if metrics:
+            metrics["time/eval"] = round(spent, 6)
+            self._count("seconds", "eval", spent)
+            self._count("seconds", "total", spent)
+        return metrics
 
     def _count(self, group: str, name: str, value: float) -> None:
         self.cost[group][name] = self.cost[group].get(name, 0.0) + value
@@ -267,8 +283,12 @@ class Run:
             self.dir.update_status(step=max(step, best), **fields)
 
     def _save(self, step: int) -> None:
-        with self.loop.clock.phase("save"):
-            checkpoint.save(self.dir, step, self.student, self.loop.optimizer, {"cost": self.cost})
+        started = time.perf_counter()
+        # An update that is not measured yet has its metrics kept: a resume measures, then logs.
+        state = {"cost": self.cost, "pending": self.pending}
+        checkpoint.save(self.dir, step, self.student, self.loop.optimizer, state)
+        for name in ("save", "total"):
+            self._count("seconds", name, time.perf_counter() - started)
 
     def _post_mortem(self, step: int, metrics: Json) -> None:
         if self.is_main:
