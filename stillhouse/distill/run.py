@@ -76,9 +76,7 @@ class Run:
             print(text, flush=True)
 
     def _check_data(self, prompts: PromptSet) -> None:
-        for reason, count in sorted(prompts.skipped.items()):
-            self.say(f"data: {count} rows left out: {reason}")
-        self.say(f"data: {len(prompts.train)} rows to train on, {len(prompts.held_out)} held out")
+        self.say(f"data: {prompts.summary()}")
         if needs_dataset_completions(self.spec.method):
             bare = sum(not e.completion_ids for e in prompts.train)
             if bare:
