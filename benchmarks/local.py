@@ -23,6 +23,7 @@ from stillhouse.sweep.backends.local import CUDA_DEVICE, PRELOAD, PRELOAD_WITHOU
 from stillhouse.sweep.drive import Task
 from stillhouse.sweep.grid import Point, load_sweep
 from stillhouse.sweep.plan import Action
+from stillhouse.sweep.roster import roster_of
 
 POINTS = 21  # the first pays for the server
 LIMIT_S = 0.5
@@ -70,7 +71,7 @@ def main() -> None:
         runs = Path(directory)
         sweep = load_sweep(None, ["pair=tiny", f"seeds={POINTS}"], runs)
         tasks = [done_point(point, runs) for point in sweep.points]
-        backend = LocalBackend(2, 0, runs / "log")
+        backend = LocalBackend(sweep, roster_of(sweep))
         first, *others = one_after_the_other(backend, tasks)
         begin = time.perf_counter()
         for task in tasks[1:]:

@@ -250,12 +250,38 @@ class PlaceSpec:
 
 @dataclass(frozen=True, config=_STRICT)
 class SiteSpec:
-    """Where points run, and how many at once."""
+    """Where points run, and how many at once. From `owner` on, only a cluster asks."""
 
     site_name: str
-    max_parallel: Count
+    max_parallel: Count  # processes at once; on a cluster, Jobs that are not finished
     infra_retries: Natural  # attempts after the first that an infrastructure failure may cost
     price_usd_per_hour: NonNegative | None  # of one device-hour here; null: not known
+    owner: str  # whose Jobs these are: others' are left alone
+    kube_context: str | None  # of the kubeconfig; null: its current one
+    namespace: str | None  # null: the context's
+    image: str  # NAME@sha256:DIGEST, so that every pod of a sweep runs the same one
+    service_account: str  # of workers, who never see its token
+    driver_account: str  # of a detached driver, who needs it
+    runs_claim: str  # PersistentVolumeClaims, k8s/storage.yaml
+    cache_claim: str
+    queue: str | None  # Kueue's LocalQueue: Jobs are born suspended, and it decides
+    queue_priority: str | None  # Kueue's WorkloadPriorityClass
+    priority_class: str | None  # PriorityClass of pods
+    gpu_resource: str | None  # null: none is asked for
+    gpu_product: str | None  # node label nvidia.com/gpu.product, and the key in k8s/prices.yaml
+    node_selector: dict[str, str]
+    tolerations: tuple[dict[str, Any], ...]
+    cpu: Positive  # cores per process
+    memory_gib: Positive  # per process
+    shm_gib: Positive  # /dev/shm of a pod; counts in its memory
+    deadline_s: Count  # of a Job, from its start; it begins anew after a suspension
+    grace_s: Count  # between SIGTERM and SIGKILL: a save must fit
+    patience_s: (
+        Count  # a Job that cannot start (image, secret, volume, quota) keeps its slot so long
+    )
+    wandb_secret: str | None  # names of Secrets with a key "token"; their content is never ours
+    hf_secret: str | None
+    pod_env: dict[str, str]
 
 
 @dataclass(frozen=True, config=_STRICT)

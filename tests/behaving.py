@@ -31,7 +31,7 @@ from stillhouse.spec import EvalSpec, PairSpec, QuantSpec, TrainSpec, baseline_k
 from stillhouse.stop import StopFlag
 from stillhouse.sweep.backends.local import LocalBackend
 from stillhouse.sweep.grid import Sweep
-from stillhouse.sweep.roster import log_file
+from stillhouse.sweep.roster import Roster, roster_of
 from stillhouse.sweep.verbs import Call, run
 
 WORK = {
@@ -43,10 +43,9 @@ PRELOAD = ("pytest", "hypothesis", "behaving")
 ENDS = {"diverged": Diverged, "memory": OutOfMemory, "config": ConfigError, "crash": RuntimeError}
 
 
-def backend_for(sweep: Sweep) -> LocalBackend:
+def backend_for(sweep: Sweep, rows: Roster | None = None) -> LocalBackend:
     """The real local backend, with work that behaves."""
-    log = log_file(sweep.runs, sweep.name)
-    return LocalBackend(sweep.site.max_parallel, sweep.site.infra_retries, log, WORK, PRELOAD)
+    return LocalBackend(sweep, rows or roster_of(sweep), WORK, PRELOAD)
 
 
 def launch(runs: str, *words: str) -> None:

@@ -191,7 +191,10 @@ def test_what_the_server_prints_while_it_imports_goes_to_the_log(tmp_path: Path)
     program = (
         "import sys; from pathlib import Path\n"
         "from stillhouse.sweep.backends.local import LocalBackend\n"
-        f"b = LocalBackend(1, 0, Path({str(tmp_path / 'log')!r}), preload=['noisy'])\n"
+        "from stillhouse.sweep.grid import load_sweep\n"
+        "from stillhouse.sweep.roster import roster_of\n"
+        f"sweep = load_sweep(None, ['pair=tiny', 'lmbda=0,1'], Path({str(tmp_path)!r}))\n"
+        "b = LocalBackend(sweep, roster_of(sweep), preload=['noisy'])\n"
         "b._warming.join()\n"
         "print('torch' in sys.modules)\n"
     )
@@ -202,4 +205,5 @@ def test_what_the_server_prints_while_it_imports_goes_to_the_log(tmp_path: Path)
     )  # fmt: skip
     assert done.stdout == "False\n"
     assert "noise" not in done.stderr
-    assert (tmp_path / "log").read_text() == "noise\n"
+    (log,) = (tmp_path / "sweeps").glob("*.log")
+    assert log.read_text() == "noise\n"

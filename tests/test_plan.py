@@ -24,6 +24,7 @@ from stillhouse.sweep.plan import (
     Situation,
     actions,
     baselines_of,
+    fixed_packs,
     groups_of,
     judge,
     look,
@@ -212,8 +213,9 @@ NEW, TO_SCORE, DONE = Observation("new"), Observation("waiting", is_trained=True
 
 def situation(observations: dict[str, Observation], **more: Any) -> Situation:
     groups = more.pop("groups", dict.fromkeys(observations, "g"))
+    packs = more.pop("packs", groups)
     defaults: dict[str, Any] = {"baselines": (), "prepared": {"g": True}, "live": (), "since": 0.0}
-    return Situation(groups, observations, **{**defaults, **more})
+    return Situation(groups, packs, observations, **{**defaults, **more})
 
 
 def test_a_groups_pair_is_prepared_once_before_its_first_point() -> None:
@@ -243,6 +245,22 @@ def test_idle_slots_share_what_is_left_to_score() -> None:
     points = dict.fromkeys("abcd", TO_SCORE)
     packs = [action.points for action in actions(situation(points), 2, 8)]
     assert packs == [("a", "b"), ("c", "d")]
+
+
+def test_fixed_packs_wait_for_their_own_and_are_never_cut_anew() -> None:
+    points = {"a": TO_SCORE, "b": NEW, "c": TO_SCORE, "d": TO_SCORE, "e": TO_SCORE}
+    groups = dict.fromkeys(points, "g")
+    packs = fixed_packs(groups, 2)
+    assert list(packs.values()) == ["g/0", "g/0", "g/1", "g/1", "g/2"]
+    teacher = Baseline(Path("t"), "teacher", frozenset({"g"}))
+    chosen = actions(situation(points, packs=packs, baselines=[teacher]), 9, 2)
+    evals = [a for a in chosen if a.kind == "eval"]
+    assert evals == [Action("eval", "g", ("c", "d")), Action("eval", "g", ("e",))]
+    trained = points | {"b": TO_SCORE}
+    first = actions(situation(trained, packs=packs, baselines=[teacher]), 1, 2)
+    assert first == [Action("eval", "g", ("a", "b"), (Path("t"),))]
+    gone = points | {"b": Observation("failed")}
+    assert ("a",) in [a.points for a in actions(situation(gone, packs=packs), 9, 2)]
 
 
 def test_baselines_ride_along_once_and_alone_after_they_failed_in_company() -> None:
@@ -277,6 +295,7 @@ class World:
     """A sweep and what happens to it; the rules of `endings`, without files."""
 
     groups: dict[str, str]
+    packs: dict[str, str]
     seen: dict[str, Observation]
     baselines: dict[str, Baseline]
     prepared: dict[str, bool] = field(default_factory=dict[str, bool])
@@ -286,7 +305,7 @@ class World:
 
     def now(self) -> Situation:
         rows = tuple(self.baselines.values())
-        return Situation(self.groups, self.seen, rows, self.prepared, self.live, 0.0)
+        return Situation(self.groups, self.packs, self.seen, rows, self.prepared, self.live, 0.0)
 
     def crash(self, who: str) -> bool:
         """Count an infrastructure death; true where it was one too many."""
@@ -350,10 +369,10 @@ def test_any_course_of_events_ends_with_nothing_started_twice(data: st.DataObjec
         Baseline(Path("t"), "teacher", frozenset("gh")),
         Baseline(Path("q"), "ptq", frozenset("g")),
     ]
-    world = World(
-        groups, {id_: data.draw(kinds) for id_ in ids}, {str(b.directory): b for b in rows}
-    )
     slots, pack = data.draw(st.integers(1, 4), "slots"), data.draw(st.integers(1, 4), "pack")
+    packs = fixed_packs(groups, pack) if data.draw(st.booleans(), "fixed packs") else groups
+    seen = {id_: data.draw(kinds) for id_ in ids}
+    world = World(groups, packs, seen, {str(b.directory): b for b in rows})
     for _ in range(400):
         chosen = actions(world.now(), slots, pack)
         for action in chosen:
@@ -379,6 +398,7 @@ def check_start(world: World, action: Action, pack: int) -> None:
         assert action not in world.live
         return
     assert len(action.points) == len(set(action.points)) <= pack
+    assert len({world.packs[id_] for id_ in action.points}) == 1
     for id_ in action.points:
         seen = world.seen[id_]
         assert world.groups[id_] == action.group

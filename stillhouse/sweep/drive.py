@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import functools
 import signal
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -26,12 +26,10 @@ from stillhouse.sweep.plan import (
     Observation,
     Situation,
     actions,
-    baselines_of,
+    fixed_packs,
     groups_of,
-    look,
-    observe,
 )
-from stillhouse.sweep.roster import Roster, is_cancelled, log_file, roster_of
+from stillhouse.sweep.roster import Roster, log_file, roster_of
 
 SOME_FAILED = 1  # the launcher's own exit code (DESIGN: Exit codes of the launcher's verbs)
 TICK_S = 0.5  # how often the loop looks up while nothing ends
@@ -60,7 +58,40 @@ class Finished:
 
 @runtime_checkable
 class Backend(Protocol):
-    """Something that runs tasks, and leaves in their run directories how they ended."""
+    """Something that runs tasks, and knows how the points of a sweep stand."""
+
+    @property
+    def has_fixed_packs(self) -> bool:
+        """Whether others may drive the same sweep: then all must cut the same packs."""
+        ...
+
+    def observe(self) -> dict[str, Observation]:
+        """The state of every point."""
+        ...
+
+    def look(self, id_: str) -> Observation:
+        """The state of one point."""
+        ...
+
+    def changed(self) -> Iterable[str]:
+        """Points that may have changed without any task of ours having ended."""
+        ...
+
+    def baselines(self) -> tuple[Baseline, ...]:
+        """The rows that no run trains, and which of them are scored."""
+        ...
+
+    def prepared(self) -> Mapping[str, bool]:
+        """Groups of which it is known that their pair is at hand."""
+        ...
+
+    def is_cancelled(self, since: float) -> bool:
+        """Whether somebody asked, after this moment, that the sweep's loop end."""
+        ...
+
+    def live(self) -> Sequence[Action]:
+        """What is at work, or waits to be."""
+        ...
 
     def start(self, task: Task) -> None:
         """Take a task on; returns at once."""
@@ -139,13 +170,15 @@ class Drive:
         }
         groups = groups_of(sweep)
         self.groups = {id_: groups[id_] for id_ in self.points}
+        # Cut of the whole sweep: a point's pack is the same, whichever points this loop is about.
+        packs = fixed_packs(groups, sweep.pack) if backend.has_fixed_packs else groups
+        self.packs = {id_: packs[id_] for id_ in self.points}
         self.since = now()
-        self.observations = observe(self.roster)
-        self.baselines: tuple[Baseline, ...] = baselines_of(sweep, groups)
-        self.prepared: dict[str, bool] = {}
+        self.observations = backend.observe()
+        self.baselines = backend.baselines()
+        self.prepared = dict(backend.prepared())
         self.failed_to_prepare: dict[str, int] = {}
         self.blocked: dict[str, str] = {}  # group -> why its pair cannot be had
-        self.live: list[Action] = []
 
     def run(self) -> int:
         """Go on until nothing is left to do or somebody asks to stop; the verb's exit code."""
@@ -154,11 +187,10 @@ class Drive:
             try:
                 while not self._is_asked_to_stop(interrupts):
                     self._start_what_can()
-                    elsewhere = self._elsewhere()
-                    if not self.live and not elsewhere:
+                    if not self.backend.live() and not self._is_any_elsewhere():
                         return self._exit_code()
                     self._turn()
-                    for id_ in elsewhere:
+                    for id_ in self.backend.changed():
                         self._look(id_)
                 return self._wind_down(interrupts)
             except BaseException:
@@ -168,19 +200,20 @@ class Drive:
     def _is_asked_to_stop(self, interrupts: Interrupts) -> bool:
         if interrupts.count:
             return True
-        if is_cancelled(self.sweep.runs, self.sweep.name, self.since):
+        if self.backend.is_cancelled(self.since):
             self.watcher.says("cancelled by `stillhouse cancel`")
             return True
         return False
 
     def _wind_down(self, interrupts: Interrupts) -> int:
         """Let what runs save and end; a second Ctrl-C does not let it."""
-        self.watcher.says(
-            f"stopping: {len(self.live)} at work save what they have (Ctrl-C again kills them)"
-        )
         self.backend.stop()
+        if live := self.backend.live():
+            self.watcher.says(
+                f"stopping: {len(live)} at work save what they have (Ctrl-C again kills them)"
+            )
         already = min(interrupts.count, 1)
-        while self.live:
+        while self.backend.live():
             self._turn(is_stopping=True)
             if interrupts.count > max(already, 1):
                 already = interrupts.count
@@ -188,7 +221,8 @@ class Drive:
         return AGAIN
 
     def _turn(self, is_stopping: bool = False) -> None:
-        self.watcher.sees(Picture(self.roster, self.observations, tuple(self.live), is_stopping))
+        live = tuple(self.backend.live())
+        self.watcher.sees(Picture(self.roster, self.observations, live, is_stopping))
         for finished in self.backend.wait(TICK_S):
             self._finish(finished)
 
@@ -199,7 +233,13 @@ class Drive:
     def _is_surprised_while_starting(self) -> bool:
         """Start what is next; true where a point was not what it was: then all is planned anew."""
         situation = Situation(
-            self.groups, self.observations, self.baselines, self.prepared, self.live, self.since
+            self.groups,
+            self.packs,
+            self.observations,
+            self.baselines,
+            self.prepared,
+            self.backend.live(),
+            self.since,
         )
         for action in actions(situation, self.sweep.site.max_parallel, self.sweep.pack):
             # Another `run`, or a person, may have been quicker since we looked.
@@ -209,19 +249,17 @@ class Drive:
             if [self.observations[id_] for id_ in action.points] != before:
                 return True
             self.backend.start(self._task(action))
-            self.live.append(action)
             self.watcher.started(action)
         return False
 
     def _finish(self, finished: Finished) -> None:
         action = finished.action
-        self.live.remove(action)
         for id_ in action.points:
             self._look(id_)
         if action.kind == "prepare":
             self._learn_whether_prepared(finished)
         if action.baselines:
-            self.baselines = baselines_of(self.sweep, groups_of(self.sweep))
+            self.baselines = self.backend.baselines()
         self.watcher.finished(finished)
 
     def _learn_whether_prepared(self, finished: Finished) -> None:
@@ -237,16 +275,11 @@ class Drive:
                 self.blocked[group] = finished.cause or f"exit code {finished.exit_code}"
 
     def _look(self, id_: str) -> None:
-        self.observations[id_] = look(self.roster.run(id_), self.roster.suite)
+        self.observations[id_] = self.backend.look(id_)
 
-    def _elsewhere(self) -> list[str]:
-        """Points that some other process has at work: waiting for them is all there is to do."""
-        ours = {id_ for action in self.live for id_ in action.points}
-        return [
-            id_
-            for id_, seen in self.observations.items()
-            if seen.state == "running" and id_ not in ours
-        ]
+    def _is_any_elsewhere(self) -> bool:
+        """Whether some other process has a point at work: waiting for it is all there is to do."""
+        return any(seen.state == "running" for seen in self.observations.values())
 
     def _exit_code(self) -> int:
         states = {seen.state for seen in self.observations.values()}

@@ -50,6 +50,7 @@ class Point:
     name: str | None  # only where somebody gave one
     tags: tuple[str, ...]
     overrides: dict[str, Any]  # each axis of the sweep, and "seed": leaf (or group) -> value
+    words: tuple[str, ...] = ()  # what composes to the spec elsewhere, where it runs left out
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,8 +71,10 @@ class Sweep:
     words: tuple[str, ...] = ()  # of the command line, as typed: what repeats it
 
 
-def load_sweep(target: str | None, words: list[str], runs: Path) -> Sweep:
+def load_sweep(target: str | None, words: list[str], runs: Path, site: str = "local") -> Sweep:
     """The sweep that a file (or none) and the words of a command line describe.
+
+    `site`: the file of conf/site that counts where nobody names one.
 
     Raises:
         ConfigError: anything that cannot be right, in one or two lines that name the place.
@@ -81,6 +84,8 @@ def load_sweep(target: str | None, words: list[str], runs: Path) -> Sweep:
             "nothing is asked; give a sweep file, or a grid: pair=tiny lmbda=0,0.5,1 seeds=3"
         )
     asked = request.read(target, words)
+    if site != "local":
+        asked = dataclasses.replace(asked, base={"site": site, **asked.base})
     points = _points(asked, runs)
     axes = {
         name: tuple(dict.fromkeys(point.overrides[name] for point in points))
@@ -165,7 +170,19 @@ def _point(asked: Asked, own: Knobs, axes: Sequence[str], runs: Path) -> Point:
         raise ConfigError(f"{asked.where}: point {_describe(own, name)}: {what}") from error
     values = {label(key): _value(spec, key, groups) for key in axes}
     values["seed"] = spec.training.seed
-    return Point(point_id(spec), slug(spec), spec, name, spec.place.tags, values)
+    words = as_command_line(Overrides(_elsewhere(groups), _elsewhere(overrides.values)))
+    return Point(point_id(spec), slug(spec), spec, name, spec.place.tags, values, tuple(words))
+
+
+def _elsewhere(knobs: Mapping[str, Any]) -> dict[str, Any]:
+    """The knobs that mean the same on any machine; nothing said is nothing to say."""
+    return {
+        key: value
+        for key, value in knobs.items()
+        if key.partition(".")[0] != "site"
+        and key not in ("place.runs", "place.cache_dir")
+        and (key, value) not in (("place.name", None), ("place.tags", []))
+    }
 
 
 def _tags(asked: Asked, own: Knobs) -> list[str]:

@@ -11,7 +11,9 @@ run: what a process left in its run directory is all there is.
 
 from __future__ import annotations
 
+import itertools
 import os
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,11 +84,17 @@ class Situation:
     """All that the next actions follow from."""
 
     groups: Mapping[str, str]  # point id -> group, in the order in which points start
+    packs: Mapping[str, str]  # point id -> which points one evaluation may score together
     observations: Mapping[str, Observation]
     baselines: Sequence[Baseline]
     prepared: Mapping[str, bool]  # group -> whether its pair is there; missing: not tried yet
     live: Sequence[Action]
     since: float  # who was asked to stop after this is left alone by this loop
+
+    @property
+    def spreads(self) -> bool:
+        """Whether what is left of a group may be cut anew, to use idle slots."""
+        return self.packs == self.groups
 
 
 # ------------------------------------------------------------------------------- reading
@@ -145,6 +153,19 @@ def groups_of(sweep: Sweep) -> dict[str, str]:
             twins = sum(other.split("#")[0] == name for other in names.values())
             names[key] = f"{name}#{twins + 1}" if twins else name
         found[point.id] = names[key]
+    return found
+
+
+def fixed_packs(groups: Mapping[str, str], size: int) -> dict[str, str]:
+    """Point id -> pack: each group in its order, cut into pieces of `size`.
+
+    Whoever looks, whenever, finds the same packs: two drivers name the same evaluation.
+    """
+    seen: Counter[str] = Counter()
+    found: dict[str, str] = {}
+    for id_, group in groups.items():
+        found[id_] = f"{group}/{seen[group] // size}"
+        seen[group] += 1
     return found
 
 
@@ -237,26 +258,27 @@ def actions(now: Situation, slots: int, pack: int) -> list[Action]:
         return []
     to_train, to_score = _idle(now)
     chosen: list[Action] = []
-    for group, ids in to_score.items():
+    for key, ids in to_score.items():
         alone = [id_ for id_ in ids if now.observations[id_].goes_alone]
-        chosen += [Action("eval", group, (id_,)) for id_ in alone]
+        chosen += [Action("eval", now.groups[id_], (id_,)) for id_ in alone]
         together = [id_ for id_ in ids if id_ not in alone]
         whole = len(together) // pack * pack
-        chosen += _packs(group, together[:whole], pack)
-        to_score[group] = together[whole:]
+        chosen += _packs(now, together[:whole], pack)
+        to_score[key] = together[whole:]
     chosen += _trainings(now, to_train, max(0, free - len(chosen)))
     coming = _coming(now, to_train)
-    rest = {g: ids for g, ids in to_score.items() if ids and g not in coming}
-    for group, ids in rest.items():
-        # A pack is a maximum: idle slots share the rest.
-        share = max(1, (free - len(chosen)) // len(rest))
-        chosen += _packs(group, ids, min(pack, -(-len(ids) // share)))
-    waiting = coming | {group for group, ids in to_score.items() if ids}
+    rest = {key: ids for key, ids in to_score.items() if ids and key not in coming}
+    for ids in rest.values():
+        # A pack is a maximum: where it may be cut anew, idle slots share the rest.
+        share = max(1, (free - len(chosen)) // len(rest)) if now.spreads else 1
+        chosen += _packs(now, ids, min(pack, -(-len(ids) // share)))
+    waiting = {now.groups[id_] for id_, key in now.packs.items() if key in coming}
+    waiting |= {now.groups[id_] for ids in to_score.values() for id_ in ids}
     return _with_baselines(now, chosen[:free], waiting)[:free]
 
 
 def _idle(now: Situation) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
-    """Points that may start, by group: those to train, and those to score."""
+    """Points that may start: those to train by group, and those to score by pack."""
     busy = {id_ for action in now.live for id_ in action.points}
     to_train: dict[str, list[str]] = {}
     to_score: dict[str, list[str]] = {}
@@ -267,7 +289,7 @@ def _idle(now: Situation) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
         if seen.asked_to_stop is not None and seen.asked_to_stop >= now.since:
             continue  # somebody stopped it while we ran; starting it again would undo that
         if seen.is_trained:
-            to_score.setdefault(group, []).append(id_)
+            to_score.setdefault(now.packs[id_], []).append(id_)
         elif now.prepared.get(group) is not False:
             to_train.setdefault(group, []).append(id_)
     return to_train, to_score
@@ -285,19 +307,21 @@ def _trainings(now: Situation, to_train: Mapping[str, Sequence[str]], free: int)
     return chosen
 
 
-def _coming(now: Situation, to_train: Iterable[str]) -> set[str]:
-    """The groups in which some point may still become trained."""
+def _coming(now: Situation, to_train: Mapping[str, Sequence[str]]) -> set[str]:
+    """The packs in which some point may still become trained."""
+    idle = (id_ for ids in to_train.values() for id_ in ids)
     elsewhere = (
-        now.groups[id_]
+        id_
         for id_, seen in now.observations.items()
         if seen.state == "running" and not seen.is_trained
     )
-    return {*to_train, *elsewhere, *(a.group for a in now.live if a.kind == "train")}
+    here = (id_ for action in now.live if action.kind == "train" for id_ in action.points)
+    return {now.packs[id_] for id_ in itertools.chain(idle, elsewhere, here)}
 
 
-def _packs(group: str, ids: Sequence[str], size: int) -> list[Action]:
+def _packs(now: Situation, ids: Sequence[str], size: int) -> list[Action]:
     return [
-        Action("eval", group, tuple(ids[start : start + size]))
+        Action("eval", now.groups[ids[start]], tuple(ids[start : start + size]))
         for start in range(0, len(ids), size)
     ]
 
@@ -309,12 +333,17 @@ def _with_baselines(now: Situation, chosen: list[Action], waiting: set[str]) -> 
     company goes alone, with a point that is scored already: evaluations load by adapter.
     """
     taken = {directory for action in now.live for directory in action.baselines}
+    first: dict[str, str] = {}  # group -> the pack that takes its baselines along
+    for id_, group in now.groups.items():
+        first.setdefault(group, now.packs[id_])
     open_ = [b for b in now.baselines if not (b.is_scored or b.cause or b.directory in taken)]
     result: list[Action] = []
     for action in chosen:
         along: list[Path] = []
-        is_company = action.kind == "eval" and not any(
-            now.observations[id_].goes_alone for id_ in action.points
+        is_company = (
+            action.kind == "eval"
+            and now.packs[action.points[0]] == first[action.group]
+            and not any(now.observations[id_].goes_alone for id_ in action.points)
         )
         for baseline in list(open_):
             if is_company and not baseline.goes_alone and action.group in baseline.groups:

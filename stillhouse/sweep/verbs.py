@@ -110,8 +110,8 @@ def plan(call: Call) -> int:
     return DONE
 
 
-def run(call: Call, backend_for: Callable[[Sweep], Backend] | None = None) -> int:
-    """Train and score what is not done; `backend_for` makes what it runs on, of a sweep."""
+def run(call: Call, backend_for: Callable[[Sweep, Roster], Backend] | None = None) -> int:
+    """Train and score what is not done; `backend_for` makes what it runs on."""
     if not call.is_json:
         return _run(call, backend_for or _local)
     with contextlib.redirect_stdout(sys.stderr):  # one object is all that goes to stdout
@@ -121,7 +121,7 @@ def run(call: Call, backend_for: Callable[[Sweep], Backend] | None = None) -> in
     return code
 
 
-def _run(call: Call, backend_for: Callable[[Sweep], Backend]) -> int:
+def _run(call: Call, backend_for: Callable[[Sweep, Roster], Backend]) -> int:
     sweep = call.sweep()
     rows = roster.narrowed(roster_of(sweep), call.points)
     observations = observe(rows)
@@ -143,7 +143,7 @@ def _run(call: Call, backend_for: Callable[[Sweep], Backend]) -> int:
     _print(listing.estimate(sweep, listing.costs_to_go(_only(sweep, rows), observations)))
     from stillhouse.sweep.progress import watcher  # rich, which looking does not need
 
-    backend, started = backend_for(sweep), time.monotonic()
+    backend, started = backend_for(sweep, rows), time.monotonic()
     with watcher(rows) as watch:
         drive = Drive(sweep, backend, watch, rows)
         code = drive.run()
@@ -154,7 +154,7 @@ def _run(call: Call, backend_for: Callable[[Sweep], Backend]) -> int:
     return code
 
 
-def _local(sweep: Sweep) -> Backend:
+def _local(sweep: Sweep, rows: Roster) -> Backend:
     from stillhouse.sweep.backends.local import LocalBackend
 
     if importlib.util.find_spec("torch") is None:
@@ -162,9 +162,7 @@ def _local(sweep: Sweep) -> Backend:
             "this environment only launches and reads: training here needs torch and its family"
             " (`uv sync`, or `pip install 'stillhouse[train,eval]'`)"
         )
-    site = sweep.site
-    log = roster.log_file(sweep.runs, sweep.name)
-    return LocalBackend(site.max_parallel, site.infra_retries, log)
+    return LocalBackend(sweep, rows)
 
 
 def _is_nothing_left(sweep: Sweep, observations: Observations) -> bool:

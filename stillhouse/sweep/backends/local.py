@@ -36,6 +36,17 @@ from stillhouse.rundir import RunDir, code_identity
 from stillhouse.spec import EvalSpec, TrainSpec
 from stillhouse.sweep.drive import Finished, Task
 from stillhouse.sweep.endings import Ending, check_promise, write_ending
+from stillhouse.sweep.grid import Sweep
+from stillhouse.sweep.plan import (
+    Action,
+    Baseline,
+    Observation,
+    baselines_of,
+    groups_of,
+    look,
+    observe,
+)
+from stillhouse.sweep.roster import Roster, is_cancelled, log_file
 
 # Named, not imported: this room holds no torch, and the doors open rooms from above.
 WORK = {
@@ -58,16 +69,18 @@ LOCK_WAIT_S = 5.0  # a look at a lock holds it for an instant; somebody at work 
 class LocalBackend:
     """A pool of worker processes, as many as it is given tasks; one launcher has one server."""
 
+    has_fixed_packs = False  # what is elsewhere holds its runs' locks; nobody scores them twice
+
     def __init__(
         self,
-        max_parallel: int,
-        infra_retries: int,
-        log: Path,
+        sweep: Sweep,
+        rows: Roster,
         work: Mapping[str, str] = WORK,
         preload: Sequence[str] | None = None,
     ) -> None:
-        self.infra_retries, self.work = infra_retries, work
-        self.threads = max(1, _cores() // max_parallel)
+        self.sweep, self.rows, self.work = sweep, rows, work
+        self.threads = max(1, _cores() // sweep.site.max_parallel)
+        self._elsewhere: set[str] = set()  # points that some other process has at work
         self._context = multiprocessing.get_context("forkserver")
         self._workers: list[_Worker] = []
         self._queue: list[Task] = []  # asked for while the server still imports
@@ -77,7 +90,7 @@ class LocalBackend:
             preload = PRELOAD if CUDA_DEVICE.exists() else PRELOAD_WITHOUT_CUDA
         self._context.set_forkserver_preload([*preload, "stillhouse.sweep.backends.warm"])
         code_identity()  # the launcher's, too, is what it was now
-        _start_server(log, self.threads)
+        _start_server(log_file(sweep.runs, sweep.name), self.threads)
         # The first fork waits for the imports; this thread waits, so that we still hear Ctrl-C.
         self._warming = threading.Thread(target=self._warm, daemon=True)
         self._warming.start()
@@ -87,6 +100,46 @@ class LocalBackend:
             process = self._context.Process(target=_nothing)
             process.start()
             process.join()
+
+    # --------------------------------------------------------------- how the points stand
+
+    def observe(self) -> dict[str, Observation]:
+        """The state of every point, from its files."""
+        found = observe(self.rows)
+        self._elsewhere = {id_ for id_, seen in found.items() if seen.state == "running"}
+        return found
+
+    def look(self, id_: str) -> Observation:
+        """The state of one point, from its files."""
+        seen = look(self.rows.run(id_), self.rows.suite)
+        if seen.state == "running" and not any(id_ in action.points for action in self.live()):
+            self._elsewhere.add(id_)
+        else:
+            self._elsewhere.discard(id_)
+        return seen
+
+    def changed(self) -> list[str]:
+        """The points that others have at work."""
+        return list(self._elsewhere)
+
+    def baselines(self) -> tuple[Baseline, ...]:
+        """The rows that no run trains, from their files."""
+        return baselines_of(self.sweep, groups_of(self.sweep))
+
+    def prepared(self) -> dict[str, bool]:
+        """Nothing is known before a task has looked: the cache is no part of the runs."""
+        return {}
+
+    def is_cancelled(self, since: float) -> bool:
+        """Whether `stillhouse cancel` was called after this moment."""
+        return is_cancelled(self.sweep.runs, self.sweep.name, since)
+
+    def live(self) -> list[Action]:
+        """What is at work or waits for the server."""
+        tasks = [*self._queue, *(worker.task for worker in self._workers)]
+        return [task.action for task in tasks]
+
+    # ----------------------------------------------------------------------------- at work
 
     def start(self, task: Task) -> None:
         """Take a task on; it is forked as soon as the server is warm."""
@@ -175,7 +228,8 @@ class LocalBackend:
         else:
             worker.process.close()
         if cause != ELSEWHERE:
-            write_ending(task, Ending(code, cause, self.infra_retries, self._is_stopping))
+            retries = self.sweep.site.infra_retries
+            write_ending(task, Ending(code, cause, retries, self._is_stopping))
         seconds = time.perf_counter() - worker.started
         return Finished(task.action, code, cause, seconds)
 
