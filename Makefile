@@ -2,8 +2,10 @@
 #
 #   make quickstart   train, evaluate and report a small sweep on this machine (minutes; again: seconds)
 #   make test         the test suite, without what needs a GPU, a cluster or patience (-m gpu, cluster, slow)
+#   make test-cluster the tests that bring up a Kubernetes: needs Go; real pods too as root on Linux
 #   make check        format, lint, types, import contracts, lock: what CI asks before it runs the tests
 #   make bench        measure the numbers in docs/benchmarks.md
+#   make image        build the image of the pods: IMAGE=registry.example/team/stillhouse pushes it there
 
 UV_VERSION := 0.13.9
 BIN := .venv/bin
@@ -18,7 +20,7 @@ unexport VIRTUAL_ENV
 # Importing torch and its family from source files alone costs 13 s more, in every process.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help quickstart test check bench
+.PHONY: help quickstart test test-cluster check bench image
 
 help:
 	@sed -n '1,/^$$/p' Makefile
@@ -30,6 +32,11 @@ quickstart: $(READY)
 test: $(READY)
 	$(BIN)/python -m pytest -q
 
+# The first line is the one that may need a network: Go modules, Debian packages.
+test-cluster: $(READY)
+	$(BIN)/python -m tests.cluster.binaries
+	tests/cluster/alone $(BIN)/python -m pytest -q -m cluster tests/cluster
+
 check: $(READY)
 	$(BIN)/ruff format --check --quiet .
 	$(BIN)/ruff check --quiet .
@@ -39,6 +46,9 @@ check: $(READY)
 
 bench: $(READY)
 	$(BIN)/python benchmarks/run.py
+
+image:
+	@UV_VERSION=$(UV_VERSION) $(or $(PYTHON),python3) tools/image.py $(IMAGE)
 
 FITS := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))
 HAS_UV_OR_PIP = { command -v "$(THE_UV)" || $(BIN)/python -m pip --version; } >/dev/null 2>&1

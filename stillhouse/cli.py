@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import traceback
 from pathlib import Path
 from typing import NoReturn
 
@@ -16,17 +17,28 @@ from stillhouse.errors import AGAIN, DONE, MISTAKE, ConfigError, exit_code_of, n
 
 VERBS = {
     "plan": "how many points are new, done, running, failed or drifted, and what the rest costs",
+    "render": "print every Job that run would send to a cluster, as YAML; nothing is sent",
     "run": "train and score what is not done; Ctrl-C stops cleanly, the same command goes on",
     "status": "how a sweep stands; without a target, how every sweep does",
     "logs": "what points printed (-f: and what they go on to print)",
     "retry": "let failed points start again, from their checkpoints, at the next run",
     "cancel": "ask what runs to save and end; the next run goes on from there",
+    "collect": "bring the results of a sweep home from a cluster's volume",
     "report": "write the report of a sweep, and print its table",
+    "doctor": "check a cluster's namespace against all that a sweep needs",
 }
-USAGE = "stillhouse VERB [TARGET] [OVERRIDES ...] [--point P] [--runs DIR] [--json]"
+# Doors of one run each: not verbs, because what stands behind them is no sweep.
+DOORS = {
+    "train": "send one point to a cluster: k8s/train.sh NAME FLAGS ... [--dry-run] [--json]",
+    "eval": "score runs on a cluster: k8s/eval.sh LABEL --lora-paths dump/NAME ... [--dry-run]",
+    "prepare": "put a pair, and what it is scored on, into this machine's cache (--fetch)",
+}
+CRASHED = 70  # a driver's pod that ends with Python's own 1 would look done, and stay away
+CLUSTER_VERBS = ("render", "collect", "doctor")  # they have no meaning on this machine
+USAGE = "stillhouse VERB [TARGET] [OVERRIDES ...] [--point P] [--backend B] [--runs DIR] [--json]"
 HELP = """\
-TARGET     a sweep file; for status, logs, retry, cancel and report also a sweep's name, a run's
-           name or the first digits of an id
+TARGET     a sweep file; for status, logs, retry, cancel, collect and report also a sweep's name,
+           a run's name or the first digits of an id
 OVERRIDES  change the file's base and axes, or are the whole grid where there is no file; as
            lmbda=0,0.5,1 or --learning-rate 5e-6, any knob or group of conf/
 """
@@ -37,6 +49,9 @@ examples:
   stillhouse run pair=tiny lmbda=0,0.5,1 beta=0,1 seeds=3
   stillhouse status quickstart
   stillhouse report quickstart
+  stillhouse run sweeps/lmbda_beta.yaml --backend cluster --detach
+  stillhouse retry lmbda_beta --where 'learning_rate > 1e-5' --cause oom --backend cluster
+  k8s/train.sh lmbda0_lr5e6 --lmbda 0 --learning-rate 5e-6
 
 exit codes: 0 all asked for is so, 1 some points failed or stopped, 42 a mistake in what was asked,
 85 interrupted, run it again
@@ -60,19 +75,47 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:  # `stillhouse status | head`: whoever read has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return DONE
+    except Exception:
+        if not os.environ.get("STILLHOUSE_IN_POD"):
+            raise
+        traceback.print_exc()
+        return CRASHED
 
 
 def _dispatch(words: list[str]) -> int:
     if not words or words[0] in ("-h", "--help", "help"):
-        verbs = "\n".join(f"  {verb:<8} {what}" for verb, what in VERBS.items())
+        said = [f"  {verb:<8} {what}" for verb, what in (VERBS | DOORS).items()]
+        said.insert(len(VERBS), "")
+        verbs = "\n".join(said)
         print(f"usage: {USAGE}\n\n{verbs}\n\n{HELP}\n{EXAMPLES}", end="")
         return DONE if words else MISTAKE
     verb, *rest = words
-    if verb not in VERBS:
+    if verb == "prepare":
+        from stillhouse.doors import prepare_main
+
+        return prepare_main(rest)
+    if verb not in VERBS | DOORS:
+        known = [*VERBS, *DOORS]
         raise ConfigError(
-            f'no verb "{verb}" ({", ".join(VERBS)}).{nearest(verb, VERBS)} `stillhouse --help`'
+            f'no verb "{verb}" ({", ".join(known)}).{nearest(verb, known)} `stillhouse --help`'
         )
-    options, rest = _parser(verb).parse_known_args(rest)
+    do = _send if verb in DOORS else _do
+    from stillhouse.sweep.backends.cluster import ApiError
+
+    try:
+        return do(verb, rest)
+    except ApiError as error:
+        raise ConfigError(f"the cluster says no: {error}{_cure(error.status)}") from error
+
+
+def _cure(status: int) -> str:
+    if status != 403:
+        return ""
+    return "; `stillhouse doctor` says which rule of k8s/access.yaml is missing, if one is"
+
+
+def _do(verb: str, words: list[str]) -> int:
+    options, rest = _parser(verb).parse_known_args(words)
     from stillhouse.sweep import verbs
 
     target, rest = _target(rest)
@@ -85,10 +128,38 @@ def _dispatch(words: list[str]) -> int:
         runs=runs,
         is_json=options.json,
         is_new_code=getattr(options, "code", None) == "new",
+        is_detached=getattr(options, "detach", False),
         follows=getattr(options, "follow", False),
         shows_all=getattr(options, "all", False),
+        shows_cost=getattr(options, "cost", False),
+        where=getattr(options, "where", None),
+        cause=getattr(options, "cause", None),
+        adapters=getattr(options, "adapters", False),
     )
     return _report(call) if verb == "report" else getattr(verbs, verb)(call)
+
+
+def _send(kind: str, words: list[str]) -> int:
+    """One line of k8s/train.sh or k8s/eval.sh."""
+    parser = Parser(prog=f"k8s/{kind}.sh", add_help=False, allow_abbrev=False)
+    for option in ("--dry-run", "--json", "--help"):
+        parser.add_argument(option, action="store_true")
+    parser.add_argument("-h", action="store_true", dest="help")
+    options, rest = parser.parse_known_args(words)
+    if options.help:
+        return _help_of_door(kind)
+    from stillhouse.sweep.sending import send
+
+    return send("train" if kind == "train" else "eval", rest, options.dry_run, options.json)
+
+
+def _help_of_door(kind: str) -> int:
+    from stillhouse.compose import help_text
+    from stillhouse.spec import EvalSpec, TrainSpec
+
+    print(f"{DOORS[kind]}\n--dry-run prints the Job as it would be sent, and asks no cluster\n")
+    print(help_text(f"k8s/{kind}.sh NAME", TrainSpec if kind == "train" else EvalSpec))
+    return DONE
 
 
 def _parser(verb: str) -> Parser:
@@ -107,17 +178,32 @@ def _parser(verb: str) -> Parser:
         metavar="P",
         help="only the point of this name or id; repeatable",
     )
-    add("--backend", default="local", metavar="B", help="where points run: local")
+    add(
+        "--backend",
+        default="cluster" if verb in CLUSTER_VERBS else "local",
+        metavar="B",
+        help="where points run: local, cluster (default: %(default)s)",
+    )
     add("--runs", metavar="DIR", help="directory of the runs (default: runs)")
     add("--json", action="store_true", help="print one object: sweep, totals, points")
     if verb == "run":
         add("--code", choices=["new"], help="go on with points that other code began")
+        add("--detach", action="store_true", help="leave the loop running in the cluster")
     if verb == "logs":
         add("-f", "--follow", action="store_true", help="go on until the points end, or Ctrl-C")
     if verb == "retry":
         add("--failed", action="store_true", help="all that failed (what happens without it, too)")
+        add("--where", metavar="COND", help="only points of which this holds: 'lmbda > 0.5'")
+        add(
+            "--cause",
+            metavar="C",
+            help="oom, diverged, config, deadline, cannot-start or infrastructure",
+        )
     if verb == "status":
         add("--all", action="store_true", help="every point, done and new ones too")
+        add("--cost", action="store_true", help="what was spent, and on what")
+    if verb == "collect":
+        add("--adapters", action="store_true", help="the adapters' weights, too")
     return parser
 
 
@@ -147,7 +233,7 @@ def _report(call: object) -> int:
     from stillhouse.sweep import verbs
 
     assert isinstance(call, verbs.Call)
-    name = Path(call.target).stem if call.target and call.is_file else verbs.find(call).name
+    name = Path(call.target).stem if call.target and call.is_file else call.find().name
     page = write_report(name, call.runs)
     if call.is_json:
         return verbs.status(call)

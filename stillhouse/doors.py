@@ -1,13 +1,19 @@
-"""This file is where a run or an evaluation begins and ends: train.py, eval.py, a worker.
+"""This file is where a run or an evaluation begins and ends: train.py, eval.py, a worker, a pod.
 
 Everything that can be said without torch is said first: a run that finds itself done exits 0 before
 the heavy imports. What ends a run is written into its status.json, so that nothing dies unseen.
+
+In a pod (pod.py) the environment says more: STILLHOUSE_IN_POD; STILLHOUSE_ID and STILLHOUSE_CODE,
+what it was made for; STILLHOUSE_EXIT_FILE, told how each process ended; STILLHOUSE_FETCH, by which
+training may download what it needs before it begins.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +22,16 @@ from filelock import Timeout
 from stillhouse.compose import compose, from_command_line, help_text
 from stillhouse.errors import (
     AGAIN,
+    DONE,
+    ConfigError,
     ContractError,
     Diverged,
+    Interrupted,
     StillhouseError,
     exit_code_of,
 )
-from stillhouse.rundir import Runs, link_path, now
-from stillhouse.spec import EvalSpec, TrainSpec
+from stillhouse.rundir import Runs, code_identity, link_path, now
+from stillhouse.spec import EvalSpec, TrainSpec, eval_id, point_id
 from stillhouse.stop import StopFlag
 
 # Attempts in a row that may end without one completed step more than before (then exit 43).
@@ -34,7 +43,15 @@ def train_main(argv: list[str]) -> int:
     if {"--help", "-h"} & {*argv}:
         print(help_text("train.py", TrainSpec))
         return 0
-    return exit_code_of(lambda: train(compose(from_command_line(argv, TrainSpec), TrainSpec)))
+
+    def work() -> int:
+        spec = compose(from_command_line(argv, TrainSpec), TrainSpec)
+        _check_made_for(point_id(spec))
+        if os.environ.get("STILLHOUSE_FETCH"):
+            _fetch(spec)
+        return train(spec)
+
+    return _door(work)
 
 
 def eval_main(argv: list[str]) -> int:
@@ -42,7 +59,83 @@ def eval_main(argv: list[str]) -> int:
     if {"--help", "-h"} & {*argv}:
         print(help_text("eval.py", EvalSpec))
         return 0
-    return exit_code_of(lambda: evaluate(compose(from_command_line(argv, EvalSpec), EvalSpec)))
+
+    def work() -> int:
+        spec = compose(from_command_line(argv, EvalSpec), EvalSpec)
+        _check_made_for(eval_id(spec))
+        return evaluate(spec)
+
+    return _door(work)
+
+
+def prepare_main(argv: list[str]) -> int:
+    """The exit code of `stillhouse prepare` with these words: eval.py's, --fetch, --no-scores."""
+    options = {"--fetch", "--no-scores"}
+    words = [word for word in argv if word not in options]
+
+    def work() -> int:
+        spec = compose(from_command_line(words, EvalSpec), EvalSpec)
+        _check_made_for(None)
+        return prepare(spec, fetches="--fetch" in argv, scores="--no-scores" not in argv)
+
+    return _door(work)
+
+
+def _door(work: Callable[[], int]) -> int:
+    """The exit code of `work`; a pod is told it, and why, because torchrun tells it nothing."""
+
+    def told() -> int:
+        try:
+            code = work()
+        except StillhouseError as error:
+            _tell(error.exit_code, f"{type(error).__name__}: {error}")
+            raise
+        except Exception as error:
+            _tell(1, traceback.format_exception_only(error)[-1].strip())
+            raise
+        _tell(code, None)
+        return code
+
+    return exit_code_of(told)
+
+
+def _tell(code: int, cause: str | None) -> None:
+    if file := os.environ.get("STILLHOUSE_EXIT_FILE"):
+        said = {"code": code, "rank": _rank(), "cause": cause}
+        # In one write, so that two ranks' lines do not mix.
+        with open(file, "ab", buffering=0) as lines:
+            lines.write(json.dumps(said).encode() + b"\n")
+
+
+def _check_made_for(found: str | None) -> None:
+    """Raises ConfigError in a pod that was made for other code, or another configuration."""
+    code, id_ = os.environ.get("STILLHOUSE_CODE"), os.environ.get("STILLHOUSE_ID")
+    if code and code != code_identity()["digest"]:
+        raise ConfigError(
+            f"this pod was made for code {code}, here is {code_identity()['digest']}: another"
+            " image or bundle; submit it again"
+        )
+    if id_ and found and id_ != found:
+        raise ConfigError(
+            f"this pod was made for {id_}, its words mean {found} here: conf/ or the code differs"
+            " from the launcher's; submit it again"
+        )
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+def _is_in_pod() -> bool:
+    return bool(os.environ.get("STILLHOUSE_IN_POD"))
+
+
+def _fetch(spec: TrainSpec) -> None:
+    from stillhouse.distill.hub import fetch, stay_offline
+
+    if not Runs(Path(spec.place.runs)).of(spec).is_trained():
+        fetch(spec.pair, spec.data, Path(spec.place.cache_dir))
+    stay_offline()
 
 
 def train(spec: TrainSpec) -> int:
@@ -50,7 +143,7 @@ def train(spec: TrainSpec) -> int:
 
     Under `accelerate launch` only rank 0 touches the run's files; the others follow.
     """
-    rank = int(os.environ.get("RANK", "0"))
+    rank = _rank()
     runs = Runs(Path(spec.place.runs))
     run = runs.of(spec)
     run.record()  # refuses a directory of another version or content before anything is written
@@ -72,7 +165,9 @@ def train(spec: TrainSpec) -> int:
             # Whoever held it while we waited may have finished the run.
             return 0 if run.is_trained() else _attempt(spec, run)
     except Timeout as error:
-        raise ContractError(f"{run.path}: another process trains this run now") from error
+        said = f"{run.path}: another process trains this run now"
+        # On a volume it may be one whose node is lost, and it will not have the lock for ever.
+        raise (Interrupted if _is_in_pod() else ContractError)(said) from error
 
 
 def _stop() -> StopFlag:
@@ -89,6 +184,7 @@ def _attempt(spec: TrainSpec, run: Any) -> int:
             f"{run.path}: {idle} attempts in a row ended before they completed a step"
             f" (last cause: {before.get('cause')}); see {run.log_file}, then `stillhouse retry` it"
         )
+    stop = _stop()
     run.update_status(
         phase="starting",
         attempt=before.get("attempt", 0) + 1,
@@ -100,15 +196,17 @@ def _attempt(spec: TrainSpec, run: Any) -> int:
         cause=None,
         pid=os.getpid(),
     )
-    stop = _stop()
     try:
         from stillhouse.distill.run import train_run
 
         code = train_run(spec, run, stop)
     except StillhouseError as error:
         cause = f"{type(error).__name__}: {error}"
-        if error.exit_code == AGAIN:  # being asked to stop is nobody's failure
-            run.update_status(attempts_without_progress=idle)
+        if error.exit_code == AGAIN and not _is_in_pod():
+            # A person's Ctrl-C is nobody's failure. A cluster that stops a run three times before
+            # it gets anywhere would do so for ever, and is not alone in paying for it.
+            after = run.status().get("attempts_without_progress", 0)
+            run.update_status(attempts_without_progress=min(idle, after))
         run.update_status(
             phase="waiting" if error.exit_code == AGAIN else "failed",
             finished=now(),
@@ -130,3 +228,25 @@ def evaluate(spec: EvalSpec) -> int:
     from stillhouse.evals.harness import run_suite
 
     return run_suite(spec, stop)
+
+
+def prepare(spec: EvalSpec, fetches: bool, scores: bool) -> int:
+    """Make, find or (if it `fetches`) download what training and scoring need; 0.
+
+    Raises:
+        ConfigError: what is needed is not here, and is not to be had.
+        ConnectionError: the hub cannot be reached; try again.
+    """
+    from stillhouse.distill import hub, pairs, prompts
+
+    cache_dir = Path(spec.place.cache_dir)
+    if fetches:
+        hub.fetch(spec.pair, spec.data, cache_dir)
+    prepared = pairs.prepare(spec.pair, spec.quant, cache_dir)
+    if spec.data.data_source != "generated":
+        prompts.rows_at_hand(spec.data)
+    if scores:
+        from stillhouse.evals.harness import load_suite
+
+        load_suite(spec.suite, prepared.data_dir, fetches)
+    return DONE

@@ -2,6 +2,7 @@
 
     <runs>/<slug>-<id>/        spec.json status.json metrics.jsonl cost.json log.txt run.lock
                                checkpoints/step-N/  adapter/  eval/<task>.json
+                               collected.json: it came from a cluster's volume (`collect`)
     <runs>/names/NAME          link to the run of that name
     <runs>/sweeps/NAME.json    a sweep as it was asked
     <runs>/baselines/<slug>-<id>/   baseline.json  eval/<task>.json: rows that no run trained
@@ -155,6 +156,11 @@ class RunDir:
         return self.path / "log.txt"
 
     @property
+    def collected_file(self) -> Path:
+        """Says where the directory was fetched from; one that was trained here has none."""
+        return self.path / "collected.json"
+
+    @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
 
@@ -241,6 +247,16 @@ class RunDir:
             and (self.adapter / name).stat().st_size == entry["size"]
             for name, entry in sizes.items()
         )
+
+    def was_trained(self) -> bool:
+        """Whether the adapter is here, or, of a run that was fetched without it, lies there.
+
+        A volume shows an adapter's contract only together with all of its weights.
+        """
+        if self.is_trained():
+            return True
+        contract = self.contract() if self.collected_file.exists() else None
+        return contract is not None and contract.get("id") == self.id
 
 
 def directory_name(slug_: str, id_: str) -> str:

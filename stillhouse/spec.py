@@ -434,3 +434,15 @@ def baseline_key(label: str, pair: PairSpec, quant: QuantSpec) -> str:
     plain = TypeAdapter(PairSpec).dump_python(pair, mode="json")
     stored = TypeAdapter(QuantSpec).dump_python(quant, mode="json") if label == "ptq" else None
     return digest([label, plain, stored])[:ID_DIGITS]
+
+
+def suite_key(suite: SuiteSpec) -> str:
+    """What makes two scorings the same questions, whatever their suite is called."""
+    return digest(sorted(score_key(suite, task) for task in suite.tasks))[:ID_DIGITS]
+
+
+def eval_id(spec: EvalSpec) -> str:
+    """Ten hex digits of what an evaluation asks: all of its spec but paths, names and threads."""
+    plain = to_plain(spec)
+    del plain["place"]
+    return digest(plain)[:ID_DIGITS]

@@ -13,7 +13,7 @@ from typing import Any
 import behaving
 import pytest
 
-from stillhouse.cli import VERBS, main
+from stillhouse.cli import DOORS, VERBS, main
 from stillhouse.rundir import RunDir, Runs
 from stillhouse.sweep import verbs
 from stillhouse.sweep.grid import Sweep, load_sweep
@@ -49,7 +49,7 @@ def test_help_names_every_verb_and_loads_nothing_heavy() -> None:
         [sys.executable, "-c", program], capture_output=True, text=True, check=True
     )
     assert done.stdout.endswith("[]\n")
-    assert all(f"  {verb} " in done.stdout for verb in VERBS)
+    assert all(f"  {verb} " in done.stdout for verb in VERBS | DOORS)
 
 
 def test_planning_loads_no_torch() -> None:
@@ -87,8 +87,11 @@ def test_every_verb_has_a_help_of_its_own(verb: str, capsys: pytest.CaptureFixtu
         (["plan"], "nothing is asked"),
         (["plan", "sweeps/no_such.yaml"], "no such sweep file"),
         (["plan", "pair=tiny", "lmbd=0,1"], 'Did you mean "lmbda"'),
-        (["run", "pair=tiny", "--backend", "cluster"], "not in this version"),
-        (["run", "pair=tiny", "--backend", "locl"], "there is local"),
+        (["run", "pair=tiny", "--backend", "cluster"], "no kubeconfig"),
+        (["run", "pair=tiny", "--backend", "locl"], "there is local and cluster"),
+        (["collect", "mine", "--backend", "local"], "say --backend cluster"),
+        (["retry", "pair=tiny", "--cause", "om"], 'Did you mean "oom"'),
+        (["retry", "pair=tiny", "--where", "lmbda > __import__('os')"], "KNOB COMPARISON VALUE"),
         (["run", "pair=tiny", "--code=old"], "--code"),
         (["plan", "pair=tiny", "--point"], "expected one argument"),
         (["plan", "pair=tiny", "lmbda=0,1", "--point", "zz"], "no point of tiny-lmbda"),
@@ -100,8 +103,13 @@ def test_every_verb_has_a_help_of_its_own(verb: str, capsys: pytest.CaptureFixtu
     ],
 )
 def test_a_mistake_is_42_and_one_or_two_lines(
-    words: list[str], says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    words: list[str],
+    says: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
+    monkeypatch.setenv("KUBECONFIG", str(tmp_path / "there is none"))
     here = [] if "--runs" in words else ["--runs", str(tmp_path)]
     assert main([words[0], *here, *words[1:]]) == 42
     error = capsys.readouterr().err

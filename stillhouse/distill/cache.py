@@ -6,8 +6,9 @@ written whole.
 
 from __future__ import annotations
 
+import contextlib
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,14 +30,7 @@ def made_once(home: Path, say: Say, make: Callable[[Path], Json]) -> Json:
     """
     if (done := _whole(home)) is not None:
         return done
-    home.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(home.with_name(f"{home.name}.lock"))
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        say("another process is preparing it; waiting")
-        lock.acquire()
-    try:
+    with alone(home.with_name(f"{home.name}.lock"), say):
         if (done := _whole(home)) is not None:
             return done
         temporary = home.with_name(f".{home.name}.tmp")
@@ -51,6 +45,20 @@ def made_once(home: Path, say: Say, make: Callable[[Path], Json]) -> Json:
         write_json(temporary / "made.json", {"facts": facts, "files": files})
         publish(temporary, home)
         return dict(facts)
+
+
+@contextlib.contextmanager
+def alone(lock_file: Path, say: Say) -> Iterator[None]:
+    """Hold a lock; a process that has to wait for it says so."""
+    lock_file.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(lock_file)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        say("another process is preparing it; waiting")
+        lock.acquire()
+    try:
+        yield
     finally:
         lock.release()
 

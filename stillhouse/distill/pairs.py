@@ -5,14 +5,13 @@
     <cache>/facts/<key>.json      what was checked or measured about a pair's weights
 
 A key is a hash of what decides the content, so a changed recipe is another directory. Nothing is
-downloaded: weights are at hand, or it is an error that says how to get them. torch is imported only
-where something has to be made or measured.
+downloaded here: weights are at hand (`hub` can fetch them before), or it is an error that says how
+to get them. torch is imported only where something has to be made or measured.
 """
 
 from __future__ import annotations
 
 import json
-import re
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
@@ -20,9 +19,10 @@ from typing import Any
 
 from stillhouse.distill import problems, tiny
 from stillhouse.distill.cache import Say, fingerprint, made_once, remembered
+from stillhouse.distill.hub import download_command, looks_like_hub_id, missing_file, snapshot
 from stillhouse.distill.tokenizers_match import difference
 from stillhouse.errors import ConfigError, ContractError, nearest
-from stillhouse.rundir import Json, file_digest, read_json, write_atomic
+from stillhouse.rundir import Json, file_digest, write_atomic
 from stillhouse.spec import PairSpec, QuantSpec, digest
 
 VERSION = 1  # raise it whenever the same pair would give other files or other facts
@@ -83,36 +83,6 @@ def prepare(pair: PairSpec, quant: QuantSpec, cache_dir: Path) -> PreparedPair:
         error = _quantization_error(pair, quant, student, cache_dir, say)
         prepared.facts["quantization_error"] = error
     return prepared
-
-
-def snapshot(repo: str, revision: str | None, repo_type: str) -> Path | None:
-    """The directory that holds a hub repository's files on this machine, None where there is none.
-
-    Never opens a connection. Its name is the commit.
-    """
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
-
-    try:
-        where = snapshot_download(
-            repo, repo_type=repo_type, revision=revision, local_files_only=True
-        )
-    except (LocalEntryNotFoundError, HFValidationError):
-        return None
-    return Path(str(where))
-
-
-def looks_like_hub_id(name: str) -> bool:
-    """Whether `name` has the form owner/name, and not that of a path."""
-    return re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) is not None
-
-
-def download_command(repo: str, revision: str | None, repo_type: str) -> str:
-    """The command that brings a hub repository to this machine."""
-    words = ["hf download", repo]
-    words += ["--repo-type dataset"] if repo_type == "dataset" else []
-    words += [f"--revision {revision}"] if revision else []
-    return f"`{' '.join(words)}`"
 
 
 # ---------------------------------------------------------------- three sources
@@ -232,7 +202,7 @@ def _at_hand_pair(pair: PairSpec, cache_dir: Path, say: Say) -> tuple[_Weights, 
 def _at_hand(pair: PairSpec, role: str, name: str, revision: str | None) -> _Weights:
     local = Path(name).expanduser()
     if local.is_dir():
-        if missing := _missing_file(local):
+        if missing := missing_file(local):
             raise ConfigError(f"pair {pair.pair_name}: {role} {name} has no {missing}")
         return _Weights(str(local), None, local)
     if not looks_like_hub_id(name):
@@ -240,22 +210,13 @@ def _at_hand(pair: PairSpec, role: str, name: str, revision: str | None) -> _Wei
             f"pair {pair.pair_name}: {role} {name}: no such directory, and not an owner/name id"
         )
     found = snapshot(name, revision, "model")
-    if found is None or (missing := _missing_file(found)):
+    if found is None or (missing := missing_file(found)):
         what = "its weights are" if found is None else f"{missing} is"
         raise ConfigError(
             f"pair {pair.pair_name}: {role} {name}: {what} not on this machine; get it with"
             f" {download_command(name, revision, 'model')}"
         )
     return _Weights(name, found.name, found)
-
-
-def _missing_file(directory: Path) -> str | None:
-    """The first file that a model directory lacks; weights are safetensors, never pickles."""
-    if not (directory / "config.json").is_file():
-        return "config.json"
-    index = read_json(directory / "model.safetensors.index.json")
-    shards = sorted(set(index["weight_map"].values())) if index else ["model.safetensors"]
-    return next((shard for shard in shards if not (directory / shard).is_file()), None)
 
 
 def _check_revision(pair: PairSpec, role: str, pinned: str | None, weights: _Weights) -> None:

@@ -14,7 +14,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from stillhouse.distill.pairs import PreparedPair, download_command, looks_like_hub_id, snapshot
+from stillhouse.distill.hub import download_command, looks_like_hub_id, snapshot
+from stillhouse.distill.pairs import PreparedPair
 from stillhouse.distill.tables import Table, read_table, split_files
 from stillhouse.errors import ConfigError, DataError
 from stillhouse.spec import DataSpec
@@ -148,12 +149,16 @@ def _tables(data: DataSpec, prepared: PreparedPair) -> tuple[Table, Table, str]:
             )
         train = prepared.data_dir / "train.jsonl"
         return read_table([train]), read_table([prepared.data_dir / "held_out.jsonl"]), str(train)
-    root = _root(data)
+    root = rows_at_hand(data)
     table = read_table(split_files(root, data.data_split))
     return table, table, data.data_path or str(root)
 
 
-def _root(data: DataSpec) -> Path:
+def rows_at_hand(data: DataSpec) -> Path:
+    """The file or directory of rows, of data that is not generated.
+
+    Raises ConfigError where hub data is not on this machine, DataError where a path is not there.
+    """
     if data.data_path is None:
         raise ConfigError(f"data {data.data_name}: data_path says where its rows are; it is null")
     local = Path(data.data_path).expanduser()

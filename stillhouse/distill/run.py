@@ -162,7 +162,7 @@ class Run:
                 with context:
                     return write(
                         model, prompts, draws, spec.rollout, pad_id=self.pad_id,
-                        eos_ids=self.eos_ids, poll=self.stop.check,
+                        eos_ids=self.eos_ids, poll=self._poll,
                         prompt_length=max(length, *map(len, prompts)),
                     )  # fmt: skip
 
@@ -195,7 +195,7 @@ class Run:
         self.pending = state and state["pending"]
         try:
             while step < self.spec.training.max_steps or self.pending:
-                self.stop.check()
+                self._check_stop()
                 if self.pending is None:
                     self.pending = self._step(step)
                     step += 1
@@ -225,6 +225,19 @@ class Run:
         if self.is_main:
             self._finish(step)
         return 0
+
+    def _poll(self) -> None:
+        """Stop in the middle of a rollout, where nobody else waits for it."""
+        if self.accelerator.num_processes == 1:
+            self.stop.check()
+
+    def _check_stop(self) -> None:
+        """Stop between two steps, all processes at the same one: who is left alone in a sum of
+        gradients would wait (with NCCL, for ever)."""
+        is_set = torch.tensor(float(self.stop.is_set), device=self.accelerator.device)
+        if float(self.accelerator.reduce(is_set, "sum")):  # type: ignore[arg-type]
+            self.stop.is_set = True
+        self.stop.check()
 
     def _step(self, step: int) -> Json:
         self.loop.clock.seconds.clear()

@@ -4,10 +4,14 @@ an adapter        a directory with adapter_config.json
 a run             a directory with spec.json; its adapter lies in adapter/
 anything else     is searched below, links followed
 dump/NAME, NAME   where there is no such path: the run of that name;  dump/: every run with a name
+
+A name is a link below runs/names. In a pod it may also be one that only its launcher knows: then
+STILLHOUSE_NAMES (a mounted ConfigMap) has a file of that name, which holds the run's directory.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,9 +72,14 @@ def _place(word: str, runs: Runs) -> Path:
         return path
     if path == Path("dump") and runs.names.is_dir():
         return runs.names
-    if path.parent in (Path("dump"), Path()) and (runs.names / path.name).is_dir():
-        return runs.names / path.name
-    names = [link.name for link in runs.names.glob("*")]
+    if path.parent in (Path("dump"), Path()):
+        if (runs.names / path.name).is_dir():
+            return runs.names / path.name
+        if (run := _aliases().get(path.name)) is not None:
+            if not (runs.root / run).is_dir():
+                raise ConfigError(f"{word}: its run {run} is not in {runs.root}; train it first")
+            return runs.root / run
+    names = [*(link.name for link in runs.names.glob("*")), *_aliases()]
     raise ConfigError(
         f"{word}: no such directory, and no run in {runs.root} has the name"
         f' "{path.name}".{nearest(path.name, names)}'
@@ -124,4 +133,12 @@ def _described(adapter: Path, names: dict[Path, str]) -> Found:
 
 
 def _names(runs: Runs) -> dict[Path, str]:
-    return {link.resolve(): link.name for link in sorted(runs.names.glob("*"), reverse=True)}
+    aliases = {(runs.root / run).resolve(): name for name, run in _aliases().items()}
+    links = sorted(runs.names.glob("*"), reverse=True)
+    return {**aliases, **{link.resolve(): link.name for link in links}}
+
+
+def _aliases() -> dict[str, str]:
+    """Names that a pod's launcher knows, and the run directories that they mean."""
+    files = Path(os.environ.get("STILLHOUSE_NAMES", "/names")).glob("[!.]*")
+    return {file.name: file.read_text().strip() for file in files if file.is_file()}

@@ -93,6 +93,18 @@ def run_suite(spec: EvalSpec, stop: Stop) -> int:
     return 0
 
 
+def load_suite(suite: SuiteSpec, data_dir: Path, fetches: bool) -> None:
+    """Load every task of a suite with its data once, downloaded if it `fetches`.
+
+    Raises:
+        ConfigError: an unknown task, data that is not here and not to be had.
+        ConnectionError: the hub cannot be reached; try again.
+    """
+    if not fetches:
+        _stay_offline()
+    load_tasks(suite, suite.tasks, data_dir)
+
+
 def _say(text: str) -> None:
     print(text, flush=True)
 

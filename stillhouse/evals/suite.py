@@ -7,6 +7,7 @@ other name is lm-eval's own, and its data must be on this machine.
 from __future__ import annotations
 
 import json
+import sys
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -108,7 +109,9 @@ def _lm_eval_task(name: str, manager: TaskManager) -> Any:
         )
     try:
         loaded = manager.load([name])
-    except (OSError, ValueError) as error:  # offline, datasets raises ConnectionError, an OSError
+    except (OSError, ValueError) as error:
+        if _is_unreachable(error):
+            raise  # and that says nothing about the suite
         reason = str(error).splitlines()[0]
         raise ConfigError(
             f"task {name}: its data is not on this machine ({reason}); run the same line once with"
@@ -121,6 +124,19 @@ def _lm_eval_task(name: str, manager: TaskManager) -> Any:
             " its own; list the tasks in the suite"
         )
     return everything[name]
+
+
+def _is_unreachable(error: BaseException | None) -> bool:
+    """Whether we may ask the hub and it did not answer: datasets calls that a missing file."""
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    if vars(sys.modules["datasets.config"])["HF_HUB_OFFLINE"]:
+        return False
+    while error is not None:
+        if isinstance(error, ConnectionError | LocalEntryNotFoundError):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 class _Rows(list[Json]):

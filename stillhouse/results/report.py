@@ -215,7 +215,9 @@ def _facts(frame: Frame, runs: Runs) -> list[tuple[str, str]]:
     facts.append(("quantiser", _distinct(points["quant_type"].dropna().unique())))
     for key, part in points.groupby("code_digest"):
         first = part.iloc[0]
-        revision = f", git {first['code_revision'][:10]}" if first["code_revision"] else ""
+        # Code that travelled to a cluster has no git there: its digest says it all.
+        known = first["code_revision"] if table.is_set(first["code_revision"]) else ""
+        revision = f", git {known[:10]}" if known else ""
         dirty = " with uncommitted changes" if part["code_dirty"].eq(True).any() else ""
         facts.append(("code", f"{key}{revision}{dirty} ({len(part)} points)"))
     versions = [c for c in frame if c.startswith(("version_", "eval_version_lm_eval"))]

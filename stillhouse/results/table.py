@@ -125,7 +125,7 @@ def _point_facts(point: Json, run: RunDir) -> Json:
         facts |= {"method_name": spec["method"]["method_name"], "seed": spec["training"]["seed"]}
         facts |= {f"code_{key}": value for key, value in record["code"].items()}
         facts |= {f"version_{key}": value for key, value in record["versions"].items()}
-    return facts | overrides | {"trained": run.is_trained()} | told | _cost_facts(run)
+    return facts | overrides | {"trained": run.was_trained()} | told | _cost_facts(run)
 
 
 def _baseline_facts(entry: Json, directory: Path) -> Json:

@@ -1,28 +1,37 @@
-"""This file is where time and price of points are foretold, and those of done runs are added up.
+"""This file is where time and price of points are foretold, before anything starts.
 
-An estimate says what it rests on: runs that were measured here, a rule of thumb, or nothing. Plain
-functions; the only files read are those that runs have written.
+An estimate says what it rests on: runs of the same shape that were measured where it is to run, a
+rule of thumb, or nothing; a price says whose it is and of when. The only files read are those that
+runs have written, and k8s/prices.yaml.
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter, ValidationError
+
+from stillhouse.errors import ConfigError
 from stillhouse.methods import value_at
 from stillhouse.rundir import FORMAT, RunDir, Runs, read_json
-from stillhouse.spec import TrainSpec, to_plain
+from stillhouse.spec import NonNegative, SiteSpec, TrainSpec, to_plain
 from stillhouse.sweep.asked import text
 from stillhouse.sweep.grid import Point
+from stillhouse.sweep.ledger import Record
+from stillhouse.sweep.manifest import k8s_dir
 
 # Seconds of a generated pair's step, per sequence. A step of 32 at λ = 1 with int4 took 0.20 s on
 # one thread of a busy 2-core machine, and 0.07 to 0.10 s without quantiser and metrics on a quiet
 # one; 0.15 s lies between. It is used only until the first run of the same shape is done.
 GENERATED_SEQUENCE_S = 0.15 / 32
+SHOWN, SHOWN_BASES = 40, 4  # lines of a table before the rest is only counted
 READ_AT_MOST = 500  # run directories: a plan must stay quick beside thousands of finished runs
 
 Shape = tuple[Any, ...]
@@ -51,25 +60,96 @@ class Total:
     unpriced: int  # runs whose price is not known
 
 
-def estimate(points: Sequence[Point], runs: Path) -> dict[str, Cost]:
-    """What each point costs from start to end, by id, whether or not it is done already."""
-    shapes = {point.id: shape(to_plain(point.spec)) for point in points}
-    measured = _measured(runs, {point.slug for point in points}, set(shapes.values()))
-    return {point.id: _foretell(point.spec, measured.get(shapes[point.id])) for point in points}
+@dataclass(frozen=True)
+class Price:
+    """What a device-hour costs, and who says so."""
+
+    usd_per_hour: NonNegative
+    source: str
+    date: str | None = None
+
+    def __str__(self) -> str:
+        """`$2.50 a device-hour (a provider's list, 2026-10-01)`"""
+        dated = f"{self.source}, {self.date}" if self.date else self.source
+        return f"${self.usd_per_hour:.4g} a device-hour ({dated})"
 
 
-def spent(runs: Path, ids: Iterable[str]) -> dict[str, Cost]:
-    """What runs cost so far, by id; a run that has not written cost.json yet is left out."""
-    wanted = set(ids)
-    found: dict[str, Cost] = {}
-    for run in Runs(runs).all():
-        cost = read_json(run.cost_file) if run.id in wanted else None
-        if cost is not None:
-            seconds = cost["seconds"]["total"]
-            found[run.id] = _cost(
-                seconds, cost["devices"], cost["price_usd_per_hour"], f"measured: {cost['device']}"
-            )
+@dataclass(frozen=True)
+class Measure:
+    """How long a run of some shape took."""
+
+    shape: Shape
+    fixed_s: float  # loading: paid once, however many steps
+    step_s: float
+    device: str
+    is_job: bool = False  # all of a Job's time, its start in the steps
+
+
+@functools.cache
+def prices() -> dict[str, Price]:
+    """What k8s/prices.yaml says, by GPU product."""
+    return read_prices(k8s_dir() / "prices.yaml")
+
+
+def read_prices(file: Path) -> dict[str, Price]:
+    """The prices in a file, by GPU product.
+
+    Raises:
+        ConfigError: a line of it that is no price.
+    """
+    import yaml
+
+    try:
+        content: Any = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+        return TypeAdapter(dict[str, Price]).validate_python(content)
+    except (yaml.YAMLError, ValidationError) as error:
+        where, why = "", str(error).replace("\n", " ")
+        if isinstance(error, ValidationError):
+            first = error.errors()[0]
+            where, why = ".".join(map(str, first["loc"])) + ": ", first["msg"]
+        raise ConfigError(
+            f"{file}: {where}{why}. A line is"
+            ' PRODUCT: {usd_per_hour: 2.5, source: who says so, date: "2026-10-01"}'
+        ) from error
+
+
+def price_of(site: SiteSpec) -> Price | None:
+    """The price of a device-hour of a site; what the site itself says wins. None: not known."""
+    if site.price_usd_per_hour is not None:
+        return Price(site.price_usd_per_hour, "site.price_usd_per_hour")
+    return prices().get(site.gpu_product) if site.gpu_product else None
+
+
+def measured_jobs(points: Sequence[Point], records: Mapping[str, Record]) -> list[Measure]:
+    """What the Jobs of a sweep's points took, from the ledger (by id); those that nothing broke."""
+    found: list[Measure] = []
+    for point in points:
+        record, steps = records.get(point.id), point.spec.training.max_steps
+        if record and record.state == "done" and record.running and not record.lost and steps:
+            this = shape(to_plain(point.spec))
+            device = record.gpu or "the cluster"
+            found.append(Measure(this, 0.0, record.running / steps, device, is_job=True))
     return found
+
+
+def estimate(
+    points: Sequence[Point], runs: Path, jobs: Sequence[Measure] | None = None
+) -> dict[str, Cost]:
+    """What each point costs from start to end, by id, whether or not it is done already.
+
+    `jobs`: None on this machine, where its own runs are the measure; for a cluster, what its Jobs
+    took (`measured_jobs`), beside the runs that were collected from it.
+    """
+    shapes = {point.id: shape(to_plain(point.spec)) for point in points}
+    slugs = {point.slug for point in points}
+    runs_here = _measured(runs, slugs, set(shapes.values()), is_collected=jobs is not None)
+    measured: dict[Shape, list[Measure]] = {}
+    for measure in [*runs_here, *(jobs or ())]:
+        measured.setdefault(measure.shape, []).append(measure)
+    return {
+        point.id: _foretell(point.spec, measured.get(shapes[point.id], []), jobs is not None)
+        for point in points
+    }
 
 
 def totals(costs: Mapping[str, Cost], labels: Mapping[str, str]) -> list[Total]:
@@ -83,17 +163,51 @@ def totals(costs: Mapping[str, Cost], labels: Mapping[str, str]) -> list[Total]:
     ]
 
 
+def estimate_lines(points: Sequence[Point], costs: Mapping[str, Cost], site: SiteSpec) -> list[str]:
+    """A table by axis of what points that are to be trained would cost, and what it rests on."""
+    if not costs:
+        return []
+    axes = [axis for axis in points[0].overrides if axis != "seed"]
+    rows = [row for axis in axes for row in totals(costs, labels_by(points, axis))[:-1]]
+    hours = "GPU-hours" if site.gpu_resource else "device-hours"
+    lines = _table(rows[:SHOWN], totals(costs, dict.fromkeys(costs, ""))[-1], hours)
+    if len(rows) > SHOWN:
+        lines.insert(-1, f"  and {len(rows) - SHOWN} more values")
+    bases = Counter(cost.basis for cost in costs.values()).most_common()
+    lines += [f"  {count} {basis}" for basis, count in bases[:SHOWN_BASES]]
+    if len(bases) > SHOWN_BASES:
+        lines.append(f"  and {len(bases) - SHOWN_BASES} other bases")
+    price = price_of(site)
+    return [*lines, f"  {price or no_price(site.gpu_product)}; scoring is not counted"]
+
+
+def no_price(product: str | None) -> str:
+    """Why there are no dollars, and what would make some."""
+    if product:
+        return f"price of {product} not known: add it to k8s/prices.yaml"
+    return "price not known: set site.gpu_product (k8s/prices.yaml) or site.price_usd_per_hour"
+
+
+def _table(rows: Sequence[Total], last: Total, hours: str) -> list[str]:
+    cells = [["to train", "points", hours, "cost"]]
+    for row in (*rows, last):
+        is_known = row.unknown < row.runs
+        amount = f"{row.device_hours:.3g}" if is_known else "not known"
+        if is_known and row.unknown:
+            amount = f"{amount} + {row.unknown} not known"
+        usd = "" if row.usd is None else f"${row.usd:.2f}"
+        cells.append([row.label, str(row.runs), amount, usd])
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return [
+        f"  {line[0]:<{widths[0]}}  {line[1]:>{widths[1]}}  {line[2]:>{widths[2]}}"
+        f"  {line[3]:>{widths[3]}}".rstrip()
+        for line in cells
+    ]
+
+
 def labels_by(points: Sequence[Point], by: str) -> dict[str, str]:
-    """id -> "lmbda = 0.5", for `totals`; `by` is an axis, "seed" or any leaf ("method_name")."""
-    found: dict[str, str] = {}
-    for point in points:
-        if by in point.overrides:
-            value = point.overrides[by]
-        else:
-            section = next(s for s, leaves in to_plain(point.spec).items() if by in leaves)
-            value = getattr(getattr(point.spec, section), by)
-        found[point.id] = f"{by} = {text(value)}"
-    return found
+    """id -> "lmbda = 0.5", for `totals`; `by` is an axis, or "seed"."""
+    return {point.id: f"{by} = {text(point.overrides[by])}" for point in points}
 
 
 def shape(plain: Mapping[str, Any]) -> Shape:
@@ -116,29 +230,22 @@ def shape(plain: Mapping[str, Any]) -> Shape:
     )
 
 
-def _measured(runs: Path, slugs: set[str], wanted: set[Shape]) -> dict[Shape, list[_Measure]]:
-    found: dict[Shape, list[_Measure]] = {}
-    alike = (run for run in Runs(runs).all() if run.path.name.rpartition("-")[0] in slugs)
-    for run in itertools.islice(alike, READ_AT_MOST):
-        measure = _measure(run, wanted)
-        if measure is not None:
-            found.setdefault(measure.shape, []).append(measure)
-    return found
+def _measured(runs: Path, slugs: set[str], wanted: set[Shape], is_collected: bool) -> list[Measure]:
+    """The done runs of wanted shapes: those of this machine, or those that came from a cluster."""
+    alike = (
+        run
+        for run in Runs(runs).all()
+        if run.path.name.rpartition("-")[0] in slugs and run.collected_file.exists() == is_collected
+    )
+    measures = (_measure(run, wanted) for run in itertools.islice(alike, READ_AT_MOST))
+    return [measure for measure in measures if measure is not None]
 
 
-@dataclass(frozen=True)
-class _Measure:
-    shape: Shape
-    fixed_s: float  # loading: paid once, however many steps
-    step_s: float
-    device: str
-
-
-def _measure(run: RunDir, wanted: set[Shape]) -> _Measure | None:
+def _measure(run: RunDir, wanted: set[Shape]) -> Measure | None:
     """Seconds of a run, if it is done and of a wanted shape."""
     cost = read_json(run.cost_file)
     record = read_json(run.spec_file) if cost else None
-    if cost is None or record is None or record.get("format") != FORMAT or not run.is_trained():
+    if cost is None or record is None or record.get("format") != FORMAT or not run.was_trained():
         return None
     plain = record["spec"]
     steps, this = plain["training"]["max_steps"], shape(plain)
@@ -146,26 +253,36 @@ def _measure(run: RunDir, wanted: set[Shape]) -> _Measure | None:
         return None
     # "total" holds the loading too, which is paid once.
     load, total = cost["seconds"]["load"], cost["seconds"]["total"]
-    return _Measure(this, load, (total - load) / steps, cost["device"])
+    return Measure(this, load, (total - load) / steps, cost["device"])
 
 
-def _foretell(spec: TrainSpec, measured: list[_Measure] | None) -> Cost:
-    training = spec.training
-    devices, price = training.num_processes, spec.site.price_usd_per_hour
+def _foretell(spec: TrainSpec, alike: Sequence[Measure], is_cluster: bool) -> Cost:
+    """`alike`: what runs of the same shape took."""
+    training, product = spec.training, spec.site.gpu_product
+    price = price_of(spec.site)
+    devices, usd = training.num_processes, price.usd_per_hour if price else None
+    if is_cluster and product:
+        # torch writes the spaces that a node's label cannot have.
+        alike = [m for m in alike if m.device.replace(" ", "-") == product]
+    # A run that came home knows its steps apart from its start; a Job's time is second to it.
+    measured = [m for m in alike if not m.is_job] or alike
     if measured:
         step_s = statistics.median(m.step_s for m in measured)
         seconds = statistics.median(m.fixed_s for m in measured) + step_s * training.max_steps
         where = ", ".join(sorted({m.device for m in measured}))
-        count = f"{len(measured)} run{'s' if len(measured) > 1 else ''}"
-        return _cost(seconds, devices, price, f"measured: {step_s:.2g} s a step, {count} ({where})")
-    if spec.pair.pair_source == "generated":
+        what = "Job" if measured[0].is_job else "run"
+        count = f"{len(measured)} {what}{'s' if len(measured) > 1 else ''}"
+        return _cost(seconds, devices, usd, f"measured: {step_s:.2g} s a step, {count} ({where})")
+    is_on_cores = not is_cluster or spec.site.gpu_resource is None
+    if spec.pair.pair_source == "generated" and is_on_cores:
         sequences = (
             training.per_device_train_batch_size * training.gradient_accumulation_steps * devices
         )
         step_s = GENERATED_SEQUENCE_S * sequences
         basis = f"rule of thumb: {step_s:.2g} s a step of a generated pair on one core"
-        return _cost(step_s * training.max_steps, devices, price, basis)
-    return Cost(None, None, None, "not known: no run like it was measured here")
+        return _cost(step_s * training.max_steps, devices, usd, basis)
+    where = f"on {product or 'this cluster'}" if is_cluster else "here"
+    return Cost(None, None, None, f"not known: no run like it was measured {where}")
 
 
 def _cost(seconds: float, devices: int, price: float | None, basis: str) -> Cost:

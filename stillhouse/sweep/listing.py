@@ -12,11 +12,14 @@ from collections.abc import Mapping, Sequence
 from stillhouse.rundir import Json
 from stillhouse.sweep import cost
 from stillhouse.sweep.asked import text
-from stillhouse.sweep.grid import Sweep
+from stillhouse.sweep.grid import Point, Sweep
 from stillhouse.sweep.plan import STATES, Observation
 from stillhouse.sweep.roster import Roster, Row
 
-SHOWN = 20  # points that a list names before it only counts them
+SHOWN = 20  # points, or values of an axis, that a list names before it only counts them
+MANY = 12  # points above which a status says them by axis, too
+FEW = 6  # values of one axis in a status: all of it stays on one screen
+NAMED = 3  # points that a reason names
 FAILED = ("failed", "stopped")
 
 
@@ -65,7 +68,10 @@ def headline(roster: Roster, observations: Mapping[str, Observation]) -> str:
 
 
 def by_axis(
-    roster: Roster, observations: Mapping[str, Observation], costs: Mapping[str, cost.Cost]
+    roster: Roster,
+    observations: Mapping[str, Observation],
+    costs: Mapping[str, cost.Cost],
+    limit: int = SHOWN,
 ) -> list[str]:
     """A table with a line per value of each axis: its points by state, and the time still to go."""
     present = [s for s in STATES if any(observations[r.id].state == s for r in roster.rows)]
@@ -74,14 +80,16 @@ def by_axis(
         values: dict[str, list[Row]] = {}
         for row in roster.rows:
             values.setdefault(text(row.overrides[axis]), []).append(row)
-        for place, (value, rows) in enumerate(itertools.islice(values.items(), SHOWN)):
+        if len(values) == 1 and len(roster.rows) > 1:
+            continue  # one value tells no point from another
+        for place, (value, rows) in enumerate(itertools.islice(values.items(), limit)):
             states = Counter(observations[row.id].state for row in rows)
             line = [axis if place == 0 else "", value, str(len(rows))]
             line += [str(states[state] or "") for state in present]
             known = [c.seconds for row in rows if (c := costs.get(row.id)) and c.seconds]
             table.append([*line, *([duration(sum(known)) if known else ""] if costs else [])])
-        if len(values) > SHOWN:
-            table.append(["", f"and {len(values) - SHOWN} more", "", *([""] * len(table[0][3:]))])
+        if len(values) > limit:
+            table.append(["", f"and {len(values) - limit} more", "", *([""] * len(table[0][3:]))])
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     return [
         "  " + "  ".join(_cell(i, cell, widths[i]) for i, cell in enumerate(line)).rstrip()
@@ -93,10 +101,9 @@ def _cell(column: int, cell: str, width: int) -> str:
     return cell.ljust(width) if column < 2 else cell.rjust(width)
 
 
-def costs_to_go(sweep: Sweep, observations: Mapping[str, Observation]) -> dict[str, cost.Cost]:
-    """What each point that is still to be trained would cost, from its first step."""
-    left = [point for point in sweep.points if not _is_settled(observations[point.id])]
-    return cost.estimate(left, sweep.runs) if left else {}
+def still_to_train(sweep: Sweep, observations: Mapping[str, Observation]) -> list[Point]:
+    """The points whose training is still to be paid for."""
+    return [point for point in sweep.points if not _is_settled(observations[point.id])]
 
 
 def estimate(sweep: Sweep, costs: Mapping[str, cost.Cost]) -> list[str]:
@@ -130,12 +137,28 @@ def _price(total: cost.Total) -> str:
     return f"${total.usd:.2f}{without}"
 
 
-def unfinished(roster: Roster, observations: Mapping[str, Observation], limit: int) -> list[str]:
-    """A line for each point that is not done and has something to say: state, step, cause."""
-    rows = [row for row in roster.rows if observations[row.id].state not in ("done", "new")]
-    lines = [_line(row, observations[row.id]) for row in rows[:limit]]
-    if len(rows) > limit:
-        lines.append(f"  and {len(rows) - limit} more (--all lists every point)")
+def reasons(roster: Roster, observations: Mapping[str, Observation]) -> list[str]:
+    """What runs, waits or failed, and why: one line for each kind of reason.
+
+    What failed comes last, where a person's eye rests. What is done, or was never begun and has
+    nothing to say, is in the headline.
+    """
+    lines: list[str] = []
+    for state in ("running", "waiting", "new", "drifted", "stopped", "failed"):
+        kinds: dict[str, list[Row]] = {}
+        for row in roster.rows:
+            seen = observations[row.id]
+            if seen.state == state and (seen.cause or state != "new"):
+                kinds.setdefault(fingerprint(seen), []).append(row)
+        for rows in sorted(kinds.values(), key=len, reverse=True)[:SHOWN]:
+            if len(rows) <= NAMED and (state == "running" or len(rows) == 1):
+                lines += [_line(row, observations[row.id]) for row in rows]
+            else:
+                cause = observations[rows[0].id].cause
+                why = f": {cause}" if cause else ":"
+                lines.append(f"  {state:<8} {len(rows)}{why} [{_who(rows)}]")
+        if len(kinds) > SHOWN:
+            lines.append(f"  {state:<8} for {len(kinds) - SHOWN} more reasons (--all)")
     return lines
 
 
@@ -162,8 +185,12 @@ def failures(roster: Roster, observations: Mapping[str, Observation]) -> list[st
 
 def _kind(rows: Sequence[Row], observations: Mapping[str, Observation]) -> str:
     first = observations[rows[0].id]
-    who = ", ".join(str(row) for row in rows[:3]) + (" …" if len(rows) > 3 else "")
-    return f"{first.state} {len(rows)}: {first.cause or f'exit code {first.exit_code}'} [{who}]"
+    cause = first.cause or f"exit code {first.exit_code}"
+    return f"{first.state} {len(rows)}: {cause} [{_who(rows)}]"
+
+
+def _who(rows: Sequence[Row]) -> str:
+    return ", ".join(map(str, rows[:NAMED])) + (" …" if len(rows) > NAMED else "")
 
 
 def fingerprint(seen: Observation) -> str:

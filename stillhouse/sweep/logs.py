@@ -30,6 +30,17 @@ def show(rows: Roster, follows: bool) -> bool:
         time.sleep(FOLLOW_S)
 
 
+def texts(rows: Roster) -> dict[str, str]:
+    """The logs by point's id: whole where it is one point, else the ends of those that matter."""
+    ids = {rows.run(row.id).log_file: row.id for row in rows.rows}
+    found: dict[str, str] = {}
+    for _, path in _of_interest(rows, observe(rows)):
+        if path in ids and path.is_file():
+            lines = path.read_text(errors="replace").splitlines()
+            found[ids[path]] = "\n".join(lines if len(rows.rows) == 1 else lines[-TAIL_LINES:])
+    return found
+
+
 def _of_interest(rows: Roster, observations: Mapping[str, Observation]) -> list[tuple[str, Path]]:
     if len(rows.rows) == 1:
         return [(str(rows.rows[0]), rows.run(rows.rows[0].id).log_file)]

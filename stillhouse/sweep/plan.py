@@ -118,7 +118,8 @@ def observe(roster: Roster) -> dict[str, Observation]:
 def look(run: RunDir, suite: SuiteSpec | None) -> Observation:
     """The state of one point."""
     record, status = run.record(), run.status()
-    is_trained = run.is_trained()
+    # A collected run without its weights was trained; only to be scored here it would want them.
+    is_trained = run.is_trained() or (run.was_trained() and not unscored(run.path, suite))
     # The lock is only tried where somebody may hold it: trying it is holding it for an instant.
     may_run = status.get("phase") in ("starting", "training") or bool(status.get("scoring"))
     found = Found(

@@ -23,13 +23,14 @@ from rich.text import Text
 from stillhouse.errors import AGAIN, DONE
 from stillhouse.rundir import RunDir
 from stillhouse.sweep.drive import Finished, Picture
-from stillhouse.sweep.listing import counted, duration
+from stillhouse.sweep.listing import counted, duration, fingerprint
 from stillhouse.sweep.plan import Action, Observation
 from stillhouse.sweep.roster import Roster
 
 TAIL_BYTES = 16_384  # of metrics.jsonl: more than a line, less than a page of disk reads
 LIVE_ROWS = 12  # tasks at work that the board lists; a laptop has fewer
 BAR_WIDTH = 60
+LASTING_S = 20.0  # a reason to wait that lasts so long is worth a line
 DOING = {"prepare": "prepares", "train": "trains", "eval": "scores"}
 DID = {"prepare": "prepared", "train": "trained", "eval": "scored"}
 
@@ -67,9 +68,12 @@ def about(action: Action, roster: Roster) -> str:
     return f"{' and '.join(words)} of {action.group}"
 
 
-def states_now(picture: Picture) -> Counter[str]:
-    """Points by state; what is at work here is running, and what only wants its scores is told."""
-    live = {id_ for action in picture.live for id_ in action.points}
+def states_now(picture: Picture, has_files: bool = True) -> Counter[str]:
+    """Points by state; what is at work here is running, and what only wants its scores is told.
+
+    Elsewhere what was sent may still wait, and its state says so.
+    """
+    live = {id_ for action in picture.live for id_ in action.points} if has_files else set[str]()
 
     def said(id_: str, seen: Observation) -> str:
         if id_ in live and seen.state != "done":
@@ -82,9 +86,13 @@ def states_now(picture: Picture) -> Counter[str]:
 class Lines:
     """One line per event."""
 
-    def __init__(self, roster: Roster, write: Callable[[str], object]) -> None:
-        self.roster, self.write = roster, write
+    def __init__(
+        self, roster: Roster, write: Callable[[str], object], has_files: bool = True
+    ) -> None:
+        self.roster, self.write, self.has_files = roster, write, has_files
         self.states: Counter[str] = Counter()
+        self.since: dict[str, float] = {}  # a reason to wait -> when it was first seen
+        self.told: set[str] = set()  # the reasons that were said
 
     def __enter__(self) -> Lines:
         return self
@@ -102,10 +110,27 @@ class Lines:
         self.says(how_it_ended(finished, self.roster))
 
     def sees(self, picture: Picture) -> None:
-        states = states_now(picture)
+        states = states_now(picture, self.has_files)
         if states["done"] != self.states["done"]:
             self.says(f"{picture.roster.name}: {counted(states)}")
         self.states = states
+        if not self.has_files:
+            self._say_why(picture)
+
+    def _say_why(self, picture: Picture) -> None:
+        """Say once what keeps points waiting, of what lasts."""
+        clock = time.monotonic()
+        kinds: dict[str, list[str]] = {}
+        for id_, seen in picture.observations.items():
+            if seen.state == "waiting" and seen.cause and not seen.is_trained:
+                kinds.setdefault(fingerprint(seen), []).append(id_)
+        self.since = {kind: self.since.get(kind, clock) for kind in kinds}
+        self.told &= kinds.keys()
+        for kind in kinds.keys() - self.told:
+            if clock - self.since[kind] >= LASTING_S:
+                self.told.add(kind)
+                cause = picture.observations[kinds[kind][0]].cause
+                self.says(f"{len(kinds[kind])} wait: {cause}")
 
 
 def how_it_ended(finished: Finished, roster: Roster) -> str:
@@ -120,10 +145,14 @@ def how_it_ended(finished: Finished, roster: Roster) -> str:
 
 
 class Board:
-    """A few lines that stay where they are: one bar for the sweep, one row per task at work."""
+    """A few lines that stay where they are: one bar for the sweep, one row per task at work.
 
-    def __init__(self, roster: Roster, console: Console) -> None:
-        self.roster, self.console = roster, console
+    `has_files`: whether the runs write here, so that their steps can be read; else their state says
+    how they do.
+    """
+
+    def __init__(self, roster: Roster, console: Console, has_files: bool = True) -> None:
+        self.roster, self.console, self.has_files = roster, console, has_files
         self.live = Live(console=console, auto_refresh=False, transient=True)
         self.began: dict[Action, float] = {}
         self.first: tuple[float, float] | None = None  # when training began, and points' worth then
@@ -155,7 +184,7 @@ class Board:
         steps = {
             action.points[0]: steps_of(self.roster.run(action.points[0]))
             for action in picture.live
-            if action.kind == "train"
+            if action.kind == "train" and self.has_files
         }
         worth = sum(_worth(seen, steps.get(id_)) for id_, seen in picture.observations.items())
         clock = time.monotonic()
@@ -167,7 +196,8 @@ class Board:
         self, picture: Picture, steps: Mapping[str, Steps], worth: float, clock: float
     ) -> Group:
         total = len(picture.observations)
-        words = [f"{picture.roster.name}: {counted(states_now(picture))}"]
+        states = states_now(picture, self.has_files)
+        words = [f"{picture.roster.name}: {counted(states)}"]
         if picture.is_stopping:
             words.append("stopping")
         elif self.first and self.first[1] < worth < total:
@@ -177,15 +207,26 @@ class Board:
         bar = Table.grid()  # a bare bar would not end its line
         bar.add_row(ProgressBar(total, worth, width=min(BAR_WIDTH, self.console.width)))
         rows = Table.grid(padding=(0, 2))
-        for action in picture.live[:LIVE_ROWS]:
-            so_far = duration(clock - self.began.get(action, clock))
-            if action.kind == "train":
+        live = picture.live
+        if not self.has_files:  # hundreds, of which some run: those first
+            live = sorted(live, key=lambda action: _waits(action, picture) is not None)
+        for action in live[:LIVE_ROWS]:
+            said = [duration(clock - self.began[action])] if action in self.began else []
+            if action.kind == "train" and self.has_files:
                 at = steps[action.points[0]]
-                so_far = f"step {at.done}{f'/{at.of}' if at.of else ''}, {so_far}"
-            rows.add_row(f"  {DOING[action.kind]}", about(action, self.roster), so_far)
+                said.insert(0, f"step {at.done}{f'/{at.of}' if at.of else ''}")
+            elif why := _waits(action, picture):
+                said.insert(0, why)
+            rows.add_row(f"  {DOING[action.kind]}", about(action, self.roster), ", ".join(said))
         more = len(picture.live) - LIVE_ROWS
         tail = [Text(f"  and {more} more")] if more > 0 else []
         return Group(Text(", ".join(words)), bar, rows, *tail)
+
+
+def _waits(action: Action, picture: Picture) -> str | None:
+    """Why a task does not run, as its first point says; None where it does."""
+    seen = picture.observations.get(action.points[0]) if action.points else None
+    return seen.cause if seen is not None and seen.state == "waiting" else None
 
 
 def _worth(seen: Observation, steps: Steps | None) -> float:
@@ -196,9 +237,9 @@ def _worth(seen: Observation, steps: Steps | None) -> float:
     return min(1.0, at.done / at.of) if at.of else 0.0
 
 
-def watcher(roster: Roster) -> Board | Lines:
+def watcher(roster: Roster, has_files: bool = True) -> Board | Lines:
     """A board where somebody looks at a terminal, lines where stdout is a file."""
     console = Console(highlight=False)
     if sys.stdout.isatty() and not console.is_dumb_terminal:
-        return Board(roster, console)
-    return Lines(roster, lambda text: print(text, flush=True))
+        return Board(roster, console, has_files)
+    return Lines(roster, lambda text: print(text, flush=True), has_files)

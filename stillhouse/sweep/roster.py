@@ -99,13 +99,19 @@ def write(sweep: Sweep) -> None:
         link = runs.names / str(row.name)
         if row.name and link.is_symlink() and link.readlink().name != row.directory:
             runs.link_name(row.name, roster.run(row.id))  # says what it means already
-    write_json(runs.sweep_file(sweep.name), _record(sweep))
+    write_record(sweep.runs, record_of(sweep))
     for row in roster.rows:
         if row.name:
             runs.link_name(row.name, roster.run(row.id))
 
 
-def _record(sweep: Sweep) -> Json:
+def write_record(runs: Path, record: Json) -> None:
+    """Keep a sweep's record where the verbs of this machine find it."""
+    write_json(Runs(runs).sweep_file(record["name"]), record)
+
+
+def record_of(sweep: Sweep) -> Json:
+    """The sweep as it is asked now, in plain words that outlive its file."""
     suite = TypeAdapter(SuiteSpec).dump_python(sweep.suite, mode="json") if sweep.suite else None
     compare = sweep.compare
     return {
@@ -175,17 +181,24 @@ def read(runs: Path, name: str) -> Roster | None:
     """
     file = Runs(runs).sweep_file(name)
     record = read_json(file)
-    if record is None:
-        return None
+    return None if record is None else of_record(record, runs, str(file))
+
+
+def of_record(record: Json, runs: Path, where: str) -> Roster:
+    """The sweep that a record describes; `where` it was read, for an error.
+
+    Raises:
+        ContractError: it was written by another version.
+    """
     if record.get("format") != FORMAT:
         raise ContractError(
-            f"{file}: written in format {record.get('format')}, this version reads format {FORMAT};"
-            " use another --runs directory, or the version that wrote it"
+            f"{where}: written in format {record.get('format')}, this version reads format"
+            f" {FORMAT}; use another --runs directory, or the version that wrote it"
         )
     rows = (Row(p["id"], p["slug"], p["name"], p["overrides"]) for p in record["points"])
     suite = record["suite"] and TypeAdapter(SuiteSpec).validate_python(record["suite"])
     baselines = tuple(runs / "baselines" / b["directory"] for b in record["baselines"])
-    return Roster(name, runs, tuple(rows), cast("SuiteSpec | None", suite), baselines)
+    return Roster(record["name"], runs, tuple(rows), cast("SuiteSpec | None", suite), baselines)
 
 
 def find(word: str, runs: Path) -> Roster:

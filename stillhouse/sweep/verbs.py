@@ -1,108 +1,60 @@
-"""This file is where the launcher's verbs do it: plan, run, status, logs, retry, cancel.
+"""This file is where the launcher's verbs do it: plan, render, run, status, logs, retry, cancel.
 
 Each takes a `Call` and returns an exit code: 0 all asked for is so, 1 some points failed or
-stopped, 85 interrupted. Mistakes are StillhouseErrors and become 42 at the door (`cli`).
+stopped, 85 interrupted. Mistakes are StillhouseErrors and become 42 at the door (`cli`). Where the
+points are, on this machine or in a cluster, no verb asks: its `Ground` knows.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import importlib.util
 import json
-import os
-import signal
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from contextlib import nullcontext
 
-from stillhouse.errors import AGAIN, DONE, ConfigError, nearest
-from stillhouse.rundir import RunDir
+from stillhouse.errors import AGAIN, DONE, MISTAKE
+from stillhouse.rundir import Json
 from stillhouse.sweep import listing, roster
-from stillhouse.sweep.drive import SOME_FAILED, Backend, Drive, adopt_code
-from stillhouse.sweep.endings import forget_failures
-from stillhouse.sweep.grid import Sweep, load_sweep
-from stillhouse.sweep.logs import show
-from stillhouse.sweep.plan import Observation, baselines_of, groups_of, observe
+from stillhouse.sweep.call import Call
+from stillhouse.sweep.chosen import Condition, check_cause, is_caused_by
+from stillhouse.sweep.drive import SOME_FAILED, Backend, Drive
+from stillhouse.sweep.grid import Sweep
+from stillhouse.sweep.ground import Ground
+from stillhouse.sweep.plan import STATES, Observation
 from stillhouse.sweep.roster import Roster, roster_of
 
-DEFAULT_RUNS = Path("runs")
-BACKENDS = ("local", "cluster")
+__all__ = [
+    "Call",
+    "cancel",
+    "collect",
+    "doctor",
+    "logs",
+    "plan",
+    "render",
+    "retry",
+    "run",
+    "status",
+]
 
 Observations = Mapping[str, Observation]
 
 
-@dataclass(frozen=True)
-class Call:
-    """What was typed behind a verb."""
-
-    target: str | None = None
-    words: tuple[str, ...] = ()
-    points: tuple[str, ...] = ()
-    backend: str = "local"
-    runs: Path = DEFAULT_RUNS
-    is_json: bool = False
-    is_new_code: bool = False
-    follows: bool = False
-    shows_all: bool = False
-
-    def __post_init__(self) -> None:
-        if self.backend == "cluster":
-            raise ConfigError("--backend cluster: not in this version; use --backend local")
-        if self.backend not in BACKENDS:
-            raise ConfigError(
-                f"--backend {self.backend}: there is local.{nearest(self.backend, BACKENDS)}"
-            )
-
-    @property
-    def is_file(self) -> bool:
-        """Whether a sweep file, or a grid that was typed, is meant; else a name."""
-        target = self.target
-        return (target is None and bool(self.words)) or (
-            target is not None and (target.endswith((".yaml", ".yml")) or Path(target).is_file())
-        )
-
-    def sweep(self) -> Sweep:
-        return load_sweep(self.target, list(self.words), self.runs)
-
-    def command(self, verb: str, target: str) -> str:
-        """A command to tell the reader about, with the options that find these runs."""
-        runs = "" if self.runs == DEFAULT_RUNS else f" --runs {self.runs}"
-        return f"stillhouse {verb} {target}{runs}"
-
-
-def find(call: Call) -> Roster:
-    """The points that a verb which looks or mends is about."""
-    if call.is_file:
-        found = roster_of(call.sweep())
-    elif call.target is None:
-        known = ", ".join(roster.names(call.runs)) or "none yet"
-        raise ConfigError(f"which sweep? A file, a sweep ({known}), a run's name or id")
-    elif call.words:
-        raise ConfigError(
-            f"{' '.join(call.words)}: {call.target} names what was asked already; words change a"
-            " sweep file, or are a grid by themselves"
-        )
-    else:
-        found = roster.find(call.target, call.runs)
-    return roster.narrowed(found, call.points)
-
-
 def plan(call: Call) -> int:
     """Say how many points are in which state, by axis, and what the rest would cost."""
-    sweep = call.sweep()
+    sweep, ground = call.sweep(), call.ground
     rows = roster.narrowed(roster_of(sweep), call.points)
-    observations = observe(rows)
+    observations = ground.observe(rows, minds_code=True)
     if call.is_json:
-        return _print_json(rows, observations)
+        return _print_json(listing.as_json(rows, observations))
     print(listing.headline(rows, observations))
     if sweep.question:
         print(f"  {sweep.question}")
-    costs = listing.costs_to_go(_only(sweep, rows), observations)
+    costs = ground.costs(_only(sweep, rows), observations)
     _print(listing.by_axis(rows, observations, costs))
-    _print(listing.estimate(sweep, costs))
+    _print(ground.forecast(_only(sweep, rows), costs))
     _print(listing.failures(rows, observations))
     drifted = _drifted(observations)
     if drifted:
@@ -110,21 +62,40 @@ def plan(call: Call) -> int:
     return DONE
 
 
+def render(call: Call) -> int:
+    """Print every Job that `run` would send to a cluster; nothing is asked of one."""
+    from stillhouse.sweep.manifest import image_problem
+    from stillhouse.sweep.rendering import manifests
+
+    sweep = call.sweep()
+    rows = roster.narrowed(roster_of(sweep), call.points)
+    problem = image_problem(sweep.site)
+    if problem:
+        print(f"not to be sent as it is: {problem}", file=sys.stderr)
+    if call.is_json:
+        said = listing.as_json(rows, {row.id: Observation("new") for row in rows.rows})
+        texts = [manifest.decode() for manifest in manifests(sweep, rows)]
+        return _print_json(said | {"manifests": texts})
+    for place, manifest in enumerate(manifests(sweep, rows)):
+        sys.stdout.write(("---\n" if place else "") + manifest.decode())
+    return DONE
+
+
 def run(call: Call, backend_for: Callable[[Sweep, Roster], Backend] | None = None) -> int:
     """Train and score what is not done; `backend_for` makes what it runs on."""
     if not call.is_json:
-        return _run(call, backend_for or _local)
+        return _run(call, backend_for)
     with contextlib.redirect_stdout(sys.stderr):  # one object is all that goes to stdout
-        code = _run(call, backend_for or _local)
+        code = _run(call, backend_for)
     rows = roster.narrowed(roster_of(call.sweep()), call.points)
-    _print_json(rows, observe(rows))
+    _print_json(listing.as_json(rows, call.ground.observe(rows)))
     return code
 
 
-def _run(call: Call, backend_for: Callable[[Sweep, Roster], Backend]) -> int:
-    sweep = call.sweep()
+def _run(call: Call, backend_for: Callable[[Sweep, Roster], Backend] | None) -> int:
+    sweep, ground = call.sweep(), call.ground
     rows = roster.narrowed(roster_of(sweep), call.points)
-    observations = observe(rows)
+    observations = ground.observe(rows, minds_code=True)
     drifted = _drifted(observations)
     if drifted and not call.is_new_code:
         print(
@@ -132,43 +103,49 @@ def _run(call: Call, backend_for: Callable[[Sweep, Roster], Backend]) -> int:
             " on with them under the code at hand, and the report will say so"
         )
         return SOME_FAILED
-    roster.write(sweep)
+    is_idle = _is_nothing_left(ground, sweep, observations)
+    if call.is_detached:
+        call.away.require(sweep, rows, is_detached=True)
+    elif not is_idle:
+        ground.require(sweep, rows)
+    ground.write(sweep)
     if drifted:
-        adopt_code(rows, observations)
-        observations = observe(rows)
-    if _is_nothing_left(sweep, observations):
+        ground.adopt_code(rows, observations)
+        observations = ground.observe(rows, minds_code=True)
+    if is_idle:
         print("nothing left to do")
-        return _summary(call, rows, observations, _given_up(rows))
+        return _summary(call, rows, observations, ground.given_up(rows))
     print(listing.headline(rows, observations))
-    _print(listing.estimate(sweep, listing.costs_to_go(_only(sweep, rows), observations)))
+    only = _only(sweep, rows)
+    _print(ground.forecast(only, ground.costs(only, observations)))
+    if call.is_detached:
+        _print(call.away.detach(sweep, _options(call)))
+        return DONE
     from stillhouse.sweep.progress import watcher  # rich, which looking does not need
 
-    backend, started = backend_for(sweep, rows), time.monotonic()
-    with watcher(rows) as watch:
+    started = time.monotonic()
+    at_work = nullcontext(backend_for(sweep, rows)) if backend_for else ground.backend(sweep, rows)
+    with at_work as backend, watcher(rows, ground.has_files) as watch:
         drive = Drive(sweep, backend, watch, rows)
         code = drive.run()
     print(f"after {listing.duration(time.monotonic() - started)}:")
     _summary(call, rows, drive.observations, drive.given_up())
     if code == AGAIN:
-        print("stopped before the end; the same command goes on from here")
+        print(ground.parting)
     return code
 
 
-def _local(sweep: Sweep, rows: Roster) -> Backend:
-    from stillhouse.sweep.backends.local import LocalBackend
-
-    if importlib.util.find_spec("torch") is None:
-        raise ConfigError(
-            "this environment only launches and reads: training here needs torch and its family"
-            " (`uv sync`, or `pip install 'stillhouse[train,eval]'`)"
-        )
-    return LocalBackend(sweep, rows)
+def _options(call: Call) -> list[str]:
+    """What was typed besides target and words, for whoever repeats the command."""
+    points = [f"--point={point}" for point in call.points]
+    return points + (["--code=new"] if call.is_new_code else [])
 
 
-def _is_nothing_left(sweep: Sweep, observations: Observations) -> bool:
+def _is_nothing_left(ground: Ground, sweep: Sweep, observations: Observations) -> bool:
     states = {seen.state for seen in observations.values()}
-    rows_left = any(not (b.is_scored or b.cause) for b in baselines_of(sweep, groups_of(sweep)))
-    return not states & {"new", "waiting", "running"} and not (rows_left and "done" in states)
+    rows_left = any(not (b.is_scored or b.cause) for b in ground.baselines(sweep))
+    is_open = states & {"new", "waiting", "running", "drifted"}
+    return not is_open and not (rows_left and "done" in states)
 
 
 def _summary(
@@ -185,112 +162,147 @@ def _summary(
             f" `{call.command('retry', rows.name)}`, then run, tries again"
         )
     if any(seen.is_trained for seen in observations.values()):
-        print(f"`{call.command('report', rows.name)}` shows the results")
+        print(f"{call.ground.homeward(rows.name)}`stillhouse report {rows.name}` shows the results")
     return SOME_FAILED if has_failed or given_up else DONE
 
 
 def status(call: Call) -> int:
     """Say how a sweep, or without a target every sweep, stands."""
-    if call.target is None and not call.words and not call.is_json:
+    if call.is_about_all:
         return _overview(call)
-    rows = find(call)
-    observations = observe(rows)
+    ground, rows = call.ground, call.find()
+    observations = ground.observe(rows)
+    given_up = ground.given_up(rows)
+    code = _code(observations, given_up)
     if call.is_json:
-        _print_json(rows, observations)
+        said = listing.as_json(rows, observations)
+        cost = {"cost": ground.spent(rows).as_json()} if call.shows_cost else {}
+        _print_json(said | cost)
+        return code
+    print(listing.headline(rows, observations))
+    if call.shows_all or len(rows.rows) == 1:
+        _print(listing.every(rows, observations))
     else:
-        print(listing.headline(rows, observations))
-        if call.shows_all or len(rows.rows) == 1:
-            _print(listing.every(rows, observations))
-        else:
-            _print(listing.unfinished(rows, observations, listing.SHOWN))
-        _print([f"  failed   {what}: {cause}" for what, cause in _given_up(rows).items()])
-    return _code(rows, observations)
+        if len(rows.rows) > listing.MANY:
+            _print(listing.by_axis(rows, observations, {}, listing.FEW))
+        _print(listing.reasons(rows, observations))
+    _print([f"  failed   {what}: {cause}" for what, cause in given_up.items()])
+    _print(ground.remarks(rows))
+    if call.shows_cost:
+        _print(ground.spent(rows).lines())
+    return code
 
 
 def _overview(call: Call) -> int:
-    names = roster.names(call.runs)
-    if not names:
-        print(f"no sweep was started below {call.runs}/ yet; `stillhouse run SWEEP.yaml` does")
-    codes = [DONE]
+    ground = call.ground
+    names = ground.names()
+    codes, said = [DONE], list[Json]()
     for name in names:
-        rows = roster.find(name, call.runs)
-        observations = observe(rows)
-        print(listing.headline(rows, observations))
-        codes.append(_code(rows, observations))
+        rows = ground.find(name)
+        observations = ground.observe(rows)
+        said.append(listing.as_json(rows, observations) | {"points": []})
+        codes.append(_code(observations, ground.given_up(rows)))
+        if not call.is_json:
+            print(listing.headline(rows, observations))
+    if call.is_json:
+        totals = {state: sum(one["totals"][state] for one in said) for state in STATES}
+        _print_json({"sweep": None, "totals": totals, "points": [], "sweeps": said})
+    elif not names:
+        print(f"no sweep was started {ground.name} yet; `stillhouse run SWEEP.yaml` does")
+    if not call.is_json:
+        _print(ground.remarks(None))
     return max(codes)
 
 
 def logs(call: Call) -> int:
     """Show what points printed: one whole log, or the end of each that is at work or failed."""
-    if not show(find(call), call.follows):
+    ground, rows = call.ground, call.find()
+    if call.is_json:
+        with contextlib.redirect_stdout(sys.stderr):
+            texts = ground.log_texts(rows)
+        return _print_json(listing.as_json(rows, ground.observe(rows)) | {"logs": texts})
+    if not ground.show_logs(rows, call.follows):
         print("nothing was printed yet", file=sys.stderr)
     return DONE
 
 
 def retry(call: Call) -> int:
     """Let failed points start again, from their checkpoints; the next `run` does."""
-    rows = find(call)
-    observations = observe(rows)
+    condition = Condition(call.where) if call.where is not None else None
+    cause = check_cause(call.cause) if call.cause is not None else None
+    ground, rows = call.ground, call.find()
+    observations = ground.observe(rows)
     failed = [row for row in rows.rows if observations[row.id].state == "failed"]
-    for row in failed:
-        forget_failures(rows.run(row.id))
-    given_up = [d for d in rows.baselines if RunDir(d).status().get("eval_gave_up")]
-    for directory in given_up:
-        forget_failures(RunDir(directory))
+    if condition is not None:
+        failed = [row for row in failed if condition.holds(call.knobs(row))]
+    if cause is not None:
+        failed = [row for row in failed if is_caused_by(observations[row.id], cause)]
+    is_whole = condition is None and cause is None and not call.points
+    given_up = ground.forget(dataclasses.replace(rows, rows=tuple(failed)), is_whole)
     if call.is_json:
-        return _print_json(rows, observe(rows))
+        return _print_json(listing.as_json(rows, ground.observe(rows)))
     if not failed and not given_up:
-        print(f"{rows.name}: nothing to retry: no point of it failed")
+        which = "" if condition is None and cause is None else " that is meant"
+        print(f"{rows.name}: nothing to retry: no point of it{which} failed")
         return DONE
-    _print([f"  waiting  {row}" for row in failed])
-    print(f"{len(failed) + len(given_up)} wait for the next `stillhouse run`")
+    shown = [f"  waiting  {row}" for row in failed[: listing.SHOWN]]
+    more = len(failed) - listing.SHOWN
+    _print([*shown, *([f"  and {more} more"] if more > 0 else [])])
+    print(f"{len(failed) + given_up} wait: {ground.again} starts them")
     return DONE
 
 
 def cancel(call: Call) -> int:
     """Ask what runs to save and end, and a `run` of the sweep that is under way to end with it."""
-    rows = find(call)
-    if not call.points and (call.is_file or call.target in roster.names(call.runs)):
-        roster.cancel(call.runs, rows.name)  # before the points, so that nothing follows them
-    observations = observe(rows)
-    asked = [row for row in rows.rows if _ask_to_stop(row, observations[row.id])]
+    ground, rows = call.ground, call.find()
+    is_whole = not call.points and (call.is_file or call.target == rows.name)
+    asked = ground.cancel(rows, is_whole)
+    observations = ground.observe(rows)
     if call.is_json:
-        return _print_json(rows, observations)
-    _print([f"  asked to save and stop: {row}" for row in asked])
+        return _print_json(listing.as_json(rows, observations))
+    _print([f"  {line}" for line in asked])
     if not asked:
-        print(f"{rows.name}: no point of it is running here")
+        print(f"{rows.name}: no point of it is running {ground.name}")
     if any(seen.state != "done" for seen in observations.values()):
-        print("`stillhouse run` goes on from there")
+        print(f"{ground.again} goes on from there")
     return DONE
 
 
-def _ask_to_stop(row: roster.Row, seen: Observation) -> bool:
-    if seen.state != "running" or seen.pid is None:
-        return False
-    try:
-        os.kill(seen.pid, signal.SIGTERM)
-    except (ProcessLookupError, PermissionError) as error:
-        print(f"  cannot stop {row}, process {seen.pid}: {error}", file=sys.stderr)
-        return False
-    return True
+def collect(call: Call) -> int:
+    """Bring the results of a sweep home from a cluster's volume."""
+    away, rows = call.away, call.find()
+    say: Callable[[str], None] = lambda text: print(text, file=sys.stderr, flush=True)  # noqa: E731
+    collected = away.collect(rows, call.adapters, say)
+    observations = away.observe(rows)
+    trained = {rows.by_id[id_].directory for id_, seen in observations.items() if seen.is_trained}
+    is_short = bool(collected.kept) or bool(trained & {*collected.missing})
+    if call.is_json:
+        said = listing.as_json(rows, observations)
+        _print_json(said | {"collected": collected.as_json()})
+    else:
+        _print(collected.lines(rows))
+        print(f"`stillhouse report {rows.name}` shows the results")
+    return SOME_FAILED if is_short else DONE
+
+
+def doctor(call: Call) -> int:
+    """Check a namespace against all that a sweep needs; 42 where something is missing."""
+    found = call.away.examine()
+    is_fine = all(finding.ok for finding in found)
+    if call.is_json:
+        said = [dataclasses.asdict(finding) for finding in found]
+        _print_json({"is_fine": is_fine, "findings": said})
+    else:
+        _print([f"{'ok     ' if finding.ok else 'missing'}  {finding}" for finding in found])
+    return DONE if is_fine else MISTAKE
 
 
 # ------------------------------------------------------------------------------------ helpers
 
 
-def _code(rows: Roster, observations: Observations) -> int:
+def _code(observations: Observations, given_up: Mapping[str, str]) -> int:
     has_failed = any(seen.state in listing.FAILED for seen in observations.values())
-    return SOME_FAILED if has_failed or _given_up(rows) else DONE
-
-
-def _given_up(rows: Roster) -> dict[str, str]:
-    """The baselines that could not be scored, and why."""
-    statuses = {directory.name: RunDir(directory).status() for directory in rows.baselines}
-    return {
-        f"baseline {name}": status["eval_cause"]
-        for name, status in statuses.items()
-        if status.get("eval_gave_up")
-    }
+    return SOME_FAILED if has_failed or given_up else DONE
 
 
 def _drifted(observations: Observations) -> list[str]:
@@ -313,6 +325,6 @@ def _print(lines: Sequence[str]) -> None:
         print(line)
 
 
-def _print_json(rows: Roster, observations: Observations) -> int:
-    print(json.dumps(listing.as_json(rows, observations)))
+def _print_json(said: Json) -> int:
+    print(json.dumps(said))
     return DONE

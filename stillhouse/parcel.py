@@ -1,0 +1,219 @@
+"""This file is where files of runs travel from a volume to a laptop that does not mount it.
+
+    python -m stillhouse.parcel hold SECONDS    a pod stays, until nobody has sent for so long
+    python -m stillhouse.parcel send REQUEST    run in that pod by `exec`: a stream to stdout
+
+A request is JSON, made one word by `pack`:
+
+    {"runs": root, "directories": [below root], "files": [glob patterns in each],
+     "have": {directory: its state}}       a directory whose `state` is still that is left out
+
+The stream is a gzipped tar of `directory/file`, its last member `manifest.json`, so that a stream
+that was cut has none:
+
+    {"format": 1, "files": {"directory/file": {"sha256": …, "size": …}}, "unchanged": [directories],
+     "missing": [directories], "names": {NAME: directory}}
+
+Digests are those of the bytes that were sent: a file may grow meanwhile, and what it had then goes.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import gzip
+import hashlib
+import io
+import json
+import os
+import shutil
+import signal
+import sys
+import tarfile
+import tempfile
+import time
+import zlib
+from collections.abc import Iterable, Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any, cast
+
+from stillhouse.errors import ConfigError, exit_code_of
+
+Json = dict[str, Any]
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+STOPS = (signal.SIGTERM, signal.SIGINT)
+
+
+def pack(request: Json) -> str:
+    """A request as one word; small, because it travels in a URL."""
+    return base64.urlsafe_b64encode(zlib.compress(json.dumps(request).encode(), 9)).decode()
+
+
+def unpack(word: str) -> Json:
+    """The request that `pack` made a word of.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    try:
+        return json.loads(zlib.decompress(base64.urlsafe_b64decode(word)))
+    except (ValueError, zlib.error) as error:
+        raise ConfigError(f"parcel send: a request that cannot be read: {error}") from error
+
+
+def state(directory: Path, patterns: Sequence[str]) -> str:
+    """16 hex digits over the names and contents of the files that the patterns match."""
+    hasher = hashlib.sha256()
+    for path in _matching(directory, patterns):
+        with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
+            content = hashlib.file_digest(file, "sha256").hexdigest()
+            hasher.update(f"{path.relative_to(directory).as_posix()} {content}\n".encode())
+    return hasher.hexdigest()[:16]
+
+
+def _matching(directory: Path, patterns: Sequence[str]) -> list[Path]:
+    found = {path for pattern in patterns for path in directory.glob(pattern)}
+    # A hidden file is one that is being written.
+    return sorted(path for path in found if path.is_file() and not path.name.startswith("."))
+
+
+# ---------------------------------------------------------------- in the pod
+
+
+def hold(seconds: float) -> int:
+    """Wait until nobody has sent for so many seconds, or we are asked to end; 0."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
+    print(f"waiting for somebody to collect, at most {seconds:g} s", flush=True)
+    used = time.time()
+    while (left := used + seconds - time.time()) > 0:
+        if signal.sigtimedwait(STOPS, left):
+            break
+        with contextlib.suppress(FileNotFoundError):
+            used = max(used, _sent().stat().st_mtime)
+    return 0
+
+
+def _sent() -> Path:
+    """Touched by each send, so that the pod stays."""
+    return Path(tempfile.gettempdir()) / "stillhouse-sent"
+
+
+def send(request: Json, out: io.BufferedIOBase) -> int:
+    """Write what a request asks for; 0."""
+    runs, patterns, have = Path(request["runs"]), request["files"], request.get("have", {})
+    files: Json = {}
+    unchanged: list[str] = []
+    missing: list[str] = []
+    with (
+        gzip.GzipFile(fileobj=cast("Any", out), mode="wb", compresslevel=1, mtime=0) as zipped,
+        tarfile.open(fileobj=cast("Any", zipped), mode="w|") as tar,
+    ):
+        for name in request["directories"]:
+            _sent().touch()
+            if not (runs / name).is_dir():
+                missing.append(name)
+            elif name in have and have[name] == state(runs / name, patterns):
+                unchanged.append(name)
+            else:
+                for path in _matching(runs / name, patterns):
+                    member = path.relative_to(runs).as_posix()
+                    with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
+                        files[member] = _add(tar, member, file)
+        manifest = {
+            "format": FORMAT,
+            "files": files,
+            "unchanged": unchanged,
+            "missing": missing,
+            "names": _names(runs, {*request["directories"]}),
+        }
+        _add(tar, MANIFEST, io.BytesIO(json.dumps(manifest).encode()))
+    return 0
+
+
+def _names(runs: Path, directories: set[str]) -> dict[str, str]:
+    links = [link for link in sorted((runs / "names").glob("*")) if link.is_symlink()]
+    leads = {link.name: os.path.basename(os.readlink(link)) for link in links}
+    return {name: to for name, to in leads.items() if to in directories}
+
+
+class _Hashed:
+    """A file whose bytes are hashed as they are read."""
+
+    def __init__(self, file: Any) -> None:
+        self._file, self.hasher = file, hashlib.sha256()
+
+    def read(self, size: int = -1) -> bytes:
+        data = self._file.read(size)
+        self.hasher.update(data)
+        return data
+
+
+def _add(tar: tarfile.TarFile, name: str, file: io.BufferedIOBase) -> Json:
+    info = tarfile.TarInfo(name)
+    info.size = file.seek(0, os.SEEK_END)
+    file.seek(0)
+    hashed = _Hashed(file)
+    tar.addfile(info, cast("Any", hashed))
+    return {"sha256": hashed.hasher.hexdigest(), "size": info.size}
+
+
+# ---------------------------------------------------------------- on the laptop
+
+
+def receive(chunks: Iterable[bytes], into: Path) -> Json:
+    """Unpack what `send` wrote into an empty directory, and return its manifest.
+
+    Raises:
+        ValueError: it was cut, or is not what its manifest says; keep nothing of it.
+    """
+    into.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=into) as file:  # /tmp may be memory, and adapters are large
+        for chunk in chunks:
+            file.write(chunk)
+        file.seek(0)
+        try:
+            with tarfile.open(fileobj=file, mode="r:gz") as tar:
+                found = _extract(tar, into)
+        except (OSError, EOFError, zlib.error, tarfile.TarError) as error:
+            raise ValueError(f"the stream was cut: {error}") from error
+    if MANIFEST not in found:
+        raise ValueError("the stream was cut: it has no manifest")
+    manifest = json.loads((into / MANIFEST).read_bytes())
+    (into / MANIFEST).unlink()
+    del found[MANIFEST]
+    if manifest["files"] != found:
+        odd = [
+            n for n in {**found, **manifest["files"]} if found.get(n) != manifest["files"].get(n)
+        ]
+        raise ValueError(f"what came is not what was sent: {', '.join(odd)}")
+    return manifest
+
+
+def _extract(tar: tarfile.TarFile, into: Path) -> Json:
+    found: Json = {}
+    for member in tar:
+        parts = PurePosixPath(member.name).parts
+        if not member.isfile() or ".." in parts or parts[0] == "/":
+            raise ValueError(f"{member.name}: not a plain file below the directory")
+        path = into / member.name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        content = _Hashed(tar.extractfile(member))
+        with path.open("wb") as file:
+            shutil.copyfileobj(content, file)
+        found[member.name] = {"sha256": content.hasher.hexdigest(), "size": member.size}
+    return found
+
+
+def main(words: list[str]) -> int:
+    """The exit code of this file as a program."""
+    if len(words) != 2 or words[0] not in ("hold", "send"):
+        raise ConfigError("parcel: `hold SECONDS` or `send REQUEST`")
+    if words[0] == "hold":
+        return hold(float(words[1]))
+    return send(unpack(words[1]), cast("io.BufferedIOBase", sys.stdout.buffer))
+
+
+if __name__ == "__main__":
+    sys.exit(exit_code_of(lambda: main(sys.argv[1:])))

@@ -1,0 +1,337 @@
+"""This file is where the verbs meet a cluster: its Jobs, its pods and its ledger.
+
+A look is one LIST of each kind of object, read once and kept until something is changed from here.
+Everything that is known of a sweep is there, so any machine with a kubeconfig can look and mend.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+from collections.abc import Callable, Generator, Mapping, Sequence
+from pathlib import Path
+
+from stillhouse.rundir import Runs, code_identity
+from stillhouse.spec import SiteSpec, suite_key
+from stillhouse.sweep import (
+    checks,
+    collect,
+    cost,
+    detach,
+    finding,
+    listing,
+    mending,
+    pod_logs,
+    roster,
+    secrets,
+    spent,
+)
+from stillhouse.sweep.backends.cluster import Cluster, connect
+from stillhouse.sweep.bundle import bundle
+from stillhouse.sweep.drive import Backend
+from stillhouse.sweep.grid import Sweep
+from stillhouse.sweep.ledger import (
+    Names,
+    cancel_sweep,
+    read_sweep,
+    score_of,
+    sweeps,
+    write_sweep,
+)
+from stillhouse.sweep.manifest import label_value, render
+from stillhouse.sweep.particulars import particulars, said_of_drivers
+from stillhouse.sweep.plan import Baseline, Observation, groups_of
+from stillhouse.sweep.rendering import every_step
+from stillhouse.sweep.roster import Roster, Row, baseline_rows
+from stillhouse.sweep.scene import Facts, Scene, judge, keys_of
+from stillhouse.sweep.sight import Sight
+from stillhouse.sweep.site import away_words
+from stillhouse.sweep.views import JobView
+
+DRIVER, COLLECTOR = "stillhouse-driver", "stillhouse-collector"  # Roles of k8s/access.yaml
+
+Observations = Mapping[str, Observation]
+
+
+class Away:
+    """One namespace of a cluster, and the volume of runs that it works on."""
+
+    name = "on this cluster"
+    parting = (
+        "left; its Jobs go on in the cluster, and nothing new is sent: the same command goes on"
+        " from here, and with --detach it needs nobody to watch"
+    )
+    again = "`stillhouse run`, or the same line of k8s/train.sh or k8s/eval.sh,"
+    has_files = False
+
+    def __init__(self, site: SiteSpec, runs: Path) -> None:
+        self.site, self.runs = site, runs
+        self.cluster: Cluster = connect(site.kube_context, site.namespace)
+
+    def homeward(self, name: str) -> str:
+        return f"`stillhouse collect {name} {away_words(self.site)}`, then "
+
+    @functools.cached_property
+    def sight(self) -> Sight:
+        """One look around, kept."""
+        found = Sight(self.cluster, self.site.runs_claim)
+        found.refresh()
+        return found
+
+    @property
+    def scene(self) -> Scene:
+        return self.sight.scene
+
+    def look_again(self) -> None:
+        """Forget the look: something was changed."""
+        self.__dict__.pop("sight", None)
+
+    def names(self) -> list[str]:
+        return [mark.name for mark in sweeps(self.cluster)]
+
+    def find(self, word: str) -> Roster:
+        return finding.find(self.cluster, word, self.runs, away_words(self.site))
+
+    # -------------------------------------------------------------------------------- looking
+
+    def observe(self, rows: Roster, minds_code: bool = False) -> dict[str, Observation]:
+        scores = suite_key(rows.suite) if rows.suite else None
+        self.scene.code = code_identity()["digest"] if minds_code else None
+        found = self.sight.observe(rows.by_id, scores)
+        for row in rows.rows:
+            job = self.scene.job(row.directory)
+            if job is not None and job.kind != "train":  # a line of k8s/eval.sh, a driver
+                found[row.id] = self._observe_job(job)
+        return found
+
+    def _observe_job(self, job: JobView) -> Observation:
+        is_live, has_failed = job.state == "live", job.state == "failed"
+        facts = Facts(
+            is_done=job.state == "complete",
+            live=job if is_live else None,
+            waits=self.scene.why(job) if is_live else None,
+            failed=self.scene.how(job) if has_failed else None,
+        )
+        return judge(facts)
+
+    def baselines(self, sweep: Sweep) -> tuple[Baseline, ...]:
+        if sweep.suite is None:
+            return ()
+        groups, scores = groups_of(sweep), suite_key(sweep.suite)
+        found: list[Baseline] = []
+        for row in baseline_rows(sweep):
+            seen = judge(self.scene.facts(row.directory.name, scores, is_baseline=True))
+            found.append(
+                Baseline(
+                    row.directory,
+                    row.label,
+                    frozenset(groups[id_] for id_ in row.points),
+                    is_scored=seen.state == "done",
+                    goes_alone=seen.goes_alone,
+                    cause=seen.cause if seen.state in listing.FAILED else None,
+                )
+            )
+        return tuple(found)
+
+    def given_up(self, rows: Roster) -> dict[str, str]:
+        found: dict[str, str] = {}
+        scores = suite_key(rows.suite) if rows.suite else None
+        for directory in rows.baselines if scores else ():
+            seen = judge(self.scene.facts(directory.name, scores, is_baseline=True))
+            if seen.state in listing.FAILED:
+                found[f"baseline {directory.name}"] = seen.cause or f"exit code {seen.exit_code}"
+        for job in self._preparing(rows):
+            if job.state == "failed":
+                found[f"preparing ({job.name})"] = self.scene.how(job).cause
+        return found
+
+    def _preparing(self, rows: Roster) -> list[JobView]:
+        return [job for job in self._jobs_of(rows) if job.kind == "prepare"]
+
+    def _jobs_of(self, rows: Roster) -> list[JobView]:
+        """The Jobs that were made for this sweep."""
+        label = label_value(rows.name)
+        return [job for job in self.scene.jobs() if job.sweep == label]
+
+    def _jobs_about(self, row: Row) -> list[JobView]:
+        """The Jobs about a point; or the Job that a row stands for."""
+        job = self.scene.job(row.directory)
+        others = self.scene.jobs_about(row.id)
+        return others if job is None or job in others else [job, *others]
+
+    def remarks(self, rows: Roster | None) -> list[str]:
+        if rows is None:
+            return self._said_of_lines()
+        lines = said_of_drivers(self._jobs_of(rows), self.scene)
+        if len(rows.rows) != 1:
+            return lines
+        (row,) = rows.rows
+        scores = [score_of(row.id, suite_key(rows.suite))] if rows.suite else []
+        records = {key: self.sight.ledger.get(key) for key in (row.id, *scores)}
+        return particulars(self._jobs_about(row), self.scene, records)
+
+    def _said_of_lines(self) -> list[str]:
+        """Jobs that belong to no sweep: lines of k8s/train.sh and k8s/eval.sh."""
+        single = [
+            job for job in self.scene.jobs() if not job.sweep and job.kind in ("train", "eval")
+        ]
+        if not single:
+            return []
+        known = sorted(Names(self.cluster).read().items(), reverse=True)
+        names = {directory: name for name, directory in known}
+        rows = tuple(finding.row(job.name, names.get(job.name)) for job in single)
+        lines = Roster("single Jobs", self.runs, rows, None, ())
+        observations = self.observe(lines)
+        return [listing.headline(lines, observations), *listing.reasons(lines, observations)]
+
+    def costs(self, sweep: Sweep, observations: Observations) -> dict[str, cost.Cost]:
+        left = listing.still_to_train(sweep, observations)
+        measured = cost.measured_jobs(sweep.points, self.sight.ledger.records())
+        return cost.estimate(left, self.runs, measured) if left else {}
+
+    def forecast(self, sweep: Sweep, costs: Mapping[str, cost.Cost]) -> list[str]:
+        return cost.estimate_lines(sweep.points, costs, sweep.site) if costs else []
+
+    def spent(self, rows: Roster) -> spent.Spent:
+        return spent.spent(rows, self.sight.ledger.records(), self.site)
+
+    def show_logs(self, rows: Roster, follows: bool) -> bool:
+        return pod_logs.show(self._sources(rows), follows)
+
+    def log_texts(self, rows: Roster) -> dict[str, str]:
+        return pod_logs.texts(self._sources(rows))
+
+    def _sources(self, rows: Roster) -> pod_logs.Sources:
+        return pod_logs.Sources(
+            self.cluster,
+            self.site,
+            rows,
+            self.observe(rows),
+            {row.id: self._jobs_about(row) for row in rows.rows},
+        )
+
+    def examine(self) -> list[checks.Finding]:
+        """All that launchers, drivers and collectors need of the namespace, each said once."""
+        found: dict[tuple[bool, str], checks.Finding] = {}
+        for role in (checks.LAUNCHER, DRIVER, COLLECTOR):
+            for one in checks.findings(self.cluster, self.site, role):
+                found.setdefault((one.ok, one.what.partition(" (Role")[0]), one)
+        return list(found.values())
+
+    # ---------------------------------------------------------------------------------- doing
+
+    def require(self, sweep: Sweep, rows: Roster, is_detached: bool = False) -> None:
+        # What a pod's account may do is asked in the pod; who sends one needs as much.
+        is_driver = is_detached or "STILLHOUSE_IN_POD" in os.environ
+        role = DRIVER if is_driver else checks.LAUNCHER
+        steps = every_step(sweep, rows)
+        for step in steps:
+            secrets.refuse_words(step.words, "the command line")
+        for step in {step.kind: step for step in steps}.values():
+            render(step, sweep.site, bundle().key)  # what is wrong with the site, any of them says
+        checks.refuse(
+            [
+                *checks.findings(self.cluster, sweep.site, role),
+                *checks.job_findings(self.cluster, self.scene.jobs(), steps, sweep.site.owner),
+            ]
+        )
+
+    def write(self, sweep: Sweep) -> None:
+        # Also where nothing is left to send: this, too, is read by everybody in the namespace.
+        secrets.refuse_words(sweep.words, "the command line")
+        told = {text for point in sweep.points for text in (*point.tags, point.name or "")}
+        secrets.refuse_texts([*told, sweep.name, sweep.question or ""], "the sweep")
+        record = roster.record_of(sweep)
+        named = {row["name"]: f"{row['slug']}-{row['id']}" for row in record["points"]}
+        named = {name: directory for name, directory in named.items() if name}
+        if named:
+            Names(self.cluster).claim_all(named)
+        write_sweep(self.cluster, record)
+        roster.write_record(self.runs, record)
+
+    def adopt_code(self, rows: Roster, observations: Observations) -> None:
+        drifted = [row for row in rows.rows if observations[row.id].state == "drifted"]
+        jobs = [job for row in drifted for job in self._jobs_about(row) if job.state == "live"]
+        mending.refuse_others(jobs, self.site.owner)
+        mending.delete(self.cluster, jobs)  # none runs: the loop makes them anew, with our code
+        self.look_again()
+
+    @contextlib.contextmanager
+    def backend(self, sweep: Sweep, rows: Roster) -> Generator[Backend, None, None]:
+        from stillhouse.sweep.backends.jobs import JobsBackend
+
+        # A connection of its own: closing it ends whatever still waits for an answer.
+        with (
+            contextlib.closing(connect(self.site.kube_context, self.site.namespace)) as cluster,
+            contextlib.closing(JobsBackend(sweep, rows, cluster)) as backend,
+        ):
+            yield backend
+        self.look_again()
+
+    def detach(self, sweep: Sweep, options: Sequence[str]) -> list[str]:
+        return detach.detach(self.cluster, sweep, options)
+
+    def forget(self, rows: Roster, is_whole: bool) -> int:
+        scores = suite_key(rows.suite) if rows.suite else None
+        jobs = [job for row in rows.rows for job in self._jobs_about(row)]
+        keys = [key for row in rows.rows for key in _keys(row.id, scores)]
+        count = 0
+        if is_whole:
+            given_up = self.given_up(rows)
+            failed = [d.name for d in rows.baselines if f"baseline {d.name}" in given_up]
+            preparing = [job for job in self._preparing(rows) if job.state == "failed"]
+            jobs += [job for name in failed for job in self.scene.jobs_about(name)] + preparing
+            keys += [key for name in failed for key in _keys(name, scores)[1:]]
+            keys += [key for job in preparing for key in keys_of(job)]
+            count = len(failed) + len(preparing)
+        jobs = [job for job in {job.name: job for job in jobs}.values() if job.state == "failed"]
+        mending.refuse_others(jobs, self.site.owner)
+        mending.forget_failures(self.cluster, self.sight.ledger, jobs, keys)
+        self.look_again()
+        return count
+
+    def cancel(self, rows: Roster, is_whole: bool) -> list[str]:
+        asked: dict[str, JobView] = {}
+        jobs = self._to_cancel(rows, is_whole, asked)
+        mending.refuse_others(jobs, self.site.owner)
+        if is_whole:
+            cancel_sweep(self.cluster, rows.name)  # before the Jobs, so that nothing follows them
+        while jobs:
+            mending.stop(self.cluster, self.sight.ledger, jobs, self.site.owner)
+            asked |= {job.uid: job for job in jobs}
+            self.look_again()  # a driver that had not heard of it may just have sent another
+            jobs = self._to_cancel(rows, is_whole, asked)
+        names = {row.directory: str(row) for row in rows.rows}
+        said = [
+            f"asked to save and stop: {names.get(job.name, job.name)}" for job in asked.values()
+        ]
+        more = len(said) - listing.SHOWN
+        return said[: listing.SHOWN] + ([f"and {more} more"] if more > 0 else [])
+
+    def _to_cancel(
+        self, rows: Roster, is_whole: bool, asked: Mapping[str, JobView]
+    ) -> list[JobView]:
+        """The live Jobs of these points, and of a whole sweep also those that no point has."""
+        jobs = [job for row in rows.rows for job in self._jobs_about(row)]
+        jobs += [job for job in self._jobs_of(rows) if is_whole and job.kind != "collect"]
+        live = {job.name: job for job in jobs if job.state == "live" and not job.is_deleting}
+        return [job for job in live.values() if job.uid not in asked]
+
+    def collect(
+        self, rows: Roster, adapters: bool, say: Callable[[str], None]
+    ) -> collect.Collected:
+        """Fetch what is not here yet of these points, and write their sweep down here.
+
+        Raises:
+            ConfigError, Interrupted: as `collect.collect`.
+        """
+        found = collect.collect(self.cluster, self.site, rows, self.runs, adapters, say)
+        record = read_sweep(self.cluster, rows.name)
+        if record is not None and not Runs(self.runs).sweep_file(rows.name).exists():
+            roster.write_record(self.runs, record)
+        return found
+
+
+def _keys(what: str, scores: str | None) -> list[str]:
+    return [what, *([score_of(what, scores)] if scores else [])]

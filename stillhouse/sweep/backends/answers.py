@@ -1,0 +1,108 @@
+"""This file is where the API server's answers are read: refusals, and streams while they last."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import threading
+from collections.abc import Generator, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+Json = dict[str, Any]
+
+PIECE = 65536  # bytes
+
+
+class ApiError(Exception):
+    """The API server's final no. `status` is HTTP's, or 0 where nobody answered to the end."""
+
+    def __init__(self, status: int, reason: str, message: str) -> None:
+        super().__init__(f"{status} {reason}: {message}")
+        self.status, self.reason, self.message = status, reason, message
+
+
+class Gone(ApiError):
+    """410: the page or the watch asked for history that is no longer kept. List again."""
+
+
+@dataclass(frozen=True)
+class Watched:
+    """One line of a watch; a BOOKMARK's object has a resourceVersion and nothing else."""
+
+    kind: str  # ADDED MODIFIED DELETED BOOKMARK
+    object: Json
+
+
+def refusal(status: int, body: bytes) -> ApiError:
+    """What a Status object says, or whatever a proxy on the way wrote."""
+    try:
+        said = json.loads(body)
+        reason, message = str(said.get("reason", "")), str(said["message"])
+    except (ValueError, KeyError, TypeError, AttributeError):
+        reason, message = "", in_words(body.decode(errors="replace")) or "no explanation"
+    return (Gone if status == 410 else ApiError)(status, reason, message)
+
+
+def is_contention(no: ApiError) -> bool:
+    """A 409 that is not about the object: two writers met, at a quota for example."""
+    return no.status == 409 and no.reason == "Conflict" and "precondition" not in no.message
+
+
+def seconds(retry_after: str) -> float:
+    """What a Retry-After header asks for; 0 for a date, which no API server sends."""
+    return float(retry_after) if retry_after.isdigit() else 0.0
+
+
+def in_words(error: object) -> str:
+    """An error on one line: its cause where it has one, no addresses of Python objects."""
+    if isinstance(error, Exception) and error.args and isinstance(error.args[-1], Exception):
+        error = error.args[-1]
+    plain = re.sub(r"<[\w.]+ object at 0x[0-9a-f]+>:? ?|^\w+\([^()]*\): ", "", str(error))
+    return " ".join(plain.split())[:300]
+
+
+class Streams:
+    """The streams that are open, so that somebody else than their readers can end them."""
+
+    def __init__(self) -> None:
+        self._open: set[Any] = set()
+        self._lock = threading.Lock()
+
+    @contextlib.contextmanager
+    def kept(self, stream: Any) -> Generator[Any, None, None]:
+        with self._lock:
+            self._open.add(stream)
+        try:
+            yield stream
+        finally:
+            with self._lock:
+                self._open.discard(stream)
+            stream.close()
+
+    def end(self) -> None:
+        with self._lock:
+            for stream in self._open:
+                with contextlib.suppress(Exception):  # it ended while we looked
+                    (stream.abort if hasattr(stream, "abort") else stream.shutdown)()
+
+
+def chunks(answer: Any) -> Iterator[bytes]:
+    """A response's pieces as they come, until it ends or its connection does."""
+    from urllib3.exceptions import HTTPError
+
+    with contextlib.suppress(HTTPError, OSError, ValueError):
+        while chunk := answer.read1(PIECE):
+            yield chunk
+
+
+def lines(pieces: Iterator[bytes]) -> Iterator[bytes]:
+    """Whole lines of a stream that breaks anywhere; half a line at its end is dropped."""
+    begun: list[bytes] = []
+    for piece in pieces:
+        first, *others = piece.split(b"\n")
+        begun.append(first)
+        if others:
+            yield from filter(None, (b"".join(begun), *others[:-1]))
+            begun = [others[-1]]

@@ -1,0 +1,373 @@
+"""This file is where tasks run as Jobs of a cluster, and where their ends are kept before they go.
+
+    start ──► made, once (`making`) ──► Job ──► it ends ──► ledger ──► (a while) ──► deleted
+
+Any number of drivers do this at once, and each may die at any moment: all they know they read. What
+infrastructure broke, the cluster tries again; what would break again, it stops.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import time
+from collections import deque
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+from stillhouse.errors import AGAIN, DONE
+from stillhouse.rundir import Json
+from stillhouse.spec import suite_key
+from stillhouse.sweep.backends.cluster import Cluster
+from stillhouse.sweep.backends.making import KEEP_S, Maker, Work
+from stillhouse.sweep.bundle import bundle
+from stillhouse.sweep.drive import Finished, Task
+from stillhouse.sweep.facts import DELETED
+from stillhouse.sweep.grid import Sweep
+from stillhouse.sweep.ledger import Record, prepare_of, score_of, sweeps
+from stillhouse.sweep.plan import Action, Baseline, Observation, groups_of
+from stillhouse.sweep.reasons import CANNOT_START, End, by_age, end_of_pod, is_killed_by_memory
+from stillhouse.sweep.roster import Roster, baseline_rows
+from stillhouse.sweep.scene import ENDED, baselines_seen, keys_of
+from stillhouse.sweep.settle import attempts_patch, records_of
+from stillhouse.sweep.sight import Sight
+from stillhouse.sweep.views import JobView
+
+WRITERS = 16  # requests at once; more do not make an API server quicker
+LEFT_S = 300  # what a driver leaves behind is deleted so long after its end, by the cluster
+CANCEL_S = 10.0  # how often it is asked whether somebody cancelled the sweep
+BLOCKED_S = (
+    5.0  # how soon a Job is tried again that could not be made: its name or a quota is taken
+)
+RETRY_S = 20.0  # how often it is asked whether somebody wants what failed to be tried again
+PACE_S = 0.5  # between two turns over a large sweep: each plans all of its points anew
+LARGE = 200  # points
+PARTING_S = 30.0  # for the last requests of a driver that ends
+QUICKER = "another driver was quicker"
+
+
+@dataclass(frozen=True)
+class _Ended:
+    """A Job that ended, or is to end now."""
+
+    job: JobView
+    end: End | None  # None: complete
+    is_to_go: bool  # it would go on, or hold its slot for nothing
+
+
+class JobsBackend:
+    """The Jobs of one sweep's points. From one thread; `close` it in the end."""
+
+    has_fixed_packs = True
+
+    def __init__(
+        self,
+        sweep: Sweep,
+        rows: Roster,
+        cluster: Cluster,
+        sight: Sight | None = None,
+        writers: int = WRITERS,
+    ) -> None:
+        """`sight`: one that has just looked around this namespace, so that nobody looks twice."""
+        self.sweep, self.rows, self.cluster, self.site = sweep, rows, cluster, sweep.site
+        self.scores = suite_key(sweep.suite) if sweep.suite else None
+        self.code = bundle()
+        self.sight = sight or Sight(cluster, self.site.runs_claim, self.code.digest)
+        self.scene, self.ledger = self.sight.scene, self.sight.ledger
+        self.maker = Maker(sweep, cluster, self.ledger, self.code)
+        self.keep_s, self.retry_s, self.blocked_s = KEEP_S, RETRY_S, BLOCKED_S
+        self._groups = groups_of(sweep)
+        groups = dict.fromkeys(self._groups[id_] for id_ in rows.by_id)
+        self._prepares = {self.maker.steps.of(Action("prepare", g)).name: g for g in groups}
+        self._baselines = {row.directory.name: row for row in baseline_rows(sweep)}
+        self._pool = ThreadPoolExecutor(writers, thread_name_prefix="jobs")
+        self._live: dict[str, Work] = {}  # name of the Job -> what it does
+        self._settled: set[str] = set()  # uids of Jobs whose ends are in the ledger
+        self._stuck: dict[str, tuple[str, float]] = {}  # uid of a Job that cannot start -> since
+        self._told: dict[str, Json] = {}  # uid -> what was last written about its attempts
+        self._to_delete: deque[tuple[float, JobView]] = deque()
+        self._errands: list[Future[Any]] = []
+        self._changed: set[str] = set()
+        self._is_stopping = False
+        self._first_mark = self._mark = self._cancel_mark()
+        self._asked_at, self._must_ask = time.monotonic(), False
+        self._turned_at, self._reread_at = 0.0, time.monotonic()
+        self.sight.follow()
+        self._turn()
+
+    # --------------------------------------------------------------- how the points stand
+
+    def observe(self) -> dict[str, Observation]:
+        """The state of every point."""
+        return {row.id: self.look(row.id) for row in self.rows.rows}
+
+    def look(self, id_: str) -> Observation:
+        """The state of one point, as the cluster last told us."""
+        return self.scene.look(id_, self.scores)
+
+    def changed(self) -> set[str]:
+        """The points about which we were told something since this was last asked."""
+        changed, self._changed = self._changed, set()
+        return changed
+
+    def baselines(self) -> tuple[Baseline, ...]:
+        """The rows that no run trains."""
+        return baselines_seen(self.scene, self.sweep)
+
+    def prepared(self) -> dict[str, bool]:
+        """The groups whose pair is in the cache. Who failed at it before is asked again."""
+        found: dict[str, bool] = {}
+        for name, group in self._prepares.items():
+            job = self.scene.job(name)
+            is_complete = job is not None and job.state == "complete"
+            if is_complete or self.scene.is_done(prepare_of(name.rpartition("-")[2])):
+                found[group] = True
+        return found
+
+    def is_cancelled(self, since: float) -> bool:
+        """Whether somebody cancelled the sweep since this was made (clocks may differ)."""
+        if self._must_ask or time.monotonic() - self._asked_at >= CANCEL_S:
+            self._mark, self._must_ask = self._cancel_mark(), False
+            self._asked_at = time.monotonic()
+        return self._mark != self._first_mark
+
+    def _cancel_mark(self) -> float | None:
+        return next((mark.cancelled for mark in sweeps(self.cluster, self.sweep.name)), None)
+
+    def live(self) -> list[Action]:
+        """What is at work or waits in the cluster, whoever sent it."""
+        return [] if self._is_stopping else [work.action for work in self._live.values()]
+
+    # ----------------------------------------------------------------------------- starting
+
+    def start(self, task: Task) -> None:
+        """Have a Job made for a task; returns at once."""
+        work = self.maker.work(task.action)
+        self._live[work.name] = work
+        self.maker.send_code()
+        self._submit(work)
+
+    def _submit(self, work: Work) -> None:
+        work.making = self._pool.submit(self.maker.make, work)
+        work.making.add_done_callback(lambda _: self.scene.touch(work.name))
+
+    # ------------------------------------------------------------------------------ waiting
+
+    def wait(self, timeout_s: float) -> list[Finished]:
+        """The tasks that ended, as soon as one does; none when the time is over."""
+        if self._is_stopping:
+            return []
+        if len(self.rows.rows) > LARGE:
+            time.sleep(max(0.0, self._turned_at + PACE_S - time.monotonic()))
+        self.sight.wait(timeout_s)
+        return self._turn()
+
+    def _turn(self) -> list[Finished]:
+        """Take in all that happened, keep what is to be kept, and say what ended."""
+        self._turned_at = time.monotonic()
+        touched = self.scene.touched()
+        self._changed |= {id_ for ids in touched.values() for id_ in ids} & self.rows.by_id.keys()
+        names = touched.keys() | {name for name, _ in self._stuck.values()}
+        self._run_errands()
+        self._reread_failures()
+        finished = self._take_made()
+        ended: list[_Ended] = []
+        for name in names:
+            ended += self._look_at(name, finished)
+        self._try_again()
+        self._keep(ended)
+        for one in ended:
+            work = self._live.get(one.job.name)
+            if work is not None and work.uid == one.job.uid:
+                del self._live[one.job.name]
+                code, cause = (one.end.code, one.end.cause) if one.end else (DONE, None)
+                finished.append(Finished(work.action, code, cause, _took(one.job)))
+        return finished
+
+    def _take_made(self) -> list[Finished]:
+        """What became of the Jobs that were being made."""
+        finished: list[Finished] = []
+        for work in [w for w in self._live.values() if w.making is not None]:
+            if work.making is None or not work.making.done():
+                continue
+            made, work.making = work.making.result(), None
+            if made.blocked_by is not None:
+                work.again_at = time.monotonic() + self.blocked_s
+            elif made.uid is None:
+                del self._live[work.name]
+                finished.append(self._told_by_ledger(work, QUICKER))
+            else:
+                work.uid, work.step = made.uid, None
+        return finished
+
+    def _try_again(self) -> None:
+        """Have Jobs made that could not be made before."""
+        for work in [w for w in self._live.values() if w.making is None and w.uid is None]:
+            if work.again_at <= time.monotonic():
+                self._submit(work)
+
+    def _look_at(self, name: str, finished: list[Finished]) -> list[_Ended]:
+        """Take in what is new about a Job; it, where it ended."""
+        job, work = self.scene.job(name), self._live.get(name)
+        if work is not None and work.making is not None:
+            return []  # looked at again when it is made
+        if job is None:
+            return self._look_at_none(work, finished) if work is not None else []
+        if work is not None and work.uid is None:
+            work.again_at = 0.0  # what was in its way may be gone
+            return []
+        action = self._action_of(job)
+        if action is None or (work is None and job.uid in self._settled):
+            return []
+        if work is not None:
+            work.uid = job.uid
+        elif job.state == "live" and not job.is_deleting:
+            self._live[name] = Work(action, name, keys_of(job), uid=job.uid)
+        self._must_ask |= job.is_deleting
+        if job.state == "live":
+            return self._tend(job)
+        return [self._ended(job)]
+
+    def _ended(self, job: JobView) -> _Ended:
+        """A Job that ended by itself."""
+        if job.state == "complete":
+            return _Ended(job, None, is_to_go=False)
+        if not any(pod.is_over for pod in self.scene.pods_of(job)):
+            self.sight.read_pods(job)  # they were told us on another way, which may be slower
+        return _Ended(job, self.scene.how(job), is_to_go=False)
+
+    def _look_at_none(self, work: Work, finished: list[Finished]) -> list[_Ended]:
+        """A Job of ours is not there: not yet, or no more."""
+        if work.uid is None:
+            work.again_at = 0.0  # what was in its way is gone
+            return []
+        last = self.scene.gone(work.uid)
+        if last is None:
+            return []  # made just now: we are told of it any moment
+        self._must_ask = True
+        if last.state != "live":
+            return [self._ended(last)]
+        self.ledger.refresh(work.keys, 0.0)
+        del self._live[work.name]
+        finished.append(self._told_by_ledger(work, DELETED))
+        return []
+
+    def _told_by_ledger(self, work: Work, otherwise: str) -> Finished:
+        """How a task ended that somebody else saw to the end."""
+        records = [self.ledger.get(key) for key in work.keys]
+        if all(record is not None and record.state == "done" for record in records):
+            return Finished(work.action, DONE, None, 0.0)
+        for record in records:
+            if record is not None and record.state in ENDED:
+                return Finished(work.action, record.code, record.cause, 0.0)
+        return Finished(work.action, AGAIN, otherwise, 0.0)
+
+    def _tend(self, job: JobView) -> list[_Ended]:
+        """Keep what attempts of a live Job left; the Job, where it is not to go on."""
+        pods = self.scene.pods_of(job)
+        patch = attempts_patch(job, pods)
+        if patch is not None and self._told.get(job.uid) != patch:
+            self._told[job.uid] = patch
+            self._errands.append(self._pool.submit(self.cluster.patch, "jobs", job.name, patch))
+        killed = next((pod for pod in reversed(by_age(pods)) if is_killed_by_memory(pod)), None)
+        if killed is not None and not job.is_deleting:
+            return [_Ended(job, end_of_pod(killed), is_to_go=True)]
+        reason = self.scene.why(job)
+        if reason is None or not reason.cannot_start or job.is_deleting:
+            self._stuck.pop(job.uid, None)
+            return []
+        _, since = self._stuck.setdefault(job.uid, (job.name, time.monotonic()))
+        if time.monotonic() - since < self.site.patience_s:
+            return []
+        return [_Ended(job, End(CANNOT_START, f"cannot start: {reason.words}"), is_to_go=True)]
+
+    # ------------------------------------------------------------------------------- keeping
+
+    def _keep(self, ended: Sequence[_Ended]) -> None:
+        """Write how Jobs ended, and only then let go of what is not needed any more."""
+        records: dict[str, Record] = {}
+        for one in ended:
+            records |= records_of(one.job, self.scene, time.time(), one.end)
+        if records:
+            self.ledger.write(records)
+        for one in ended:
+            self._settled.add(one.job.uid)
+            self._stuck.pop(one.job.uid, None)
+            if one.is_to_go:
+                self.scene.condemn(one.job)
+                self._delete(one.job)
+            elif one.end is None:
+                self._to_delete.append((time.monotonic() + self.keep_s, one.job))
+
+    def _reread_failures(self) -> None:
+        """See whether `stillhouse retry` took back that something failed: no Job tells us."""
+        if time.monotonic() - self._reread_at < self.retry_s:
+            return
+        self._reread_at = time.monotonic()
+        whats = [*self.rows.by_id, *self._baselines]
+        keys = {*whats, *(score_of(what, self.scores) for what in whats if self.scores)}
+        failed = [key for key in keys if _has_failed(self.ledger.get(key))]
+        changed = self.ledger.refresh(failed, self.retry_s / 2)
+        self._changed |= {key.partition(".")[0] for key in changed} & self.rows.by_id.keys()
+
+    def _run_errands(self) -> None:
+        """Delete what is due; raise what went wrong with a request that nobody waited for."""
+        while self._to_delete and self._to_delete[0][0] <= time.monotonic():
+            self._delete(self._to_delete.popleft()[1])
+        for errand in [errand for errand in self._errands if errand.done()]:
+            self._errands.remove(errand)
+            errand.result()
+
+    def _delete(self, job: JobView) -> None:
+        self._errands.append(self._pool.submit(self._deleted, job))
+
+    def _deleted(self, job: JobView) -> None:
+        # What runs stays until its pod is gone: no two pods write one run directory.
+        is_live = job.state == "live"
+        self.cluster.delete("jobs", job.name, job.uid, foreground=is_live)
+
+    def _action_of(self, job: JobView) -> Action | None:
+        """What a Job does for our points; None where it does nothing for them."""
+        if job.kind == "prepare":
+            group = self._prepares.get(job.name)
+            return Action("prepare", group) if group else None
+        points = tuple(id_ for id_ in job.points if id_ in self.rows.by_id)
+        if job.kind == "train":
+            return Action("train", self._groups[points[0]], points) if points else None
+        if job.kind != "eval" or job.scores != self.scores:
+            return None
+        rows = [self._baselines[name] for name in job.baselines if name in self._baselines]
+        if not points and not rows:
+            return None
+        group = self._groups[points[0] if points else rows[0].points[0]]
+        return Action("eval", group, points, tuple(row.directory for row in rows))
+
+    # -------------------------------------------------------------------------------- ending
+
+    def stop(self) -> None:
+        """Leave: Jobs go on without us, and what was not sent yet is not sent."""
+        self._is_stopping = True
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def kill(self) -> None:
+        """The same: nothing of ours runs here."""
+        self.stop()
+
+    def close(self) -> None:
+        """End all threads; what is done and still there, the cluster is asked to delete soon."""
+        if not self._is_stopping:
+            for _, job in self._to_delete:
+                soon: Json = {"spec": {"ttlSecondsAfterFinished": LEFT_S}}
+                self._errands.append(self._pool.submit(self.cluster.patch, "jobs", job.name, soon))
+            concurrent.futures.wait(self._errands, PARTING_S)
+            self.stop()
+        self.sight.close()
+
+
+def _has_failed(record: Record | None) -> bool:
+    return record is not None and record.state in ENDED
+
+
+def _took(job: JobView) -> float:
+    return max(0.0, job.ended - job.started) if job.ended and job.started else 0.0

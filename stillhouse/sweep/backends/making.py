@@ -1,0 +1,158 @@
+"""This file is where a Job is made, once, however many drivers want it and whenever they die.
+
+    does the ledger know its end? ─ yes ─► nothing is made
+      no ─► create ─ 409: there is one ─► that one is taken over
+
+A Job's name follows from its content, so while it is there a second create is told so. It stays at
+least KEEP_S after its end stands in the ledger (`jobs`), and is made by nobody who has not read the
+ledger in the last LOOK_VALID_S. So whoever would make it again has read of its end, or meets it.
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import Future
+from dataclasses import dataclass
+
+from stillhouse.errors import ConfigError, ContractError
+from stillhouse.rundir import Json
+from stillhouse.sweep.backends.cluster import ApiError, Cluster
+from stillhouse.sweep.bundle import Bundle
+from stillhouse.sweep.grid import Sweep
+from stillhouse.sweep.ledger import Ledger, Record, prepare_of, score_of
+from stillhouse.sweep.manifest import HASH_DIGITS, render, to_yaml
+from stillhouse.sweep.plan import Action
+from stillhouse.sweep.steps import Step, Steps
+from stillhouse.sweep.views import OURS, PART_OF, JobView, job_view
+
+LOOK_VALID_S = 5.0
+KEEP_S = 15.0
+
+
+@dataclass(frozen=True)
+class Made:
+    """What became of an attempt to make a Job."""
+
+    uid: str | None = None  # None: there is none of ours
+    blocked_by: str | None = None  # why there is none yet: it is to be tried again later
+
+
+@dataclass(eq=False)
+class Work:
+    """An action, and the Job that does it."""
+
+    action: Action
+    name: str  # of the Job
+    keys: tuple[str, ...]  # what the ledger calls it
+    seen: tuple[Record | None, ...] = ()  # what the ledger said when it was decided
+    step: Step | None = None  # None: the Job was found, not made
+    uid: str | None = None  # None: no Job yet
+    making: Future[Made] | None = None
+    again_at: float = 0.0  # when to try again, where it could not be made
+
+
+class Maker:
+    """Makes the Jobs of one sweep. `make` may be called from several threads."""
+
+    def __init__(self, sweep: Sweep, cluster: Cluster, ledger: Ledger, code: Bundle) -> None:
+        self.sweep, self.cluster, self.ledger, self.code = sweep, cluster, ledger, code
+        self.steps = Steps(sweep)
+        self.look_valid_s = LOOK_VALID_S
+        self._is_code_there = False
+
+    def work(self, action: Action) -> Work:
+        """What is to be made for an action, as things stand."""
+        step = self.steps.of(action)
+        keys = _keys(action, step)
+        return Work(action, step.name, keys, tuple(map(self.ledger.get, keys)), step)
+
+    def send_code(self) -> None:
+        """Send the code, once, before the first Job that needs it."""
+        if self._is_code_there:
+            return
+        try:
+            self.cluster.create("configmaps", self.code.manifest)
+        except ApiError as error:
+            if error.status != 409:  # it is there, and immutable
+                raise
+        self._is_code_there = True
+
+    def make(self, work: Work) -> Made:
+        """Make a Job if its end is not known by now, or take over the one that is there.
+
+        Raises:
+            ConfigError: a Job of that name is not ours.
+            ContractError: it is about something else.
+            ApiError: the cluster refuses it.
+        """
+        step = work.step or self.steps.of(work.action)
+        body = to_yaml(render(step, self.sweep.site, self.code.key))
+        within_s = self.look_valid_s
+        while self._is_wanted(work, within_s):
+            made = self._create(work, body)
+            if isinstance(made, Made):
+                return made
+            there = self.cluster.read("jobs", work.name)
+            if there is None and made.status == 403:
+                return Made(blocked_by=made.message)  # a quota is full; others may leave room
+            if there is not None:
+                job = ours(there, step)
+                if job.is_deleting:
+                    return Made(blocked_by=f"Job {job.name} is still being deleted")
+                if job.kind != "prepare" or job.state != "failed":
+                    return Made(job.uid)
+                self.cluster.delete("jobs", job.name, job.uid)  # a pair is tried again when asked
+            within_s = 0.0
+        return Made()
+
+    def _create(self, work: Work, body: bytes) -> Made | ApiError:
+        """The Job that was made; or why not: its name is taken (409), a quota is full (403)."""
+        try:
+            # However long an attempt was in the making: the next one is of somebody who looked.
+            job = self.cluster.create(
+                "jobs", body, still=lambda: self._is_wanted(work, self.look_valid_s)
+            )
+        except ApiError as error:
+            if error.status == 0:
+                return Made()  # it is not wanted any more
+            # A full quota is said before it is seen that the name is taken.
+            if error.status == 409 or (error.status == 403 and "exceeded quota" in error.message):
+                return error
+            raise
+        return Made(job["metadata"]["uid"])
+
+    def _is_wanted(self, work: Work, within_s: float) -> bool:
+        """Whether a task is still to be done, and the ledger says what it said when we decided."""
+        self.ledger.refresh(work.keys, within_s)
+        now = tuple(map(self.ledger.get, work.keys))
+        return now == work.seen and not all(r is not None and r.state == "done" for r in now)
+
+
+def _keys(action: Action, step: Step) -> tuple[str, ...]:
+    if action.kind == "train":
+        return action.points
+    if action.kind == "prepare":
+        return (prepare_of(step.id),)
+    assert step.scores is not None
+    return tuple(score_of(what, step.scores) for what in (*step.points, *step.baselines))
+
+
+def ours(there: Json, step: Step) -> JobView:
+    """A Job that has the name of a step, if it is that step's.
+
+    Raises:
+        ConfigError: it is not ours.
+        ContractError: it is about something else.
+    """
+    labels: dict[str, str] = there["metadata"].get("labels") or {}
+    job = job_view(there)
+    if labels.get(PART_OF) != OURS or not job.hash:
+        raise ConfigError(
+            f"Job {job.name} is there and is not ours; delete or rename it"
+            f" (kubectl describe job {job.name}), then run again"
+        )
+    if job.hash != step.hash[:HASH_DIGITS]:
+        raise ContractError(
+            f"Job {job.name} is there with another content (hash {job.hash[:12]}, this is"
+            f" {step.hash[:12]}): drift. `kubectl delete job {job.name}`, then run again"
+        )
+    return job

@@ -1,0 +1,173 @@
+"""This file is where the code becomes one immutable ConfigMap, named by what is in it.
+
+Pods run what was submitted, whatever their image holds and whatever changes here while they wait:
+
+    code.tar.gz    stillhouse/ conf/ k8s/ train.py eval.py    pod.py    process 1, which unpacks it
+
+The name has two digests: of the sources (`code_identity`, which says whether a point was begun by
+other code) and of all that travels, because another `conf/` is another bundle of the same code.
+"""
+
+from __future__ import annotations
+
+import base64
+import functools
+import gzip
+import hashlib
+import io
+import tarfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from stillhouse.compose import conf_dir
+from stillhouse.errors import ConfigError
+from stillhouse.rundir import Json, code_identity
+from stillhouse.sweep import secrets
+from stillhouse.sweep.manifest import k8s_dir, label_value
+
+MAX_BYTES = 2**20 - 4096  # a ConfigMap holds 1 MiB, its keys and labels included
+SHOWN = 3  # of the largest files, where it is too much
+KEY_DIGITS = 8
+# The checkout's train.py and eval.py, which an installed package does not bring.
+DOORS = {
+    "train.py": '''"""Train one point: `python train.py --pair tiny --lmbda 0.5`, or `accelerate \
+launch train.py …`."""
+
+import sys
+
+from stillhouse.doors import train_main
+
+if __name__ == "__main__":
+    sys.exit(train_main(sys.argv[1:]))
+''',
+    "eval.py": '''"""Score adapters and baselines: `python eval.py --pair tiny --suite tiny \
+--lora-paths runs/`."""
+
+import sys
+
+from stillhouse.doors import eval_main
+
+if __name__ == "__main__":
+    sys.exit(eval_main(sys.argv[1:]))
+''',
+}
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """The code as it travels."""
+
+    digest: str  # of the sources, as code_identity has it
+    key: str  # <digest>-<eight digits of all that travels>: what `manifest.render` is given
+    manifest: Json
+
+
+@functools.cache
+def bundle() -> Bundle:
+    """The code of this process, from a checkout or from an installed package.
+
+    Raises:
+        ConfigError: the sources changed since this process began, conf/ holds a secret, or it is
+            more than a ConfigMap can take.
+    """
+    files = _files()
+    digest = _digest(files)
+    if digest != code_identity()["digest"]:
+        raise ConfigError(
+            "stillhouse/ changed while this command ran, so what would be sent is not what was"
+            " checked; run it again"
+        )
+    for path, data in files.items():
+        if path.startswith("conf/"):
+            _refuse_secrets(path, data)
+    archive = _archive(files)
+    packed = gzip.compress(archive, compresslevel=9, mtime=0)
+    process_1 = files["stillhouse/pod.py"].decode()
+    if len(packed) + len(process_1) > MAX_BYTES:
+        largest = sorted(files, key=lambda path: -len(files[path]))[:SHOWN]
+        raise ConfigError(
+            f"the code is {len(packed) / 2**20:.2f} MiB when packed, and a ConfigMap holds 1 MiB;"
+            f" the largest files are {', '.join(largest)}"
+        )
+    key = f"{digest}-{hashlib.sha256(archive).hexdigest()[:KEY_DIGITS]}"
+    labels = {"stillhouse/kind": "code", "stillhouse/code": digest}
+    manifest = _config_map(f"stillhouse-code-{key}", labels) | {
+        "data": {"pod.py": process_1},
+        "binaryData": {"code.tar.gz": base64.b64encode(packed).decode()},
+    }
+    return Bundle(digest, key, manifest)
+
+
+def sweep_file(name: str, sweep: str, file: str, content: bytes) -> Json:
+    """The ConfigMap that brings a sweep's file to its driver.
+
+    `name`: `Step.sweep_file`; `sweep`: the sweep's name; `file`: the file's, without directories.
+
+    Raises:
+        ConfigError: the file holds a secret.
+    """
+    _refuse_secrets(file, content)
+    labels = {"stillhouse/kind": "sweep-file", "stillhouse/sweep": label_value(sweep)}
+    return _config_map(name, labels) | {"data": {file: content.decode()}}
+
+
+def _config_map(name: str, labels: Mapping[str, str]) -> Json:
+    ours = {f"app.kubernetes.io/{key}": "stillhouse" for key in ("name", "part-of", "managed-by")}
+    return {
+        "apiVersion": "v1",
+        "kind": "ConfigMap",
+        "metadata": {"name": name, "labels": ours | dict(labels)},
+        "immutable": True,
+    }
+
+
+def _files() -> dict[str, bytes]:
+    """All that travels, by its path in the archive."""
+    package = Path(__file__).parent.parent
+    carried = {package / "conf", package / "k8s"}  # an installed package has them inside
+    files = {name: text.encode() for name, text in DOORS.items()}
+    for top, folder in (("stillhouse", package), ("conf", conf_dir()), ("k8s", k8s_dir())):
+        for path in sorted(folder.rglob("*")):
+            inside = path.relative_to(folder)
+            hidden = any(part.startswith((".", "__pycache__")) for part in inside.parts)
+            if (
+                path.is_file()
+                and not hidden
+                and not (top == "stillhouse" and carried & {*path.parents})
+            ):
+                files[f"{top}/{inside.as_posix()}"] = path.read_bytes()
+    return files
+
+
+def _digest(files: Mapping[str, bytes]) -> str:
+    """What code_identity would say of these sources."""
+    sources = sorted(Path(path).relative_to("stillhouse") for path in files if _is_source(path))
+    hasher = hashlib.sha256()
+    for source in sources:
+        hasher.update(f"{source}\n".encode() + files[f"stillhouse/{source.as_posix()}"])
+    return hasher.hexdigest()[:16]
+
+
+def _is_source(path: str) -> bool:
+    return path.startswith("stillhouse/") and path.endswith(".py")
+
+
+def _archive(files: Mapping[str, bytes]) -> bytes:
+    """A tar that depends on the names and bytes alone: no owner, no time, no order of a disk."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as archive:
+        for path in sorted(files):
+            member = tarfile.TarInfo(path)
+            member.size = len(files[path])
+            member.mode = 0o644
+            archive.addfile(member, io.BytesIO(files[path]))
+    return buffer.getvalue()
+
+
+def _refuse_secrets(path: str, data: bytes) -> None:
+    lines = data.decode(errors="replace").splitlines()
+    for number, line in enumerate(lines, start=1):
+        name, _, value = line.partition(":")
+        if not name.lstrip().startswith("#"):
+            secrets.refuse(value.strip(), name.strip(), f"{path}, line {number}")

@@ -1,0 +1,160 @@
+"""This file is where what was typed behind a verb is kept, and what it is about is found.
+
+A target is a sweep file, or the name of something that was started before. With a cluster, words
+about the site (`namespace=lab`, `site=kueue`) may stand behind a name, too: they say where to look.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from stillhouse.compose import Overrides, from_command_line
+from stillhouse.errors import ConfigError, nearest
+from stillhouse.spec import SiteSpec, TrainSpec, to_plain
+from stillhouse.sweep import roster
+from stillhouse.sweep.away import Away
+from stillhouse.sweep.grid import Sweep, load_sweep
+from stillhouse.sweep.ground import Ground, Here
+from stillhouse.sweep.roster import Roster, Row, roster_of
+from stillhouse.sweep.site import CLUSTER, away_words, site_of
+
+DEFAULT_RUNS = Path("runs")
+BACKENDS = ("local", "cluster")
+
+
+@dataclass(frozen=True)
+class Call:
+    """What was typed behind a verb."""
+
+    target: str | None = None
+    words: tuple[str, ...] = ()
+    points: tuple[str, ...] = ()
+    backend: str = "local"
+    runs: Path = DEFAULT_RUNS
+    is_json: bool = False
+    is_new_code: bool = False
+    is_detached: bool = False
+    follows: bool = False
+    shows_all: bool = False
+    shows_cost: bool = False
+    where: str | None = None
+    cause: str | None = None
+    adapters: bool = False
+
+    def __post_init__(self) -> None:
+        if self.backend not in BACKENDS:
+            there_is = " and ".join(BACKENDS)
+            raise ConfigError(
+                f"--backend {self.backend}: there is {there_is}.{nearest(self.backend, BACKENDS)}"
+            )
+
+    @functools.cached_property
+    def is_about_all(self) -> bool:
+        """Whether no target is named, only, perhaps, where to look."""
+        return self.target is None and (not self.words or _of_site(self.words) is not None)
+
+    @property
+    def is_file(self) -> bool:
+        """Whether a sweep file, or a grid that was typed, is meant; else a name."""
+        target = self.target
+        return (target is None and not self.is_about_all) or (
+            target is not None and (target.endswith((".yaml", ".yml")) or Path(target).is_file())
+        )
+
+    @functools.cached_property
+    def _sweep(self) -> Sweep:
+        return load_sweep(self.target, list(self.words), self.runs, self.backend)
+
+    def sweep(self) -> Sweep:
+        """The sweep that a file and the words describe.
+
+        Raises:
+            ConfigError: whatever cannot be right in them.
+        """
+        return self._sweep
+
+    @functools.cached_property
+    def site(self) -> SiteSpec:
+        """Where to look: what the sweep file or the words say, or else conf/site/cluster.yaml."""
+        return self.sweep().site if self.is_file else site_of(_of_site_only(self))
+
+    @functools.cached_property
+    def ground(self) -> Ground:
+        """The place that is asked.
+
+        Raises:
+            ConfigError: there is no way to the cluster.
+        """
+        return Away(self.site, self.runs) if self.backend == CLUSTER else Here(self.runs)
+
+    @property
+    def away(self) -> Away:
+        """The cluster, for what can only be asked of one.
+
+        Raises:
+            ConfigError: this machine is meant; or as `ground`.
+        """
+        if not isinstance(self.ground, Away):
+            raise ConfigError("that is done in a cluster: say --backend cluster")
+        return self.ground
+
+    def find(self) -> Roster:
+        """The points that a verb which looks or mends is about."""
+        if self.is_file:
+            found = roster_of(self.sweep())
+        elif self.target is None:
+            known = ", ".join(self.ground.names()) or "none yet"
+            raise ConfigError(f"which sweep? A file, a sweep ({known}), a run's name or id")
+        else:
+            _of_site_only(self)
+            found = self.ground.find(self.target)
+        return roster.narrowed(found, self.points)
+
+    def knobs(self, row: Row) -> dict[str, Any]:
+        """What is known of a point's knobs: all, where the sweep file is at hand; else the axes."""
+        if not self.is_file:
+            return row.overrides
+        spec = to_plain(self._specs[row.id].spec)
+        return {k: v for section in spec.values() for k, v in section.items()} | row.overrides
+
+    @functools.cached_property
+    def _specs(self) -> dict[str, Any]:
+        return {point.id: point for point in self.sweep().points}
+
+    def command(self, verb: str, target: str) -> str:
+        """A command to tell the reader about, with the options that find these runs."""
+        runs = "" if self.runs == DEFAULT_RUNS else f" --runs {self.runs}"
+        there = f" {away_words(self.site)}" if self.backend == CLUSTER else ""
+        return f"stillhouse {verb} {target}{runs}{there}"
+
+
+def _of_site(words: tuple[str, ...]) -> Overrides | None:
+    """What the words set, if that is only where to look."""
+    try:
+        overrides = from_command_line(list(words), TrainSpec)
+    except ConfigError:  # an axis, or a slip: whoever reads the sweep says which
+        return None
+    keys = (*overrides.groups, *overrides.values)
+    return overrides if all(key.partition(".")[0] == "site" for key in keys) else None
+
+
+def _of_site_only(call: Call) -> Overrides:
+    """The words behind a name, which can only say where to look.
+
+    Raises:
+        ConfigError: they say more.
+    """
+    if not call.words:
+        return Overrides({}, {})
+    if call.backend == CLUSTER:
+        from_command_line(list(call.words), TrainSpec)  # says what is no knob at all
+        overrides = _of_site(call.words)
+        if overrides is not None:
+            return overrides
+    raise ConfigError(
+        f"{' '.join(call.words)}: {call.target} names what was asked already; words change a"
+        " sweep file, or are a grid by themselves"
+    )

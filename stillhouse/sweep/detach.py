@@ -1,0 +1,61 @@
+"""This file is where the loop over a sweep is left in the cluster: the same `run`, in a Job."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from stillhouse.rundir import Json
+from stillhouse.sweep.backends.cluster import ApiError, Cluster
+from stillhouse.sweep.bundle import bundle, sweep_file
+from stillhouse.sweep.grid import Sweep
+from stillhouse.sweep.manifest import render, to_yaml
+from stillhouse.sweep.site import away_words
+from stillhouse.sweep.steps import drive_step
+from stillhouse.sweep.views import job_view
+
+
+def detach(cluster: Cluster, sweep: Sweep, options: Sequence[str]) -> list[str]:
+    """Send the driver of a sweep, or find the one that is at work; what there is to say about it.
+
+    Raises:
+        ConfigError: the sweep's file cannot travel.
+    """
+    content = Path(sweep.file).read_bytes() if sweep.file else None
+    step = drive_step(sweep, content, options)
+    there = cluster.read("jobs", step.name)
+    said = "sent"
+    if there is not None:
+        job = job_view(there)
+        if job.state == "live" and not job.is_deleting:
+            return _how_to_follow(sweep, step.name, f"driver {step.name} is at work already")
+        cluster.delete("jobs", job.name, job.uid)  # it came to its end; there is more to do now
+        said = f"sent again (the last one ended: {job.state})"
+    code = bundle()
+    create(cluster, "configmaps", code.manifest)
+    if content is not None and step.sweep_file is not None and sweep.file is not None:
+        file = sweep_file(step.sweep_file, sweep.name, Path(sweep.file).name, content)
+        create(cluster, "configmaps", file)
+    create(cluster, "jobs", to_yaml(render(step, sweep.site, code.key)))
+    return _how_to_follow(sweep, step.name, f"driver {step.name}: {said}")
+
+
+def create(cluster: Cluster, resource: str, body: bytes | Json) -> bool:
+    """Create what is named by its content; False where it is there already."""
+    try:
+        cluster.create(resource, body)
+    except ApiError as error:
+        if error.status != 409:
+            raise
+        return False
+    return True
+
+
+def _how_to_follow(sweep: Sweep, driver: str, said: str) -> list[str]:
+    there = away_words(sweep.site)
+    return [
+        f"{said}; this machine is not needed any more",
+        f"  follow  stillhouse logs {driver} -f {there}",
+        f"  read    stillhouse status {sweep.name} {there}",
+        f"  cancel  stillhouse cancel {sweep.name} {there}",
+    ]

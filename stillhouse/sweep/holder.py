@@ -1,0 +1,163 @@
+"""This file is where a pod gets the volume of runs, so that files of it can be asked for by `exec`.
+
+It is a Job that waits, takes no device and writes nothing; it is deleted when the asking ends, and
+ends by itself where nobody could (`steps.COLLECT_S`).
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import TracebackType
+
+from stillhouse.errors import ConfigError, Interrupted
+from stillhouse.parcel import pack, receive
+from stillhouse.rundir import Json
+from stillhouse.spec import SiteSpec
+from stillhouse.sweep.backends.cluster import ApiError, Cluster
+from stillhouse.sweep.bundle import bundle
+from stillhouse.sweep.manifest import image_problem, render, to_yaml
+from stillhouse.sweep.reasons import by_age, how_it_failed, why_waiting
+from stillhouse.sweep.steps import RUNS, collect_step
+from stillhouse.sweep.views import Note, PodView, job_view, note, pod_view
+
+TRIES = 4  # of one request in a row
+HOPELESS_S = 30.0  # what waiting does not mend may be a kubelet's first try, and pass
+LOOK_S = 5.0  # how often a pod that does not start is looked at, without news of it
+
+Say = Callable[[str], None]
+
+
+class Holder:
+    """A Job whose pod has the volume of runs, for as long as this block lasts."""
+
+    def __init__(self, cluster: Cluster, site: SiteSpec, sweep: str, say: Say) -> None:
+        self.cluster, self.site, self.sweep, self.say = cluster, site, sweep, say
+        self._name = ""  # of the Job; '' while there is none
+        self._count = 0
+
+    def __enter__(self) -> Holder:
+        problem = image_problem(self.site)
+        if problem:
+            raise ConfigError(problem)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._remove()
+        if isinstance(error, KeyboardInterrupt):
+            raise Interrupted("asked to stop; what came stays, the same command goes on") from error
+        if isinstance(error, ApiError) and error.status == 403:
+            raise ConfigError(
+                f"{error.message}. The Roles stillhouse-launcher and stillhouse-collector of"
+                " k8s/access.yaml allow it: have them bound to you"
+            ) from error
+
+    def ask(self, request: Json, stage: Path) -> Json:
+        """Have a request answered into the empty directory `stage`; the manifest of what came."""
+        command = ["python", "/bundle/pod.py", "send", "--", pack({"runs": RUNS, **request})]
+        for turn in range(1, TRIES + 1):
+            shutil.rmtree(stage, ignore_errors=True)
+            stage.mkdir(parents=True)
+            try:
+                return receive(self.cluster.exec(self._pod(), command), stage)
+            except (ValueError, ApiError) as error:
+                if isinstance(error, ApiError) and error.status == 403:
+                    raise
+                if turn == TRIES:
+                    raise Interrupted(
+                        f"{TRIES} times in a row nothing whole came ({error}); what came before"
+                        " stays, the same command goes on"
+                    ) from error
+                self.say(f"sending broke, asked again: {error}")
+                self.cluster.stop.wait(self.cluster.first_delay_s * 4**turn)
+        raise AssertionError("the last turn returns or raises")
+
+    def _pod(self) -> str:
+        """The name of a pod that runs; waits for it.
+
+        Raises:
+            ConfigError: it cannot start, in the cluster's words made plain.
+        """
+        said, began, hopeful = "", time.monotonic(), time.monotonic()
+        while True:
+            job = job_view(self._found_job())
+            pods, version = self._pods()
+            running = [p for p in pods if p.started and not p.is_over and not p.is_deleting]
+            if running:
+                return running[-1].name
+            if job.state == "complete":  # nobody asked for too long: this machine slept, say
+                self._remove()
+                continue
+            if job.state == "failed":
+                cause = how_it_failed(job, pods).cause
+                raise ConfigError(f"the pod that was to send the files ended: {cause}")
+            reason = why_waiting(job, pods, None, self._notes(pods))
+            now = time.monotonic()
+            hopeful = hopeful if reason.cannot_start else now
+            left = min(began + self.site.patience_s, hopeful + HOPELESS_S) - now
+            if left <= 0:
+                raise ConfigError(
+                    f"the pod that is to send the files does not start: {reason.words}"
+                )
+            if reason.words != said:
+                said = reason.words
+                self.say(f"waiting for a pod that has the runs: {said}")
+            # Any news of a pod will do: the next turn reads what it is.
+            next(self.cluster.watch("pods", self._selector, version, min(LOOK_S, left)), None)
+
+    def _found_job(self) -> Json:
+        """The Job as it is now; a new one where there is none."""
+        job = self.cluster.read("jobs", self._name) if self._name else None
+        if job is not None and "deletionTimestamp" not in job["metadata"]:
+            return job
+        self._count += 1
+        if self._count > TRIES:
+            raise Interrupted(f"its Job {self._name} was deleted again and again; run it again")
+        code = bundle()
+        self._create("configmaps", code.manifest)
+        key = f"{socket.gethostname()} {os.getpid()} {time.time_ns()} {self._count}"
+        step = collect_step(self.sweep, key)
+        self._name = step.name
+        self._create("jobs", to_yaml(render(step, self.site, code.key)))
+        return self._found_job()
+
+    @property
+    def _selector(self) -> str:
+        return f"batch.kubernetes.io/job-name={self._name}"
+
+    def _create(self, resource: str, body: bytes | Json) -> None:
+        try:
+            self.cluster.create(resource, body)
+        except ApiError as error:
+            if error.status != 409:  # it is there: of this content, or of this very name
+                raise
+
+    def _pods(self) -> tuple[list[PodView], str]:
+        """The pods of the Job, oldest first, and the version of the world in which they are so."""
+        found: list[PodView] = []
+        version = ""
+        for items, at in self.cluster.pages("pods", self._selector):
+            found += [pod_view(item) for item in items]
+            version = at
+        return by_age(found), version
+
+    def _notes(self, pods: Sequence[PodView]) -> list[Note]:
+        """What the cluster said of the Job and its pods."""
+        names = {self._name, *(pod.name for pod in pods)}
+        pages = self.cluster.pages("events", fields="type=Warning")
+        notes = (note(item) for items, _ in pages for item in items)
+        return [said for said in notes if said.name in names]
+
+    def _remove(self) -> None:
+        if self._name:
+            self.cluster.delete("jobs", self._name)
+            self._name = ""

@@ -1,0 +1,372 @@
+"""This file is where a cluster remembers what is done, when the Jobs that did it are gone.
+
+    stillhouse-done-<runs claim>-<digit>   how each task ended, by the id's first digit: 16 of them
+    stillhouse-names                       what people call a run: name -> run directory
+    stillhouse-sweep-<name>                a sweep as it was asked, and whether it was cancelled
+
+Nobody holds a lock: a record is one key of a merge patch, so drivers that write at the same time
+leave all of it. Names are claimed against the version that was read.
+"""
+
+from __future__ import annotations
+
+import base64
+import functools
+import gzip
+import hashlib
+import json
+import re
+import threading
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Literal, cast
+
+from stillhouse.errors import ConfigError
+from stillhouse.rundir import Json
+from stillhouse.sweep.backends.cluster import ApiError, Cluster
+from stillhouse.sweep.manifest import SELECTOR, label_value
+from stillhouse.sweep.views import OURS, PART_OF, seconds
+
+DIGITS = "0123456789abcdef"
+ROOM = 900 * 1024  # bytes of one ConfigMap that we fill; the API takes 1 MiB
+CAUSE, TAIL = 1500, 1000  # characters that a record keeps
+CANCELLED = "stillhouse/cancelled"  # annotation of a sweep's record: seconds since the epoch
+NAMES = "stillhouse-names"
+
+RecordState = Literal["done", "failed", "stopped", "cancelled", "alone"]
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """How a task ended. Times in seconds, `at` since the epoch."""
+
+    state: RecordState  # alone: its evaluation failed in company; the next one shows who it was
+    code: int = 0
+    cause: str | None = None
+    tail: str | None = None  # the last lines that it printed
+    at: float = 0.0
+    queued: float = 0.0
+    starting: float = 0.0
+    running: float = 0.0
+    lost: float = 0.0  # of attempts that did not end it
+    devices: int = 0
+    gpu: str | None = None
+
+    def to_json(self) -> str:
+        short: Json = {"state": self.state, "code": self.code, "at": round(self.at, 1)}
+        times = {"q": self.queued, "s": self.starting, "r": self.running, "l": self.lost}
+        short |= {key: round(value, 1) for key, value in times.items() if value}
+        rest = {"cause": (self.cause or "")[:CAUSE], "tail": (self.tail or "")[-TAIL:]}
+        rest |= {"n": self.devices, "gpu": self.gpu}
+        short |= {key: value for key, value in rest.items() if value}
+        return json.dumps(short, separators=(",", ":"))
+
+    def bare(self) -> Record:
+        """The same without words and times: what is left where room is short."""
+        return Record(self.state, self.code, at=self.at)
+
+
+@functools.lru_cache(maxsize=50_000)
+def record_of(text: str) -> Record:
+    """A record as it was written."""
+    said = cast("Json", json.loads(text))
+    return Record(
+        state=said["state"],
+        code=said["code"],
+        cause=said.get("cause"),
+        tail=said.get("tail"),
+        at=said["at"],
+        queued=said.get("q", 0.0),
+        starting=said.get("s", 0.0),
+        running=said.get("r", 0.0),
+        lost=said.get("l", 0.0),
+        devices=said.get("n", 0),
+        gpu=said.get("gpu"),
+    )
+
+
+def score_of(what: str, scores: str) -> str:
+    """The key of the scores of a point (by id) or a baseline (by its directory's name)."""
+    return f"{what}.{scores}"
+
+
+def prepare_of(key: str) -> str:
+    """The key of a pair that was prepared; `key`: ten hex digits."""
+    return f"prepare.{key}"
+
+
+def shard_of(key: str) -> str:
+    """Which ConfigMap holds a key: the first digit of the id in it."""
+    what, _, rest = key.partition(".")
+    id_ = rest if what == "prepare" else what.rpartition("-")[2]
+    return id_[0]
+
+
+class Ledger:
+    """How the tasks of one runs volume ended. Safe to use from several threads."""
+
+    def __init__(self, cluster: Cluster, claim: str) -> None:
+        self.cluster, self.claim = cluster, claim
+        self._said: dict[str, dict[str, str]] = {digit: {} for digit in DIGITS}
+        self._read_at = dict.fromkeys(DIGITS, float("-inf"))
+        self._locks = {digit: threading.Lock() for digit in DIGITS}
+        self._was_read = False
+        self._cancelled: dict[str, float] = {}
+
+    # ------------------------------------------------------------------------------ reading
+
+    def read(self) -> None:
+        """Read all of it: one LIST."""
+        labels = f"stillhouse/kind=ledger,stillhouse/claim={label_value(self.claim)}"
+        began = time.monotonic()
+        found = {digit: cast("Json", {}) for digit in DIGITS}
+        for items, _ in self.cluster.pages("configmaps", f"{SELECTOR},{labels}"):
+            found |= {item["metadata"]["name"][-1]: item for item in items}
+        for digit, item in found.items():
+            with self._locks[digit]:
+                self._take(digit, item, began)
+        self._was_read = True
+
+    def get(self, key: str) -> Record | None:
+        """How a task ended, as far as was read."""
+        said = self._said[shard_of(key)].get(key)
+        return record_of(said) if said else None
+
+    def keys(self) -> list[str]:
+        return [key for shard in self._said.values() for key in shard]
+
+    def records(self) -> dict[str, Record]:
+        """All of it, by its keys."""
+        said = [item for shard in self._said.values() for item in shard.items()]
+        return {key: record_of(text) for key, text in said}
+
+    def cancelled_at(self, key: str) -> float | None:
+        """When we saw that somebody cancelled it, by our clock; None if it always was."""
+        return self._cancelled.get(key)
+
+    def refresh(self, keys: Iterable[str], within_s: float) -> set[str]:
+        """Read anew what of these keys was last read before that; the keys that changed."""
+        changed: set[str] = set()
+        for digit in sorted({shard_of(key) for key in keys}):
+            with self._locks[digit]:
+                began = time.monotonic()
+                if began - self._read_at[digit] <= within_s:
+                    continue
+                item = self.cluster.read("configmaps", self._name(digit))
+                changed |= self._take(digit, item or {}, began)
+        return changed
+
+    def _take(self, digit: str, item: Json, read_at: float) -> set[str]:
+        """Learn what a ConfigMap says, asked for at `read_at`; the keys that say something new."""
+        before, after = self._said[digit], cast("dict[str, str]", item.get("data") or {})
+        changed = {key for key, said in after.items() if before.get(key) != said}
+        changed |= before.keys() - after.keys()
+        for key in changed if self._was_read else ():
+            if key in after and record_of(after[key]).state == "cancelled":
+                self._cancelled[key] = time.time()
+            else:
+                self._cancelled.pop(key, None)
+        self._said[digit], self._read_at[digit] = after, read_at
+        return changed
+
+    # ------------------------------------------------------------------------------ writing
+
+    def write(self, records: Mapping[str, Record | None]) -> None:
+        """Write records, one request for each ConfigMap that they lie in; None removes one.
+
+        Raises:
+            ConfigError: a ConfigMap is full.
+        """
+        shards: dict[str, dict[str, str | None]] = {}
+        for key, record in records.items():
+            shards.setdefault(shard_of(key), {})[key] = record and record.to_json()
+        for digit, data in shards.items():
+            with self._locks[digit]:
+                began = time.monotonic()
+                item = self._patch(digit, self._fitted(digit, data))
+                self._take(digit, item, began)
+
+    def _fitted(self, digit: str, data: dict[str, str | None]) -> dict[str, str | None]:
+        """The same records in as many words as there is room for."""
+        there = sum(len(key) + len(said) for key, said in self._said[digit].items())
+
+        def size(of: Mapping[str, str | None]) -> int:
+            return there + sum(len(key) + len(said or "") for key, said in of.items())
+
+        if size(data) <= ROOM:
+            return data
+        bare = {key: said and record_of(said).bare().to_json() for key, said in data.items()}
+        if size(bare) > ROOM + ROOM // 10:
+            raise ConfigError(
+                f"configmap {self._name(digit)}: full ({there >> 10} KiB); the runs of volume"
+                f" {self.claim} are too many for one ledger: use another site.runs_claim"
+            )
+        return bare
+
+    def _patch(self, digit: str, data: Mapping[str, str | None]) -> Json:
+        body: Json = {
+            "metadata": {"name": self._name(digit), "labels": self._labels()},
+            "data": {key: said for key, said in data.items() if said is not None},
+        }
+        while True:
+            item = self.cluster.patch("configmaps", self._name(digit), {"data": dict(data)})
+            if item is not None:
+                return item
+            try:
+                return self.cluster.create("configmaps", _config_map(body))
+            except ApiError as error:
+                if error.status != 409:  # else another driver just made it
+                    raise
+
+    def _name(self, digit: str) -> str:
+        return f"stillhouse-done-{self.claim}-{digit}"
+
+    def _labels(self) -> dict[str, str]:
+        return {"stillhouse/kind": "ledger", "stillhouse/claim": label_value(self.claim)}
+
+
+def _config_map(body: Json) -> Json:
+    labels = {PART_OF: OURS, **body["metadata"].get("labels", {})}
+    head: Json = {"apiVersion": "v1", "kind": "ConfigMap"}
+    return head | body | {"metadata": body["metadata"] | {"labels": labels}}
+
+
+# ------------------------------------------------------------------------------------- names
+
+
+class Names:
+    """What people call their runs: one meaning each, in one namespace."""
+
+    def __init__(self, cluster: Cluster) -> None:
+        self.cluster = cluster
+
+    def read(self) -> dict[str, str]:
+        """Every name, and the run directory that it means."""
+        item = self.cluster.read("configmaps", NAMES)
+        return dict(item.get("data") or {}) if item else {}
+
+    def claim(self, name: str, directory: str) -> bool:
+        """Make a name mean a run directory; False if it already did."""
+        return bool(self.claim_all({name: directory}))
+
+    def claim_all(self, names: Mapping[str, str]) -> set[str]:
+        """Make names mean run directories, all or none; those that are new.
+
+        Raises:
+            ConfigError: a name already means another directory, or there is no room.
+        """
+        while True:
+            item = self.cluster.read("configmaps", NAMES)
+            there: dict[str, str] = (item or {}).get("data") or {}
+            new = {name: to for name, to in names.items() if there.get(name) != to}
+            for name in new.keys() & there.keys():
+                raise ConfigError(
+                    f'the name "{name}" already means {there[name]} on this cluster, and this is'
+                    f" {new[name]}: another configuration. Choose another name"
+                )
+            if not new:
+                return set()
+            data = there | new
+            if sum(len(name) + len(to) for name, to in data.items()) > ROOM:
+                raise ConfigError(
+                    f"configmap {NAMES}: full ({len(there)} names); remove some with `kubectl edit"
+                    f" configmap {NAMES}`"
+                )
+            try:
+                if item is None:
+                    body: Json = {"metadata": {"name": NAMES}, "data": data}
+                    self.cluster.create("configmaps", _config_map(body))
+                else:
+                    self.cluster.replace("configmaps", NAMES, item | {"data": data})
+                return set(new)
+            except ApiError as error:
+                if error.status not in (404, 409):  # somebody was quicker: read again
+                    raise
+
+
+# ------------------------------------------------------------------------------------ sweeps
+
+
+@dataclass(frozen=True)
+class SweepMark:
+    """A sweep that was started on this cluster."""
+
+    name: str
+    cancelled: float | None  # when somebody last cancelled it, by that person's clock
+    created: float
+
+
+def write_sweep(cluster: Cluster, record: Json) -> None:
+    """Write a sweep down as it is asked now; `record` as roster writes it, with its "name".
+
+    Raises:
+        ConfigError: it is too large for a ConfigMap.
+    """
+    name: str = record["name"]
+    packed = base64.b64encode(gzip.compress(json.dumps(record).encode(), mtime=0)).decode()
+    if len(packed) > ROOM:
+        raise ConfigError(
+            f"sweep {name}: its {len(record['points'])} points do not fit into one ConfigMap"
+            f" ({len(packed) >> 10} KiB packed); split it into several files"
+        )
+    labels = {"stillhouse/kind": "sweep", "stillhouse/sweep": label_value(name)}
+    body: Json = {
+        "metadata": {
+            "name": sweep_object(name),
+            "labels": labels,
+            "annotations": {"stillhouse/name": name},
+        },
+        "binaryData": {"sweep.json.gz": packed},
+    }
+    while cluster.patch("configmaps", sweep_object(name), body) is None:
+        try:
+            cluster.create("configmaps", _config_map(body))
+        except ApiError as error:
+            if error.status != 409:
+                raise
+        else:
+            return
+
+
+def read_sweep(cluster: Cluster, name: str) -> Json | None:
+    """A sweep as it was last asked here, or None."""
+    item = cluster.read("configmaps", sweep_object(name))
+    if item is None:
+        return None
+    packed = base64.b64decode(item["binaryData"]["sweep.json.gz"])
+    return cast("Json", json.loads(gzip.decompress(packed)))
+
+
+def sweeps(cluster: Cluster, name: str | None = None) -> list[SweepMark]:
+    """The sweeps that were started here, by name; with `name`, only that one. No contents."""
+    wanted = f"{SELECTOR},stillhouse/kind=sweep"
+    if name is not None:
+        wanted += f",stillhouse/sweep={label_value(name)}"
+    found: list[SweepMark] = []
+    for items, _ in cluster.pages("configmaps", wanted, metadata_only=True):
+        found += [_mark(item["metadata"]) for item in items]
+    return sorted((mark for mark in found if name in (None, mark.name)), key=lambda m: m.name)
+
+
+def _mark(meta: Json) -> SweepMark:
+    notes: dict[str, str] = meta.get("annotations") or {}
+    at = notes.get(CANCELLED)
+    created = seconds(meta["creationTimestamp"]) or 0.0
+    return SweepMark(str(notes.get("stillhouse/name")), float(at) if at else None, created)
+
+
+def cancel_sweep(cluster: Cluster, name: str) -> bool:
+    """Ask every driver of a sweep to end; False where no such sweep was started here."""
+    notes = {CANCELLED: f"{time.time():.3f}"}
+    patch: Json = {"metadata": {"annotations": notes}}
+    return cluster.patch("configmaps", sweep_object(name), patch) is not None
+
+
+def sweep_object(name: str) -> str:
+    """The ConfigMap that holds a sweep: a DNS name, with a hash where the name had to change."""
+    label = re.sub(r"[^a-z0-9.-]+", "-", name.lower()).strip(".-")[:60].rstrip(".-")
+    label = re.sub(r"[.-]{2,}", "-", label)
+    if label != name:
+        label += f"-{hashlib.sha256(name.encode()).hexdigest()[:10]}"
+    return f"stillhouse-sweep-{label.lstrip('-')}"

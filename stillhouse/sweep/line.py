@@ -1,0 +1,188 @@
+"""This file is where a line of k8s/train.sh or k8s/eval.sh is understood: one name, one Job.
+
+    k8s/train.sh NAME --lmbda 0 …           NAME means this configuration, and no other
+    k8s/eval.sh LABEL --lora-paths dump/A   LABEL is what people call it, and no more
+
+Pure: nothing is asked of a cluster, so a dry run needs none. `sending` is what comes after.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from stillhouse import flags
+from stillhouse.compose import (
+    GROUPS,
+    Overrides,
+    as_command_line,
+    compose,
+    from_command_line,
+    parse_value,
+)
+from stillhouse.errors import ConfigError
+from stillhouse.spec import EvalSpec, SiteSpec, TrainSpec
+from stillhouse.sweep.asked import label
+from stillhouse.sweep.bundle import bundle
+from stillhouse.sweep.grid import NAME, load_sweep
+from stillhouse.sweep.listing import duration
+from stillhouse.sweep.manifest import render, to_yaml
+from stillhouse.sweep.site import CLUSTER, site_of
+from stillhouse.sweep.steps import RUNS, Step, eval_line_step, train_step
+
+Kind = Literal["train", "eval"]
+# Places that a pod has of its own; on this machine they mean something else.
+POD_PLACES = ("place.runs", "place.output_dir", "place.cache_dir")
+
+
+@dataclass(frozen=True)
+class Line:
+    """What a line asks for."""
+
+    kind: Kind
+    name: str
+    step: Step
+    site: SiteSpec
+    differs: tuple[str, ...]  # from the defaults, as words
+    spec: TrainSpec | EvalSpec
+
+    @functools.cached_property
+    def manifest(self) -> bytes:
+        """The Job, byte for byte as it is sent.
+
+        Raises:
+            ConfigError: it holds what no manifest may, or cannot.
+        """
+        return to_yaml(render(self.step, self.site, bundle().key))
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """The runs that an evaluation names."""
+        return self.spec.evaluation.lora_paths if isinstance(self.spec, EvalSpec) else ()
+
+    def about(self) -> list[str]:
+        """What is to be submitted, in a few lines."""
+        site, step = self.site, self.step
+        asked = [f"{step.processes} {site.gpu_resource}"] if site.gpu_resource else []
+        asked += [f"{site.cpu * step.processes:g} cores"]
+        asked += [
+            f"{site.memory_gib * step.processes:g} GiB",
+            f"at most {duration(site.deadline_s)}",
+        ]
+        asked += [f"queue {site.queue}"] if site.queue else []
+        what = "trains" if self.kind == "train" else "scores"
+        return [
+            f"{self.name}: {what} {step.name}",
+            f"  differs from the defaults by: {' '.join(self.differs) or 'nothing'}",
+            f"  asks for: {', '.join(asked)}",
+            f"  image {site.image}, code {bundle().key}",
+        ]
+
+
+def read(kind: Kind, name: str | None, words: Sequence[str]) -> Line:
+    """The line of these words.
+
+    Raises:
+        ConfigError: no name, a word that is no flag or has no such value; a place of this machine.
+    """
+    door = f"k8s/{kind}.sh"
+    if name is None or name.startswith("-") or "=" in name:
+        raise ConfigError(f"{door}: a name comes first: {door} NAME --knob VALUE …, got {name}")
+    if not NAME.fullmatch(name):
+        raise ConfigError(
+            f"{door}: {name!r}: letters, digits, dot, dash and underscore make a name"
+        )
+    return (_train if kind == "train" else _eval)(name, list(words))
+
+
+def _train(name: str, words: list[str]) -> Line:
+    overrides = from_command_line(words, TrainSpec)
+    _refuse_places(overrides, "k8s/train.sh")
+    if overrides.values.get("place.name", name) != name:
+        raise ConfigError(
+            f"k8s/train.sh: two names, {name} and {overrides.values['place.name']}; give one"
+        )
+    sweep = load_sweep(None, [*words, f"name={name}", "suite=null"], Path(RUNS), CLUSTER)
+    (point,) = sweep.points
+    if point.name != name:
+        raise ConfigError(f"k8s/train.sh: {name} cannot be a name; it means something else")
+    step = dataclasses.replace(train_step(point, sweep, fetch=True), sweep=None)
+    differs = _differs(overrides, TrainSpec, point.spec)
+    return Line("train", name, step, sweep.site, differs, point.spec)
+
+
+@dataclass(frozen=True)
+class _EvalLine(EvalSpec):
+    """What a line of k8s/eval.sh may set: what eval.py may, and where it runs."""
+
+    site: SiteSpec
+
+
+def _eval(name: str, words: list[str]) -> Line:
+    where = "command line"
+    vocabulary = flags.Vocabulary(_EvalLine, GROUPS[EvalSpec] | {"site"})
+    groups: dict[str, str] = {}
+    values: dict[str, Any] = {}
+    for setting in flags.parse(words, vocabulary, where):
+        options = parse_value(setting, where)
+        if len(options) != 1:
+            raise ConfigError(
+                f"{where}: {setting.key}={setting.text} is a sweep; one Job wants one"
+            )
+        if setting.is_group:
+            groups[setting.key] = str(options[0])
+        else:
+            values[setting.key] = options[0]
+    site = site_of(Overrides(_part(groups, True), _part(values, True)))
+    overrides = Overrides(_part(groups, False), _part(values, False))
+    _refuse_places(overrides, "k8s/eval.sh")
+    spec = compose(overrides, EvalSpec)
+    step = eval_line_step(name, overrides)
+    return Line("eval", name, step, site, _differs(overrides, EvalSpec, spec), spec)
+
+
+def _part(knobs: Mapping[str, Any], is_site: bool) -> dict[str, Any]:
+    return {k: v for k, v in knobs.items() if (k.partition(".")[0] == "site") == is_site}
+
+
+def _refuse_places(overrides: Overrides, door: str) -> None:
+    for key in POD_PLACES:
+        if key in overrides.values:
+            raise ConfigError(
+                f"{door}: {label(key)} is a place of this machine; in a pod, runs are in {RUNS}"
+                " (site.runs_claim) and found by their NAME. Leave it out"
+            )
+
+
+def _differs(
+    overrides: Overrides, spec_type: type[TrainSpec] | type[EvalSpec], spec: TrainSpec | EvalSpec
+) -> tuple[str, ...]:
+    """The words that change something, of those that were typed."""
+    plain = _composed(Overrides({}, {}), spec_type)
+    groups = {
+        group: option
+        for group, option in overrides.groups.items()
+        if group != "site" and _composed(Overrides({group: option}, {}), spec_type) != plain
+    }
+    chosen = _composed(Overrides(overrides.groups, {}), spec_type)
+    values: dict[str, Any] = {}
+    for key, value in overrides.values.items():
+        section, leaf = key.split(".")
+        is_new = chosen is None or getattr(getattr(chosen, section), leaf) != getattr(
+            getattr(spec, section), leaf
+        )
+        if is_new and section not in ("place", "site"):
+            values[key] = value
+    return tuple(as_command_line(Overrides(groups, values)))
+
+
+def _composed(overrides: Overrides, spec_type: Any) -> TrainSpec | EvalSpec | None:
+    """The spec, or None where the groups alone make none (data=local wants a path)."""
+    try:
+        return compose(overrides, spec_type)
+    except ConfigError:
+        return None

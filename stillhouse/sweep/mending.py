@@ -1,0 +1,60 @@
+"""This file is where Jobs of a cluster are let go of: to be tried again, or to save and stop.
+
+Only Jobs as they were seen (by uid), and only one's own: a label says whose they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+from stillhouse.errors import AGAIN, ConfigError
+from stillhouse.rundir import now
+from stillhouse.sweep.backends.cluster import Cluster
+from stillhouse.sweep.ledger import Ledger, Record
+from stillhouse.sweep.manifest import label_value
+from stillhouse.sweep.scene import keys_of
+from stillhouse.sweep.views import JobView
+
+AT_ONCE = 16  # requests
+
+
+def refuse_others(jobs: Iterable[JobView], owner: str) -> None:
+    """Leave alone what another person's label owns.
+
+    Raises:
+        ConfigError: some of these Jobs are another's.
+    """
+    others = [job for job in jobs if job.owner != label_value(owner)]
+    if others:
+        whose = others[0].owner
+        raise ConfigError(
+            f"{len(others)} of these Jobs are {whose}'s (label stillhouse/owner), you are {owner}:"
+            f" {others[0].name} …; nothing was done. Say owner={whose} if they are yours to handle"
+        )
+
+
+def forget_failures(
+    cluster: Cluster, ledger: Ledger, jobs: Sequence[JobView], keys: Iterable[str]
+) -> None:
+    """Let what failed start again: these Jobs go, and what the ledger says of these keys."""
+    delete(cluster, jobs)  # first: as long as they are there, a driver writes down how they ended
+    records = {key: ledger.get(key) for key in keys}
+    ledger.write({k: None for k, r in records.items() if r and r.state in ("failed", "alone")})
+
+
+def stop(cluster: Cluster, ledger: Ledger, jobs: Sequence[JobView], owner: str) -> None:
+    """Ask what runs to save and end; first the ledger says that somebody wanted it so."""
+    mark = Record("cancelled", AGAIN, f"cancelled by {owner}", at=now())
+    ledger.write({key: mark for job in jobs for key in keys_of(job)})
+    delete(cluster, jobs)
+
+
+def delete(cluster: Cluster, jobs: Iterable[JobView]) -> None:
+    """Delete Jobs; one whose pod still saves is there until it has."""
+
+    def one(job: JobView) -> bool:
+        return cluster.delete("jobs", job.name, job.uid, foreground=job.state == "live")
+
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        list(pool.map(one, jobs))

@@ -1,0 +1,159 @@
+"""This file is where what pods printed is shown, also when they are gone.
+
+A pod's own log, through the API, while it is there; else the log.txt that `collect` brought home;
+else the one on the volume, which a short-lived pod sends.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from stillhouse.spec import SiteSpec
+from stillhouse.sweep.backends.cluster import ApiError, Cluster
+from stillhouse.sweep.collect import fetch_log
+from stillhouse.sweep.listing import FAILED, SHOWN
+from stillhouse.sweep.logs import TAIL_LINES
+from stillhouse.sweep.plan import Observation
+from stillhouse.sweep.reasons import by_age
+from stillhouse.sweep.roster import Roster, Row
+from stillhouse.sweep.views import JobView, PodView, job_view, pod_view
+
+FOLLOW_S = 2.0  # how often we look again whether a pod that is waited for has begun
+
+
+@dataclass(frozen=True)
+class Sources:
+    """Where the logs of some points may be found."""
+
+    cluster: Cluster
+    site: SiteSpec
+    rows: Roster
+    observations: Mapping[str, Observation]
+    jobs: Mapping[str, Sequence[JobView]]  # by point's id: those about it
+
+
+def show(sources: Sources, follows: bool) -> bool:
+    """Print the log of one point, or the ends of those at work or failed; whether any was there."""
+    rows = sources.rows.rows
+    if len(rows) == 1:
+        return _show_one(sources, rows[0], follows)
+    found = False
+    for row in _of_interest(sources):
+        tail = _tail(sources, row)
+        if tail is not None:
+            found = True
+            print(f"==> {row} <==\n{tail}", flush=True)
+    if follows:
+        print("-f follows one point: name it with --point", file=sys.stderr)
+    return found
+
+
+def texts(sources: Sources) -> dict[str, str]:
+    """The logs by point's id: whole where it is one point, else the ends."""
+    rows = sources.rows.rows
+    if len(rows) == 1:
+        text = b"".join(_whole(sources, rows[0])).decode(errors="replace")
+        return {rows[0].id: text} if text else {}
+    found = {row.id: _tail(sources, row) for row in _of_interest(sources)}
+    return {id_: text for id_, text in found.items() if text is not None}
+
+
+def _of_interest(sources: Sources) -> list[Row]:
+    states = ("running", *FAILED)
+    rows = sources.rows.rows
+    return [row for row in rows if sources.observations[row.id].state in states][-SHOWN:]
+
+
+def _show_one(sources: Sources, row: Row, follows: bool) -> bool:
+    found = False
+    for piece in _followed(sources, row) if follows else _whole(sources, row):
+        found = True
+        sys.stdout.write(piece.decode(errors="replace"))
+        sys.stdout.flush()
+    return found
+
+
+def _whole(sources: Sources, row: Row) -> Iterator[bytes]:
+    """All that a point printed, as far as it can be had."""
+    job = _job(sources, row)
+    pods = _pods(sources.cluster, job.name) if job else []
+    for pod in reversed(pods):
+        try:
+            yield from sources.cluster.log(pod.name)
+            return
+        except ApiError as error:  # it has not begun, or its node forgot it
+            _raise_unless_missing(error)
+    here = sources.rows.run(row.id).log_file
+    if here.is_file():
+        print(f"(as collected: {here})", file=sys.stderr)
+        yield here.read_bytes()
+        return
+    if sources.observations[row.id].state == "new":
+        return
+    file = f"{row.directory}/log.txt"
+    text = fetch_log(sources.cluster, sources.site, sources.rows.name, file, _say)
+    if text is not None:
+        yield text
+
+
+def _followed(sources: Sources, row: Row) -> Iterator[bytes]:
+    """What a point prints, attempt after attempt, until its Job ends."""
+    job = _job(sources, row)
+    if job is None or job.state != "live":
+        yield from _whole(sources, row)
+        return
+    seen: set[str] = set()
+    said = ""
+    while True:
+        live = sources.cluster.read("jobs", job.name)
+        fresh = [p for p in _pods(sources.cluster, job.name) if p.uid not in seen and p.started]
+        for pod in fresh:
+            seen.add(pod.uid)
+            yield from sources.cluster.log(pod.name, follow=True)
+        if live is None or job_view(live).state != "live":
+            return
+        if not fresh:
+            cause = sources.observations[row.id].cause
+            if not seen and cause and cause != said:
+                said = cause
+                _say(f"waits: {cause}")
+            sources.cluster.stop.wait(FOLLOW_S)
+
+
+def _tail(sources: Sources, row: Row) -> str | None:
+    """The last lines of a point's log, where a pod of it still has them."""
+    job = _job(sources, row)
+    for pod in reversed(_pods(sources.cluster, job.name)) if job else ():
+        try:
+            text = b"".join(sources.cluster.log(pod.name, tail=TAIL_LINES))
+        except ApiError as error:
+            _raise_unless_missing(error)
+        else:
+            return text.decode(errors="replace").rstrip("\n")
+    return None
+
+
+def _job(sources: Sources, row: Row) -> JobView | None:
+    """The Job that tells most of a point: one that runs, else one that failed, else the last."""
+    order = {"live": 2, "failed": 1, "complete": 0}
+    jobs = sources.jobs[row.id]
+    return max(jobs, key=lambda job: (order[job.state], job.created), default=None)
+
+
+def _pods(cluster: Cluster, job: str) -> list[PodView]:
+    found: list[PodView] = []
+    for items, _ in cluster.pages("pods", f"batch.kubernetes.io/job-name={job}"):
+        found += map(pod_view, items)
+    return by_age(found)
+
+
+def _raise_unless_missing(error: ApiError) -> None:
+    """A log that is not there yet, or not any more, is not there; anything else is an error."""
+    if error.status not in (400, 404):
+        raise error
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

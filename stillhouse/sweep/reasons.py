@@ -1,0 +1,299 @@
+"""This file is where the cluster's words become plain ones: why a point waits, and how it ended.
+
+Pure functions of views. Each sentence says what is wrong and, where a person can mend it, how.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from stillhouse.errors import AGAIN, OUT_OF_MEMORY
+from stillhouse.sweep.views import JobView, LastWords, Note, PodView, QueueView, last_words
+
+UNKNOWN = 1  # exit code of an end that nobody told one of
+TOO_LATE = 124  # its deadline passed; the code that timeout(1) has for it
+CANNOT_START = (
+    125  # it never ran: image, secret, volume, quota; the code that containers have for it
+)
+SHORT = 240  # characters of the cluster's own words in one of our lines
+
+_IMAGE = frozenset(
+    {"ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull",
+     "ImageInspectError", "RegistryUnavailable", "SignatureValidationFailed"}
+)  # fmt: skip
+_CONTAINER = frozenset({"CreateContainerError", "RunContainerError", "CreateContainerConfigError"})
+_MOUNT = frozenset({"FailedMount", "FailedAttachVolume", "FailedMapVolume"})
+_GONE = {
+    "DeletionByTaintManager": "its node was lost",
+    "DeletionByPodGC": "its node was lost",
+    "EvictionByEvictionAPI": "it was evicted (a drain, say)",
+    "PreemptionByScheduler": "a pod of higher priority took its place",
+    "PreemptionByKubeScheduler": "a pod of higher priority took its place",
+    "TerminationByKubelet": "its node ended it (short of memory or disk, or shutting down)",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Reason:
+    """Why something is not at work."""
+
+    words: str
+    cannot_start: bool = False  # waiting does not mend it: image, secret, volume, quota, settings
+
+
+@dataclass(frozen=True, slots=True)
+class End:
+    """How a Job, or one pod of it, ended."""
+
+    code: int
+    cause: str
+    tail: str | None = None  # the last lines that it printed
+
+
+# ---------------------------------------------------------------------------------- waiting
+
+
+def why_waiting(
+    job: JobView,
+    pods: Sequence[PodView],
+    queued: QueueView | None = None,
+    notes: Sequence[Note] = (),
+    position: int | None = None,
+) -> Reason:
+    """Why a live Job has no running pod; `pods`, `queued` and `notes` are about this Job only."""
+    if job.is_deleting:
+        return Reason("its Job is being deleted")
+    if job.is_suspended:
+        return _why_suspended(job, queued, position)
+    pod = next((p for p in reversed(by_age(pods)) if not p.is_over and not p.is_deleting), None)
+    if pod is not None:
+        return _why_pending(job, pod, notes)
+    refused = _latest(notes, {"FailedCreate"})
+    if refused is not None and job.active == 0:
+        return _why_refused(refused.message)
+    lost = next((p for p in reversed(by_age(pods)) if p.is_over), None)
+    if lost is not None:
+        return Reason(f"between two attempts: {end_of_pod(lost).cause}")
+    return Reason("its pod is being made")
+
+
+def _why_suspended(job: JobView, queued: QueueView | None, position: int | None) -> Reason:
+    if job.queue is None:
+        return Reason("suspended by hand: set spec.suspend of its Job to false to let it go on")
+    queue = f"queue {job.queue}"
+    if queued is None:
+        return Reason(f"{queue}: Kueue has not seen it yet (is Kueue running?)")
+    said = short(queued.message)
+    if queued.state == "inadmissible":
+        return Reason(f"{queue} cannot admit it: {said} (kubectl get localqueues)")
+    place = f", place {position + 1}" if position is not None else ""
+    if queued.state in ("preempted", "evicted"):
+        how = "preempted" if queued.state == "preempted" else f"evicted ({queued.reason})"
+        return Reason(f"{how}, waits in {queue} again{place}: {said}")
+    if queued.state in ("reserved", "admitted"):
+        return Reason(f"{queue} has admitted it")
+    return Reason(f"waits in {queue}{place}: {said}" if said else f"waits in {queue}{place}")
+
+
+def _why_pending(job: JobView, pod: PodView, notes: Sequence[Note]) -> Reason:
+    if pod.unscheduled is not None:
+        return _why_unscheduled(job, pod.unscheduled)
+    said = short(pod.waiting_message)
+    if pod.waiting in _IMAGE:
+        return Reason(
+            f"image not pulled: {_image_words(pod.waiting_message) or pod.waiting}; check"
+            " site.image and whether the nodes may pull it",
+            cannot_start=True,
+        )
+    if pod.waiting in _CONTAINER:
+        return _why_no_container(pod.waiting or "", said)
+    mount = _latest(notes, _MOUNT)
+    if mount is not None:
+        return _why_not_mounted(mount.message)
+    sandbox = _latest(notes, {"FailedCreatePodSandBox"})
+    if sandbox is not None:
+        return Reason(f"node {pod.node} cannot start pods: {short(sandbox.message)}")
+    return Reason(f"starting on node {pod.node}" if pod.node else "waits for the scheduler")
+
+
+def _why_unscheduled(job: JobView, message: str) -> Reason:
+    """The scheduler's sentence, without the nodes' own story of preemption."""
+    said = message.split(" preemption:")[0].split(" no new claims")[0].rstrip(" .,")
+    if "persistentvolumeclaim" in said.lower() or "persistent volumes to bind" in said:
+        found = re.search(r'persistentvolumeclaim "([^"]+)" not found', said)
+        if found:
+            words = f'volume claim "{found[1]}" is missing: make it (k8s/storage.yaml)'
+        else:
+            words = f"volume claim not bound: {short(said)} (kubectl get pvc; k8s/storage.yaml)"
+        return Reason(words, cannot_start=True)
+    found = re.match(r"(\d+/\d+) nodes are available: (.*)", said, re.DOTALL)
+    if found is None:
+        return Reason(f"no node takes it: {short(said)}")
+    why = found[2].replace("node(s) ", "").replace("Insufficient", "too few")
+    lacking = re.findall(r"too few ([^\s,.]+(?:\.[^\s,.]+)*)", why)
+    gpu = next((name for name in lacking if "/" in name), None)
+    if gpu and job.devices:
+        what = f"no node has {job.devices} free {gpu}"
+    elif lacking:
+        what = f"no node has enough free {lacking[0]}"
+    elif "didn't match" in why:
+        what = "no node has the labels that are asked (site.node_selector, site.gpu_product)"
+    else:
+        what = "no node takes it"
+    return Reason(f"{what} ({found[1]} nodes: {short(why)})")
+
+
+def _image_words(message: str) -> str:
+    """The end of a chain of wrapped errors says most; what it is about is named before it."""
+    image = re.search(r'image "([^"]+)"', message)
+    last = re.split(r": (?=[^ ])", message.strip())[-1]
+    name = image[1] if image else ""
+    return short(last if name in last else f"{name}: {last}")
+
+
+def _why_no_container(reason: str, said: str) -> Reason:
+    found = re.search(r'(secret|configmap) "([^"]+)" not found', said)
+    key = re.search(r"couldn't find key (\S+) in (Secret|ConfigMap) (?:\S+/)?(\S+)", said)
+    if found and found[1] == "secret":
+        words = (
+            f'secret "{found[2]}" is missing: kubectl create secret generic {found[2]}'
+            " --from-literal=token=…"
+        )
+    elif found:
+        words = f'configmap "{found[2]}" is missing: `stillhouse run` sends it again'
+    elif key:
+        words = f'{key[2].lower()} "{key[3]}" has no key "{key[1]}": add it'
+    else:
+        words = f"its container cannot be made ({reason}): {said}"
+    return Reason(words, cannot_start=True)
+
+
+def _why_not_mounted(message: str) -> Reason:
+    found = re.search(r'(secret|configmap) "([^"]+)" not found', message)
+    if found:
+        return _why_no_container("FailedMount", message)
+    volume = re.search(r'volume "([^"]+)"', message)
+    which = f'volume "{volume[1]}"' if volume else "a volume"
+    return Reason(f"{which} not mounted: {short(message)} (kubectl get pvc)", cannot_start=True)
+
+
+def _why_refused(message: str) -> Reason:
+    """Why the Job controller may not make a pod."""
+    said = re.sub(r'^Error creating: (pods "[^"]*" is forbidden: )?', "", message)
+    if "exceeded quota" in said:
+        return Reason(f"quota: {short(said)}", cannot_start=_can_never_fit(said))
+    if "failed quota" in said or "per Container is" in said or "per Pod is" in said:
+        return Reason(f"quota or limit range: {short(said)}", cannot_start=True)
+    if "PriorityClass" in said:
+        return Reason(
+            f"{short(said)}: set site.priority_class to one that exists", cannot_start=True
+        )
+    if "violates PodSecurity" in said:
+        return Reason(f"pod security: {short(said)}", cannot_start=True)
+    found = re.search(r'serviceaccount "([^"]+)" not found', said)
+    if found:
+        words = f'service account "{found[1]}" is missing: apply k8s/access.yaml'
+        return Reason(words, cannot_start=True)
+    is_passing = "failed calling webhook" in said or "timeout" in said.lower()
+    return Reason(f"its pod is refused: {short(said)}", cannot_start=not is_passing)
+
+
+def _can_never_fit(said: str) -> bool:
+    """Whether a pod asks more than a whole quota; else it waits until others leave room."""
+    amounts: list[dict[str, float]] = []
+    for word in ("requested", "limited"):
+        found = re.search(rf"{word}: (\S+)", said)
+        pairs = (pair.partition("=") for pair in (found[1].rstrip(",") if found else "").split(","))
+        amounts.append({name: quantity(value) for name, _, value in pairs if value})
+    requested, limited = amounts
+    return any(amount > limited.get(name, amount) for name, amount in requested.items())
+
+
+def quantity(text: str) -> float:
+    """A Kubernetes quantity as a number: 500m is 0.5, 2Gi is 2147483648; NaN where it is none."""
+    found = re.fullmatch(r"([0-9.]+(?:e[0-9]+)?)(m|[kMGTPE]i?|Ki)?", text)
+    if found is None:
+        return float("nan")
+    number, unit = float(found[1]), found[2] or ""
+    if unit == "m":
+        return number / 1000
+    power = "kMGTPE".find(unit[:1].replace("K", "k")) + 1 if unit else 0
+    return number * (1024 if unit.endswith("i") else 1000) ** power
+
+
+# ------------------------------------------------------------------------------------ ended
+
+
+def how_it_failed(job: JobView, pods: Sequence[PodView]) -> End:
+    """The end of a Job that failed; its pods may be gone already."""
+    ended = [pod for pod in by_age(pods) if pod.is_over and pod.phase != "Succeeded"]
+    last = end_of_pod(ended[-1]) if ended else None
+    if job.end_reason == "DeadlineExceeded":
+        tail = last.tail if last else None
+        return End(TOO_LATE, "it took longer than its deadline (site.deadline_s)", tail)
+    if job.end_reason == "PodFailurePolicy":
+        found = re.search(r"failed with exit code (\d+)", job.end_message or "")
+        code = int(found[1]) if found else UNKNOWN
+        told = next((e for e in map(end_of_pod, reversed(ended)) if e.code == code), None)
+        return told or End(code, f"exit code {code}")
+    if last is None:
+        said = f": {short(job.end_message)}" if job.end_message else ""
+        last = End(UNKNOWN, f"{job.end_reason or 'failed'}{said}")
+    if job.end_reason != "BackoffLimitExceeded":
+        return last
+    count = max(job.failed, 1)
+    attempts = f"given up after {count} attempt{'s' if count > 1 else ''}"
+    return End(last.code, f"{last.cause} ({attempts})", last.tail)
+
+
+def end_of_pod(pod: PodView) -> End:
+    """How a pod ended, in its own words where it left some."""
+    words = last_words(pod.said) if pod.exit_code is not None else LastWords(None, None, None)
+    if words.exit_code is not None:
+        return End(words.exit_code, words.cause or _signal(words.exit_code), words.tail)
+    code = pod.exit_code if pod.exit_code is not None else UNKNOWN
+    if is_killed_by_memory(pod):
+        limit = "out of memory on the node: more than its limit (site.memory_gib, which holds"
+        return End(OUT_OF_MEMORY, f"{limit} /dev/shm too)", words.tail)
+    if pod.disrupted is not None:
+        why = _GONE.get(pod.disrupted, f"it was ended from outside ({pod.disrupted})")
+        return End(AGAIN if pod.exit_code is None else code, why, words.tail)
+    if pod.end_reason in ("NodeLost", "NodeShutdown") or pod.phase == "Unknown":
+        return End(code, "its node was lost", words.tail)
+    if pod.exit_code is None:
+        said = f": {short(pod.said)}" if pod.said else ""
+        return End(code, f"{pod.end_reason or 'its pod failed'}{said}")
+    return End(
+        code, f"{_signal(code)}: {words.cause}" if words.cause else _signal(code), words.tail
+    )
+
+
+def is_killed_by_memory(pod: PodView) -> bool:
+    """Whether the node ended all of a pod for its memory: it would end the same way again."""
+    return pod.end_reason == "OOMKilled" and last_words(pod.said).exit_code is None
+
+
+def _signal(code: int) -> str:
+    names = {137: "killed (SIGKILL)", 139: "crashed (SIGSEGV)", 143: "ended (SIGTERM)"}
+    return names.get(code, f"exit code {code}")
+
+
+# ---------------------------------------------------------------------------------- helpers
+
+
+def short(text: str | None) -> str:
+    """One line of at most SHORT characters."""
+    line = " ".join((text or "").split())
+    return line if len(line) <= SHORT else line[: SHORT - 1] + "…"
+
+
+def by_age(pods: Sequence[PodView]) -> list[PodView]:
+    """The oldest first."""
+    return sorted(pods, key=lambda pod: (pod.created, pod.started or 0.0, pod.name))
+
+
+def _latest(notes: Sequence[Note], reasons: frozenset[str] | set[str]) -> Note | None:
+    found = [note for note in notes if note.reason in reasons]
+    return max(found, key=lambda note: note.at, default=None)

@@ -1,0 +1,72 @@
+"""This file is where a sweep becomes the Jobs that `run` would send for it, without any cluster.
+
+Nothing is known of what was done before, so it is all of them, in the order in which they start:
+each group's pair, each point, each pack to score. The same planner cuts the packs (`plan`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+from stillhouse.sweep.bundle import bundle
+from stillhouse.sweep.grid import Sweep
+from stillhouse.sweep.manifest import render, to_yaml
+from stillhouse.sweep.plan import (
+    Action,
+    Baseline,
+    Observation,
+    Situation,
+    actions,
+    fixed_packs,
+    groups_of,
+)
+from stillhouse.sweep.roster import Roster, baseline_rows
+from stillhouse.sweep.steps import Step, Steps, refuse_collisions
+
+
+def every_step(sweep: Sweep, only: Roster) -> list[Step]:
+    """All that a sweep, or some points of it, takes.
+
+    Raises:
+        ConfigError: two of them would have one name.
+    """
+    everywhere, steps_of = groups_of(sweep), Steps(sweep)
+    groups = {id_: group for id_, group in everywhere.items() if id_ in only.by_id}
+    steps = [
+        *(steps_of.of(Action("prepare", group)) for group in dict.fromkeys(groups.values())),
+        *(steps_of.of(Action("train", group, (id_,))) for id_, group in groups.items()),
+        *(steps_of.of(action) for action in _evaluations(sweep, everywhere, groups)),
+    ]
+    refuse_collisions(steps)
+    return steps
+
+
+def _evaluations(
+    sweep: Sweep, everywhere: dict[str, str], groups: dict[str, str]
+) -> Iterable[Action]:
+    """The packs of a sweep whose points were all trained just now."""
+    if sweep.suite is None:
+        return ()
+    packs = fixed_packs(everywhere, sweep.pack)
+    baselines = [
+        Baseline(row.directory, row.label, frozenset(everywhere[id_] for id_ in row.points))
+        for row in baseline_rows(sweep)
+    ]
+    trained = Observation("waiting", is_trained=True)
+    now = Situation(
+        groups=groups,
+        packs={id_: packs[id_] for id_ in groups},
+        observations=dict.fromkeys(groups, trained),
+        baselines=baselines,
+        prepared=dict.fromkeys(groups.values(), True),
+        live=(),
+        since=0.0,
+    )
+    return actions(now, len(groups) + len(baselines), sweep.pack)
+
+
+def manifests(sweep: Sweep, only: Roster) -> Iterator[bytes]:
+    """What is sent, byte for byte, one Job at a time."""
+    code = bundle().key
+    for step in every_step(sweep, only):
+        yield to_yaml(render(step, sweep.site, code))

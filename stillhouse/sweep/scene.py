@@ -1,0 +1,361 @@
+"""This file is where the Jobs and pods of a namespace, and its ledger, become the state of points.
+
+A `Scene` takes in what the API tells (`sight` asks it) and answers what is known of a point in a
+few lookups; it makes no request.
+
+    jobs, pods, workloads, events ──► views ──► Scene ──► Facts ──► judge ──► Observation
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterable, Sequence
+
+from stillhouse.rundir import Json
+from stillhouse.spec import suite_key
+from stillhouse.sweep.facts import Facts, judge
+from stillhouse.sweep.grid import Sweep
+from stillhouse.sweep.ledger import Ledger, prepare_of, score_of
+from stillhouse.sweep.plan import Baseline, Observation, groups_of
+from stillhouse.sweep.reasons import End, Reason, how_it_failed, why_waiting
+from stillhouse.sweep.roster import baseline_rows
+from stillhouse.sweep.views import (
+    JobView,
+    Note,
+    PodView,
+    QueueView,
+    job_view,
+    note,
+    pod_view,
+    queue_view,
+)
+
+KEPT_PODS = 8  # ended pods of one Job that stay known
+ENDED = ("failed", "stopped", "alone")  # what the ledger says of what is not tried again by itself
+
+
+# ----------------------------------------------------------------------------- the picture
+
+
+class Scene:
+    """What one namespace holds of ours, and what its ledger says. Safe to use from any thread."""
+
+    def __init__(self, ledger: Ledger, code: str | None = None) -> None:
+        self.ledger, self.code = ledger, code
+        self.lock = threading.RLock()
+        self.news = threading.Condition(self.lock)
+        self.is_followed = False  # whether what vanishes is told at once
+        self._jobs: dict[str, JobView] = {}
+        self._pods: dict[str, dict[str, PodView]] = {}  # uid of the Job -> uid -> pod
+        self._queued: dict[str, QueueView] = {}  # uid of the Job -> its Workload
+        self._places: dict[str, int] = {}  # name of a Workload -> its place in the queue, from 0
+        self._notes: dict[str, list[Note]] = {}  # uid -> what was said about it
+        self._about: dict[str, set[str]] = {}  # id, or baseline's directory -> names of Jobs
+        self._deleted: dict[str, float] = {}  # key of the ledger -> when its Job vanished
+        self._gone: dict[str, JobView] = {}  # uid -> a Job that is no more, as it was
+        self._condemned: set[str] = set()  # uids of Jobs that are to go because they failed
+        self._leaving: set[str] = set()  # uids of Jobs that were being deleted when we came
+        self._touched: dict[str, tuple[str, ...]] = {}  # name of a Job -> the points it is about
+
+    # ------------------------------------------------------------------------------- looking
+
+    def look(self, id_: str, scores: str | None) -> Observation:
+        """The state of one point; `scores`: the key of the suite that makes it done, if any."""
+        with self.lock:
+            return judge(self.facts(id_, scores), self.code)
+
+    def facts(self, what: str, scores: str | None, is_baseline: bool = False) -> Facts:
+        """What is known of a point (by id) or a baseline (by its directory's name)."""
+        with self.lock:
+            jobs = [self._jobs[name] for name in self._about.get(what, ())]
+            evals = [job for job in jobs if scores and _scores(job, scores)]
+            is_scored = scores is not None and self._is_scored(what, scores, evals)
+            train = next((job for job in jobs if job.kind == "train"), None)
+            is_trained = is_baseline or is_scored or self._is_trained(what, train)
+            is_done = is_scored or (is_trained and scores is None)
+            if is_done:
+                return Facts(is_trained=True, is_done=True)
+            if is_trained:
+                assert scores is not None
+                return self._open_facts(score_of(what, scores), evals, is_trained=True)
+            return self._open_facts(what, [train] if train else [], is_trained=False)
+
+    def _is_trained(self, id_: str, train: JobView | None) -> bool:
+        return self.is_done(id_) or (train is not None and train.state == "complete")
+
+    def _is_scored(self, what: str, scores: str, evals: list[JobView]) -> bool:
+        key = score_of(what, scores)
+        return self.is_done(key) or any(job.state == "complete" for job in evals)
+
+    def _open_facts(self, key: str, jobs: list[JobView], is_trained: bool) -> Facts:
+        """Facts about what is not done: its training, or its scores."""
+        record = self.ledger.get(key)
+        is_over = record is not None and record.state in ENDED
+        jobs = [job for job in jobs if job.uid not in self._condemned]
+        live = max(
+            # One that is being deleted because it failed is not at work any more.
+            (job for job in jobs if job.state == "live" and not (job.is_deleting and is_over)),
+            key=lambda job: (job.is_running, job.created, job.name),
+            default=None,
+        )
+        failed, has_company = None, False
+        for job in sorted((j for j in jobs if j.state == "failed"), key=lambda j: j.ended or 0.0):
+            company = job.kind == "eval" and len(self.wanting(job)) > 1
+            is_news = record is None or (record.state == "alone" and not company)
+            if is_news and (failed is None or not company):  # who failed alone is known to have
+                failed, has_company = self.how(job), company
+        return Facts(
+            is_trained=is_trained,
+            live=live,
+            waits=self.why(live) if live else None,
+            failed=failed,
+            has_company=has_company,
+            record=record,
+            deleted_at=self._deleted.get(key),
+            cancelled_at=self.ledger.cancelled_at(key),
+        )
+
+    def wanting(self, job: JobView) -> list[str]:
+        """The members of an evaluation that nobody else scored: ids, and baselines' directories."""
+        with self.lock:
+            scores = job.scores or ""
+            found: list[str] = []
+            for what in (*job.points, *job.baselines):
+                evals = [other for other in self.jobs_about(what) if _scores(other, scores)]
+                others = [other for other in evals if other.uid != job.uid]
+                if not self._is_scored(what, scores, others):
+                    found.append(what)
+            return found
+
+    def is_done(self, key: str) -> bool:
+        """Whether the ledger says so."""
+        record = self.ledger.get(key)
+        return record is not None and record.state == "done"
+
+    def why(self, job: JobView) -> Reason | None:
+        """Why a live Job does not run; None where it does."""
+        with self.lock:
+            pods = self.pods_of(job)
+            if not job.is_deleting and not job.is_suspended:
+                is_at_work = any(pod.phase == "Running" and not pod.is_over for pod in pods)
+                if is_at_work or (job.is_running and not pods):
+                    return None
+            queued = self._queued.get(job.uid)
+            notes = [*self._notes.get(job.uid, ())]
+            for pod in pods:
+                notes += self._notes.get(pod.uid, ())
+            place = self._places.get(queued.name) if queued else None
+            return why_waiting(job, pods, queued, notes, place)
+
+    def how(self, job: JobView) -> End:
+        """How a Job failed."""
+        return how_it_failed(job, self.pods_of(job))
+
+    def job(self, name: str) -> JobView | None:
+        return self._jobs.get(name)
+
+    def jobs(self) -> list[JobView]:
+        """Every Job of ours in the namespace."""
+        with self.lock:
+            return list(self._jobs.values())
+
+    def jobs_about(self, what: str) -> list[JobView]:
+        """The Jobs about a point (by id) or a baseline (by its directory's name)."""
+        with self.lock:
+            return [self._jobs[name] for name in sorted(self._about.get(what, ()))]
+
+    def pods_of(self, job: JobView) -> list[PodView]:
+        with self.lock:
+            return list(self._pods.get(job.uid, {}).values())
+
+    def gone(self, uid: str) -> JobView | None:
+        """A Job that we saw and that is no more, as it last was."""
+        return self._gone.get(uid)
+
+    # ------------------------------------------------------------------------------ learning
+
+    def learn(self, resource: str, item: Json, is_deleted: bool = False) -> None:
+        """Take in one Job, pod, Workload or event as the API tells it."""
+        with self.news:
+            if resource == "jobs":
+                self._learn_job(job_view(item), is_deleted)
+            elif resource == "pods":
+                self._learn_pod(pod_view(item), is_deleted)
+            elif resource == "workloads" and (queued := queue_view(item)) is not None:
+                self._queued[queued.job_uid] = queued
+            elif resource == "events":
+                self._learn_note(note(item))
+            self.news.notify_all()
+
+    def touch(self, name: str) -> None:
+        """Wake whoever waits for news, about a Job."""
+        with self.news:
+            self._touch(name)
+            self.news.notify_all()
+
+    def _touch(self, name: str) -> None:
+        job = self._jobs.get(name)
+        self._touched[name] = job.points if job else self._touched.get(name, ())
+
+    def wait(self, timeout_s: float) -> None:
+        """Return as soon as something changed, or when the time is over."""
+        with self.news:
+            self.news.wait_for(lambda: self._touched, timeout_s)
+
+    def touched(self) -> dict[str, tuple[str, ...]]:
+        """Jobs about which something changed since this was last called, and their points."""
+        with self.lock:
+            names, self._touched = self._touched, {}
+            return names
+
+    def condemn(self, job: JobView) -> None:
+        """From now on a live Job counts for nothing: it is about to be deleted, and said why."""
+        with self.lock:
+            self._condemned.add(job.uid)
+
+    def _learn_job(self, job: JobView, is_deleted: bool = False) -> None:
+        before = self._jobs.get(job.name)
+        if before == job and not is_deleted:
+            return
+        self._touched[job.name] = job.points
+        if before is not None and (is_deleted or before.uid != job.uid):
+            self._forget(job if before.uid == job.uid else before)
+        if is_deleted:
+            self._gone.setdefault(job.uid, job)
+            return
+        if before is None and job.is_deleting:
+            self._leaving.add(job.uid)
+        self._jobs[job.name] = job
+        for what in (*job.points, *job.baselines):
+            self._about.setdefault(what, set()).add(job.name)
+        for key in keys_of(job):
+            self._deleted.pop(key, None)
+
+    def _forget(self, last: JobView) -> None:
+        """A Job is no more; `last` is how it last was."""
+        before = self._jobs.pop(last.name)
+        self._gone[last.uid] = last
+        for known in (self._pods, self._queued, self._notes):
+            known.pop(last.uid, None)
+        for what in (*before.points, *before.baselines):
+            self._about[what].discard(last.name)
+        if last.state == "live" and self.is_followed and last.uid not in self._leaving:
+            for key in keys_of(last):
+                record = self.ledger.get(key)
+                if record is None or record.state == "cancelled":  # else it is known how it ended
+                    self._deleted[key] = time.time()
+
+    def _learn_pod(self, pod: PodView, is_deleted: bool = False) -> None:
+        if pod.job_uid in self._gone:
+            return
+        pods = self._pods.setdefault(pod.job_uid, {})
+        if pods.get(pod.uid) == pod and not is_deleted:
+            return
+        self._touch(pod.job)
+        if is_deleted and not (pod.is_over and pod.phase != "Succeeded"):
+            pods.pop(pod.uid, None)
+            return
+        pods[pod.uid] = pod  # one that failed stays known when it is gone: it says why
+        dead = [uid for uid, other in pods.items() if other.is_over]
+        for uid in dead[:-KEPT_PODS]:
+            del pods[uid]
+
+    def replace_jobs(self, jobs: Sequence[JobView]) -> None:
+        """Take in a whole list of them: what is not in it is gone."""
+        with self.news:
+            there = {job.name for job in jobs}
+            for job in [job for name, job in self._jobs.items() if name not in there]:
+                self._touch(job.name)
+                self._forget(job)
+            for job in jobs:
+                self._learn_job(job)
+            self.news.notify_all()
+
+    def replace_pods(self, pods: Sequence[PodView]) -> None:
+        """Take in a whole list of those that did not succeed: others that did not end are gone."""
+        with self.news:
+            there = {pod.uid for pod in pods}
+            for known in self._pods.values():
+                for uid in [u for u, pod in known.items() if u not in there and not pod.is_over]:
+                    self._touch(known.pop(uid).job)
+            for pod in pods:
+                self._learn_pod(pod)
+            self.news.notify_all()
+
+    def replace_notes(self, notes: Iterable[Note]) -> None:
+        """Take in what the cluster warned about just now."""
+        with self.news:
+            self._notes.clear()
+            for said in sorted(notes, key=lambda said: said.at):
+                self._learn_note(said)
+            for job in self.waiting():
+                self._touch(job.name)
+            self.news.notify_all()
+
+    def learn_queue(self, queued: Iterable[QueueView]) -> None:
+        """Take in what Kueue says of Jobs."""
+        with self.lock:
+            self._queued |= {view.job_uid: view for view in queued}
+
+    def learn_line(self, workloads: Sequence[str]) -> None:
+        """Take in who waits in one queue, the first one first: names of Workloads."""
+        with self.lock:
+            self._places |= {name: place for place, name in enumerate(workloads)}
+
+    def waiting(self) -> list[JobView]:
+        """Jobs that should have a running pod and have none."""
+        live = (job for job in self.jobs() if job.state == "live")
+        return [job for job in live if not job.is_suspended and not job.is_running]
+
+    def queued(self) -> list[JobView]:
+        """Jobs that wait in a queue."""
+        live = (job for job in self.jobs() if job.state == "live")
+        return [job for job in live if job.is_suspended and job.queue]
+
+    def notable(self) -> set[str]:
+        """uids of the Jobs that should run and do not, and of their pods."""
+        with self.lock:
+            uids = {job.uid for job in self.waiting()}
+            return uids | {uid for job_uid in uids for uid in self._pods.get(job_uid, ())}
+
+    def _learn_note(self, said: Note) -> None:
+        about = self._notes.setdefault(said.uid, [])
+        about[:] = [other for other in about if other.reason != said.reason] + [said]
+
+
+def _scores(job: JobView, scores: str) -> bool:
+    return job.kind == "eval" and job.scores == scores
+
+
+def keys_of(job: JobView) -> tuple[str, ...]:
+    """What the ledger calls the things that a Job is to bring about."""
+    if job.kind == "train":
+        return job.points
+    if job.kind == "eval" and job.scores is not None:
+        return tuple(score_of(what, job.scores) for what in (*job.points, *job.baselines))
+    if job.kind == "prepare":
+        return (prepare_of(job.name.rpartition("-")[2]),)
+    return ()
+
+
+def baselines_seen(scene: Scene, sweep: Sweep) -> tuple[Baseline, ...]:
+    """The rows of a sweep's table that no run trains, and how they stand."""
+    groups = groups_of(sweep)
+    found: list[Baseline] = []
+    for row in baseline_rows(sweep) if sweep.suite else ():
+        assert sweep.suite is not None
+        facts = scene.facts(row.directory.name, suite_key(sweep.suite), is_baseline=True)
+        seen = judge(facts)
+        has_ended = seen.state in ("failed", "stopped")
+        found.append(
+            Baseline(
+                directory=row.directory,
+                label=row.label,
+                groups=frozenset(groups[id_] for id_ in row.points),
+                is_scored=seen.state == "done",
+                goes_alone=seen.goes_alone,
+                cause=(seen.cause or f"exit code {seen.exit_code}") if has_ended else None,
+            )
+        )
+    return tuple(found)

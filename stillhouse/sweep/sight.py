@@ -1,0 +1,194 @@
+"""This file is where the cluster is read: once and whole, or once and from then on as it changes.
+
+`refresh` is one paged LIST of each kind of object; `follow` is that, and watches in threads. What
+they learn lies in a `Scene`, which says how points stand.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import threading
+import time
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
+
+from stillhouse.rundir import Json
+from stillhouse.sweep.backends.cluster import ApiError, Cluster, Gone
+from stillhouse.sweep.ledger import Ledger
+from stillhouse.sweep.manifest import SELECTOR
+from stillhouse.sweep.plan import Observation
+from stillhouse.sweep.scene import Scene, keys_of
+from stillhouse.sweep.views import JobView, Note, job_view, note, pod_view, queue_view
+
+WATCH_S = 300.0  # a watch is asked for anew this often
+NOTES_S = 20.0  # how often a follower reads the warning events, while something waits
+QUEUE_S = 60.0  # how often it reads what Kueue says, while something is suspended
+OF_JOBS = "kueue.x-k8s.io/job-uid"  # Workloads that have this label
+UNFINISHED = "status.phase!=Succeeded"  # pods that are worth a LIST
+
+View = TypeVar("View")
+
+
+class Sight:
+    """What one namespace holds of ours; `code`: ours, where waiting Jobs of another are drifted."""
+
+    def __init__(self, cluster: Cluster, claim: str, code: str | None = None) -> None:
+        self.cluster = cluster
+        self.ledger = Ledger(cluster, claim)
+        self.scene = Scene(self.ledger, code)
+        self._versions: dict[str, str] = {}  # of the last list of each kind of object
+        self._closing = threading.Event()
+        self._error: BaseException | None = None
+
+    def look(self, id_: str, scores: str | None) -> Observation:
+        """The state of one point; `scores`: the key of the suite that makes it done, if any."""
+        return self.scene.look(id_, scores)
+
+    def observe(self, ids: Iterable[str], scores: str | None) -> dict[str, Observation]:
+        """The state of many points."""
+        return {id_: self.scene.look(id_, scores) for id_ in ids}
+
+    # ------------------------------------------------------------------------ one look around
+
+    def refresh(self) -> None:
+        """Read all of it anew: one paged LIST of each kind of object that is needed."""
+        self._versions.clear()
+        self._list_jobs()
+        self.ledger.read()  # after the Jobs: what was one, and is not any more, stands there
+        if any(self._needs_pods(job) for job in self.scene.jobs()):
+            self._list_pods()
+        if self.scene.queued():
+            self.read_queue()
+        if self.scene.waiting():
+            self.read_notes()
+
+    def _needs_pods(self, job: JobView) -> bool:
+        if job.state == "failed":
+            return any(self.ledger.get(key) is None for key in keys_of(job))
+        return job.state == "live" and not job.is_suspended and not job.is_running
+
+    def _list_jobs(self) -> None:
+        found, self._versions["jobs"] = self._listed("jobs", job_view)
+        self.scene.replace_jobs(found)
+
+    def read_pods(self, job: JobView) -> None:
+        """Read the pods of one Job: of one that failed, before their watch told us how."""
+        of_it = f"{SELECTOR},batch.kubernetes.io/job-name={job.name}"
+        with contextlib.suppress(Gone):  # there will be another look
+            for items, _ in self.cluster.pages("pods", of_it):
+                for item in items:
+                    self.scene.learn("pods", item)
+
+    def _list_pods(self) -> None:
+        found, self._versions["pods"] = self._listed("pods", pod_view, UNFINISHED)
+        self.scene.replace_pods(found)
+
+    def _listed(
+        self, resource: str, view: Callable[[Json], View], fields: str = ""
+    ) -> tuple[list[View], str]:
+        """Views of all objects of ours, each slim before the next page, and the list's version."""
+        while True:
+            found: list[View] = []
+            seen = ""
+            try:
+                for items, version in self.cluster.pages(resource, SELECTOR, fields=fields):
+                    found += map(view, items)
+                    seen = version
+                return found, seen
+            except Gone:  # it took longer than the server remembers: begin again
+                self._closing.wait(random.uniform(0, self.cluster.first_delay_s))
+
+    def read_notes(self) -> None:
+        """Read what the cluster warned about: events of Jobs that wait, and of their pods."""
+        wanted = self.scene.notable()
+        found: list[Note] = []
+        with contextlib.suppress(Gone, ApiError):  # gone, or not ours to read: they only explain
+            for items, _ in self.cluster.pages("events", fields="type=Warning"):
+                found += [said for said in map(note, items) if said.uid in wanted]
+            self.scene.replace_notes(found)
+
+    def read_queue(self) -> None:
+        """Read what Kueue says of the Jobs that wait in its queues."""
+        with contextlib.suppress(Gone, ApiError):  # not ours to read: it only explains
+            if self.cluster.kueue() is None:
+                return
+            for items, _ in self.cluster.pages("workloads", OF_JOBS):
+                self.scene.learn_queue(view for view in map(queue_view, items) if view)
+            for queue in {job.queue for job in self.scene.queued() if job.queue}:
+                line = [item["metadata"]["name"] for item in self.cluster.pending(queue)]
+                self.scene.learn_line(line)
+
+    # ------------------------------------------------------------------------------ following
+
+    def follow(self) -> None:
+        """Read what was not read yet, and keep all of it true, in threads that end with `close`."""
+        if "jobs" not in self._versions:
+            self._list_jobs()
+            self.ledger.read()  # after: what is no Job any more by now stands there
+        if "pods" not in self._versions:
+            self._list_pods()
+        self.scene.is_followed = True
+        watches = (
+            (self._watch, "jobs", self._list_jobs),
+            (self._watch, "pods", self._list_pods),
+            (self._read_on,),
+        )
+        for function, *arguments in watches:
+            thread = threading.Thread(
+                target=self._guarded, args=(function, *arguments), daemon=True
+            )
+            thread.start()
+
+    def close(self) -> None:
+        """End the threads of `follow`; what was seen stays as it is."""
+        self._closing.set()
+        self.scene.touch("")
+
+    def _guarded(self, function: Callable[..., None], *arguments: Any) -> None:
+        try:
+            function(*arguments)
+        except BaseException as error:  # for whoever waits: a thread has nobody to tell
+            if not self._closing.is_set():
+                self._error = error
+            self.scene.touch("")
+
+    def _watch(self, resource: str, read_anew: Callable[[], None]) -> None:
+        """Keep one kind of object true: a watch after the other, a LIST where that is too late."""
+        idle, version = 0, self._versions[resource]  # idle: watches in a row that said nothing
+        while not self._closing.is_set():
+            try:
+                for seen in self.cluster.watch(resource, SELECTOR, version, WATCH_S):
+                    idle, version = 0, seen.object["metadata"]["resourceVersion"]
+                    if seen.kind != "BOOKMARK":
+                        self.scene.learn(resource, seen.object, seen.kind == "DELETED")
+                    if self._closing.is_set():
+                        return
+            except Gone:
+                read_anew()
+                version = self._versions[resource]
+            longest = self.cluster.first_delay_s * 2 ** min(idle, 6)
+            self._closing.wait(random.uniform(0, longest))  # not all drivers at once
+            idle += 1
+
+    def _read_on(self) -> None:
+        """What is worth a LIST now and then, and no watch."""
+        last_queue = time.monotonic()
+        while not self._closing.wait(NOTES_S):
+            if self.scene.waiting():
+                self.read_notes()
+            if self.scene.queued() and time.monotonic() - last_queue >= QUEUE_S:
+                self.read_queue()
+                last_queue = time.monotonic()
+
+    def wait(self, timeout_s: float) -> None:
+        """Return as soon as something changed, or when the time is over.
+
+        Raises:
+            Exception: whatever ended a thread of `follow`.
+        """
+        if self._error is not None:
+            raise self._error
+        self.scene.wait(timeout_s)
+        if self._error is not None:
+            raise self._error

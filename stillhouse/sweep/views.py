@@ -1,0 +1,288 @@
+"""This file is where an object of the cluster becomes the few facts about it that we keep.
+
+A Job is some 8 KB of JSON, and a sweep has 10,000 of them: only these small frozen views are ever
+held. Plain dicts in, no requests; what is missing in an object is missing in its view.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from sys import intern
+from typing import Any, Literal, cast
+
+from stillhouse.rundir import Json
+
+STILLHOUSE = "stillhouse/"  # what our own labels and annotations begin with
+ATTEMPTS = "stillhouse/attempts"  # annotation of a Job: how its earlier pods failed
+QUEUE_LABEL = "kueue.x-k8s.io/queue-name"
+PART_OF, OURS = "app.kubernetes.io/part-of", "stillhouse"
+MAIN = "main"  # name of the container that does the work
+
+JobState = Literal["live", "complete", "failed"]
+_STATES: dict[str, JobState] = {"": "live", "Complete": "complete", "Failed": "failed"}
+
+
+@dataclass(frozen=True, slots=True)
+class JobView:
+    """A Job, as far as we care. Times are seconds since the epoch, by the server's clock."""
+
+    name: str
+    uid: str
+    kind: str  # prepare train eval drive collect; "" where it is not ours
+    hash: str  # 40 hex digits of what it is about
+    code: str  # digest of the code that it runs
+    owner: str
+    sweep: str
+    state: JobState
+    is_suspended: bool
+    is_deleting: bool
+    created: float
+    started: float | None  # when it was last let go
+    ended: float | None
+    active: int
+    ready: int  # pods whose containers run
+    failed: int  # pods that counted as failed
+    points: tuple[str, ...]  # ids
+    baselines: tuple[str, ...]  # names of directories below runs/baselines
+    scores: str | None  # what an evaluation's results are keyed by
+    names: tuple[str, ...]  # what people call it
+    queue: str | None
+    devices: int
+    gpu: str | None
+    end_reason: str | None  # of the condition that ended it
+    end_message: str | None
+    attempts: str | None  # the annotation, as it is
+
+    @property
+    def is_running(self) -> bool:
+        return self.state == "live" and self.ready > 0
+
+
+@dataclass(frozen=True, slots=True)
+class PodView:
+    """A pod of a Job of ours."""
+
+    name: str
+    uid: str
+    job: str  # the Job's name
+    job_uid: str
+    phase: str  # Pending Running Succeeded Failed Unknown
+    created: float
+    node: str | None
+    unscheduled: str | None  # why no node has it yet
+    waiting: str | None  # why its container does not run yet: a reason, as ErrImagePull
+    waiting_message: str
+    started: float | None  # when its container began
+    finished: float | None
+    exit_code: int | None
+    end_reason: str | None  # of the container, or else of the pod: OOMKilled, Evicted
+    said: str  # the container's termination message, or else what the pod's status says
+    disrupted: str | None  # reason of the condition DisruptionTarget: it was no fault of its own
+    is_deleting: bool
+
+    @property
+    def is_over(self) -> bool:
+        return self.phase in ("Succeeded", "Failed") or self.exit_code is not None
+
+
+@dataclass(frozen=True, slots=True)
+class QueueView:
+    """What Kueue says of a Job: its Workload."""
+
+    name: str
+    job_uid: str
+    state: Literal["pending", "inadmissible", "preempted", "evicted", "reserved", "admitted"]
+    reason: str
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class Note:
+    """A warning event: something the cluster said about a Job or a pod."""
+
+    kind: str
+    name: str
+    uid: str
+    reason: str
+    message: str
+    at: float
+
+
+@dataclass(frozen=True, slots=True)
+class LastWords:
+    """What a pod of ours leaves when it ends: its termination message."""
+
+    exit_code: int | None  # None: they are not of `pod.py`, but the end of its log
+    cause: str | None
+    tail: str | None  # the last lines that it printed
+
+
+def job_view(job: Json) -> JobView:
+    """The facts of a Job."""
+    meta, spec, status = job["metadata"], job.get("spec", {}), job.get("status", {})
+    labels: Mapping[str, str] = meta.get("labels") or {}
+    notes: Mapping[str, str] = meta.get("annotations") or {}
+    end = _end(status) or {}
+    point = labels.get(STILLHOUSE + "point")
+    return JobView(
+        name=meta["name"],
+        uid=meta["uid"],
+        kind=intern(labels.get(STILLHOUSE + "kind", "")),
+        hash=labels.get(STILLHOUSE + "hash", ""),
+        code=intern(labels.get(STILLHOUSE + "code", "")),
+        owner=intern(labels.get(STILLHOUSE + "owner", "")),
+        sweep=intern(labels.get(STILLHOUSE + "sweep", "")),
+        state=_STATES[end.get("type", "")],
+        is_suspended=bool(spec.get("suspend")),
+        is_deleting="deletionTimestamp" in meta,
+        created=seconds(meta.get("creationTimestamp")) or 0.0,
+        started=seconds(status.get("startTime")),
+        ended=seconds(end.get("lastTransitionTime")),
+        active=status.get("active") or 0,
+        ready=status.get("ready") or 0,
+        failed=status.get("failed") or 0,
+        points=(intern(point),) if point else _comma(notes.get(STILLHOUSE + "points")),
+        baselines=_comma(notes.get(STILLHOUSE + "baselines")),
+        scores=_interned(notes.get(STILLHOUSE + "scores")),
+        names=_words(notes.get(STILLHOUSE + "names")),
+        queue=_interned(labels.get(QUEUE_LABEL)),
+        devices=int(notes.get(STILLHOUSE + "devices") or 0),
+        gpu=_interned(notes.get(STILLHOUSE + "gpu-product")),
+        end_reason=_interned(end.get("reason")),
+        end_message=end.get("message"),
+        attempts=notes.get(ATTEMPTS),
+    )
+
+
+def _end(status: Json) -> Json | None:
+    """The condition that ended a Job. (FailureTarget and SuccessCriteriaMet only foretell one.)"""
+    for condition in status.get("conditions") or ():
+        if condition["type"] in ("Complete", "Failed") and condition["status"] == "True":
+            return cast("Json", condition)
+    return None
+
+
+def pod_view(pod: Json) -> PodView:
+    """The facts of a pod."""
+    meta, spec, status = pod["metadata"], pod.get("spec", {}), pod.get("status", {})
+    labels: Mapping[str, str] = meta.get("labels") or {}
+    conditions = _conditions(status)
+    scheduled, disruption = (
+        conditions.get("PodScheduled", {}),
+        conditions.get("DisruptionTarget", {}),
+    )
+    containers: list[Json] = [*(status.get("initContainerStatuses") or ())]
+    containers += status.get("containerStatuses") or ()
+    states: dict[str, dict[str, Json]] = {c["name"]: c.get("state") or {} for c in containers}
+    waits = [state["waiting"] for state in states.values() if "waiting" in state]
+    waiting: Json = waits[0] if waits else {}
+    main = states.get(MAIN, {})
+    ended, running = main.get("terminated", {}), main.get("running", {})
+    return PodView(
+        name=meta["name"],
+        uid=meta["uid"],
+        job=labels.get("batch.kubernetes.io/job-name") or labels.get("job-name", ""),
+        job_uid=labels.get("batch.kubernetes.io/controller-uid")
+        or labels.get("controller-uid", ""),
+        phase=intern(status.get("phase", "Pending")),
+        created=seconds(meta.get("creationTimestamp")) or 0.0,
+        node=_interned(spec.get("nodeName")),
+        unscheduled=scheduled.get("message") or scheduled.get("reason")
+        if scheduled.get("status") == "False"
+        else None,
+        waiting=_interned(waiting.get("reason")),
+        waiting_message=waiting.get("message", ""),
+        started=seconds(ended.get("startedAt") or running.get("startedAt")),
+        finished=seconds(ended.get("finishedAt")),
+        exit_code=ended.get("exitCode"),
+        end_reason=_interned(ended.get("reason") or status.get("reason")),
+        said=ended.get("message") or status.get("message", ""),
+        disrupted=disruption.get("reason") if disruption.get("status") == "True" else None,
+        is_deleting="deletionTimestamp" in meta,
+    )
+
+
+def queue_view(workload: Json) -> QueueView | None:
+    """What a Workload says, or None where it belongs to no Job."""
+    meta = workload["metadata"]
+    owners = meta.get("ownerReferences") or ()
+    uid = next((owner["uid"] for owner in owners if owner.get("kind") == "Job"), None)
+    if uid is None:
+        return None
+    conditions = _conditions(workload.get("status", {}))
+
+    def holds(type_: str) -> bool:
+        return conditions.get(type_, {}).get("status") == "True"
+
+    quota = conditions.get("QuotaReserved", {})
+    told: Json = quota
+    if holds("Admitted"):
+        state = "admitted"
+    elif holds("QuotaReserved"):
+        state = "reserved"
+    elif holds("Evicted"):
+        # Preempted says who needed the room; Evicted alone, that it was something else.
+        is_preempted = holds("Preempted")
+        state = "preempted" if is_preempted else "evicted"
+        told = conditions["Preempted" if is_preempted else "Evicted"]
+    else:
+        state = "inadmissible" if quota.get("reason") == "Inadmissible" else "pending"
+    return QueueView(
+        meta["name"], uid, state, intern(told.get("reason") or ""), told.get("message") or ""
+    )
+
+
+def _conditions(status: Json) -> dict[str, Json]:
+    return {c["type"]: c for c in status.get("conditions") or ()}
+
+
+def note(event: Json) -> Note:
+    """What an event says."""
+    about: Json = event.get("involvedObject") or {}
+    series: Json = event.get("series") or {}
+    last = series.get("lastObservedTime") or event.get("lastTimestamp") or event.get("eventTime")
+    return Note(
+        kind=about.get("kind", ""),
+        name=about.get("name", ""),
+        uid=about.get("uid", ""),
+        reason=event.get("reason", ""),
+        message=event.get("message", ""),
+        at=seconds(last) or seconds(event["metadata"].get("creationTimestamp")) or 0.0,
+    )
+
+
+def last_words(said: str) -> LastWords:
+    """A termination message as our pods write it; or the end of a log, where they could not."""
+    try:
+        words: Any = json.loads(said) if said.startswith("{") else None
+    except json.JSONDecodeError:  # cut by whoever passed it on
+        code = re.search(r'"exit_code": *(\d+)', said)
+        cause = re.search(r'"cause": *("(?:[^"\\]|\\.)*")', said)
+        words = {"exit_code": int(code[1]), "cause": json.loads(cause[1])} if code and cause else 0
+    if not isinstance(words, dict):
+        lines = said.strip().splitlines()
+        return LastWords(None, lines[-1].strip() if lines else None, said.strip() or None)
+    told = cast("Json", words)
+    return LastWords(told.get("exit_code"), told.get("cause"), told.get("tail") or None)
+
+
+def seconds(time: str | None) -> float | None:
+    """A time as the API writes it, in seconds since the epoch."""
+    return datetime.fromisoformat(time).timestamp() if time else None
+
+
+def _interned(text: str | None) -> str | None:
+    return intern(text) if text else None
+
+
+def _words(text: str | None) -> tuple[str, ...]:
+    return tuple(shlex.split(text)) if text else ()
+
+
+def _comma(text: str | None) -> tuple[str, ...]:
+    return tuple(map(intern, text.split(","))) if text else ()

@@ -1,0 +1,246 @@
+"""The doors of a run, an evaluation and a preparation, as a pod opens them."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cheap import CACHE, cheap, words
+
+from stillhouse import doors
+from stillhouse.compose import compose, from_command_line
+from stillhouse.errors import ConfigError, Diverged, Interrupted
+from stillhouse.evals import find
+from stillhouse.rundir import RunDir, Runs, code_identity
+from stillhouse.spec import EvalSpec, eval_id, point_id, suite_key
+
+SHORT = ["max_steps=1", "lmbda=0"]
+
+
+@pytest.fixture(autouse=True)
+def handlers_are_put_back() -> Iterator[None]:
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
+    runs = tmp_path_factory.mktemp("trained")
+    assert doors.train(cheap(runs, *SHORT)) == 0
+    return Runs(runs).of(cheap(runs, *SHORT))
+
+
+@pytest.fixture
+def exit_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("STILLHOUSE_EXIT_FILE", str(tmp_path / "exit"))
+    return tmp_path / "exit"
+
+
+@pytest.fixture
+def in_pod(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STILLHOUSE_IN_POD", "1")
+
+
+def told(exit_file: Path) -> list[Any]:
+    return [json.loads(line) for line in exit_file.read_text().splitlines()]
+
+
+# ---------------------------------------------------------------- what a pod is told
+
+
+def test_a_door_tells_how_it_ended(
+    exit_file: Path, trained: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert doors.train_main(words(trained.path.parent, *SHORT)) == 0
+    assert doors.train_main(["lmba=0"]) == 42
+    monkeypatch.setenv("RANK", "1")
+    # A directory where a file should be: what breaks without a name of ours is told, too.
+    broken = trained.path.parent.parent / "broken"
+    (broken / trained.path.name / "spec.json").mkdir(parents=True)
+    with pytest.raises(IsADirectoryError):
+        doors.train_main(words(broken, *SHORT))
+    done, mistake, crash = told(exit_file)
+    assert done == {"code": 0, "rank": 0, "cause": None}
+    assert mistake["code"] == 42
+    assert mistake["cause"] == 'ConfigError: command line: no knob "lmba". Did you mean "lmbda"?'
+    assert (crash["code"], crash["rank"]) == (1, 1)
+    assert crash["cause"].startswith("IsADirectoryError: ")
+
+
+def test_a_pod_made_for_other_code_or_another_point_writes_nothing(
+    tmp_path: Path, exit_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    line = words(tmp_path / "runs", *SHORT)
+    for name, value in (("CODE", "0123456789abcdef"), ("ID", "0123456789")):
+        monkeypatch.setenv(f"STILLHOUSE_{name}", value)
+        assert doors.train_main(line) == 42
+        assert (
+            f"this pod was made for {'code ' * (name == 'CODE')}{value}"
+            in told(exit_file)[-1]["cause"]
+        )
+        monkeypatch.delenv(f"STILLHOUSE_{name}")
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_pod_made_for_this_very_point_goes_on(
+    trained: RunDir, exit_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = trained.path.parent
+    monkeypatch.setenv("STILLHOUSE_CODE", code_identity()["digest"])
+    monkeypatch.setenv("STILLHOUSE_ID", point_id(cheap(runs, *SHORT)))
+    assert doors.train_main(words(runs, *SHORT)) == 0
+
+
+def test_an_evaluation_knows_what_it_is_about() -> None:
+    def asked(*more: str) -> EvalSpec:
+        return compose(from_command_line(["pair=tiny", "suite=tiny", *more], EvalSpec), EvalSpec)
+
+    one = asked("lora_paths=[/runs/a,/runs/b]")
+    assert eval_id(one) == eval_id(asked("lora_paths=[/runs/a,/runs/b]", "name=x", "threads=1"))
+    others = [asked("lora_paths=[/runs/a]"), asked("eval_teacher=false"), asked("pair_seed=3")]
+    assert len({eval_id(spec) for spec in [one, *others]}) == 4
+    renamed = asked("suite_name=mine")
+    assert suite_key(renamed.suite) == suite_key(one.suite)
+    assert suite_key(asked("limit=4").suite) != suite_key(one.suite)
+
+
+# ---------------------------------------------------------------- attempts
+
+
+def stopped_before_its_first_step(run: RunDir) -> threading.Thread:
+    """Send this process a SIGTERM as soon as the next attempt has begun."""
+    attempt = run.status().get("attempt", 0) + 1
+
+    def send() -> None:
+        while run.status().get("attempt") != attempt:
+            time.sleep(0.001)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    thread = threading.Thread(target=send)
+    thread.start()
+    return thread
+
+
+def attempt(run: RunDir, *point: str) -> None:
+    thread = stopped_before_its_first_step(run)
+    with pytest.raises(Interrupted):
+        doors.train(cheap(run.path.parent, *point))
+    thread.join()
+
+
+def test_three_pods_stopped_before_a_step_are_a_failure(tmp_path: Path, in_pod: None) -> None:
+    point = ["lmbda=0", "max_steps=500"]
+    run = Runs(tmp_path).of(cheap(tmp_path, *point))
+    for number in (1, 2, 3):
+        attempt(run, *point)
+        assert run.status()["attempts_without_progress"] == number
+        assert run.metrics() == []
+    with pytest.raises(Diverged, match="3 attempts in a row ended before they completed a step"):
+        doors.train(cheap(tmp_path, *point))
+
+
+def test_a_step_of_progress_forgives_the_pods_before_it(tmp_path: Path, in_pod: None) -> None:
+    run = Runs(tmp_path).of(cheap(tmp_path, *SHORT))
+    attempt(run, *SHORT)
+    attempt(run, *SHORT)
+    assert doors.train(cheap(tmp_path, *SHORT)) == 0
+    assert run.status()["attempts_without_progress"] == 0
+
+
+def test_on_a_laptop_ctrl_c_is_nobodys_failure(tmp_path: Path) -> None:
+    point = ["lmbda=0", "max_steps=500"]
+    run = Runs(tmp_path).of(cheap(tmp_path, *point))
+    for _ in range(4):
+        attempt(run, *point)
+        assert run.status()["attempts_without_progress"] == 0
+
+
+def test_a_run_that_another_pod_still_has_is_85_and_on_a_laptop_a_mistake(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A pod whose node is lost holds its lock until the volume's server forgets it."""
+    line = words(tmp_path, *SHORT)
+    with Runs(tmp_path).of(cheap(tmp_path, *SHORT)).lock():
+        assert doors.train_main(line) == 42
+        monkeypatch.setenv("STILLHOUSE_IN_POD", "1")
+        assert doors.train_main(line) == 85
+
+
+# ---------------------------------------------------------------- evaluations in a pod
+
+
+@pytest.fixture
+def volume(trained: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Runs:
+    """Runs as a pod sees them, with a ConfigMap of names beside."""
+    shutil.copytree(trained.path.parent, tmp_path / "runs", symlinks=True)
+    names = tmp_path / "names"
+    (names / "..2026_11_25").mkdir(parents=True)
+    (names / "..data").symlink_to("..2026_11_25")
+    for name, run in (("alias", trained.path.name), ("later", "tiny-gkd-0123456789")):
+        (names / "..data" / name).write_text(f"{run}\n")
+        (names / name).symlink_to(f"..data/{name}")
+    monkeypatch.setenv("STILLHOUSE_NAMES", str(names))
+    return Runs(tmp_path / "runs")
+
+
+def test_a_name_that_only_the_launcher_knows_is_found_in_a_pod(
+    volume: Runs, trained: RunDir
+) -> None:
+    for word in ("dump/alias", "alias"):
+        [found], untrained = find.typed((word,), volume)
+        assert (found.home.name, found.name, untrained) == (trained.path.name, "alias", 0)
+
+
+def test_a_link_on_the_volume_comes_before_the_launchers_name(volume: Runs) -> None:
+    other = volume.root / "other"
+    (other / "adapter").mkdir(parents=True)
+    (other / "adapter/adapter_config.json").write_text("{}")
+    volume.names.mkdir()
+    (volume.names / "alias").symlink_to("../other")
+    [found], _ = find.typed(("dump/alias",), volume)
+    assert found.home == other.resolve()
+
+
+@pytest.mark.parametrize(
+    ("word", "said"),
+    [
+        ("dump/nobody", 'dump/nobody: no such directory, and no run in .* has the name "nobody"'),
+        ("dump/alais", 'Did you mean "alias"'),
+        ("later", "later: its run tiny-gkd-0123456789 is not in"),
+    ],
+)
+def test_a_name_that_is_nowhere_is_a_mistake_that_names_it(
+    volume: Runs, word: str, said: str
+) -> None:
+    with pytest.raises(ConfigError, match=said):
+        find.typed((word,), volume)
+
+
+def test_an_evaluation_of_a_run_that_is_not_trained_is_42_and_names_it(
+    volume: Runs, exit_file: Path
+) -> None:
+    shutil.rmtree(next(volume.all()).adapter)
+    run = next(volume.all()).path
+    line = [
+        "pair=tiny", "teacher_steps=8", "student_steps=8", "suite=tiny", f"cache_dir={CACHE}",
+        f"runs={volume.root}", f"lora_paths=[{run}]",
+    ]  # fmt: skip
+    assert doors.eval_main(line) == 42
+    assert f"{run}: no adapter" in told(exit_file)[-1]["cause"]
+
+
+def test_preparing_a_generated_pair_makes_it_and_loads_its_tasks(tmp_path: Path) -> None:
+    line = ["pair=tiny", "teacher_steps=2", "student_steps=2", f"cache_dir={tmp_path}"]
+    assert doors.prepare_main(["--no-scores", *line]) == 0
+    assert doors.prepare_main([*line, "suite=tiny"]) == 0
+    assert doors.prepare_main([*line, "suite=tiny", "data=local", "data_path=nowhere"]) == 42

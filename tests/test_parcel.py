@@ -1,0 +1,217 @@
+"""Files of runs, from a volume to a laptop: what arrives is what was there, or nothing is kept."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from stillhouse import parcel
+
+SMALL = ["spec.json", "status.json", "metrics.jsonl", "log.txt", "eval/*.json"]
+ONE, TWO, BASE = "tiny-gkd-0123456789", "tiny-gkd-abcdef0123", "baselines/teacher-0123456789"
+
+
+@pytest.fixture
+def runs(tmp_path: Path) -> Path:
+    """A volume: two runs, a baseline, names, an adapter, a file that is being written."""
+    root = tmp_path / "volume"
+    files = {
+        f"{ONE}/spec.json": b"{}",
+        f"{ONE}/metrics.jsonl": b'{"step": 0}\n' * 5000,
+        f"{ONE}/eval/tiny_gen.json": b'{"value": 0.5}',
+        f"{ONE}/eval/.tiny_mc.json.7.tmp": b"half",
+        f"{ONE}/adapter/adapter_model.safetensors": os.urandom(300_000),
+        f"{ONE}/checkpoints/step-9/big": b"never asked for",
+        f"{TWO}/spec.json": b'{"two": 2}',
+        f"{BASE}/eval/tiny_gen.json": b'{"value": 1.0}',
+    }
+    for name, content in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(content)
+    (root / "names").mkdir()
+    (root / "names/mine").symlink_to(f"../{ONE}")
+    (root / "names/other").symlink_to("../tiny-gkd-9999999999")
+    return root
+
+
+def request(runs: Path, *directories: str, files: list[str] = SMALL, **more: Any) -> dict[str, Any]:
+    return {"runs": str(runs), "directories": [*directories], "files": files, **more}
+
+
+def sent(asked: dict[str, Any]) -> bytes:
+    out = io.BytesIO()
+    assert parcel.send(asked, out) == 0
+    return out.getvalue()
+
+
+def test_what_a_pod_sends_arrives_as_it_was(runs: Path, tmp_path: Path) -> None:
+    """Through the very command that an `exec` runs."""
+    code = Path(__file__).parent.parent
+    bundle = tmp_path / "bundle/pod.py"
+    bundle.parent.mkdir()
+    shutil.copy(code / "stillhouse/pod.py", bundle)
+    word = parcel.pack(request(runs, ONE, "tiny-gkd-none", BASE))
+    done = subprocess.run(
+        [sys.executable, bundle, "send", "--", word],
+        capture_output=True, cwd=code, check=True, env={**os.environ, "TMPDIR": str(tmp_path)},
+    )  # fmt: skip
+    halves = (done.stdout[:1000], done.stdout[1000:])
+    manifest = parcel.receive(halves, tmp_path / "home")
+    arrived = {
+        str(path.relative_to(tmp_path / "home")): path.read_bytes()
+        for path in (tmp_path / "home").rglob("*")
+        if path.is_file()
+    }
+    assert arrived.keys() == {
+        f"{ONE}/spec.json",
+        f"{ONE}/metrics.jsonl",
+        f"{ONE}/eval/tiny_gen.json",
+        f"{BASE}/eval/tiny_gen.json",
+    }
+    assert all(content == (runs / name).read_bytes() for name, content in arrived.items())
+    assert manifest["files"].keys() == arrived.keys()
+    assert manifest["missing"] == ["tiny-gkd-none"] and manifest["unchanged"] == []
+    assert manifest["names"] == {"mine": ONE}
+
+
+def test_an_adapter_comes_when_it_is_asked_for(runs: Path, tmp_path: Path) -> None:
+    manifest = parcel.receive([sent(request(runs, ONE, files=["adapter/*"]))], tmp_path / "home")
+    [name] = manifest["files"]
+    assert (tmp_path / "home" / name).read_bytes() == (runs / name).read_bytes()
+
+
+def test_a_directory_that_is_here_already_is_not_sent_again(runs: Path, tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    parcel.receive([sent(request(runs, ONE, TWO))], home)
+    have = {name: parcel.state(home / name, SMALL) for name in (ONE, TWO)}
+    (runs / TWO / "spec.json").write_bytes(b'{"two": 3}')
+    manifest = parcel.receive([sent(request(runs, ONE, TWO, have=have))], tmp_path / "again")
+    assert manifest["unchanged"] == [ONE]
+    assert [*manifest["files"]] == [f"{TWO}/spec.json"]
+
+
+def test_a_stream_that_is_cut_anywhere_is_refused_or_was_whole(runs: Path, tmp_path: Path) -> None:
+    stream = sent(request(runs, ONE, BASE))
+    files = parcel.receive([stream], tmp_path / "whole")["files"]
+    refused = 0
+    for end in range(0, len(stream), 5):
+        try:
+            manifest = parcel.receive([stream[:end]], tmp_path / str(end))
+        except ValueError as error:
+            assert "cut" in str(error)
+            refused = end
+        else:
+            assert manifest["files"] == files
+    assert refused > 0.8 * len(stream), "only a tar's padding may be missing"
+
+
+def repacked(stream: bytes, change: Any) -> bytes:
+    """The stream with its members changed by somebody on the way."""
+    out = io.BytesIO()
+    with (
+        tarfile.open(fileobj=io.BytesIO(stream), mode="r:gz") as before,
+        tarfile.open(fileobj=out, mode="w:gz") as after,
+    ):
+        for member in before:
+            content = before.extractfile(member)
+            assert content is not None
+            name, data = change(member.name, content.read())
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            after.addfile(info, io.BytesIO(data))
+    return out.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda n, d: (n, d.replace(b"0.5", b"0.9") if "eval" in n else d), "is not what was sent"),
+        (lambda n, d: (n.replace("spec.json", "odd.json"), d), "is not what was sent"),
+        (lambda n, d: (n.replace(f"{ONE}/spec.json", "../../etc"), d), "not a plain file below"),
+        (lambda n, d: (n.replace(f"{ONE}/spec.json", "/etc/x"), d), "not a plain file below"),
+    ],
+)
+def test_what_was_changed_on_the_way_is_refused(
+    runs: Path, tmp_path: Path, change: Any, said: str
+) -> None:
+    with pytest.raises(ValueError, match=said):
+        parcel.receive([repacked(sent(request(runs, ONE)), change)], tmp_path / "home")
+
+
+def test_a_file_that_grows_is_sent_as_far_as_it_was(runs: Path, tmp_path: Path) -> None:
+    grows = runs / ONE / "metrics.jsonl"
+    before = grows.read_bytes()
+
+    class Slow(io.BytesIO):
+        def write(self, data: Any) -> int:
+            with grows.open("ab") as file:
+                file.write(b'{"step": 1}\n')
+            return super().write(data)
+
+    out = Slow()
+    parcel.send(request(runs, ONE), out)
+    parcel.receive([out.getvalue()], tmp_path / "home")
+    arrived = (tmp_path / "home" / ONE / "metrics.jsonl").read_bytes()
+    assert arrived.startswith(before) and len(grows.read_bytes()) > len(arrived)
+    assert all(json.loads(line) for line in arrived.splitlines())
+
+
+def test_a_request_for_400_directories_fits_into_a_url() -> None:
+    names = [f"qwen3-4b-self-gkd-{os.urandom(5).hex()}" for _ in range(400)]
+    have = {name: os.urandom(8).hex() for name in names}
+    word = parcel.pack(request(Path("/runs"), *names, have=have))
+    assert parcel.unpack(word)["have"] == have
+    assert len(word) < 16_000
+
+
+def test_a_request_that_cannot_be_read_is_a_mistake() -> None:
+    command = [sys.executable, "-m", "stillhouse.parcel", "send", "nonsense!"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 42 and done.stdout == ""
+    assert "a request that cannot be read" in done.stderr
+
+
+def holding(tmp_path: Path, seconds: str) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "stillhouse.parcel", "hold", seconds]
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE)
+
+
+def test_a_pod_that_nobody_asks_ends_by_itself(tmp_path: Path) -> None:
+    with holding(tmp_path, "0.2") as waiting:
+        assert waiting.wait(20) == 0
+
+
+def test_a_send_keeps_its_pod(tmp_path: Path) -> None:
+    used = tmp_path / "stillhouse-sent"
+    used.touch()
+    later = time.time() + 2
+    os.utime(used, (later, later))
+    with holding(tmp_path, "0.1") as waiting:
+        assert waiting.wait(20) == 0
+    assert time.time() >= later
+
+
+def test_a_pod_that_waits_ends_at_once_when_asked(tmp_path: Path) -> None:
+    with holding(tmp_path, "60") as waiting:
+        assert waiting.stdout is not None and waiting.stdout.readline().startswith(b"waiting")
+        waiting.send_signal(signal.SIGTERM)
+        assert waiting.wait(20) == 0
+
+
+def test_the_stream_is_a_gzipped_tar_that_ends_in_its_manifest(runs: Path) -> None:
+    plain = gzip.decompress(sent(request(runs, TWO)))
+    with tarfile.open(fileobj=io.BytesIO(plain)) as tar:
+        assert tar.getnames() == [f"{TWO}/spec.json", "manifest.json"]

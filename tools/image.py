@@ -1,0 +1,121 @@
+#!/usr/bin/env python3
+"""This file is where `make image` builds the pods' image with whatever builder this machine has.
+
+    image.py [NAME]
+
+NAME is a repository that the cluster can pull from (registry.example/team/stillhouse): the image
+is pushed there, and the line for conf/site is printed, with the digest that the registry knows.
+Without NAME, or with ARCHIVE=FILE in the environment, nothing is pushed. Standard library only.
+
+Environment: ENGINE (docker, podman or buildah; the first that works), BASE, INDEX, UV_VERSION (the
+Dockerfile's arguments), ARCHIVE (with podman or buildah: write an OCI archive, for a node that
+imports it).
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ENGINES = ("docker", "podman", "buildah")
+ARGUMENTS = ("UV_VERSION", "BASE", "INDEX")
+DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
+
+
+class Refused(Exception):
+    """The image cannot be built or sent; the text says what to do."""
+
+
+def engine() -> str:
+    """The builder to use: the one that is asked for, or the first that answers."""
+    asked = os.environ.get("ENGINE")
+    for name in (asked,) if asked else ENGINES:
+        if shutil.which(name) is None:
+            continue
+        # The docker command may be here without its daemon.
+        probe = subprocess.run([name, "info"], capture_output=True, text=True)
+        if probe.returncode == 0:
+            return name
+    raise Refused(
+        f"no {asked or 'docker, podman or buildah'} that works here; install one of them (buildah"
+        " and podman need no daemon), or build k8s/Dockerfile elsewhere"
+    )
+
+
+def run(*command: str, shows: bool = False) -> str:
+    """Standard output of a command that has to succeed; "" where it is shown instead."""
+    done = subprocess.run(command, stdout=None if shows else subprocess.PIPE, text=True)
+    if done.returncode:
+        raise Refused(f"{' '.join(command[:2])} failed with {done.returncode}; its words are above")
+    return done.stdout or ""
+
+
+def tag() -> str:
+    """The commit that the image is of, to tell images apart in a registry; pods go by digest."""
+    words = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
+    described = subprocess.run(words, capture_output=True, text=True)
+    return described.stdout.strip() or "local"
+
+
+def build(builder: str, reference: str) -> None:
+    """Build k8s/Dockerfile from the checkout in which we are."""
+    given = {name: os.environ.get(name, "") for name in ARGUMENTS}
+    options = [f"--build-arg={name}={value}" for name, value in given.items() if value]
+    # OCI, because the digest of the manifest is what a cluster pulls by.
+    kind = [] if builder == "docker" else ["--format=oci"]
+    file = ["--file=k8s/Dockerfile", f"--tag={reference}", "."]
+    run(builder, "build", *kind, *options, *file, shows=True)
+
+
+def push(builder: str, reference: str, to: str | None) -> str:
+    """Send the image to its registry, or to `to`; the digest under which it is known there."""
+    if builder == "docker":
+        if to is not None:
+            raise Refused("ARCHIVE needs podman or buildah: docker cannot say an archive's digest")
+        run(builder, "push", reference, shows=True)
+        known = run(builder, "inspect", '--format={{join .RepoDigests " "}}', reference)
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder) / "digest"
+            target = [f"oci-archive:{to}:{reference}"] if to else []
+            run(builder, "push", f"--digestfile={file}", reference, *target)
+            known = file.read_text()
+    found = DIGEST.search(known)
+    if found is None:
+        raise Refused(f"{builder} does not say the digest of {reference}; look into the registry")
+    return found[0]
+
+
+def main(argv: list[str]) -> int:
+    """0 when there is an image, 1 when it was refused."""
+    name, archive = (argv or [""])[0], os.environ.get("ARCHIVE") or None
+    try:
+        if len(argv) > 1 or "@" in name or ":" in name.rpartition("/")[2]:
+            raise Refused(
+                "one NAME, without a tag: make image IMAGE=registry.example/team/stillhouse"
+            )
+        builder = engine()
+        reference = f"{name or 'localhost/stillhouse'}:{tag()}"
+        build(builder, reference)
+        if not name and archive is None:
+            print(
+                f"built {reference}, which is only here. To use it in a cluster, name a repository"
+            )
+            print("that its nodes can pull from: make image IMAGE=registry.example/team/stillhouse")
+            return 0
+        digest = push(builder, reference, archive)
+    except Refused as error:
+        print(f"make image: {error}", file=sys.stderr)
+        return 1
+    print(f"written to {archive}." if archive else "pushed.", "The line for conf/site, or a word:")
+    print(f"image: {reference.rpartition(':')[0]}@{digest}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
