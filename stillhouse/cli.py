@@ -33,6 +33,11 @@ DOORS = {
     "eval": "score runs on a cluster: k8s/eval.sh LABEL --lora-paths dump/NAME ... [--dry-run]",
     "prepare": "put a pair, and what it is scored on, into this machine's cache (--fetch)",
 }
+MORE = {
+    "train": "--dry-run prints the Job as it would be sent, and asks no cluster",
+    "eval": "--dry-run prints the Job as it would be sent, and asks no cluster",
+    "prepare": "--fetch downloads what is missing, --no-scores leaves out what is scored on",
+}
 CRASHED = 70  # a driver's pod that ends with Python's own 1 would look done, and stay away
 CLUSTER_VERBS = ("render", "collect", "doctor")  # they have no meaning on this machine
 USAGE = "stillhouse VERB [TARGET] [OVERRIDES ...] [--point P] [--backend B] [--runs DIR] [--json]"
@@ -93,7 +98,7 @@ def _dispatch(words: list[str]) -> int:
     if verb == "prepare":
         from stillhouse.doors import prepare_main
 
-        return prepare_main(rest)
+        return _help_of_door(verb) if {"-h", "--help"} & {*rest} else prepare_main(rest)
     if verb not in VERBS | DOORS:
         known = [*VERBS, *DOORS]
         raise ConfigError(
@@ -111,7 +116,10 @@ def _dispatch(words: list[str]) -> int:
 def _cure(status: int) -> str:
     if status != 403:
         return ""
-    return "; `stillhouse doctor` says which rule of k8s/access.yaml is missing, if one is"
+    return (
+        "; is it the right namespace? `stillhouse doctor` says which rule of k8s/access.yaml is"
+        " missing, if one is"
+    )
 
 
 def _do(verb: str, words: list[str]) -> int:
@@ -157,8 +165,13 @@ def _help_of_door(kind: str) -> int:
     from stillhouse.compose import help_text
     from stillhouse.spec import EvalSpec, TrainSpec
 
-    print(f"{DOORS[kind]}\n--dry-run prints the Job as it would be sent, and asks no cluster\n")
-    print(help_text(f"k8s/{kind}.sh NAME", TrainSpec if kind == "train" else EvalSpec))
+    usage = {
+        "train": "k8s/train.sh NAME [--knob VALUE | knob=VALUE ...] [--dry-run] [--json]",
+        "eval": "k8s/eval.sh LABEL [--knob VALUE | knob=VALUE ...] [--dry-run] [--json]",
+        "prepare": "stillhouse prepare [--knob VALUE | knob=VALUE ...] [--fetch] [--no-scores]",
+    }
+    knobs = help_text(kind, TrainSpec if kind == "train" else EvalSpec).partition("\n\n")[2]
+    print(f"usage: {usage[kind]}\n\n{DOORS[kind]}\n{MORE[kind]}\n\n{knobs}")
     return DONE
 
 

@@ -55,7 +55,8 @@ def test_help_names_every_verb_and_loads_nothing_heavy() -> None:
 def test_planning_loads_no_torch() -> None:
     program = (
         f"import sys; from stillhouse.cli import main; code = main(['plan', *{GRID}])\n"
-        "print(sorted({'torch', 'transformers', 'pandas', 'matplotlib', 'rich'} & {*sys.modules}))"
+        "heavy = {'torch', 'transformers', 'pandas', 'matplotlib', 'rich', 'kubernetes'}\n"
+        "print(sorted(heavy & {*sys.modules})); sys.exit(code)"
     )
     done = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, check=True
@@ -300,6 +301,32 @@ def test_times_and_counts_are_said_as_people_say_them() -> None:
     said = [duration(s) for s in (0.44, 12.3, 99, 100, 3600, 3600 * 3 + 20 * 60)]
     assert said == ["0.4 s", "12 s", "99 s", "2 min", "60 min", "3 h 20 min"]
     assert counted({"new": 2, "done": 1, "failed": 0, "trained": 3}) == "1 done, 3 trained, 2 new"
+
+
+def test_of_a_cluster_lines_say_once_what_lasts_and_no_job_that_waits_is_running(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from stillhouse.sweep import progress
+    from stillhouse.sweep.drive import Picture
+    from stillhouse.sweep.plan import Action
+
+    monkeypatch.setattr(progress, "LASTING_S", 0.0)
+    sweep = load_sweep(None, [*behaving.words(tmp_path, points=3)], tmp_path)
+    rows = roster_of(sweep)
+    first, second, third = (point.id for point in sweep.points)
+    waits = Observation("waiting", "no node has 1 free nvidia.com/gpu (3 nodes)")
+    seen = {first: Observation("running"), second: waits, third: waits}
+    live = [Action("train", "tiny/int4", (id_,)) for id_ in seen]
+    picture = Picture(rows, seen, live, False)
+    said: list[str] = []
+    trouble = ["", "503 nobody is there", "503 nobody is there", ""]
+    lines = progress.Lines(rows, said.append, False, lambda: trouble.pop(0))
+    for _ in range(4):
+        lines.sees(picture)
+    assert [line.split(" ", 1)[1] for line in said] == [
+        f"2 wait: {waits.cause}", "requests are tried again: 503 nobody is there",
+    ]  # fmt: skip
+    assert progress.states_now(picture, has_files=False) == {"running": 1, "waiting": 2}
 
 
 def test_a_file_gets_lines_and_a_terminal_gets_a_board_that_stays_put(tmp_path: Path) -> None:

@@ -246,6 +246,22 @@ def test_a_server_that_comes_back_is_found_again(fake, log_in):
     assert cluster.trouble == ""
 
 
+def test_a_server_that_just_came_back_may_deny_what_it_granted_before(fake, log_in):
+    door = fake.door(Faults())
+    cluster = log_in(door)
+    fake.deny("create", "jobs")
+    with pytest.raises(ApiError, match="403 Forbidden"):
+        cluster.create("jobs", job("one"))
+    door.away()
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(cluster.create, "jobs", job("one"))
+        until(lambda: cluster.trouble != "")
+        door.back()
+        until(lambda: "cannot create resource" in cluster.trouble)
+        fake.allow("create", "jobs")
+        assert waiting.result()["metadata"]["name"] == "one"
+
+
 @pytest.mark.parametrize("kill_after", [False, True])
 def test_a_killed_writer_writes_nothing_more_from_any_thread(kill_after: bool, fake, log_in):
     door = fake.door(Faults())

@@ -443,6 +443,20 @@ def test_nothing_is_deleted_while_the_ledger_cannot_be_written(
     assert records(fake)[IDS[0]].state == "done"
 
 
+def test_ends_of_a_large_sweep_are_gathered_and_written_when_a_driver_leaves(
+    fake: FakeApi, cluster: Cluster
+) -> None:
+    with backend_of(cluster, SWEEP, keep_s=0.0) as backend:
+        backend.write_s = 99.0
+        backend.start(task())
+        made(fake, backend)
+        fake.complete(NAME)
+        assert finished(backend).exit_code == 0
+        assert (records(fake), fake.names("jobs")) == ({}, [NAME])
+        assert backend.look(IDS[0]).is_trained
+    assert records(fake)[IDS[0]].state == "done"
+
+
 def test_a_job_stays_a_while_after_its_end_was_written(fake: FakeApi, cluster: Cluster) -> None:
     with World(fake):
         assert drive(cluster, SWEEP) == 0

@@ -30,6 +30,7 @@ from stillhouse.sweep import (
 from stillhouse.sweep.backends.cluster import Cluster, connect
 from stillhouse.sweep.bundle import bundle
 from stillhouse.sweep.drive import Backend
+from stillhouse.sweep.facts import Facts, judge
 from stillhouse.sweep.grid import Sweep
 from stillhouse.sweep.ledger import (
     Names,
@@ -39,12 +40,12 @@ from stillhouse.sweep.ledger import (
     sweeps,
     write_sweep,
 )
-from stillhouse.sweep.manifest import label_value, render
+from stillhouse.sweep.manifest import label_value, refuse_secrets, render
 from stillhouse.sweep.particulars import particulars, said_of_drivers
-from stillhouse.sweep.plan import Baseline, Observation, groups_of
+from stillhouse.sweep.plan import Baseline, Observation
 from stillhouse.sweep.rendering import every_step
-from stillhouse.sweep.roster import Roster, Row, baseline_rows
-from stillhouse.sweep.scene import Facts, Scene, judge, keys_of
+from stillhouse.sweep.roster import Roster, Row
+from stillhouse.sweep.scene import Scene, baselines_seen, keys_of
 from stillhouse.sweep.sight import Sight
 from stillhouse.sweep.site import away_words
 from stillhouse.sweep.views import JobView
@@ -68,9 +69,13 @@ class Away:
     def __init__(self, site: SiteSpec, runs: Path) -> None:
         self.site, self.runs = site, runs
         self.cluster: Cluster = connect(site.kube_context, site.namespace)
+        self._driving: Cluster | None = None
 
     def homeward(self, name: str) -> str:
         return f"`stillhouse collect {name} {away_words(self.site)}`, then "
+
+    def trouble(self) -> str:
+        return self._driving.trouble if self._driving else ""
 
     @functools.cached_property
     def sight(self) -> Sight:
@@ -116,23 +121,7 @@ class Away:
         return judge(facts)
 
     def baselines(self, sweep: Sweep) -> tuple[Baseline, ...]:
-        if sweep.suite is None:
-            return ()
-        groups, scores = groups_of(sweep), suite_key(sweep.suite)
-        found: list[Baseline] = []
-        for row in baseline_rows(sweep):
-            seen = judge(self.scene.facts(row.directory.name, scores, is_baseline=True))
-            found.append(
-                Baseline(
-                    row.directory,
-                    row.label,
-                    frozenset(groups[id_] for id_ in row.points),
-                    is_scored=seen.state == "done",
-                    goes_alone=seen.goes_alone,
-                    cause=seen.cause if seen.state in listing.FAILED else None,
-                )
-            )
-        return tuple(found)
+        return baselines_seen(self.scene, sweep)
 
     def given_up(self, rows: Roster) -> dict[str, str]:
         found: dict[str, str] = {}
@@ -143,7 +132,10 @@ class Away:
                 found[f"baseline {directory.name}"] = seen.cause or f"exit code {seen.exit_code}"
         for job in self._preparing(rows):
             if job.state == "failed":
-                found[f"preparing ({job.name})"] = self.scene.how(job).cause
+                (key,) = keys_of(job)
+                record = self.sight.ledger.get(key)
+                cause = record.cause if record else self.scene.how(job).cause
+                found[f"preparing ({job.name})"] = cause or "nobody said why"
         return found
 
     def _preparing(self, rows: Roster) -> list[JobView]:
@@ -169,7 +161,11 @@ class Away:
         (row,) = rows.rows
         scores = [score_of(row.id, suite_key(rows.suite))] if rows.suite else []
         records = {key: self.sight.ledger.get(key) for key in (row.id, *scores)}
-        return particulars(self._jobs_about(row), self.scene, records)
+        jobs = self._jobs_about(row)
+        for job in jobs:  # a look at a sweep reads the pods only where it needs them
+            for pod in pod_logs.pods(self.cluster, job.name):
+                self.scene.learn("pods", pod)
+        return particulars(jobs, self.scene, records)
 
     def _said_of_lines(self) -> list[str]:
         """Jobs that belong to no sweep: lines of k8s/train.sh and k8s/eval.sh."""
@@ -178,9 +174,7 @@ class Away:
         ]
         if not single:
             return []
-        known = sorted(Names(self.cluster).read().items(), reverse=True)
-        names = {directory: name for name, directory in known}
-        rows = tuple(finding.row(job.name, names.get(job.name)) for job in single)
+        rows = tuple(finding.row(job.name, next(iter(job.names), None)) for job in single)
         lines = Roster("single Jobs", self.runs, rows, None, ())
         observations = self.observe(lines)
         return [listing.headline(lines, observations), *listing.reasons(lines, observations)]
@@ -209,6 +203,8 @@ class Away:
             rows,
             self.observe(rows),
             {row.id: self._jobs_about(row) for row in rows.rows},
+            [job for job in self._jobs_of(rows) if job.kind in ("prepare", "eval", "drive")],
+            self.sight.ledger,
         )
 
     def examine(self) -> list[checks.Finding]:
@@ -226,8 +222,7 @@ class Away:
         is_driver = is_detached or "STILLHOUSE_IN_POD" in os.environ
         role = DRIVER if is_driver else checks.LAUNCHER
         steps = every_step(sweep, rows)
-        for step in steps:
-            secrets.refuse_words(step.words, "the command line")
+        refuse_secrets(steps, sweep.site)
         for step in {step.kind: step for step in steps}.values():
             render(step, sweep.site, bundle().key)  # what is wrong with the site, any of them says
         checks.refuse(
@@ -266,6 +261,7 @@ class Away:
             contextlib.closing(connect(self.site.kube_context, self.site.namespace)) as cluster,
             contextlib.closing(JobsBackend(sweep, rows, cluster)) as backend,
         ):
+            self._driving = cluster
             yield backend
         self.look_again()
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from stillhouse.errors import POISON, STOPPED
-from stillhouse.sweep.ledger import Record
+from stillhouse.sweep.ledger import Record, prepare_of, score_of
 from stillhouse.sweep.plan import Observation, State
 from stillhouse.sweep.reasons import End, Reason
 from stillhouse.sweep.views import JobView
@@ -70,3 +70,14 @@ def _ended(code: int, cause: str | None) -> tuple[State, str | None, dict[str, A
 def goes_alone(code: int, has_company: bool) -> bool:
     """Whether a failed evaluation was one member's doing, and does not say whose."""
     return has_company and code in POISON
+
+
+def keys_of(job: JobView) -> tuple[str, ...]:
+    """What the ledger calls the things that a Job is to bring about."""
+    if job.kind == "train":
+        return job.points
+    if job.kind == "eval" and job.scores is not None:
+        return tuple(score_of(what, job.scores) for what in (*job.points, *job.baselines))
+    if job.kind == "prepare":
+        return (prepare_of(job.name.rpartition("-")[2]),)
+    return ()

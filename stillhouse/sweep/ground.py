@@ -55,6 +55,10 @@ class Ground(Protocol):
         """What has to be done before a report of this sweep, as the beginning of a sentence."""
         ...
 
+    def trouble(self) -> str:
+        """Why whoever is asked there about a running sweep does not answer; '' where all is well."""
+        ...
+
     # ------------------------------------------------------------------- looking
 
     def names(self) -> list[str]:
@@ -155,6 +159,9 @@ class Here:
         self.runs = runs
 
     def homeward(self, name: str) -> str:
+        return ""
+
+    def trouble(self) -> str:
         return ""
 
     def names(self) -> list[str]:

@@ -133,9 +133,6 @@ class Ledger:
         said = self._said[shard_of(key)].get(key)
         return record_of(said) if said else None
 
-    def keys(self) -> list[str]:
-        return [key for shard in self._said.values() for key in shard]
-
     def records(self) -> dict[str, Record]:
         """All of it, by its keys."""
         said = [item for shard in self._said.values() for item in shard.items()]
@@ -205,25 +202,27 @@ class Ledger:
         return bare
 
     def _patch(self, digit: str, data: Mapping[str, str | None]) -> Json:
+        labels = {"stillhouse/kind": "ledger", "stillhouse/claim": label_value(self.claim)}
         body: Json = {
-            "metadata": {"name": self._name(digit), "labels": self._labels()},
+            "metadata": {"name": self._name(digit), "labels": labels},
             "data": {key: said for key, said in data.items() if said is not None},
         }
-        while True:
-            item = self.cluster.patch("configmaps", self._name(digit), {"data": dict(data)})
-            if item is not None:
-                return item
-            try:
-                return self.cluster.create("configmaps", _config_map(body))
-            except ApiError as error:
-                if error.status != 409:  # else another driver just made it
-                    raise
+        return _put(self.cluster, body, {"data": dict(data)})
 
     def _name(self, digit: str) -> str:
         return f"stillhouse-done-{self.claim}-{digit}"
 
-    def _labels(self) -> dict[str, str]:
-        return {"stillhouse/kind": "ledger", "stillhouse/claim": label_value(self.claim)}
+
+def _put(cluster: Cluster, body: Json, patch: Json) -> Json:
+    """Change a ConfigMap, or make it."""
+    name = body["metadata"]["name"]
+    while (item := cluster.patch("configmaps", name, patch)) is None:
+        try:
+            return cluster.create("configmaps", _config_map(body))
+        except ApiError as error:
+            if error.status != 409:  # else somebody just made it
+                raise
+    return item
 
 
 def _config_map(body: Json) -> Json:
@@ -310,23 +309,10 @@ def write_sweep(cluster: Cluster, record: Json) -> None:
             f"sweep {name}: its {len(record['points'])} points do not fit into one ConfigMap"
             f" ({len(packed) >> 10} KiB packed); split it into several files"
         )
-    labels = {"stillhouse/kind": "sweep", "stillhouse/sweep": label_value(name)}
-    body: Json = {
-        "metadata": {
-            "name": sweep_object(name),
-            "labels": labels,
-            "annotations": {"stillhouse/name": name},
-        },
-        "binaryData": {"sweep.json.gz": packed},
-    }
-    while cluster.patch("configmaps", sweep_object(name), body) is None:
-        try:
-            cluster.create("configmaps", _config_map(body))
-        except ApiError as error:
-            if error.status != 409:
-                raise
-        else:
-            return
+    meta: Json = {"name": sweep_object(name), "annotations": {"stillhouse/name": name}}
+    meta["labels"] = {"stillhouse/kind": "sweep", "stillhouse/sweep": label_value(name)}
+    body: Json = {"metadata": meta, "binaryData": {"sweep.json.gz": packed}}
+    _put(cluster, body, body)
 
 
 def read_sweep(cluster: Cluster, name: str) -> Json | None:

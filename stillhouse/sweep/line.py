@@ -91,7 +91,9 @@ def read(kind: Kind, name: str | None, words: Sequence[str]) -> Line:
     """
     door = f"k8s/{kind}.sh"
     if name is None or name.startswith("-") or "=" in name:
-        raise ConfigError(f"{door}: a name comes first: {door} NAME --knob VALUE …, got {name}")
+        raise ConfigError(
+            f"{door}: a name comes first: {door} NAME --knob VALUE …; got {name or 'nothing'}"
+        )
     if not NAME.fullmatch(name):
         raise ConfigError(
             f"{door}: {name!r}: letters, digits, dot, dash and underscore make a name"

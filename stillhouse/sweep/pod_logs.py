@@ -10,9 +10,11 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from stillhouse.rundir import Json
 from stillhouse.spec import SiteSpec
 from stillhouse.sweep.backends.cluster import ApiError, Cluster
 from stillhouse.sweep.collect import fetch_log
+from stillhouse.sweep.ledger import Ledger
 from stillhouse.sweep.listing import FAILED, SHOWN
 from stillhouse.sweep.logs import TAIL_LINES
 from stillhouse.sweep.plan import Observation
@@ -32,6 +34,8 @@ class Sources:
     rows: Roster
     observations: Mapping[str, Observation]
     jobs: Mapping[str, Sequence[JobView]]  # by point's id: those about it
+    others: Sequence[JobView]  # that prepare, score or drive
+    ledger: Ledger
 
 
 def show(sources: Sources, follows: bool) -> bool:
@@ -39,15 +43,15 @@ def show(sources: Sources, follows: bool) -> bool:
     rows = sources.rows.rows
     if len(rows) == 1:
         return _show_one(sources, rows[0], follows)
-    found = False
-    for row in _of_interest(sources):
-        tail = _tail(sources, row)
-        if tail is not None:
-            found = True
-            print(f"==> {row} <==\n{tail}", flush=True)
+    tails = {str(row): _tail(sources, row) for row in _of_interest(sources)}
+    others = [job for job in sources.others if job.state != "complete"]
+    tails |= {job.name: _tail_of(sources.cluster, job) for job in others[-SHOWN:]}
+    found = {title: tail for title, tail in tails.items() if tail}
+    for title, tail in found.items():
+        print(f"==> {title} <==\n{tail}", flush=True)
     if follows:
         print("-f follows one point: name it with --point", file=sys.stderr)
-    return found
+    return bool(found)
 
 
 def texts(sources: Sources) -> dict[str, str]:
@@ -57,7 +61,7 @@ def texts(sources: Sources) -> dict[str, str]:
         text = b"".join(_whole(sources, rows[0])).decode(errors="replace")
         return {rows[0].id: text} if text else {}
     found = {row.id: _tail(sources, row) for row in _of_interest(sources)}
-    return {id_: text for id_, text in found.items() if text is not None}
+    return {id_: text for id_, text in found.items() if text}
 
 
 def _of_interest(sources: Sources) -> list[Row]:
@@ -78,8 +82,7 @@ def _show_one(sources: Sources, row: Row, follows: bool) -> bool:
 def _whole(sources: Sources, row: Row) -> Iterator[bytes]:
     """All that a point printed, as far as it can be had."""
     job = _job(sources, row)
-    pods = _pods(sources.cluster, job.name) if job else []
-    for pod in reversed(pods):
+    for pod in reversed(_pods(sources.cluster, job.name)) if job else ():
         try:
             yield from sources.cluster.log(pod.name)
             return
@@ -93,6 +96,8 @@ def _whole(sources: Sources, row: Row) -> Iterator[bytes]:
     if sources.observations[row.id].state == "new":
         return
     file = f"{row.directory}/log.txt"
+    if job is not None and job.kind != "train":  # pods that are about no one point
+        file = f"sweeps/{job.sweep}.{job.name}.log" if job.sweep else f"sweeps/{job.name}.log"
     text = fetch_log(sources.cluster, sources.site, sources.rows.name, file, _say)
     if text is not None:
         yield text
@@ -123,11 +128,17 @@ def _followed(sources: Sources, row: Row) -> Iterator[bytes]:
 
 
 def _tail(sources: Sources, row: Row) -> str | None:
-    """The last lines of a point's log, where a pod of it still has them."""
+    """The last lines of a point's log: of a pod, or what the ledger kept of one that failed."""
     job = _job(sources, row)
-    for pod in reversed(_pods(sources.cluster, job.name)) if job else ():
+    tail = _tail_of(sources.cluster, job) if job else None
+    record = sources.ledger.get(row.id) if tail is None else None
+    return record.tail if record else tail
+
+
+def _tail_of(cluster: Cluster, job: JobView) -> str | None:
+    for pod in reversed(_pods(cluster, job.name)):
         try:
-            text = b"".join(sources.cluster.log(pod.name, tail=TAIL_LINES))
+            text = b"".join(cluster.log(pod.name, tail=TAIL_LINES))
         except ApiError as error:
             _raise_unless_missing(error)
         else:
@@ -142,11 +153,14 @@ def _job(sources: Sources, row: Row) -> JobView | None:
     return max(jobs, key=lambda job: (order[job.state], job.created), default=None)
 
 
-def _pods(cluster: Cluster, job: str) -> list[PodView]:
-    found: list[PodView] = []
+def pods(cluster: Cluster, job: str) -> Iterator[Json]:
+    """The pods of a Job that are still there, as the API tells them."""
     for items, _ in cluster.pages("pods", f"batch.kubernetes.io/job-name={job}"):
-        found += map(pod_view, items)
-    return by_age(found)
+        yield from items
+
+
+def _pods(cluster: Cluster, job: str) -> list[PodView]:
+    return by_age([pod_view(pod) for pod in pods(cluster, job)])
 
 
 def _raise_unless_missing(error: ApiError) -> None:

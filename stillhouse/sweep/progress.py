@@ -31,6 +31,7 @@ TAIL_BYTES = 16_384  # of metrics.jsonl: more than a line, less than a page of d
 LIVE_ROWS = 12  # tasks at work that the board lists; a laptop has fewer
 BAR_WIDTH = 60
 LASTING_S = 20.0  # a reason to wait that lasts so long is worth a line
+TROUBLE = "trouble"  # kind of reason: whoever is to answer us does not
 DOING = {"prepare": "prepares", "train": "trains", "eval": "scores"}
 DID = {"prepare": "prepared", "train": "trained", "eval": "scored"}
 
@@ -87,9 +88,13 @@ class Lines:
     """One line per event."""
 
     def __init__(
-        self, roster: Roster, write: Callable[[str], object], has_files: bool = True
+        self,
+        roster: Roster,
+        write: Callable[[str], object],
+        has_files: bool = True,
+        trouble: Callable[[], str] = str,
     ) -> None:
-        self.roster, self.write, self.has_files = roster, write, has_files
+        self.roster, self.write, self.has_files, self.trouble = roster, write, has_files, trouble
         self.states: Counter[str] = Counter()
         self.since: dict[str, float] = {}  # a reason to wait -> when it was first seen
         self.told: set[str] = set()  # the reasons that were said
@@ -118,19 +123,21 @@ class Lines:
             self._say_why(picture)
 
     def _say_why(self, picture: Picture) -> None:
-        """Say once what keeps points waiting, of what lasts."""
+        """Say once what keeps points, or us, waiting, of what lasts."""
         clock = time.monotonic()
-        kinds: dict[str, list[str]] = {}
-        for id_, seen in picture.observations.items():
+        causes: dict[str, list[str | None]] = {}
+        for seen in picture.observations.values():
             if seen.state == "waiting" and seen.cause and not seen.is_trained:
-                kinds.setdefault(fingerprint(seen), []).append(id_)
-        self.since = {kind: self.since.get(kind, clock) for kind in kinds}
-        self.told &= kinds.keys()
-        for kind in kinds.keys() - self.told:
+                causes.setdefault(fingerprint(seen), []).append(seen.cause)
+        words = {kind: f"{len(found)} wait: {found[0]}" for kind, found in causes.items()}
+        if trouble := self.trouble():
+            words[TROUBLE] = f"requests are tried again: {trouble}"
+        self.since = {kind: self.since.get(kind, clock) for kind in words}
+        self.told &= words.keys()
+        for kind in [kind for kind in words if kind not in self.told]:
             if clock - self.since[kind] >= LASTING_S:
                 self.told.add(kind)
-                cause = picture.observations[kinds[kind][0]].cause
-                self.says(f"{len(kinds[kind])} wait: {cause}")
+                self.says(words[kind])
 
 
 def how_it_ended(finished: Finished, roster: Roster) -> str:
@@ -151,8 +158,15 @@ class Board:
     how they do.
     """
 
-    def __init__(self, roster: Roster, console: Console, has_files: bool = True) -> None:
-        self.roster, self.console, self.has_files = roster, console, has_files
+    def __init__(
+        self,
+        roster: Roster,
+        console: Console,
+        has_files: bool = True,
+        trouble: Callable[[], str] = str,
+    ) -> None:
+        self.roster, self.console = roster, console
+        self.has_files, self.trouble = has_files, trouble
         self.live = Live(console=console, auto_refresh=False, transient=True)
         self.began: dict[Action, float] = {}
         self.first: tuple[float, float] | None = None  # when training began, and points' worth then
@@ -198,7 +212,9 @@ class Board:
         total = len(picture.observations)
         states = states_now(picture, self.has_files)
         words = [f"{picture.roster.name}: {counted(states)}"]
-        if picture.is_stopping:
+        if trouble := self.trouble():
+            words.append(f"requests are tried again: {trouble}")
+        elif picture.is_stopping:
             words.append("stopping")
         elif self.first and self.first[1] < worth < total:
             rate = (worth - self.first[1]) / (clock - self.first[0])
@@ -237,9 +253,15 @@ def _worth(seen: Observation, steps: Steps | None) -> float:
     return min(1.0, at.done / at.of) if at.of else 0.0
 
 
-def watcher(roster: Roster, has_files: bool = True) -> Board | Lines:
-    """A board where somebody looks at a terminal, lines where stdout is a file."""
+def watcher(
+    roster: Roster, has_files: bool = True, trouble: Callable[[], str] = str
+) -> Board | Lines:
+    """A board where somebody looks at a terminal, lines where stdout is a file.
+
+    `has_files`: whether runs write their steps where we can read them. `trouble`: says why whoever
+    is asked about them does not answer; '' where all is well.
+    """
     console = Console(highlight=False)
     if sys.stdout.isatty() and not console.is_dumb_terminal:
-        return Board(roster, console, has_files)
-    return Lines(roster, lambda text: print(text, flush=True), has_files)
+        return Board(roster, console, has_files, trouble)
+    return Lines(roster, lambda text: print(text, flush=True), has_files, trouble)

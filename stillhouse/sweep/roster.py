@@ -218,8 +218,8 @@ def find(word: str, runs: Path) -> Roster:
         links = Runs(runs).names
         known = [*names(runs), *([p.name for p in links.iterdir()] if links.is_dir() else [])]
         raise ConfigError(
-            f'no sweep and no run "{word}" below {runs}/ (a sweep file ends in .yaml;'
-            f" `stillhouse status` lists the sweeps).{nearest(word, known)}"
+            f'no sweep and no run "{word}" below {runs}/ (a sweep file ends in .yaml; `stillhouse'
+            f" status` lists the sweeps; a cluster's: --backend cluster).{nearest(word, known)}"
         )
     return _with_its_sweep(found[0], runs)
 

@@ -14,9 +14,9 @@ from collections.abc import Iterable, Sequence
 
 from stillhouse.rundir import Json
 from stillhouse.spec import suite_key
-from stillhouse.sweep.facts import Facts, judge
+from stillhouse.sweep.facts import Facts, judge, keys_of
 from stillhouse.sweep.grid import Sweep
-from stillhouse.sweep.ledger import Ledger, prepare_of, score_of
+from stillhouse.sweep.ledger import Ledger, score_of
 from stillhouse.sweep.plan import Baseline, Observation, groups_of
 from stillhouse.sweep.reasons import End, Reason, how_it_failed, why_waiting
 from stillhouse.sweep.roster import baseline_rows
@@ -326,17 +326,6 @@ class Scene:
 
 def _scores(job: JobView, scores: str) -> bool:
     return job.kind == "eval" and job.scores == scores
-
-
-def keys_of(job: JobView) -> tuple[str, ...]:
-    """What the ledger calls the things that a Job is to bring about."""
-    if job.kind == "train":
-        return job.points
-    if job.kind == "eval" and job.scores is not None:
-        return tuple(score_of(what, job.scores) for what in (*job.points, *job.baselines))
-    if job.kind == "prepare":
-        return (prepare_of(job.name.rpartition("-")[2]),)
-    return ()
 
 
 def baselines_seen(scene: Scene, sweep: Sweep) -> tuple[Baseline, ...]:

@@ -23,13 +23,15 @@ from stillhouse.sweep.backends.cluster import ApiError, Cluster, connect
 from stillhouse.sweep.bundle import bundle
 from stillhouse.sweep.detach import create
 from stillhouse.sweep.drive import SOME_FAILED
+from stillhouse.sweep.facts import Facts, judge
 from stillhouse.sweep.ledger import Ledger, Names
 from stillhouse.sweep.line import Kind, Line, read
 from stillhouse.sweep.listing import FAILED, as_json
 from stillhouse.sweep.manifest import HASH_DIGITS, image_problem
 from stillhouse.sweep.plan import Observation
+from stillhouse.sweep.pod_logs import pods
 from stillhouse.sweep.roster import Roster, Row
-from stillhouse.sweep.scene import Facts, Scene, judge
+from stillhouse.sweep.scene import Scene
 from stillhouse.sweep.site import away_words
 from stillhouse.sweep.steps import RUNS
 from stillhouse.sweep.views import OURS, PART_OF, JobView, job_view
@@ -133,10 +135,9 @@ class _Sender:
             )
         scene.learn("jobs", found)
         about = {name, job.uid}
-        for items, _ in self.cluster.pages("pods", f"batch.kubernetes.io/job-name={name}"):
-            about |= {item["metadata"]["name"] for item in items}
-            for item in items:
-                scene.learn("pods", item)
+        for pod in pods(self.cluster, name):
+            about.add(pod["metadata"]["name"])
+            scene.learn("pods", pod)
         if job.state == "live":
             self._learn_reasons(scene, job, about)
         if job.kind == "train":

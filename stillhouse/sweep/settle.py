@@ -13,10 +13,10 @@ from typing import cast
 
 from stillhouse.errors import AGAIN, DONE, STOPPED
 from stillhouse.rundir import Json
-from stillhouse.sweep.facts import goes_alone
+from stillhouse.sweep.facts import goes_alone, keys_of
 from stillhouse.sweep.ledger import Record, score_of
 from stillhouse.sweep.reasons import SHORT, End, by_age, end_of_pod, short
-from stillhouse.sweep.scene import Scene, keys_of
+from stillhouse.sweep.scene import Scene
 from stillhouse.sweep.views import ATTEMPTS, JobView, PodView
 
 KEPT_ATTEMPTS = 5  # on a Job; its annotations may hold 256 KiB in all

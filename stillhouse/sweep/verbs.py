@@ -125,7 +125,7 @@ def _run(call: Call, backend_for: Callable[[Sweep, Roster], Backend] | None) -> 
 
     started = time.monotonic()
     at_work = nullcontext(backend_for(sweep, rows)) if backend_for else ground.backend(sweep, rows)
-    with at_work as backend, watcher(rows, ground.has_files) as watch:
+    with at_work as backend, watcher(rows, ground.has_files, ground.trouble) as watch:
         drive = Drive(sweep, backend, watch, rows)
         code = drive.run()
     print(f"after {listing.duration(time.monotonic() - started)}:")

@@ -39,7 +39,7 @@ class Seen:
         self.most = 0  # Jobs let go and not finished, at the worst moment
         self.error: BaseException | None = None
         self._at_work: set[str] = set()
-        self._version = kube.call("GET", self.path)["metadata"]["resourceVersion"]
+        self._list()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._follow, daemon=True)
         self._thread.start()
@@ -78,6 +78,13 @@ class Seen:
                 self.error = error
                 return
 
+    def _list(self) -> None:
+        """Where a watch begins, or begins anew: a server that came back forgot what was before."""
+        found = self.kube.call("GET", self.path)
+        for job in found["items"]:
+            self._take(job, is_gone=False)
+        self._version = found["metadata"]["resourceVersion"]
+
     def _watch(self) -> None:
         query = (
             f"?watch=1&allowWatchBookmarks=true&timeoutSeconds=5&resourceVersion={self._version}"
@@ -86,7 +93,7 @@ class Seen:
             for line in lines:
                 event = json.loads(line)
                 if event["type"] == "ERROR":
-                    raise RuntimeError(f"the watch of {self.path} lost its place: {event}")
+                    return self._list()
                 job = event["object"]
                 self._version = job["metadata"]["resourceVersion"]
                 if event["type"] != "BOOKMARK":

@@ -3,6 +3,8 @@
 It lives in process and mount namespaces of its own, so one SIGKILL of their first process (`main`,
 below) is the loss of the machine: every pod ends, every mount goes. Pods are containers of this
 machine: uid 1000 in one is uid 1000 here. They reach the API server, on a bridge, and nothing else.
+
+That process runs this very file, alone: nothing of ours is imported at its top.
 """
 
 from __future__ import annotations

@@ -111,8 +111,8 @@ def test_a_point_that_can_never_start_says_why_and_gives_its_slot_back(kube: Kub
     said = "manifest unknown"
     with kube.behave(namespace=ada.space.name, labels=about, waiting=True, message=said):
         run = ada.start("run", sweep, *RUN)
-        cause = until("the status says why", lambda: causes(ada, "stuck").get(stuck), timeout_s=60)
-        assert "image not pulled" in cause
+        until("its Job is made", lambda: ada.seen.jobs("train", point=stuck))
+        until("so it is said", lambda: "image not pulled" in causes(ada, "stuck")[stuck], 60)
         assert "image not pulled" in run.ends(code=1)
     assert states(ada, "stuck", code=1) == {stuck: "failed"} | dict.fromkeys(others, "done")
     assert "cannot start: image not pulled" in causes(ada, "stuck", code=1)[stuck]
@@ -128,22 +128,10 @@ def test_a_point_that_can_never_start_says_why_and_gives_its_slot_back(kube: Kub
         (("gpu_product=NVIDIA-B200",), "site.gpu_product"),
         (("num_processes=16",), "no node has 16 free nvidia.com/gpu"),
         (("memory_gib=4000",), "no node has enough free memory"),
-        (("runs_claim=scratch",), 'volume claim "scratch" is missing'),
     ],
 )
 def test_whatever_waits_says_why_within_a_minute(words: tuple[str, ...], says: str, ada: Desk):
-    if "runs_claim=scratch" in words:  # it was there when the line was sent
-        claim = {"apiVersion": "v1", "kind": "PersistentVolumeClaim", "metadata": {}, "spec": {}}
-        claim["metadata"] = {"name": "scratch", "namespace": ada.space.name}
-        claim["spec"] = {
-            "accessModes": ["ReadWriteMany"],
-            "storageClassName": "",
-            "resources": {"requests": {"storage": "1Gi"}},
-        }
-        ada.kube.create(claim)
     ada.say("train", "waits", "--pair", "tiny", *SITE, *words)
-    if "runs_claim=scratch" in words:
-        ada.kube.kubectl("delete", "pvc", "scratch", "-n", ada.space.name)
 
     def cause() -> str | None:
         (point,) = ada.status("waits")["points"]

@@ -50,6 +50,11 @@ def is_contention(no: ApiError) -> bool:
     return no.status == 409 and no.reason == "Conflict" and "precondition" not in no.message
 
 
+def is_denied(no: ApiError) -> bool:
+    """Whether it is for want of a right (and not a quota, say)."""
+    return no.status == 403 and "is forbidden: User " in no.message
+
+
 def seconds(retry_after: str) -> float:
     """What a Retry-After header asks for; 0 for a date, which no API server sends."""
     return float(retry_after) if retry_after.isdigit() else 0.0

@@ -40,6 +40,7 @@ from stillhouse.sweep.backends.commands import run
 from stillhouse.sweep.backends.login import Login
 
 CONNECT_S = 10.0
+WAKES_S = 30.0  # a server that just came back denies all until it has read who may do what
 
 
 class Cluster:
@@ -53,6 +54,7 @@ class Cluster:
         self.stop = threading.Event()  # set: no attempt after the first one, but Interrupted
         self.first_delay_s, self.longest_delay_s = 0.2, 30.0
         self._login = login
+        self._awake_at = -math.inf  # until then a server that came back may still be waking up
         self._login_lock, self._lock = threading.Lock(), threading.Lock()
         self.gives_up_at = math.inf  # monotonic; until then `connect` waits for a first answer
         self._streams = answers.Streams()
@@ -286,6 +288,7 @@ class Cluster:
                 if no.status == 401:
                     raise ConfigError(f"{login}: login expired; {login.how()}")
                 is_passing = no.status >= 500 or no.status == 429 or ask.retry(no)
+                is_passing |= answers.is_denied(no) and time.monotonic() < self._awake_at
                 if not (is_passing and ask.is_patient):
                     self.trouble = ""
                     raise no
@@ -328,6 +331,8 @@ class Cluster:
         growing_s = min(self.longest_delay_s, self.first_delay_s * 2 ** min(attempt, 20))
         delay_s = after_s + random.uniform(growing_s / 2, growing_s)
         self.trouble = f"{no.status} {no.message}" if no.status else no.message
+        if no.status == 0:
+            self._awake_at = time.monotonic() + delay_s + WAKES_S
         if time.monotonic() + delay_s > self.gives_up_at:
             raise ApiError(0, no.reason, self.trouble)
         if self.stop.wait(delay_s):

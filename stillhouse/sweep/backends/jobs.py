@@ -11,7 +11,6 @@ from __future__ import annotations
 import concurrent.futures
 import time
 from collections import deque
-from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -20,16 +19,16 @@ from stillhouse.errors import AGAIN, DONE
 from stillhouse.rundir import Json
 from stillhouse.spec import suite_key
 from stillhouse.sweep.backends.cluster import Cluster
-from stillhouse.sweep.backends.making import KEEP_S, Maker, Work
+from stillhouse.sweep.backends.making import KEEP_S, Maker, Whose, Work
 from stillhouse.sweep.bundle import bundle
 from stillhouse.sweep.drive import Finished, Task
-from stillhouse.sweep.facts import DELETED
+from stillhouse.sweep.facts import DELETED, keys_of
 from stillhouse.sweep.grid import Sweep
 from stillhouse.sweep.ledger import Record, prepare_of, score_of, sweeps
-from stillhouse.sweep.plan import Action, Baseline, Observation, groups_of
+from stillhouse.sweep.plan import Action, Baseline, Observation
 from stillhouse.sweep.reasons import CANNOT_START, End, by_age, end_of_pod, is_killed_by_memory
-from stillhouse.sweep.roster import Roster, baseline_rows
-from stillhouse.sweep.scene import ENDED, baselines_seen, keys_of
+from stillhouse.sweep.roster import Roster
+from stillhouse.sweep.scene import ENDED, baselines_seen
 from stillhouse.sweep.settle import attempts_patch, records_of
 from stillhouse.sweep.sight import Sight
 from stillhouse.sweep.views import JobView
@@ -42,6 +41,7 @@ BLOCKED_S = (
 )
 RETRY_S = 20.0  # how often it is asked whether somebody wants what failed to be tried again
 PACE_S = 0.5  # between two turns over a large sweep: each plans all of its points anew
+WRITE_S = 5.0  # how long ends of a large sweep are gathered: each write rewrites a whole ConfigMap
 LARGE = 200  # points
 PARTING_S = 30.0  # for the last requests of a driver that ends
 QUICKER = "another driver was quicker"
@@ -77,15 +77,16 @@ class JobsBackend:
         self.scene, self.ledger = self.sight.scene, self.sight.ledger
         self.maker = Maker(sweep, cluster, self.ledger, self.code)
         self.keep_s, self.retry_s, self.blocked_s = KEEP_S, RETRY_S, BLOCKED_S
-        self._groups = groups_of(sweep)
-        groups = dict.fromkeys(self._groups[id_] for id_ in rows.by_id)
-        self._prepares = {self.maker.steps.of(Action("prepare", g)).name: g for g in groups}
-        self._baselines = {row.directory.name: row for row in baseline_rows(sweep)}
+        self.write_s = WRITE_S if len(rows.rows) > LARGE else 0.0
+        self.whose = Whose(sweep, rows, self.maker.steps)
         self._pool = ThreadPoolExecutor(writers, thread_name_prefix="jobs")
         self._live: dict[str, Work] = {}  # name of the Job -> what it does
         self._settled: set[str] = set()  # uids of Jobs whose ends are in the ledger
         self._stuck: dict[str, tuple[str, float]] = {}  # uid of a Job that cannot start -> since
         self._told: dict[str, Json] = {}  # uid -> what was last written about its attempts
+        self._unwritten: dict[str, Record] = {}  # ends that the ledger does not say yet
+        self._ended: list[JobView] = []  # the Jobs that they are of: they stay until then
+        self._written_at = 0.0
         self._to_delete: deque[tuple[float, JobView]] = deque()
         self._errands: list[Future[Any]] = []
         self._changed: set[str] = set()
@@ -118,7 +119,7 @@ class JobsBackend:
     def prepared(self) -> dict[str, bool]:
         """The groups whose pair is in the cache. Who failed at it before is asked again."""
         found: dict[str, bool] = {}
-        for name, group in self._prepares.items():
+        for name, group in self.whose.prepares.items():
             job = self.scene.job(name)
             is_complete = job is not None and job.state == "complete"
             if is_complete or self.scene.is_done(prepare_of(name.rpartition("-")[2])):
@@ -176,13 +177,15 @@ class JobsBackend:
         for name in names:
             ended += self._look_at(name, finished)
         self._try_again()
-        self._keep(ended)
         for one in ended:
+            self._keep(one)
             work = self._live.get(one.job.name)
             if work is not None and work.uid == one.job.uid:
                 del self._live[one.job.name]
                 code, cause = (one.end.code, one.end.cause) if one.end else (DONE, None)
                 finished.append(Finished(work.action, code, cause, _took(one.job)))
+        if time.monotonic() - self._written_at >= self.write_s:
+            self._write()
         return finished
 
     def _take_made(self) -> list[Finished]:
@@ -217,7 +220,7 @@ class JobsBackend:
         if work is not None and work.uid is None:
             work.again_at = 0.0  # what was in its way may be gone
             return []
-        action = self._action_of(job)
+        action = self.whose.action(job)
         if action is None or (work is None and job.uid in self._settled):
             return []
         if work is not None:
@@ -227,9 +230,9 @@ class JobsBackend:
         self._must_ask |= job.is_deleting
         if job.state == "live":
             return self._tend(job)
-        return [self._ended(job)]
+        return [self._by_itself(job)]
 
-    def _ended(self, job: JobView) -> _Ended:
+    def _by_itself(self, job: JobView) -> _Ended:
         """A Job that ended by itself."""
         if job.state == "complete":
             return _Ended(job, None, is_to_go=False)
@@ -247,7 +250,7 @@ class JobsBackend:
             return []  # made just now: we are told of it any moment
         self._must_ask = True
         if last.state != "live":
-            return [self._ended(last)]
+            return [self._by_itself(last)]
         self.ledger.refresh(work.keys, 0.0)
         del self._live[work.name]
         finished.append(self._told_by_ledger(work, DELETED))
@@ -284,28 +287,32 @@ class JobsBackend:
 
     # ------------------------------------------------------------------------------- keeping
 
-    def _keep(self, ended: Sequence[_Ended]) -> None:
-        """Write how Jobs ended, and only then let go of what is not needed any more."""
-        records: dict[str, Record] = {}
-        for one in ended:
-            records |= records_of(one.job, self.scene, time.time(), one.end)
-        if records:
-            self.ledger.write(records)
-        for one in ended:
-            self._settled.add(one.job.uid)
-            self._stuck.pop(one.job.uid, None)
-            if one.is_to_go:
-                self.scene.condemn(one.job)
-                self._delete(one.job)
-            elif one.end is None:
-                self._to_delete.append((time.monotonic() + self.keep_s, one.job))
+    def _keep(self, one: _Ended) -> None:
+        """Keep how a Job ended; it is not let go before that is written."""
+        self._unwritten |= records_of(one.job, self.scene, time.time(), one.end)
+        self._settled.add(one.job.uid)
+        self._stuck.pop(one.job.uid, None)
+        if one.is_to_go:
+            self._write()
+            self.scene.condemn(one.job)
+            self._delete(one.job)
+        elif one.end is None:
+            self._ended.append(one.job)
+
+    def _write(self) -> None:
+        """Write how Jobs ended, and only then let go of those that nobody needs any more."""
+        if self._unwritten:
+            self.ledger.write(self._unwritten)
+        due = time.monotonic() + self.keep_s
+        self._to_delete.extend((due, job) for job in self._ended)
+        self._unwritten, self._ended, self._written_at = {}, [], time.monotonic()
 
     def _reread_failures(self) -> None:
         """See whether `stillhouse retry` took back that something failed: no Job tells us."""
         if time.monotonic() - self._reread_at < self.retry_s:
             return
         self._reread_at = time.monotonic()
-        whats = [*self.rows.by_id, *self._baselines]
+        whats = [*self.rows.by_id, *self.whose.baselines]
         keys = {*whats, *(score_of(what, self.scores) for what in whats if self.scores)}
         failed = [key for key in keys if _has_failed(self.ledger.get(key))]
         changed = self.ledger.refresh(failed, self.retry_s / 2)
@@ -327,22 +334,6 @@ class JobsBackend:
         is_live = job.state == "live"
         self.cluster.delete("jobs", job.name, job.uid, foreground=is_live)
 
-    def _action_of(self, job: JobView) -> Action | None:
-        """What a Job does for our points; None where it does nothing for them."""
-        if job.kind == "prepare":
-            group = self._prepares.get(job.name)
-            return Action("prepare", group) if group else None
-        points = tuple(id_ for id_ in job.points if id_ in self.rows.by_id)
-        if job.kind == "train":
-            return Action("train", self._groups[points[0]], points) if points else None
-        if job.kind != "eval" or job.scores != self.scores:
-            return None
-        rows = [self._baselines[name] for name in job.baselines if name in self._baselines]
-        if not points and not rows:
-            return None
-        group = self._groups[points[0] if points else rows[0].points[0]]
-        return Action("eval", group, points, tuple(row.directory for row in rows))
-
     # -------------------------------------------------------------------------------- ending
 
     def stop(self) -> None:
@@ -356,8 +347,10 @@ class JobsBackend:
 
     def close(self) -> None:
         """End all threads; what is done and still there, the cluster is asked to delete soon."""
-        if not self._is_stopping:
-            for _, job in self._to_delete:
+        if not self._is_stopping:  # else whoever comes next does it
+            writing = self._pool.submit(self._write)
+            concurrent.futures.wait([writing], PARTING_S)
+            for _, job in list(self._to_delete):
                 soon: Json = {"spec": {"ttlSecondsAfterFinished": LEFT_S}}
                 self._errands.append(self._pool.submit(self.cluster.patch, "jobs", job.name, soon))
             concurrent.futures.wait(self._errands, PARTING_S)

@@ -15,12 +15,14 @@ from dataclasses import dataclass
 
 from stillhouse.errors import ConfigError, ContractError
 from stillhouse.rundir import Json
+from stillhouse.spec import suite_key
 from stillhouse.sweep.backends.cluster import ApiError, Cluster
 from stillhouse.sweep.bundle import Bundle
 from stillhouse.sweep.grid import Sweep
 from stillhouse.sweep.ledger import Ledger, Record, prepare_of, score_of
 from stillhouse.sweep.manifest import HASH_DIGITS, render, to_yaml
-from stillhouse.sweep.plan import Action
+from stillhouse.sweep.plan import Action, groups_of
+from stillhouse.sweep.roster import Roster, baseline_rows
 from stillhouse.sweep.steps import Step, Steps
 from stillhouse.sweep.views import OURS, PART_OF, JobView, job_view
 
@@ -125,6 +127,33 @@ class Maker:
         self.ledger.refresh(work.keys, within_s)
         now = tuple(map(self.ledger.get, work.keys))
         return now == work.seen and not all(r is not None and r.state == "done" for r in now)
+
+
+class Whose:
+    """Says what Jobs, whoever made them, do for the points of a roster."""
+
+    def __init__(self, sweep: Sweep, rows: Roster, steps: Steps) -> None:
+        self.rows, self.groups = rows, groups_of(sweep)
+        self.scores = suite_key(sweep.suite) if sweep.suite else None
+        groups = dict.fromkeys(self.groups[id_] for id_ in rows.by_id)
+        self.prepares = {steps.of(Action("prepare", group)).name: group for group in groups}
+        self.baselines = {row.directory.name: row for row in baseline_rows(sweep)}
+
+    def action(self, job: JobView) -> Action | None:
+        """What a Job does for our points; None where it does nothing for them."""
+        if job.kind == "prepare":
+            group = self.prepares.get(job.name)
+            return Action("prepare", group) if group else None
+        points = tuple(id_ for id_ in job.points if id_ in self.rows.by_id)
+        if job.kind == "train":
+            return Action("train", self.groups[points[0]], points) if points else None
+        if job.kind != "eval" or job.scores != self.scores:
+            return None
+        rows = [self.baselines[name] for name in job.baselines if name in self.baselines]
+        if not points and not rows:
+            return None
+        group = self.groups[points[0] if points else rows[0].points[0]]
+        return Action("eval", group, points, tuple(row.directory for row in rows))
 
 
 def _keys(action: Action, step: Step) -> tuple[str, ...]:

@@ -1,0 +1,106 @@
+"""This file is where drivers, the way to the API server, and the API server itself break down.
+
+Whatever happens, each Job is made exactly once and every point comes to its end. Who counts is not
+the launcher: a watch of the administrator's sees every Job that ever was.
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.cluster.cluster import Kubernetes, until
+from tests.cluster.desk import AWAY, ROOT, SITE, Desk, end_of
+
+pytestmark = pytest.mark.cluster
+
+KILLS = 20
+PACK = 8
+
+
+def sweep_of(ada: Desk, points: int, window: int) -> tuple[str, ...]:
+    """The command that runs a sweep of so many points, at most `window` of them at once."""
+    file = ada.sweep(
+        "chaos",
+        "base: {pair: tiny, quant: int4}",
+        f"seeds: {points}",
+        f"eval: {{suite: tiny, pack: {PACK}}}",
+        f"site: {{max_parallel: {window}}}",
+    )
+    return ("run", file, *SITE, *AWAY)
+
+
+def check(ada: Desk, points: int) -> None:
+    """All is done, and was made once."""
+    assert ada.status("chaos")["totals"]["done"] == points
+    evals = -(-points // PACK)
+    until("all was seen", lambda: ada.seen.count() >= 1 + points + evals)
+    found = {kind: ada.seen.count(kind) for kind in ("prepare", "train", "eval")}
+    assert found == {"prepare": 1, "train": points, "eval": evals}
+    assert ada.seen.made_twice() == []
+    assert len({job["metadata"]["labels"]["stillhouse/hash"] for job in ada.seen.jobs()}) == sum(
+        found.values()
+    )
+    until("all are complete", lambda: {*map(end_of, ada.seen.jobs())} == {"Complete"})
+
+
+def test_twenty_drivers_are_killed_and_every_job_is_made_once(kube: Kubernetes, ada: Desk):
+    draw = random.Random(9)
+    command = sweep_of(ada, points=90, window=4)
+    kube.behave(namespace=ada.space.name, after_s=(0.2, 1.0))
+    for _ in range(KILLS):
+        driver = ada.start(*command)
+        enough = ada.seen.count() + draw.randint(1, 3)
+        until(
+            "it makes some more Jobs, or is at its end",
+            lambda driver=driver, enough=enough: (
+                ada.seen.count() >= enough or driver.process.poll() is not None
+            ),
+        )
+        time.sleep(draw.uniform(0, 0.4))  # anywhere: between two requests, or in the middle of one
+        assert driver.kill() == -9, f"nothing was left to kill for: {driver.said}"
+    two = [ada.start(*command) for _ in range(2)]
+    for driver in two:
+        driver.ends()
+    check(ada, points=90)
+
+
+def test_the_api_server_restarts_while_two_drivers_send_the_same_sweep(kube: Kubernetes, ada: Desk):
+    command = sweep_of(ada, points=40, window=20)
+    two = [ada.start(*command) for _ in range(2)]
+    for enough in (8, 25):
+        until("they are at it", lambda enough=enough: ada.seen.count("train") >= enough)
+        kube.stop_apiserver()
+        kube.start_apiserver()
+    for driver in two:
+        driver.ends()
+    check(ada, points=40)
+
+
+@pytest.fixture
+def with_faults(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The tests of the fake server have the faults; they import one another by their bare names."""
+    monkeypatch.syspath_prepend(ROOT / "tests")
+    yield
+    for name in ("faults", "wire"):
+        sys.modules.pop(name, None)
+
+
+def test_a_bad_way_to_the_api_server_costs_time_and_no_point(
+    with_faults: None, ada: Desk, tmp_path: Path
+):
+    from faults import Faults, Proxy
+
+    rates = {"drop_before": 0.05, "drop_after": 0.05, "busy": 0.05, "error": 0.05, "twice": 0.05}
+    faults = Faults(seed=11, slow=0.05, cut=0.05, refuse=0.02, **rates)
+    command = sweep_of(ada, points=30, window=10)
+    with Proxy(ada.kubeconfig, faults) as proxy:
+        way = proxy.kubeconfig(tmp_path / "proxy.kubeconfig", ada.space.name)
+        ada.start(*command, kubeconfig=way).ends()
+    assert faults.struck["drop_after"] and faults.struck["twice"], "it was a bad way"
+    check(ada, points=30)
