@@ -64,18 +64,17 @@ def cluster_of(fake: Any, path: Path, namespace: str | None = None) -> Iterator[
 
 
 @contextlib.contextmanager
-def backend_of(cluster: Cluster, sweep: Sweep, **how: Any) -> Iterator[JobsBackend]:
+def backend_of(cluster: Cluster, sweep: Sweep, **how: float) -> Iterator[JobsBackend]:
     """A backend of it, as `run` makes one."""
     write_sweep(cluster, record_of(sweep))
-    keep_s = how.pop("keep_s", None)
-    backend = JobsBackend(sweep, roster_of(sweep), cluster, **how)
-    if keep_s is not None:
-        backend.keep_s = keep_s
+    backend = JobsBackend(sweep, roster_of(sweep), cluster)
+    for name, seconds in how.items():  # keep_s, write_s, retry_s, blocked_s
+        setattr(backend, name, seconds)
     with contextlib.closing(backend):
         yield backend
 
 
-def drive(cluster: Cluster, sweep: Sweep, **how: Any) -> int:
+def drive(cluster: Cluster, sweep: Sweep, **how: float) -> int:
     """The loop, to its end."""
     with backend_of(cluster, sweep, **how) as backend:
         return Drive(sweep, backend, Lines(roster_of(sweep), [].append)).run()

@@ -166,13 +166,14 @@ def test_a_script_works_from_anywhere_and_through_a_link(
     for path in (ROOT / "k8s" / "train.sh", tmp_path / "train.sh"):
         done = script(path, *words, cwd=tmp_path, PATH=on_path)
         assert done.returncode == 0, done.stderr
-        assert yaml.safe_load(done.stdout) == printed
+        job = yaml.safe_load(done.stdout)
+        assert job["metadata"]["name"] == printed["metadata"]["name"]
+        assert job["metadata"]["annotations"] == printed["metadata"]["annotations"]
 
 
 def test_a_dry_run_loads_no_client_and_says_what_else_would_be_sent(tmp_path: Path) -> None:
     program = (
-        "import sys; from stillhouse.cli import main\n"
-        f"code = main({PUBLISHED[-1].split()[1:]!r}[:0] + ['eval', 'x', '--dry-run'])\n"
+        "import sys; from stillhouse.cli import main; code = main(['eval', 'x', '--dry-run'])\n"
         "print(sorted({'torch', 'kubernetes', 'pandas', 'rich'} & {*sys.modules})); sys.exit(code)"
     )
     done = script(Path(sys.executable), "-c", program, cwd=tmp_path, HOME=str(tmp_path))

@@ -278,7 +278,20 @@ def test_a_pod_that_is_gone_leaves_its_code_in_the_jobs_condition(lab: Lab) -> N
     pod = lab.fake.fail(name, 43, POISON)
     lab.fake.remove("pods", pod)
     seen = lab.look()
-    assert (seen.state, seen.exit_code, seen.cause) == ("failed", 43, "exit code 43")
+    assert (seen.state, seen.exit_code) == ("failed", 43)
+    assert seen.cause and seen.cause.startswith("exit code 43, diverged; its pod is gone")
+
+
+def test_where_all_pods_are_gone_what_they_left_on_the_job_speaks(lab: Lab) -> None:
+    name = lab.send()
+    crash = json.dumps({"exit_code": 1, "cause": "OSError: disk", "tail": "t"})
+    pod = lab.fake.fail(name, 1, crash, ends="BackoffLimitExceeded")
+    job = job_view(lab.fake.get("jobs", name) or {})
+    patch = attempts_patch(job, [pod_view(lab.fake.get("pods", pod) or {})])
+    assert patch is not None
+    lab.sight.cluster.patch("jobs", name, patch)
+    lab.fake.remove("pods", pod)
+    assert lab.look().cause == "OSError: disk (given up after 1 attempt)"
 
 
 def test_giving_up_counts_the_attempts(lab: Lab) -> None:
@@ -402,6 +415,21 @@ def test_an_end_from_outside_is_recorded_as_it_is_told(lab: Lab) -> None:
     assert job is not None
     end = End(CANNOT_START, "cannot start: image not pulled")
     assert records_of(job, lab.scene, 5.0, end)[POINT.id].code == CANNOT_START
+
+
+def test_an_end_that_was_told_is_not_told_anew_by_who_finds_no_pod(lab: Lab) -> None:
+    name = lab.send()
+    pod = lab.fake.fail(name, 43, POISON)
+    lab.sight.refresh()
+    job = lab.scene.job(name)
+    assert job is not None
+    told = records_of(job, lab.scene, 0.0)
+    lab.sight.ledger.write(told)
+    lab.fake.remove("pods", pod)
+    later = Sight(lab.sight.cluster, "stillhouse-runs")
+    later.refresh()
+    assert records_of(job, later.scene, 0.0) == {}
+    assert later.look(POINT.id, SCORES).cause == told[POINT.id].cause
 
 
 # ------------------------------------------------------------------------ reading a cluster

@@ -231,7 +231,9 @@ class Drive:
             pass
 
     def _is_surprised_while_starting(self) -> bool:
-        """Start what is next; true where a point was not what it was: then all is planned anew."""
+        """Start what is next; true where a point was not what it was: then what is left out is
+        planned anew."""
+        is_surprised = False
         situation = Situation(
             self.groups,
             self.packs,
@@ -247,10 +249,11 @@ class Drive:
             for id_ in action.points:
                 self._look(id_)
             if [self.observations[id_] for id_ in action.points] != before:
-                return True
+                is_surprised = True
+                continue
             self.backend.start(self._task(action))
             self.watcher.started(action)
-        return False
+        return is_surprised
 
     def _finish(self, finished: Finished) -> None:
         action = finished.action

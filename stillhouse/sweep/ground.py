@@ -56,7 +56,7 @@ class Ground(Protocol):
         ...
 
     def trouble(self) -> str:
-        """Why whoever is asked there about a running sweep does not answer; '' where all is well."""
+        """Why nobody there answers what is asked about a running sweep; '' where all is well."""
         ...
 
     # ------------------------------------------------------------------- looking

@@ -10,7 +10,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from stillhouse.errors import AGAIN, OUT_OF_MEMORY
-from stillhouse.sweep.views import JobView, LastWords, Note, PodView, QueueView, last_words
+from stillhouse.sweep.views import (
+    JobView,
+    LastWords,
+    Note,
+    PodView,
+    QueueView,
+    last_words,
+    told_attempts,
+)
 
 UNKNOWN = 1  # exit code of an end that nobody told one of
 TOO_LATE = 124  # its deadline passed; the code that timeout(1) has for it
@@ -33,6 +41,8 @@ _GONE = {
     "PreemptionByKubeScheduler": "a pod of higher priority took its place",
     "TerminationByKubelet": "its node ended it (short of memory or disk, or shutting down)",
 }
+_MEANS = {42: ", a mistake", 43: ", diverged", 44: ", out of memory", 46: ", stopped by a rule"}
+_POD_GONE = "its pod is gone, `stillhouse logs` has what it printed"
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,15 +239,18 @@ def quantity(text: str) -> float:
 def how_it_failed(job: JobView, pods: Sequence[PodView]) -> End:
     """The end of a Job that failed; its pods may be gone already."""
     ended = [pod for pod in by_age(pods) if pod.is_over and pod.phase != "Succeeded"]
-    last = end_of_pod(ended[-1]) if ended else None
+    # Where the pods are gone, what was noted of them on the Job is left.
+    told = [End(one["code"], one["cause"], one.get("tail")) for one in told_attempts(job)]
+    ends = [end_of_pod(pod) for pod in ended] or told
+    last = ends[-1] if ends else None
     if job.end_reason == "DeadlineExceeded":
         tail = last.tail if last else None
         return End(TOO_LATE, "it took longer than its deadline (site.deadline_s)", tail)
     if job.end_reason == "PodFailurePolicy":
         found = re.search(r"failed with exit code (\d+)", job.end_message or "")
         code = int(found[1]) if found else UNKNOWN
-        told = next((e for e in map(end_of_pod, reversed(ended)) if e.code == code), None)
-        return told or End(code, f"exit code {code}")
+        mine = next((end for end in reversed(ends) if end.code == code), None)
+        return mine or End(code, f"exit code {code}{_MEANS.get(code, '')}; {_POD_GONE}")
     if last is None:
         said = f": {short(job.end_message)}" if job.end_message else ""
         last = End(UNKNOWN, f"{job.end_reason or 'failed'}{said}")

@@ -139,7 +139,7 @@ class Scene:
             pods = self.pods_of(job)
             if not job.is_deleting and not job.is_suspended:
                 is_at_work = any(pod.phase == "Running" and not pod.is_over for pod in pods)
-                if is_at_work or (job.is_running and not pods):
+                if is_at_work or (job.is_running and all(pod.is_over for pod in pods)):
                     return None
             queued = self._queued.get(job.uid)
             notes = [*self._notes.get(job.uid, ())]

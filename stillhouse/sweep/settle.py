@@ -9,15 +9,15 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import cast
 
 from stillhouse.errors import AGAIN, DONE, STOPPED
 from stillhouse.rundir import Json
 from stillhouse.sweep.facts import goes_alone, keys_of
 from stillhouse.sweep.ledger import Record, score_of
 from stillhouse.sweep.reasons import SHORT, End, by_age, end_of_pod, short
-from stillhouse.sweep.scene import Scene
+from stillhouse.sweep.scene import ENDED, Scene
 from stillhouse.sweep.views import ATTEMPTS, JobView, PodView
+from stillhouse.sweep.views import told_attempts as attempts
 
 KEPT_ATTEMPTS = 5  # on a Job; its annotations may hold 256 KiB in all
 SAVED = (DONE, AGAIN)  # codes of attempts whose time was not lost
@@ -45,11 +45,6 @@ def attempt(pod: PodView) -> Json:
     if end.tail:
         left["tail"] = end.tail[-SHORT:]
     return left | {"ran": round(_ran(pod), 1), "start": round(_start(pod), 1)}
-
-
-def attempts(job: JobView) -> list[Json]:
-    """What earlier attempts of a Job left behind, the oldest first."""
-    return cast("list[Json]", json.loads(job.attempts)) if job.attempts else []
 
 
 def attempts_patch(job: JobView, pods: Sequence[PodView]) -> Json | None:
@@ -129,4 +124,9 @@ def records_of(job: JobView, scene: Scene, now: float, end: End | None = None) -
         state = "stopped" if end.code == STOPPED else "failed"
         state = "alone" if goes_alone(end.code, has_company) else state
         record = replace(record, state=state, code=end.code, cause=end.cause, tail=end.tail)
-    return dict.fromkeys(keys, record)
+    # Who comes later may find no pod to ask any more: what was said of this end is not said anew.
+    return {key: record for key in keys if not _is_told(scene.ledger.get(key), job)}
+
+
+def _is_told(record: Record | None, job: JobView) -> bool:
+    return record is not None and record.state in ENDED and record.at == job.ended

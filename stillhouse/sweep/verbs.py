@@ -104,7 +104,7 @@ def _run(call: Call, backend_for: Callable[[Sweep, Roster], Backend] | None) -> 
         )
         return SOME_FAILED
     is_idle = _is_nothing_left(ground, sweep, observations)
-    if call.is_detached:
+    if not is_idle and call.is_detached:
         call.away.require(sweep, rows, is_detached=True)
     elif not is_idle:
         ground.require(sweep, rows)

@@ -63,6 +63,11 @@ class JobView:
         return self.state == "live" and self.ready > 0
 
 
+def told_attempts(job: JobView) -> list[Json]:
+    """What earlier attempts of a Job left behind, the oldest first (`settle.attempt`)."""
+    return cast("list[Json]", json.loads(job.attempts)) if job.attempts else []
+
+
 @dataclass(frozen=True, slots=True)
 class PodView:
     """A pod of a Job of ours."""

@@ -36,9 +36,7 @@ from stillhouse.sweep.views import JobView
 WRITERS = 16  # requests at once; more do not make an API server quicker
 LEFT_S = 300  # what a driver leaves behind is deleted so long after its end, by the cluster
 CANCEL_S = 10.0  # how often it is asked whether somebody cancelled the sweep
-BLOCKED_S = (
-    5.0  # how soon a Job is tried again that could not be made: its name or a quota is taken
-)
+BLOCKED_S = 5.0  # how soon a Job is tried again whose name or quota is taken
 RETRY_S = 20.0  # how often it is asked whether somebody wants what failed to be tried again
 PACE_S = 0.5  # between two turns over a large sweep: each plans all of its points anew
 WRITE_S = 5.0  # how long ends of a large sweep are gathered: each write rewrites a whole ConfigMap
