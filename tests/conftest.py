@@ -1,6 +1,11 @@
 """This file is where the package's annotations, tensor shapes among them, become checks."""
 
+import os
+
 from jaxtyping import install_import_hook
+
+# Whoever runs the tests: a composed configuration is remembered, and Jobs carry their owner's name.
+os.environ["USER"] = "ada"
 
 # Before any test imports the package: each call of an annotated function of it is then checked. The
 # tower lets an int stand where a float is asked for, as type checkers do.

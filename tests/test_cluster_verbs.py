@@ -38,7 +38,6 @@ def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Generator[FakeApi, 
     with FakeApi() as fake:
         furnish(fake)
         monkeypatch.setenv("KUBECONFIG", str(kubeconfig(fake, tmp_path)))
-        monkeypatch.setenv("USER", "ada")
         monkeypatch.chdir(tmp_path)
         yield fake
 
