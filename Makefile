@@ -5,6 +5,7 @@
 #   make test-cluster the tests that bring up a Kubernetes: needs Go; real pods too as root on Linux
 #   make check        format, lint, types, import contracts, lock: what CI asks before it runs the tests
 #   make bench        measure the numbers in docs/benchmarks.md
+#   make bench-cluster the same of the cluster backend, on a real API server: about an hour
 #   make image        build the image of the pods: IMAGE=registry.example/team/stillhouse pushes it there
 
 UV_VERSION := 0.13.9
@@ -20,7 +21,7 @@ unexport VIRTUAL_ENV
 # Importing torch and its family from source files alone costs 13 s more, in every process.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help quickstart test test-cluster check bench image
+.PHONY: help quickstart test test-cluster check bench bench-cluster image
 
 help:
 	@sed -n '1,/^$$/p' Makefile
@@ -46,6 +47,10 @@ check: $(READY)
 
 bench: $(READY)
 	$(BIN)/python benchmarks/run.py
+
+bench-cluster: $(READY)
+	$(BIN)/python -m tests.cluster.binaries
+	tests/cluster/alone $(BIN)/python -m benchmarks.cluster --write
 
 image:
 	@UV_VERSION=$(UV_VERSION) $(or $(PYTHON),python3) tools/image.py $(IMAGE)

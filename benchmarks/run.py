@@ -57,12 +57,12 @@ def main(names: list[str]) -> int:
     return 0
 
 
-def put(name: str, table: str) -> None:
+def put(name: str, table: str, title: str | None = None) -> None:
     """Replace one benchmark's section of the page, and leave the others as they were measured."""
     page = PAGE.read_text() if PAGE.exists() else "# Benchmarks\n\nMade by `make bench`.\n"
     begin, end = BEGIN.format(name), END.format(name)
     today = datetime.date.today().isoformat()
-    section = f"{begin}\n## {TITLES[name]}\n\n{today}, {machine()}.\n\n{table}\n{end}\n"
+    section = f"{begin}\n## {title or TITLES[name]}\n\n{today}, {machine()}.\n\n{table}\n{end}\n"
     before, found, rest = page.partition(begin)
     after = rest.partition(end)[2].lstrip("\n") if found else ""
     PAGE.write_text(before.rstrip() + "\n\n" + section + ("\n" + after if after else ""))

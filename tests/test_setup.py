@@ -297,7 +297,7 @@ def test_the_light_environment_has_no_torch_and_its_own_conf(light: Path, tmp_pa
         ("--help", "plan"),
         (f"plan {ROOT / 'sweeps' / 'quickstart.yaml'}", "new"),
         ("status sample", "9 done"),
-        ("logs sample", "nothing was printed yet"),
+        ("logs sample", "all is done; with --point P"),
         ("retry sample", "nothing to retry"),
         ("cancel sample", "sample"),
         ("report sample", "lmbda"),

@@ -112,7 +112,7 @@ OTHER: dict[str, object] = {
     "max_parallel": 64,
     "infra_retries": 0,
     "price_usd_per_hour": 2.5,
-    "owner": "ada",
+    "owner": "bob",
     "kube_context": "another",
     "namespace": "another",
     "image": f"another@sha256:{'1' * 64}",

@@ -222,7 +222,9 @@ def logs(call: Call) -> int:
             texts = ground.log_texts(rows)
         return _print_json(listing.as_json(rows, ground.observe(rows)) | {"logs": texts})
     if not ground.show_logs(rows, call.follows):
-        print("nothing was printed yet", file=sys.stderr)
+        is_done = all(seen.state == "done" for seen in ground.observe(rows).values())
+        one = "all is done; with --point P you see what one point printed"
+        print(one if is_done else "nothing was printed yet", file=sys.stderr)
     return DONE
 
 

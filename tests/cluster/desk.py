@@ -35,10 +35,11 @@ class Seen:
 
     def __init__(self, kube: Kubernetes, namespace: str) -> None:
         self.kube, self.path = kube, PATHS["Job"].format(namespace)
-        self.last: dict[str, Json] = {}  # uid -> the Job as it last was
+        self.last: dict[str, Json] = {}  # uid -> the Job as it last was, without its template
         self.most = 0  # Jobs let go and not finished, at the worst moment
+        self.put_back: set[str] = set()  # uids of Jobs that were let go and suspended again
         self.error: BaseException | None = None
-        self._at_work: set[str] = set()
+        self.at_work: set[str] = set()  # uids of Jobs that were let go and are not finished
         self._list()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._follow, daemon=True)
@@ -87,7 +88,7 @@ class Seen:
 
     def _watch(self) -> None:
         query = (
-            f"?watch=1&allowWatchBookmarks=true&timeoutSeconds=5&resourceVersion={self._version}"
+            f"?watch=1&allowWatchBookmarks=true&timeoutSeconds=2&resourceVersion={self._version}"
         )
         with self.kube.api.opener.open(self.kube.url + self.path + query, timeout=10) as lines:
             for line in lines:
@@ -101,10 +102,14 @@ class Seen:
 
     def _take(self, job: Json, is_gone: bool) -> None:
         uid = job["metadata"]["uid"]
+        job["metadata"].pop("managedFields", None)  # most of a Job, and nobody asks for it here
+        job["spec"].pop("template", None)
         self.last[uid] = job
+        if uid in self.at_work and job["spec"].get("suspend") and not is_gone:
+            self.put_back.add(uid)
         is_at_work = not (is_gone or job["spec"].get("suspend") or end_of(job))
-        (self._at_work.add if is_at_work else self._at_work.discard)(uid)
-        self.most = max(self.most, len(self._at_work))
+        (self.at_work.add if is_at_work else self.at_work.discard)(uid)
+        self.most = max(self.most, len(self.at_work))
 
 
 def labels_of(job: Json) -> Mapping[str, str]:

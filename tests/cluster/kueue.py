@@ -101,6 +101,10 @@ class Kueue:
             "leaderElection": {"leaderElect": False},
             "clientConnection": {"qps": 500, "burst": 1000} if self.kube.fast else {},
             "integrations": {"frameworks": ["batch/job"]},
+            # As in the configuration that Kueue ships; else one worker lets go of all Jobs in turn.
+            "controller": {
+                "groupKindConcurrency": {"Job.batch": 5, "Workload.kueue.x-k8s.io": 5},
+            },
         }
         (self.folder / "config.yaml").write_text(json.dumps(config))
         program = str(self.kube.binaries / "kueue")

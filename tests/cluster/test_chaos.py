@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -96,7 +97,13 @@ def test_a_bad_way_to_the_api_server_costs_time_and_no_point(
 ):
     from faults import Faults, Proxy
 
-    rates = {"drop_before": 0.05, "drop_after": 0.05, "busy": 0.05, "error": 0.05, "twice": 0.05}
+    rates: dict[str, Any] = {
+        "drop_before": 0.05,
+        "drop_after": 0.05,
+        "busy": 0.05,
+        "error": 0.05,
+        "twice": 0.05,
+    }
     faults = Faults(seed=11, slow=0.05, cut=0.05, refuse=0.02, **rates)
     command = sweep_of(ada, points=30, window=10)
     with Proxy(ada.kubeconfig, faults) as proxy:

@@ -1,4 +1,4 @@
-"""This file is where sweeps wait in the real Kueue: for quota, for one another, for Kueue itself."""
+"""This file is where sweeps wait in the real Kueue: for quota, for each other, for Kueue itself."""
 
 from __future__ import annotations
 
@@ -70,6 +70,7 @@ def test_a_sweep_of_higher_priority_goes_first_and_costs_the_other_nothing(ada_q
     check(ada, "usual", 12)
     check(ada, "now", 4)
     assert ada.seen.most <= 4, "the quota"
+    assert ada.seen.put_back, "whose pods ran and were put back into the queue"
 
 
 def test_kueue_that_dies_and_comes_back_costs_time_and_no_point(ada_queues: Desk):
@@ -77,10 +78,13 @@ def test_kueue_that_dies_and_comes_back_costs_time_and_no_point(ada_queues: Desk
     kueue.queue("mortal-q", ada.space.name, {"nvidia.com/gpu": 8})
     ada.kube.behave(namespace=ada.space.name, after_s=(0.2, 0.6))
     run = ada.start(*command(ada, "mortal", 40, "mortal-q"))
-    until("it is at it", lambda: ada.seen.count("train") >= 10)
-    kueue.stop()
     until("some are complete", lambda: any(end_of(job) for job in ada.seen.jobs("train")))
-    kueue.start()
+    kueue.stop()
+    try:
+        until("nobody is let go any more", lambda: not ada.seen.at_work)
+    finally:
+        kueue.start()
+    assert run.process.poll() is None
     run.ends()
     check(ada, "mortal", 40)
 
