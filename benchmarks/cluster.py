@@ -29,12 +29,12 @@ from benchmarks.run import put
 from stillhouse.rundir import Runs, new_record, write_json
 from stillhouse.sweep.backends.cluster import Cluster, connect
 from stillhouse.sweep.backends.jobs import WRITERS
-from stillhouse.sweep.bundle import bundle
 from stillhouse.sweep.grid import Sweep, load_sweep
-from stillhouse.sweep.ledger import Ledger, Record, prepare_of
-from stillhouse.sweep.manifest import render, to_yaml
+from stillhouse.sweep.kube.bundle import bundle
+from stillhouse.sweep.kube.ledger import Ledger, Record, prepare_of
+from stillhouse.sweep.kube.manifest import render, to_yaml
+from stillhouse.sweep.kube.steps import Steps
 from stillhouse.sweep.plan import Action, groups_of
-from stillhouse.sweep.steps import Steps
 from tests.cluster import binaries
 from tests.cluster.api import PATHS
 from tests.cluster.cluster import Json, Kubernetes, until
@@ -199,7 +199,7 @@ def _ours(kube: Kubernetes, points: int) -> tuple[float, float, tuple[float, flo
 
 LISTER = """
 from stillhouse.sweep.backends.cluster import connect
-from stillhouse.sweep.manifest import SELECTOR
+from stillhouse.sweep.kube.manifest import SELECTOR
 print(sum(len(items) for items, _ in connect(None, None).pages("jobs", SELECTOR)))
 """
 

@@ -156,7 +156,7 @@ def _send(kind: str, words: list[str]) -> int:
     options, rest = parser.parse_known_args(words)
     if options.help:
         return _help_of_door(kind)
-    from stillhouse.sweep.sending import send
+    from stillhouse.sweep.kube.sending import send
 
     return send("train" if kind == "train" else "eval", rest, options.dry_run, options.json)
 

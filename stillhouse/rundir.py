@@ -354,6 +354,7 @@ def new_record(spec: TrainSpec, versions: Json) -> Json:
         "spec": to_plain(spec),
         "versioned": versioned(spec),
         "code": code_identity(),
+        "image": os.environ.get("STILLHOUSE_IMAGE"),  # of the pod, by digest; None: no pod
         "versions": versions,
         "created": now(),
     }

@@ -27,7 +27,7 @@ from stillhouse.sweep.backends.cluster import Cluster, connect
 from stillhouse.sweep.backends.jobs import JobsBackend
 from stillhouse.sweep.drive import Drive
 from stillhouse.sweep.grid import Sweep, load_sweep
-from stillhouse.sweep.ledger import write_sweep
+from stillhouse.sweep.kube.ledger import write_sweep
 from stillhouse.sweep.progress import Lines
 from stillhouse.sweep.roster import record_of, roster_of
 

@@ -21,11 +21,11 @@ from stillhouse.compose import compose, from_command_line
 from stillhouse.errors import ConfigError
 from stillhouse.rundir import Json, code_identity
 from stillhouse.spec import TrainSpec, point_id
-from stillhouse.sweep.bundle import DOORS, bundle, sweep_file
-from stillhouse.sweep.manifest import to_yaml
+from stillhouse.sweep.kube.bundle import DOORS, bundle, sweep_file
+from stillhouse.sweep.kube.manifest import to_yaml
 
 ROOT = Path(__file__).parent.parent
-SAYS = "from stillhouse.sweep.bundle import bundle; print(bundle().key)"
+SAYS = "from stillhouse.sweep.kube.bundle import bundle; print(bundle().key)"
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +56,7 @@ def key_of(at: Path, cwd: Path) -> str:
 def sent(checkout: Path, tmp_path_factory: pytest.TempPathFactory) -> Json:
     """The bundle of that checkout, as another process makes it."""
     code = (
-        "import json; from stillhouse.sweep.bundle import bundle; b = bundle();"
+        "import json; from stillhouse.sweep.kube.bundle import bundle; b = bundle();"
         "print(json.dumps({'digest': b.digest, 'key': b.key, 'manifest': b.manifest}))"
     )
     done = python(code, checkout, tmp_path_factory.mktemp("elsewhere"))

@@ -12,14 +12,14 @@ from driving import cluster_of, sweep_of
 from fake_api import FakeApi
 
 from stillhouse.errors import ConfigError
-from stillhouse.sweep import checks
-from stillhouse.sweep.access import rules
 from stillhouse.sweep.backends.cluster import Cluster
-from stillhouse.sweep.bundle import bundle
-from stillhouse.sweep.checks import Finding, findings, job_findings, refuse, require
-from stillhouse.sweep.manifest import render
-from stillhouse.sweep.sight import Sight
-from stillhouse.sweep.steps import train_step
+from stillhouse.sweep.kube import checks
+from stillhouse.sweep.kube.access import rules
+from stillhouse.sweep.kube.bundle import bundle
+from stillhouse.sweep.kube.checks import Finding, findings, job_findings, refuse, require
+from stillhouse.sweep.kube.manifest import render
+from stillhouse.sweep.kube.sight import Sight
+from stillhouse.sweep.kube.steps import train_step
 
 SWEEP = sweep_of()
 SITE = SWEEP.site

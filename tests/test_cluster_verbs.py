@@ -23,7 +23,7 @@ from stillhouse.cli import main
 from stillhouse.rundir import Json, Runs
 from stillhouse.sweep import roster
 from stillhouse.sweep.grid import Sweep, load_sweep
-from stillhouse.sweep.ledger import Names, read_sweep, sweeps
+from stillhouse.sweep.kube.ledger import Names, read_sweep, sweeps
 
 ROOT = Path(__file__).parent.parent
 PUBLISHED = [line for line in lines(TRAIN) + lines(EVAL) if line.startswith("k8s/")]
@@ -622,7 +622,7 @@ def test_status_says_what_was_spent_and_plan_what_the_rest_will_cost(
     fake: FakeApi, say: Callable[..., str]
 ) -> None:
     from stillhouse.sweep.backends.cluster import connect
-    from stillhouse.sweep.ledger import Ledger, Record, write_sweep
+    from stillhouse.sweep.kube.ledger import Ledger, Record, write_sweep
 
     sweep = grid()
     cluster = connect(None, None)
@@ -643,7 +643,7 @@ def test_collect_brings_a_sweep_home_and_the_report_finds_it(
     from test_collect import Lab, kubelet
 
     from stillhouse.sweep.backends.cluster import connect
-    from stillhouse.sweep.ledger import write_sweep
+    from stillhouse.sweep.kube.ledger import write_sweep
 
     cluster = connect(None, None)
     volume = Lab(fake, cluster, tmp_path).volume
@@ -664,7 +664,7 @@ def test_a_status_of_thousands_of_points_is_one_screen_and_a_few_lists(
     fake: FakeApi, say: Callable[..., str]
 ) -> None:
     from stillhouse.sweep.backends.cluster import connect
-    from stillhouse.sweep.ledger import write_sweep
+    from stillhouse.sweep.kube.ledger import write_sweep
 
     pattern = yaml.safe_load(say(*train("pattern"), "--dry-run"))
     points = [f"{place:010x}" for place in range(POINTS)]

@@ -26,12 +26,12 @@ from stillhouse.results.report import write_report
 from stillhouse.results.table import load
 from stillhouse.rundir import RunDir, Runs, read_json, write_atomic, write_json
 from stillhouse.spec import SiteSpec
-from stillhouse.sweep import collect as collecting
 from stillhouse.sweep import roster
 from stillhouse.sweep.backends.cluster import Cluster, connect
-from stillhouse.sweep.collect import Collected, collect, fetch_log
 from stillhouse.sweep.grid import load_sweep
-from stillhouse.sweep.manifest import SELECTOR
+from stillhouse.sweep.kube import collect as collecting
+from stillhouse.sweep.kube.collect import Collected, collect, fetch_log
+from stillhouse.sweep.kube.manifest import SELECTOR
 from stillhouse.sweep.plan import observe
 from stillhouse.sweep.roster import Roster
 

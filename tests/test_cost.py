@@ -20,7 +20,7 @@ from stillhouse.sweep.cost import (
     totals,
 )
 from stillhouse.sweep.grid import Point, Sweep, load_sweep
-from stillhouse.sweep.ledger import Record
+from stillhouse.sweep.kube.ledger import Record
 from stillhouse.sweep.roster import roster_of
 from stillhouse.sweep.spent import Spent, spent
 

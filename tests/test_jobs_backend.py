@@ -35,16 +35,16 @@ from stillhouse.spec import suite_key
 from stillhouse.sweep import drive as loop
 from stillhouse.sweep.backends.cluster import Cluster
 from stillhouse.sweep.backends.jobs import JobsBackend
-from stillhouse.sweep.bundle import bundle
 from stillhouse.sweep.drive import Drive, Finished, Task
 from stillhouse.sweep.grid import Sweep
-from stillhouse.sweep.ledger import Ledger, Record, cancel_sweep, record_of, score_of
-from stillhouse.sweep.manifest import render
+from stillhouse.sweep.kube.bundle import bundle
+from stillhouse.sweep.kube.ledger import Ledger, Record, cancel_sweep, record_of, score_of
+from stillhouse.sweep.kube.manifest import render
+from stillhouse.sweep.kube.reasons import CANNOT_START
+from stillhouse.sweep.kube.steps import Step, Steps
 from stillhouse.sweep.plan import Action
 from stillhouse.sweep.progress import Lines
-from stillhouse.sweep.reasons import CANNOT_START
 from stillhouse.sweep.roster import roster_of
-from stillhouse.sweep.steps import Step, Steps
 
 SWEEP = sweep_of()
 IDS = ids(SWEEP)

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from stillhouse.errors import ConfigError
 from stillhouse.sweep.backends.cluster import Cluster
-from stillhouse.sweep.ledger import (
+from stillhouse.sweep.kube.ledger import (
     DIGITS,
     Ledger,
     Names,

@@ -17,7 +17,7 @@ from stillhouse.compose import compose, from_command_line
 from stillhouse.errors import ConfigError
 from stillhouse.rundir import Json, directory_name
 from stillhouse.spec import EvalSpec, TrainSpec, eval_id, point_id, slug
-from stillhouse.sweep.line import Line, read
+from stillhouse.sweep.kube.line import Line, read
 
 ROOT = Path(__file__).parent.parent
 PUBLISHED = [line for line in lines(TRAIN) + lines(EVAL) if line.startswith("k8s/")]

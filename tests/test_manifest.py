@@ -22,11 +22,11 @@ from stillhouse.compose import Overrides, compose, from_command_line
 from stillhouse.errors import ConfigError
 from stillhouse.rundir import Json, directory_name
 from stillhouse.spec import EvalSpec, SiteSpec, TrainSpec, eval_id, point_id, suite_key
-from stillhouse.sweep import secrets
-from stillhouse.sweep.access import Rule, rules
-from stillhouse.sweep.checklist import check
 from stillhouse.sweep.grid import Point, Sweep, load_sweep
-from stillhouse.sweep.manifest import (
+from stillhouse.sweep.kube import secrets
+from stillhouse.sweep.kube.access import Rule, rules
+from stillhouse.sweep.kube.checklist import check
+from stillhouse.sweep.kube.manifest import (
     JOB_NAME,
     LABEL,
     SELECTOR,
@@ -37,8 +37,7 @@ from stillhouse.sweep.manifest import (
     render,
     to_yaml,
 )
-from stillhouse.sweep.plan import Action
-from stillhouse.sweep.steps import (
+from stillhouse.sweep.kube.steps import (
     Step,
     Steps,
     collect_step,
@@ -49,6 +48,7 @@ from stillhouse.sweep.steps import (
     refuse_collisions,
     train_step,
 )
+from stillhouse.sweep.plan import Action
 from tests.published import EVAL, TRAIN, flags_of, lines, name_of
 
 GOLDEN = Path(__file__).parent / "golden"

@@ -15,17 +15,24 @@ from driving import POISON, cluster_of, ids, sweep_of
 from fake_api import FakeApi
 
 from stillhouse.spec import suite_key
-from stillhouse.sweep.bundle import bundle
-from stillhouse.sweep.facts import Facts, judge
-from stillhouse.sweep.ledger import Ledger, Record, score_of
-from stillhouse.sweep.manifest import render
+from stillhouse.sweep.kube.bundle import bundle
+from stillhouse.sweep.kube.facts import Facts, judge
+from stillhouse.sweep.kube.ledger import Ledger, Record, score_of
+from stillhouse.sweep.kube.manifest import render
+from stillhouse.sweep.kube.reasons import (
+    CANNOT_START,
+    TOO_LATE,
+    End,
+    Reason,
+    how_it_failed,
+    quantity,
+)
+from stillhouse.sweep.kube.scene import Scene
+from stillhouse.sweep.kube.settle import attempts, attempts_patch, records_of, times_of
+from stillhouse.sweep.kube.sight import Sight
+from stillhouse.sweep.kube.steps import Step, eval_step, prepare_step, train_step
+from stillhouse.sweep.kube.views import job_view, last_words, pod_view
 from stillhouse.sweep.plan import Observation
-from stillhouse.sweep.reasons import CANNOT_START, TOO_LATE, End, Reason, how_it_failed, quantity
-from stillhouse.sweep.scene import Scene
-from stillhouse.sweep.settle import attempts, attempts_patch, records_of, times_of
-from stillhouse.sweep.sight import Sight
-from stillhouse.sweep.steps import Step, eval_step, prepare_step, train_step
-from stillhouse.sweep.views import job_view, last_words, pod_view
 
 SWEEP = sweep_of()
 POINT, OTHER, *_ = SWEEP.points

@@ -15,9 +15,9 @@ from stillhouse.compose import Overrides, from_command_line
 from stillhouse.errors import ConfigError, nearest
 from stillhouse.spec import SiteSpec, TrainSpec, to_plain
 from stillhouse.sweep import roster
-from stillhouse.sweep.away import Away
 from stillhouse.sweep.grid import Sweep, load_sweep
 from stillhouse.sweep.ground import Ground, Here
+from stillhouse.sweep.kube.away import Away
 from stillhouse.sweep.roster import Roster, Row, roster_of
 from stillhouse.sweep.site import CLUSTER, away_words, site_of
 

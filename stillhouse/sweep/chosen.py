@@ -14,8 +14,8 @@ from typing import Any
 
 from stillhouse.errors import DIVERGED, MISTAKE, OUT_OF_MEMORY, ConfigError, nearest
 from stillhouse.flags import GROUP_OF_LEAF
+from stillhouse.sweep.kube.reasons import CANNOT_START, TOO_LATE
 from stillhouse.sweep.plan import Observation
-from stillhouse.sweep.reasons import CANNOT_START, TOO_LATE
 
 CODES = {
     "oom": OUT_OF_MEMORY,

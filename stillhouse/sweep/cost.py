@@ -24,8 +24,8 @@ from stillhouse.rundir import FORMAT, RunDir, Runs, read_json
 from stillhouse.spec import NonNegative, SiteSpec, TrainSpec, to_plain
 from stillhouse.sweep.asked import text
 from stillhouse.sweep.grid import Point
-from stillhouse.sweep.ledger import Record
-from stillhouse.sweep.manifest import k8s_dir
+from stillhouse.sweep.kube.ledger import Record
+from stillhouse.sweep.kube.manifest import k8s_dir
 
 # Seconds of a generated pair's step, per sequence. A step of 32 at λ = 1 with int4 took 0.20 s on
 # one thread of a busy 2-core machine, and 0.07 to 0.10 s without quantiser and metrics on a quiet

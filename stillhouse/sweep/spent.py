@@ -19,7 +19,7 @@ from stillhouse.errors import DIVERGED
 from stillhouse.rundir import Json, read_json
 from stillhouse.spec import SiteSpec
 from stillhouse.sweep.cost import Price, no_price, prices
-from stillhouse.sweep.ledger import Record
+from stillhouse.sweep.kube.ledger import Record
 from stillhouse.sweep.roster import Roster
 
 KINDS = ("queued", "starting", "running", "lost")

@@ -64,8 +64,8 @@ def plan(call: Call) -> int:
 
 def render(call: Call) -> int:
     """Print every Job that `run` would send to a cluster; nothing is asked of one."""
-    from stillhouse.sweep.manifest import image_problem
-    from stillhouse.sweep.rendering import manifests
+    from stillhouse.sweep.kube.manifest import image_problem
+    from stillhouse.sweep.kube.rendering import manifests
 
     sweep = call.sweep()
     rows = roster.narrowed(roster_of(sweep), call.points)

@@ -20,18 +20,18 @@ from stillhouse.rundir import Json
 from stillhouse.spec import suite_key
 from stillhouse.sweep.backends.cluster import Cluster
 from stillhouse.sweep.backends.making import KEEP_S, Maker, Whose, Work
-from stillhouse.sweep.bundle import bundle
 from stillhouse.sweep.drive import Finished, Task
-from stillhouse.sweep.facts import DELETED, keys_of
 from stillhouse.sweep.grid import Sweep
-from stillhouse.sweep.ledger import Record, prepare_of, score_of, sweeps
+from stillhouse.sweep.kube.bundle import bundle
+from stillhouse.sweep.kube.facts import DELETED, keys_of
+from stillhouse.sweep.kube.ledger import Record, prepare_of, score_of, sweeps
+from stillhouse.sweep.kube.reasons import CANNOT_START, End, by_age, end_of_pod, is_killed_by_memory
+from stillhouse.sweep.kube.scene import ENDED, baselines_seen
+from stillhouse.sweep.kube.settle import attempts_patch, records_of
+from stillhouse.sweep.kube.sight import Sight
+from stillhouse.sweep.kube.views import JobView
 from stillhouse.sweep.plan import Action, Baseline, Observation
-from stillhouse.sweep.reasons import CANNOT_START, End, by_age, end_of_pod, is_killed_by_memory
 from stillhouse.sweep.roster import Roster
-from stillhouse.sweep.scene import ENDED, baselines_seen
-from stillhouse.sweep.settle import attempts_patch, records_of
-from stillhouse.sweep.sight import Sight
-from stillhouse.sweep.views import JobView
 
 WRITERS = 16  # requests at once; more do not make an API server quicker
 LEFT_S = 300  # what a driver leaves behind is deleted so long after its end, by the cluster

@@ -17,14 +17,14 @@ from stillhouse.errors import ConfigError, ContractError
 from stillhouse.rundir import Json
 from stillhouse.spec import suite_key
 from stillhouse.sweep.backends.cluster import ApiError, Cluster
-from stillhouse.sweep.bundle import Bundle
 from stillhouse.sweep.grid import Sweep
-from stillhouse.sweep.ledger import Ledger, Record, prepare_of, score_of
-from stillhouse.sweep.manifest import HASH_DIGITS, render, to_yaml
+from stillhouse.sweep.kube.bundle import Bundle
+from stillhouse.sweep.kube.ledger import Ledger, Record, prepare_of, score_of
+from stillhouse.sweep.kube.manifest import HASH_DIGITS, render, to_yaml
+from stillhouse.sweep.kube.steps import Step, Steps
+from stillhouse.sweep.kube.views import OURS, PART_OF, JobView, job_view
 from stillhouse.sweep.plan import Action, groups_of
 from stillhouse.sweep.roster import Roster, baseline_rows
-from stillhouse.sweep.steps import Step, Steps
-from stillhouse.sweep.views import OURS, PART_OF, JobView, job_view
 
 LOOK_VALID_S = 5.0
 KEEP_S = 15.0

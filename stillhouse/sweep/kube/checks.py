@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from stillhouse.errors import ConfigError
 from stillhouse.rundir import Json
 from stillhouse.spec import SiteSpec
-from stillhouse.sweep.access import Rule, rules
 from stillhouse.sweep.backends.cluster import ApiError, Cluster
-from stillhouse.sweep.manifest import HASH_DIGITS, image_problem, label_value
-from stillhouse.sweep.reasons import short
-from stillhouse.sweep.steps import Step
-from stillhouse.sweep.views import JobView, note
+from stillhouse.sweep.kube.access import Rule, rules
+from stillhouse.sweep.kube.manifest import HASH_DIGITS, image_problem, label_value
+from stillhouse.sweep.kube.reasons import short
+from stillhouse.sweep.kube.steps import Step
+from stillhouse.sweep.kube.views import JobView, note
 
 LAUNCHER = "stillhouse-launcher"
 OTHERS = "app.kubernetes.io/part-of!=stillhouse"

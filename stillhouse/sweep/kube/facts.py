@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from stillhouse.errors import POISON, STOPPED
-from stillhouse.sweep.ledger import Record, prepare_of, score_of
+from stillhouse.sweep.kube.ledger import Record, prepare_of, score_of
+from stillhouse.sweep.kube.reasons import End, Reason
+from stillhouse.sweep.kube.views import JobView
 from stillhouse.sweep.plan import Observation, State
-from stillhouse.sweep.reasons import End, Reason
-from stillhouse.sweep.views import JobView
 
 DELETED = "its Job was deleted"
 

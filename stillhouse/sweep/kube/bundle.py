@@ -23,8 +23,8 @@ from pathlib import Path
 from stillhouse.compose import conf_dir
 from stillhouse.errors import ConfigError
 from stillhouse.rundir import Json, code_identity
-from stillhouse.sweep import secrets
-from stillhouse.sweep.manifest import k8s_dir, label_value
+from stillhouse.sweep.kube import secrets
+from stillhouse.sweep.kube.manifest import k8s_dir, label_value
 
 MAX_BYTES = 2**20 - 4096  # a ConfigMap holds 1 MiB, its keys and labels included
 SHOWN = 3  # of the largest files, where it is too much
@@ -124,7 +124,7 @@ def _config_map(name: str, labels: Mapping[str, str]) -> Json:
 
 def _files() -> dict[str, bytes]:
     """All that travels, by its path in the archive."""
-    package = Path(__file__).parent.parent
+    package = Path(__file__).parents[2]
     carried = {package / "conf", package / "k8s"}  # an installed package has them inside
     files = {name: text.encode() for name, text in DOORS.items()}
     for top, folder in (("stillhouse", package), ("conf", conf_dir()), ("k8s", k8s_dir())):

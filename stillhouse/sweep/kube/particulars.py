@@ -6,12 +6,12 @@ import time
 from collections.abc import Mapping, Sequence
 
 from stillhouse.rundir import Json
-from stillhouse.sweep.ledger import Record
+from stillhouse.sweep.kube.ledger import Record
+from stillhouse.sweep.kube.reasons import by_age, end_of_pod
+from stillhouse.sweep.kube.scene import Scene
+from stillhouse.sweep.kube.settle import attempts
+from stillhouse.sweep.kube.views import JobView, PodView
 from stillhouse.sweep.listing import duration
-from stillhouse.sweep.reasons import by_age, end_of_pod
-from stillhouse.sweep.scene import Scene
-from stillhouse.sweep.settle import attempts
-from stillhouse.sweep.views import JobView, PodView
 
 
 def particulars(

@@ -17,24 +17,24 @@ from stillhouse.compose import compose, from_command_line
 from stillhouse.errors import DONE, ConfigError
 from stillhouse.rundir import RunDir
 from stillhouse.spec import TrainSpec, versioned
-from stillhouse.sweep import checks
 from stillhouse.sweep.asked import text
 from stillhouse.sweep.backends.cluster import ApiError, Cluster, connect
-from stillhouse.sweep.bundle import bundle
-from stillhouse.sweep.detach import create
 from stillhouse.sweep.drive import SOME_FAILED
-from stillhouse.sweep.facts import Facts, judge
-from stillhouse.sweep.ledger import Ledger, Names
-from stillhouse.sweep.line import Kind, Line, read
+from stillhouse.sweep.kube import checks
+from stillhouse.sweep.kube.bundle import bundle
+from stillhouse.sweep.kube.detach import create
+from stillhouse.sweep.kube.facts import Facts, judge
+from stillhouse.sweep.kube.ledger import Ledger, Names
+from stillhouse.sweep.kube.line import Kind, Line, read
+from stillhouse.sweep.kube.manifest import HASH_DIGITS, image_problem
+from stillhouse.sweep.kube.pod_logs import pods
+from stillhouse.sweep.kube.scene import Scene
+from stillhouse.sweep.kube.steps import RUNS
+from stillhouse.sweep.kube.views import OURS, PART_OF, JobView, job_view
 from stillhouse.sweep.listing import FAILED, as_json
-from stillhouse.sweep.manifest import HASH_DIGITS, image_problem
 from stillhouse.sweep.plan import Observation
-from stillhouse.sweep.pod_logs import pods
 from stillhouse.sweep.roster import Roster, Row
-from stillhouse.sweep.scene import Scene
 from stillhouse.sweep.site import away_words
-from stillhouse.sweep.steps import RUNS
-from stillhouse.sweep.views import OURS, PART_OF, JobView, job_view
 
 Say = Callable[[str], None]
 

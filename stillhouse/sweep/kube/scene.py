@@ -14,13 +14,11 @@ from collections.abc import Iterable, Sequence
 
 from stillhouse.rundir import Json
 from stillhouse.spec import suite_key
-from stillhouse.sweep.facts import Facts, judge, keys_of
 from stillhouse.sweep.grid import Sweep
-from stillhouse.sweep.ledger import Ledger, score_of
-from stillhouse.sweep.plan import Baseline, Observation, groups_of
-from stillhouse.sweep.reasons import End, Reason, how_it_failed, why_waiting
-from stillhouse.sweep.roster import baseline_rows
-from stillhouse.sweep.views import (
+from stillhouse.sweep.kube.facts import Facts, judge, keys_of
+from stillhouse.sweep.kube.ledger import Ledger, score_of
+from stillhouse.sweep.kube.reasons import End, Reason, how_it_failed, why_waiting
+from stillhouse.sweep.kube.views import (
     JobView,
     Note,
     PodView,
@@ -30,6 +28,8 @@ from stillhouse.sweep.views import (
     pod_view,
     queue_view,
 )
+from stillhouse.sweep.plan import Baseline, Observation, groups_of
+from stillhouse.sweep.roster import baseline_rows
 
 KEPT_PODS = 8  # ended pods of one Job that stay known
 ENDED = ("failed", "stopped", "alone")  # what the ledger says of what is not tried again by itself

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from stillhouse.errors import AGAIN, OUT_OF_MEMORY
-from stillhouse.sweep.views import (
+from stillhouse.sweep.kube.views import (
     JobView,
     LastWords,
     Note,

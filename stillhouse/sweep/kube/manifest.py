@@ -20,9 +20,9 @@ from typing import cast
 from stillhouse.errors import ConfigError
 from stillhouse.rundir import Json
 from stillhouse.spec import SiteSpec
-from stillhouse.sweep import secrets
-from stillhouse.sweep.steps import RUNS, SWEEP, Kind, Step
-from stillhouse.sweep.yaml_text import to_yaml
+from stillhouse.sweep.kube import secrets
+from stillhouse.sweep.kube.steps import RUNS, SWEEP, Kind, Step
+from stillhouse.sweep.kube.yaml_text import to_yaml
 
 __all__ = [
     "SELECTOR", "image_problem", "k8s_dir", "label_value", "refuse_secrets", "render", "to_yaml",
@@ -56,7 +56,7 @@ COLLECT_DEADLINE_S = 6 * 3_600
 
 def k8s_dir() -> Path:
     """`k8s/` of the checkout, or the copy that an installed wheel carries."""
-    package = Path(__file__).parent.parent
+    package = Path(__file__).parents[2]
     inside = package / "k8s"
     return inside if inside.is_dir() else package.parent / "k8s"
 
@@ -242,7 +242,8 @@ def _args(step: Step, code: str) -> list[str]:
 def _env(pattern: list[Json], step: Step, site: SiteSpec) -> list[Json]:
     entries = {entry["name"]: entry for entry in pattern}
     goes_online = step.fetch or step.kind == "prepare"
-    values = {"OMP_NUM_THREADS": str(_threads(step, site))} | ({} if goes_online else OFFLINE)
+    values = {"OMP_NUM_THREADS": str(_threads(step, site)), "STILLHOUSE_IMAGE": site.image}
+    values |= {} if goes_online else OFFLINE
     if not step.fetch:
         del entries["STILLHOUSE_FETCH"]
     if step.kind in WORKERS:

@@ -11,9 +11,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from stillhouse.rundir import Json
-from stillhouse.sweep import evidence
-from stillhouse.sweep.evidence import Job
-from stillhouse.sweep.manifest import LABEL, PINNED
+from stillhouse.sweep.kube import evidence
+from stillhouse.sweep.kube.evidence import Job
+from stillhouse.sweep.kube.manifest import LABEL, PINNED
 
 DAY_S = 86_400
 
@@ -232,6 +232,11 @@ LINES: tuple[Line, ...] = (
             entry == {"name": "STILLHOUSE_JOB", "valueFrom": evidence.JOB_UID}
             for entry in job.main["env"]
         ),
+    ),
+    Line(
+        "STILLHOUSE_IMAGE, the image again",
+        "a run cannot say which libraries it ran with",
+        lambda job: job.env["STILLHOUSE_IMAGE"] == job.main["image"],
     ),
     Line(
         "PYTHONUNBUFFERED",

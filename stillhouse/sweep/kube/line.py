@@ -27,12 +27,12 @@ from stillhouse.compose import (
 from stillhouse.errors import ConfigError
 from stillhouse.spec import EvalSpec, SiteSpec, TrainSpec
 from stillhouse.sweep.asked import label
-from stillhouse.sweep.bundle import bundle
 from stillhouse.sweep.grid import NAME, load_sweep
+from stillhouse.sweep.kube.bundle import bundle
+from stillhouse.sweep.kube.manifest import render, to_yaml
+from stillhouse.sweep.kube.steps import RUNS, Step, eval_line_step, train_step
 from stillhouse.sweep.listing import duration
-from stillhouse.sweep.manifest import render, to_yaml
 from stillhouse.sweep.site import CLUSTER, site_of
-from stillhouse.sweep.steps import RUNS, Step, eval_line_step, train_step
 
 Kind = Literal["train", "eval"]
 # Places that a pod has of its own; on this machine they mean something else.

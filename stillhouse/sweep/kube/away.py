@@ -14,25 +14,14 @@ from pathlib import Path
 
 from stillhouse.rundir import Runs, code_identity
 from stillhouse.spec import SiteSpec, suite_key
-from stillhouse.sweep import (
-    checks,
-    collect,
-    cost,
-    detach,
-    finding,
-    listing,
-    mending,
-    pod_logs,
-    roster,
-    secrets,
-    spent,
-)
+from stillhouse.sweep import cost, listing, roster, spent
 from stillhouse.sweep.backends.cluster import Cluster, connect
-from stillhouse.sweep.bundle import bundle
 from stillhouse.sweep.drive import Backend
-from stillhouse.sweep.facts import Facts, judge
 from stillhouse.sweep.grid import Sweep
-from stillhouse.sweep.ledger import (
+from stillhouse.sweep.kube import checks, collect, detach, finding, mending, pod_logs, secrets
+from stillhouse.sweep.kube.bundle import bundle
+from stillhouse.sweep.kube.facts import Facts, judge
+from stillhouse.sweep.kube.ledger import (
     Names,
     cancel_sweep,
     read_sweep,
@@ -40,15 +29,15 @@ from stillhouse.sweep.ledger import (
     sweeps,
     write_sweep,
 )
-from stillhouse.sweep.manifest import label_value, refuse_secrets, render
-from stillhouse.sweep.particulars import particulars, said_of_drivers
+from stillhouse.sweep.kube.manifest import label_value, refuse_secrets, render
+from stillhouse.sweep.kube.particulars import particulars, said_of_drivers
+from stillhouse.sweep.kube.rendering import every_step
+from stillhouse.sweep.kube.scene import Scene, baselines_seen, keys_of
+from stillhouse.sweep.kube.sight import Sight
+from stillhouse.sweep.kube.views import JobView
 from stillhouse.sweep.plan import Baseline, Observation
-from stillhouse.sweep.rendering import every_step
 from stillhouse.sweep.roster import Roster, Row
-from stillhouse.sweep.scene import Scene, baselines_seen, keys_of
-from stillhouse.sweep.sight import Sight
 from stillhouse.sweep.site import away_words
-from stillhouse.sweep.views import JobView
 
 DRIVER, COLLECTOR = "stillhouse-driver", "stillhouse-collector"  # Roles of k8s/access.yaml
 

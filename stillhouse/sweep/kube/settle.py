@@ -12,12 +12,12 @@ from dataclasses import dataclass, replace
 
 from stillhouse.errors import AGAIN, DONE, STOPPED
 from stillhouse.rundir import Json
-from stillhouse.sweep.facts import goes_alone, keys_of
-from stillhouse.sweep.ledger import Record, score_of
-from stillhouse.sweep.reasons import SHORT, End, by_age, end_of_pod, short
-from stillhouse.sweep.scene import ENDED, Scene
-from stillhouse.sweep.views import ATTEMPTS, JobView, PodView
-from stillhouse.sweep.views import told_attempts as attempts
+from stillhouse.sweep.kube.facts import goes_alone, keys_of
+from stillhouse.sweep.kube.ledger import Record, score_of
+from stillhouse.sweep.kube.reasons import SHORT, End, by_age, end_of_pod, short
+from stillhouse.sweep.kube.scene import ENDED, Scene
+from stillhouse.sweep.kube.views import ATTEMPTS, JobView, PodView
+from stillhouse.sweep.kube.views import told_attempts as attempts
 
 KEPT_ATTEMPTS = 5  # on a Job; its annotations may hold 256 KiB in all
 SAVED = (DONE, AGAIN)  # codes of attempts whose time was not lost

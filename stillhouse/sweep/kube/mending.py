@@ -11,10 +11,10 @@ from concurrent.futures import ThreadPoolExecutor
 from stillhouse.errors import AGAIN, ConfigError
 from stillhouse.rundir import now
 from stillhouse.sweep.backends.cluster import Cluster
-from stillhouse.sweep.ledger import Ledger, Record
-from stillhouse.sweep.manifest import label_value
-from stillhouse.sweep.scene import keys_of
-from stillhouse.sweep.views import JobView
+from stillhouse.sweep.kube.ledger import Ledger, Record
+from stillhouse.sweep.kube.manifest import label_value
+from stillhouse.sweep.kube.scene import keys_of
+from stillhouse.sweep.kube.views import JobView
 
 AT_ONCE = 16  # requests
 

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
-from stillhouse.sweep.bundle import bundle
 from stillhouse.sweep.grid import Sweep
-from stillhouse.sweep.manifest import render, to_yaml
+from stillhouse.sweep.kube.bundle import bundle
+from stillhouse.sweep.kube.manifest import render, to_yaml
+from stillhouse.sweep.kube.steps import Step, Steps, refuse_collisions
 from stillhouse.sweep.plan import (
     Action,
     Baseline,
@@ -21,7 +22,6 @@ from stillhouse.sweep.plan import (
     groups_of,
 )
 from stillhouse.sweep.roster import Roster, baseline_rows
-from stillhouse.sweep.steps import Step, Steps, refuse_collisions
 
 
 def every_step(sweep: Sweep, only: Roster) -> list[Step]:

@@ -25,8 +25,8 @@ from typing import Literal, cast
 from stillhouse.errors import ConfigError
 from stillhouse.rundir import Json
 from stillhouse.sweep.backends.cluster import ApiError, Cluster
-from stillhouse.sweep.manifest import SELECTOR, label_value
-from stillhouse.sweep.views import OURS, PART_OF, seconds
+from stillhouse.sweep.kube.manifest import SELECTOR, label_value
+from stillhouse.sweep.kube.views import OURS, PART_OF, seconds
 
 DIGITS = "0123456789abcdef"
 ROOM = 900 * 1024  # bytes of one ConfigMap that we fill; the API takes 1 MiB

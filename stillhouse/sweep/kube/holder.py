@@ -19,11 +19,11 @@ from stillhouse.parcel import pack, receive
 from stillhouse.rundir import Json
 from stillhouse.spec import SiteSpec
 from stillhouse.sweep.backends.cluster import ApiError, Cluster
-from stillhouse.sweep.bundle import bundle
-from stillhouse.sweep.manifest import image_problem, render, to_yaml
-from stillhouse.sweep.reasons import by_age, how_it_failed, why_waiting
-from stillhouse.sweep.steps import RUNS, collect_step
-from stillhouse.sweep.views import Note, PodView, job_view, note, pod_view
+from stillhouse.sweep.kube.bundle import bundle
+from stillhouse.sweep.kube.manifest import image_problem, render, to_yaml
+from stillhouse.sweep.kube.reasons import by_age, how_it_failed, why_waiting
+from stillhouse.sweep.kube.steps import RUNS, collect_step
+from stillhouse.sweep.kube.views import Note, PodView, job_view, note, pod_view
 
 TRIES = 4  # of one request in a row
 HOPELESS_S = 30.0  # what waiting does not mend may be a kubelet's first try, and pass

@@ -15,12 +15,12 @@ from typing import Any, TypeVar
 
 from stillhouse.rundir import Json
 from stillhouse.sweep.backends.cluster import ApiError, Cluster, Gone
-from stillhouse.sweep.facts import keys_of
-from stillhouse.sweep.ledger import Ledger
-from stillhouse.sweep.manifest import SELECTOR
+from stillhouse.sweep.kube.facts import keys_of
+from stillhouse.sweep.kube.ledger import Ledger
+from stillhouse.sweep.kube.manifest import SELECTOR
+from stillhouse.sweep.kube.scene import Scene
+from stillhouse.sweep.kube.views import JobView, Note, job_view, note, pod_view, queue_view
 from stillhouse.sweep.plan import Observation
-from stillhouse.sweep.scene import Scene
-from stillhouse.sweep.views import JobView, Note, job_view, note, pod_view, queue_view
 
 WATCH_S = 300.0  # a watch is asked for anew this often
 NOTES_S = 20.0  # how often a follower reads the warning events, while something waits

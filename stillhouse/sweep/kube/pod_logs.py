@@ -13,14 +13,14 @@ from dataclasses import dataclass
 from stillhouse.rundir import Json
 from stillhouse.spec import SiteSpec
 from stillhouse.sweep.backends.cluster import ApiError, Cluster
-from stillhouse.sweep.collect import fetch_log
-from stillhouse.sweep.ledger import Ledger
+from stillhouse.sweep.kube.collect import fetch_log
+from stillhouse.sweep.kube.ledger import Ledger
+from stillhouse.sweep.kube.reasons import by_age
+from stillhouse.sweep.kube.views import JobView, PodView, job_view, pod_view
 from stillhouse.sweep.listing import FAILED, SHOWN
 from stillhouse.sweep.logs import TAIL_LINES
 from stillhouse.sweep.plan import Observation
-from stillhouse.sweep.reasons import by_age
 from stillhouse.sweep.roster import Roster, Row
-from stillhouse.sweep.views import JobView, PodView, job_view, pod_view
 
 FOLLOW_S = 2.0  # how often we look again whether a pod that is waited for has begun
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 from stillhouse.rundir import Json
-from stillhouse.sweep.manifest import k8s_dir
+from stillhouse.sweep.kube.manifest import k8s_dir
 
 
 @dataclass(frozen=True)

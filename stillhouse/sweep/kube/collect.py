@@ -24,7 +24,7 @@ from stillhouse.parcel import state
 from stillhouse.rundir import Json, RunDir, Runs, now, publish, read_json, write_json
 from stillhouse.spec import SiteSpec
 from stillhouse.sweep.backends.cluster import Cluster
-from stillhouse.sweep.holder import Holder, Say
+from stillhouse.sweep.kube.holder import Holder, Say
 from stillhouse.sweep.roster import Roster
 
 # What a report, a status and a cost are made of; the contract says that an adapter lies there.

@@ -13,8 +13,8 @@ from typing import Any, cast
 
 from stillhouse.rundir import Json
 from stillhouse.spec import ID_DIGITS
-from stillhouse.sweep import secrets
-from stillhouse.sweep.manifest import (
+from stillhouse.sweep.kube import secrets
+from stillhouse.sweep.kube.manifest import (
     CODE_DIGITS,
     HASH_DIGITS,
     JOB_NAME,
@@ -23,7 +23,7 @@ from stillhouse.sweep.manifest import (
     VOLUMES,
     WORKERS,
 )
-from stillhouse.sweep.steps import Kind
+from stillhouse.sweep.kube.steps import Kind
 
 ANNOTATIONS_BYTES = 262_144  # of one object; the API server refuses more
 OURS = "app.kubernetes.io"

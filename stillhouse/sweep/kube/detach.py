@@ -7,12 +7,12 @@ from pathlib import Path
 
 from stillhouse.rundir import Json
 from stillhouse.sweep.backends.cluster import ApiError, Cluster
-from stillhouse.sweep.bundle import bundle, sweep_file
 from stillhouse.sweep.grid import Sweep
-from stillhouse.sweep.manifest import render, to_yaml
+from stillhouse.sweep.kube.bundle import bundle, sweep_file
+from stillhouse.sweep.kube.manifest import render, to_yaml
+from stillhouse.sweep.kube.steps import drive_step
+from stillhouse.sweep.kube.views import job_view
 from stillhouse.sweep.site import away_words
-from stillhouse.sweep.steps import drive_step
-from stillhouse.sweep.views import job_view
 
 
 def detach(cluster: Cluster, sweep: Sweep, options: Sequence[str]) -> list[str]:
