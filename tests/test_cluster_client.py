@@ -25,6 +25,7 @@ from hypothesis import strategies as st
 from stillhouse.errors import ConfigError, Interrupted
 from stillhouse.sweep.backends import answers
 from stillhouse.sweep.backends import cluster as connection
+from stillhouse.sweep.backends.answers import Streams
 from stillhouse.sweep.backends.cluster import ApiError, Cluster, CommandFailed, Gone, connect
 
 
@@ -586,3 +587,20 @@ def test_everything_is_sent_under_one_name(fake, log_in):
     cluster.create("jobs", job("one"))
     listed(cluster, "jobs")
     assert len(names) == 1 and re.fullmatch(r"stillhouse/\S+", names.pop())
+
+
+def test_a_stream_that_was_being_opened_when_all_were_ended_is_ended_too():
+    class Stream:
+        ends = 0
+
+        def abort(self) -> None:
+            self.ends += 1
+
+        def close(self) -> None:
+            pass
+
+    streams, early, late = Streams(), Stream(), Stream()
+    with streams.kept(early):
+        streams.end()
+    with streams.kept(late):
+        assert (early.ends, late.ends) == (1, 1)

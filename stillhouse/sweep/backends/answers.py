@@ -73,12 +73,15 @@ class Streams:
 
     def __init__(self) -> None:
         self._open: set[Any] = set()
+        self._is_over = False
         self._lock = threading.Lock()
 
     @contextlib.contextmanager
     def kept(self, stream: Any) -> Generator[Any, None, None]:
         with self._lock:
             self._open.add(stream)
+            if self._is_over:  # it was being opened when all were ended
+                _cut(stream)
         try:
             yield stream
         finally:
@@ -88,9 +91,15 @@ class Streams:
 
     def end(self) -> None:
         with self._lock:
+            self._is_over = True
             for stream in self._open:
-                with contextlib.suppress(Exception):  # it ended while we looked
-                    (stream.abort if hasattr(stream, "abort") else stream.shutdown)()
+                _cut(stream)
+
+
+def _cut(stream: Any) -> None:
+    """End a stream under its reader."""
+    with contextlib.suppress(Exception):  # it ended while we looked
+        (stream.abort if hasattr(stream, "abort") else stream.shutdown)()
 
 
 def chunks(answer: Any) -> Iterator[bytes]:

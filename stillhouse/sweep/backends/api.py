@@ -40,6 +40,7 @@ from stillhouse.sweep.backends.commands import run
 from stillhouse.sweep.backends.login import Login
 
 CONNECT_S = 10.0
+DICE = random.Random()  # not the process's own: its state is others' business
 WAKES_S = 30.0  # a server that just came back denies all until it has read who may do what
 
 
@@ -329,7 +330,7 @@ class Cluster:
     def _wait(self, no: ApiError, attempt: int, after_s: float) -> None:
         """Let a bad moment pass: as long as the server asks, and a little longer each time."""
         growing_s = min(self.longest_delay_s, self.first_delay_s * 2 ** min(attempt, 20))
-        delay_s = after_s + random.uniform(growing_s / 2, growing_s)
+        delay_s = after_s + DICE.uniform(growing_s / 2, growing_s)
         self.trouble = f"{no.status} {no.message}" if no.status else no.message
         if no.status == 0:
             self._awake_at = time.monotonic() + delay_s + WAKES_S

@@ -218,6 +218,8 @@ class JobsBackend:
         if work is not None and work.uid is None:
             work.again_at = 0.0  # what was in its way may be gone
             return []
+        if work is not None and job.uid in work.replaced:
+            return []  # we were not told yet that it went and another came in its place
         action = self.whose.action(job)
         if action is None or (work is None and job.uid in self._settled):
             return []

@@ -11,7 +11,7 @@ ledger in the last LOOK_VALID_S. So whoever would make it again has read of its 
 from __future__ import annotations
 
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from stillhouse.errors import ConfigError, ContractError
 from stillhouse.rundir import Json
@@ -49,6 +49,7 @@ class Work:
     step: Step | None = None  # None: the Job was found, not made
     uid: str | None = None  # None: no Job yet
     making: Future[Made] | None = None
+    replaced: set[str] = field(default_factory=set[str])  # uids of Jobs that were in its place
     again_at: float = 0.0  # when to try again, where it could not be made
 
 
@@ -102,6 +103,7 @@ class Maker:
                     return Made(blocked_by=f"Job {job.name} is still being deleted")
                 if job.kind != "prepare" or job.state != "failed":
                     return Made(job.uid)
+                work.replaced.add(job.uid)
                 self.cluster.delete("jobs", job.name, job.uid)  # a pair is tried again when asked
             within_s = 0.0
         return Made()

@@ -22,6 +22,7 @@ from stillhouse.sweep.kube.scene import Scene
 from stillhouse.sweep.kube.views import JobView, Note, job_view, note, pod_view, queue_view
 from stillhouse.sweep.plan import Observation
 
+DICE = random.Random()  # not the process's own: its state is others' business
 WATCH_S = 300.0  # a watch is asked for anew this often
 NOTES_S = 20.0  # how often a follower reads the warning events, while something waits
 QUEUE_S = 60.0  # how often it reads what Kueue says, while something is suspended
@@ -98,7 +99,7 @@ class Sight:
                     seen = version
                 return found, seen
             except Gone:  # it took longer than the server remembers: begin again
-                self._closing.wait(random.uniform(0, self.cluster.first_delay_s))
+                self._closing.wait(DICE.uniform(0, self.cluster.first_delay_s))
 
     def read_notes(self) -> None:
         """Read what the cluster warned about: events of Jobs that wait, and of their pods."""
@@ -169,7 +170,7 @@ class Sight:
                 read_anew()
                 version = self._versions[resource]
             longest = self.cluster.first_delay_s * 2 ** min(idle, 6)
-            self._closing.wait(random.uniform(0, longest))  # not all drivers at once
+            self._closing.wait(DICE.uniform(0, longest))  # not all drivers at once
             idle += 1
 
     def _read_on(self) -> None:
