@@ -218,6 +218,10 @@ SystemdCgroup = false
         }
 
 
+# Not where it is here: a checkout below /tmp would be hidden by the /tmp that every pod gets.
+VENV = "/host/venv"
+
+
 def machine_image(archive: Path) -> str:
     """An image that is this machine's own /usr and Python (machine_mounts), and little else."""
     from tests.cluster import image
@@ -225,7 +229,7 @@ def machine_image(archive: Path) -> str:
     links = {"usr": "host/usr", **{name: f"usr/{name}" for name in ("bin", "sbin", "lib", "lib64")}}
     cache = Path("/etc/ld.so.cache")
     files = {"etc/ld.so.cache": cache.read_bytes()} if cache.exists() else {}
-    path = f"PATH={sys.prefix}/bin:/usr/local/bin:/usr/bin:/bin"
+    path = f"PATH={VENV}/bin:/usr/local/bin:/usr/bin:/bin"
     return image.write(archive, files, links, ("etc", "host", "tmp"), Env=[path])
 
 
@@ -234,7 +238,7 @@ def machine_mounts() -> list[Json]:
     that it hides no image's own, and the environment that runs this, with its interpreter."""
     interpreters = {sys.base_prefix, os.path.realpath(sys.base_prefix)}
     interpreters.add(str(Path(os.path.realpath(sys.executable)).parent.parent))
-    places = {"/host/usr": "/usr", sys.prefix: sys.prefix, **{path: path for path in interpreters}}
+    places = {"/host/usr": "/usr", VENV: sys.prefix, **{path: path for path in interpreters}}
     return [
         {"destination": inside, "source": here, "type": "bind", "options": ["rbind", "ro"]}
         for inside, here in sorted(places.items())
