@@ -206,7 +206,9 @@ os.kill(os.getpid(), signal.SIGKILL)
     command = [sys.executable, "-c", code, tmp_path]
     pid = int(subprocess.run(command, stdout=subprocess.PIPE, text=True).stdout)
     gone = f"[ ! -e /proc/{pid} ] || grep -q '^State:.Z' /proc/{pid}/status"
-    until("it ended too", lambda: subprocess.run(["sh", "-c", gone]).returncode == 0, timeout_s=5)
+    assert until(
+        "it ended too", lambda: subprocess.run(["sh", "-c", gone]).returncode == 0, timeout_s=5
+    )
 
 
 def test_kueue_admits_what_its_quota_allows_and_knows_who_is_next(kube_kueue: Kubernetes):

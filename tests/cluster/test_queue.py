@@ -108,5 +108,5 @@ def test_a_queue_that_vanishes_is_named_by_the_status(ada_queues: Desk):
         causes = [p["cause"] or "" for p in ada.status("brief")["points"]]
         return sum("queue brief-q cannot admit it" in cause for cause in causes) == 2
 
-    until("the status says it", is_said)
+    assert until("the status says it", is_said)
     run.kill()
