@@ -5,7 +5,7 @@
 #   make test-cluster the tests that bring up a Kubernetes: needs Go; real pods too as root on Linux
 #   make check        format, lint, types, import contracts, lock: what CI asks before it runs the tests
 #   make bench        measure the numbers in docs/benchmarks.md
-#   make bench-cluster the same of the cluster backend, on a real API server: about an hour
+#   make bench-cluster the same of the cluster backend, on a real API server, at full size
 #   make image        build the image of the pods: IMAGE=registry.example/team/stillhouse pushes it there
 
 UV_VERSION := 0.13.9

@@ -5,7 +5,7 @@
     python -m benchmarks.cluster --write             into docs/benchmarks.md, each part once it ends
 
 Nodes are fake (kwok) except in `real`, which puts tests/cluster/alone before the command and needs
-root. On two quiet cores: submit 4 minutes, queue 9, chaos 12, real 2.
+root. How long a part took stands beside its numbers.
 """
 
 from __future__ import annotations
