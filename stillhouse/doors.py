@@ -178,7 +178,8 @@ def _stop() -> StopFlag:
 
 def _attempt(spec: TrainSpec, run: Any) -> int:
     before = run.status()
-    idle = before.get("attempts_without_progress", 0)
+    job = os.environ.get("STILLHOUSE_JOB")  # uid of the pod's Job: another one, somebody asked for
+    idle = before.get("attempts_without_progress", 0) if before.get("job") == job else 0
     if idle >= ATTEMPTS_WITHOUT_PROGRESS:
         raise Diverged(
             f"{run.path}: {idle} attempts in a row ended before they completed a step"
@@ -188,6 +189,7 @@ def _attempt(spec: TrainSpec, run: Any) -> int:
     run.update_status(
         phase="starting",
         attempt=before.get("attempt", 0) + 1,
+        job=job,
         # Counted before the attempt, taken back by its first new step: a kill cannot hide it.
         attempts_without_progress=idle + 1,
         started=now(),

@@ -149,6 +149,21 @@ def test_three_pods_stopped_before_a_step_are_a_failure(tmp_path: Path, in_pod: 
         doors.train(cheap(tmp_path, *point))
 
 
+def test_a_new_job_counts_its_attempts_anew(
+    tmp_path: Path, in_pod: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`stillhouse retry` makes another Job and cannot write on the volume."""
+    monkeypatch.setenv("STILLHOUSE_JOB", "uid-1")
+    run = Runs(tmp_path).of(cheap(tmp_path, *SHORT))
+    run.path.mkdir()
+    run.update_status(job="uid-1", attempts_without_progress=3)
+    with pytest.raises(Diverged):
+        doors.train(cheap(tmp_path, *SHORT))
+    monkeypatch.setenv("STILLHOUSE_JOB", "uid-2")
+    assert doors.train(cheap(tmp_path, *SHORT)) == 0
+    assert run.status()["job"] == "uid-2"
+
+
 def test_a_step_of_progress_forgives_the_pods_before_it(tmp_path: Path, in_pod: None) -> None:
     run = Runs(tmp_path).of(cheap(tmp_path, *SHORT))
     attempt(run, *SHORT)
