@@ -51,6 +51,10 @@ SITE = (f"image={IMAGE}", "cpu=0.05", "memory_gib=0.5", "shm_gib=0.1")
 KUBECTLS = 40  # files for kubectl create; it is slow enough for a rate
 RUNS = 3
 QUOTA = 64
+# Pods of one second leave the quota half empty: on 2 cores the API server then lets 7 Jobs a second
+# through Kueue and 20 by hand (a ratio of 2.8), and no Job is ever preempted. A short point of ours
+# takes ten.
+POD_S = 10
 WINDOW = 1_000
 FAILING = 0.03
 KILLS = 10
@@ -183,7 +187,8 @@ def _ours(kube: Kubernetes, points: int) -> tuple[float, float, tuple[float, flo
         let_go(ada)  # it prepares
         begin = wait("the first is there", lambda: jobs_in(ada) > 1, driver, 0.02)
         first = jobs_in(ada)
-        end = wait("all are there", lambda: jobs_in(ada) == points + 1, driver)
+        # The prepare Job may be gone by then: what has ended is deleted after a while.
+        end = wait("all are there", lambda: jobs_in(ada) >= points, driver)
         memory = peak_mib(driver)
         driver.kill()
         with client(ada) as cluster:
@@ -194,7 +199,7 @@ def _ours(kube: Kubernetes, points: int) -> tuple[float, float, tuple[float, flo
             seconds(ada, ["-m", "stillhouse", "status", "big", *AWAY]),
             seconds(ada, ["-m", "stillhouse", *command]),
         )
-        return (points + 1 - first) / (end - begin), memory, looked
+        return (points - first) / (end - begin), memory, looked
 
 
 LISTER = """
@@ -251,13 +256,17 @@ def queue(programs: Path, points: int) -> str:
     """2,000 points through a quota of 64 GPUs; then again, with a more urgent sweep in between."""
     urgent = points // 10
     with Kubernetes(programs, fake_nodes=10, kueue=True) as kube:
-        kube.behave(labels={"stillhouse/kind": "train"}, after_s=1)
+        kube.behave(labels={"stillhouse/kind": "train"}, after_s=POD_S)
         by_hand = _by_hand(kube, points)
         alone = _through_kueue(kube, points)
         mixed, preempted = _with_an_urgent_one(kube, points, urgent)
     return table(
         [
-            (f"{points:,} Jobs resumed by hand in a window of {QUOTA}, s", f"{by_hand:.0f}", ""),
+            (
+                f"{points:,} Jobs of {POD_S} s resumed by hand in a window of {QUOTA}, s",
+                f"{by_hand:.0f}",
+                "",
+            ),
             (f"the same as a sweep through a LocalQueue of {QUOTA} GPUs, s", f"{alone:.0f}", ""),
             ("ratio", f"{alone / by_hand:.2f}", "1.2"),
             (
