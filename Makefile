@@ -6,11 +6,14 @@
 #   make check        format, lint, types, import contracts, lock: what CI asks before it runs the tests
 #   make bench        measure the numbers in docs/benchmarks.md
 #   make bench-cluster the same of the cluster backend, on a real API server, at full size
+#   make parity       compare the loss, and whole steps, with TRL's GKD trainer (its own environment)
 #   make image        build the image of the pods: IMAGE=registry.example/team/stillhouse pushes it there
 
 UV_VERSION := 0.13.9
 BIN := .venv/bin
 READY := .venv/.ready
+# TRL's environment: what is compared with is not what is published.
+PARITY := .cache/parity
 
 # The uv on PATH, or, where there is none (or `make UV=`), one that pip puts into .venv.
 UV ?= $(shell command -v uv 2>/dev/null)
@@ -21,7 +24,7 @@ unexport VIRTUAL_ENV
 # Importing torch and its family from source files alone costs 13 s more, in every process.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help quickstart test test-cluster check bench bench-cluster image
+.PHONY: help quickstart test test-cluster check bench bench-cluster parity image
 
 help:
 	@sed -n '1,/^$$/p' Makefile
@@ -52,6 +55,10 @@ bench-cluster: $(READY)
 	$(BIN)/python -m tests.cluster.binaries
 	tests/cluster/alone $(BIN)/python -m benchmarks.cluster --write
 
+# Offline, and so without the usage report that TRL sends; on the CPU, so that any machine can repeat it.
+parity: $(PARITY)/.ready
+	CUDA_VISIBLE_DEVICES= HF_HUB_OFFLINE=1 $(PARITY)/bin/python benchmarks/parity.py
+
 image:
 	@UV_VERSION=$(UV_VERSION) $(or $(PYTHON),python3) tools/image.py $(IMAGE)
 
@@ -81,3 +88,12 @@ $(READY): pyproject.toml uv.lock
 	@$(THE_UV) sync --frozen --quiet
 	@$(BIN)/python tools/lock.py write
 	@touch $@
+
+# uv.lock is written here too, and must not look newer than what .venv was made from.
+$(PARITY)/.ready: $(READY)
+	@echo "Installing the locked packages and TRL into $(PARITY) (mostly links to uv's cache) ..."
+	@PATH="$(dir $(THE_UV)):$$PATH" $(BIN)/python tools/lock.py restore
+	@UV_PROJECT_ENVIRONMENT=$(PARITY) $(THE_UV) sync --frozen --quiet --no-default-groups \
+	  --group parity --python $(BIN)/python
+	@$(BIN)/python tools/lock.py write
+	@touch $(READY) $@

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -231,6 +232,16 @@ def test_the_wheel_asks_for_no_torch_unless_an_extra_is_named(wheel: Path) -> No
     wants = re.findall(r"^Requires-Dist: (.+)$", metadata, re.M)
     assert any(want.startswith("torch") for want in wants)
     assert not [want for want in wants if want.startswith("torch") and "extra ==" not in want]
+
+
+def test_trl_is_locked_and_neither_asked_for_nor_installed_outside_the_parity_group(
+    wheel: Path,
+) -> None:
+    assert 'name = "trl"' in (ROOT / "uv.lock").read_text()
+    assert find_spec("trl") is None
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = [name for name in archive.namelist() if name.endswith(".dist-info/METADATA")]
+        assert not re.findall(r"^Requires-Dist: trl", archive.read(name).decode(), re.M)
 
 
 def test_a_checkout_reads_its_own_conf_and_no_copy_of_it() -> None:
