@@ -1,9 +1,10 @@
-"""This file is where the loss is measured against a dense computation in TRL's style.
+"""This file is where the losses are measured: β-JSD against a dense computation in TRL's style, and
+the other objectives against β-JSD.
 
-    python benchmarks/loss.py       prints a Markdown table, in some three minutes
+    python benchmarks/loss.py       prints two Markdown tables, in some five minutes
 
-Both get hidden states and end with the gradient of the mean loss with respect to the student's;
-both form the teacher's logits by a product with its head. Ours also makes every logged statistic.
+All get hidden states and end with the gradient of the mean loss with respect to the student's; all
+form the teacher's logits by a product with its head. Ours also makes every logged statistic.
 Legend: N positions, H hidden width, V vocabulary.
 """
 
@@ -15,7 +16,8 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,14 +25,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from stillhouse.distill.losses import distill_loss
+from stillhouse.distill.losses import (
+    CrossEntropy,
+    Jsd,
+    Objective,
+    PolicyGradient,
+    TopK,
+    distill_loss,
+)
 
 BATCH, TIME, VOCABULARY, HIDDEN = 2, 512, 49_152, 576
 BETAS = (0.0, 0.1, 0.5, 0.9, 1.0)
 THREADS = 2
-PAIRS = 5  # alternating runs per beta, after one that warms up
+PAIRS = 5  # alternating runs per row of a table, after one that warms up
 MEMORY_LIMIT = 0.10
 VALUE_LIMIT, GRADIENT_LIMIT = 1e-5, 1e-4
+BESIDE_LIMIT = 1.3  # time of another objective over that of JSD at beta 0.5
 
 
 class Inputs(NamedTuple):
@@ -50,18 +60,36 @@ def inputs(N: int, V: int, H: int) -> Inputs:
     return Inputs(hidden.requires_grad_(), head, teacher_hidden, teacher_head, targets)
 
 
-def ours(x: Inputs, beta: float) -> Tensor:
+def sampled(x: Inputs) -> Tensor:
+    """Log-probabilities as a sampler's: from 1/3 down to e^-12, under none of the two models."""
+    return torch.linspace(-1.1, -12, len(x.targets_N))
+
+
+BESIDE: dict[str, Callable[[Inputs], Objective]] = {
+    "cross-entropy": lambda x: CrossEntropy(),
+    "policy gradient": lambda x: PolicyGradient(sampled(x), clip=5.0),
+    "top 16 of the student, beta 0": lambda x: TopK(16, "student", 0.0),
+    "top 16 of the student, beta 0.5": lambda x: TopK(16, "student", 0.5),
+    "top 16 of the student, beta 1": lambda x: TopK(16, "student", 1.0),
+    "top 16 of the teacher, beta 1": lambda x: TopK(16, "teacher", 1.0),
+    "union of both top 16, beta 1": lambda x: TopK(16, "union", 1.0),
+    "intersection of both top 16, beta 1": lambda x: TopK(16, "intersection", 1.0),
+    "top 256 of the student, beta 1": lambda x: TopK(256, "student", 1.0),
+}
+
+
+def ours(objective: Objective, x: Inputs) -> Tensor:
     total, _ = distill_loss(
         x.hidden_NH,
         x.head_VH,
         lambda rows: x.teacher_hidden_NH[rows] @ x.teacher_head_VH.T,
         x.targets_N,
-        beta=beta,
+        objective=objective,
     )
     return total / len(x.targets_N)
 
 
-def dense(x: Inputs, beta: float) -> Tensor:
+def dense(beta: float, x: Inputs) -> Tensor:
     """Mean JSD_beta with all logits at once, by the operations of TRL's `generalized_jsd_loss`.
 
     Left out in its favour: the division of both logits by a temperature of 1, the mask, statistics.
@@ -86,14 +114,17 @@ def dense(x: Inputs, beta: float) -> Tensor:
     return values_NV.sum() / len(x.targets_N)
 
 
-VARIANTS: dict[str, Callable[[Inputs, float], Tensor]] = {"ours": ours, "dense": dense}
+VARIANTS: dict[str, Callable[[float, Inputs], Tensor]] = {
+    "ours": lambda beta, x: ours(Jsd(beta), x),
+    "dense": dense,
+}
 
 
-def step(variant: str, x: Inputs, beta: float) -> tuple[float, float, Tensor]:
+def step(of: Callable[[Inputs], Tensor], x: Inputs) -> tuple[float, float, Tensor]:
     """Seconds of forward and backward, the loss, and its gradient."""
     x.hidden_NH.grad = None
     begin = time.perf_counter()
-    loss = VARIANTS[variant](x, beta)
+    loss = of(x)
     loss.backward()
     seconds = time.perf_counter() - begin
     assert x.hidden_NH.grad is not None
@@ -103,16 +134,31 @@ def step(variant: str, x: Inputs, beta: float) -> tuple[float, float, Tensor]:
 def timed(beta: float) -> list[float]:
     """Time ratio, seconds of ours and of dense, relative difference of values and of gradients."""
     x = inputs(BATCH * TIME, VOCABULARY, HIDDEN)
+    both = [partial(variant, beta) for variant in VARIANTS.values()]
     # The first pair warms up, and is compared.
-    _, value, gradient = step("ours", x, beta)
-    _, dense_value, dense_gradient = step("dense", x, beta)
-    pairs = [[step(variant, x, beta)[0] for variant in VARIANTS] for _ in range(PAIRS)]
-    # Neighbours in time share what else the machine is doing, so the ratio is taken pair by pair.
-    ratio = statistics.median(ours_s / dense_s for ours_s, dense_s in pairs)
-    seconds = [statistics.median(column) for column in zip(*pairs, strict=True)]
+    (_, value, gradient), (_, dense_value, dense_gradient) = (step(of, x) for of in both)
+    ratio, seconds = raced(both, x)
     value_off = abs(value - dense_value) / dense_value
     gradient_off = float((gradient - dense_gradient).norm() / dense_gradient.norm())
     return [ratio, *seconds, value_off, gradient_off]
+
+
+def beside(name: str) -> list[float]:
+    """Time ratio of the objective to JSD at beta 0.5, and the seconds of both."""
+    x = inputs(BATCH * TIME, VOCABULARY, HIDDEN)
+    both = [partial(ours, o) for o in (BESIDE[name](x), Jsd(0.5))]
+    for of in both:
+        step(of, x)
+    ratio, seconds = raced(both, x)
+    return [ratio, *seconds]
+
+
+def raced(both: Sequence[Callable[[Inputs], Tensor]], x: Inputs) -> tuple[float, list[float]]:
+    """Time of the first over that of the second, and the seconds of each: medians."""
+    pairs = [[step(of, x)[0] for of in both] for _ in range(PAIRS)]
+    # Neighbours in time share what else the machine is doing, so the ratio is taken pair by pair.
+    ratio = statistics.median(first_s / second_s for first_s, second_s in pairs)
+    return ratio, [statistics.median(column) for column in zip(*pairs, strict=True)]
 
 
 def resident_mib(line: str) -> float:
@@ -128,10 +174,11 @@ def extra_mib(variant: str, beta: float) -> float:
     its parent's.) The small call first loads what libraries load once. The start is what is
     resident, not an earlier peak, so that an error can only add.
     """
-    step(variant, inputs(4, 512, HIDDEN), beta)
+    of = partial(VARIANTS[variant], beta)
+    step(of, inputs(4, 512, HIDDEN))
     x = inputs(BATCH * TIME, VOCABULARY, HIDDEN)
     before = resident_mib("VmRSS")
-    step(variant, x, beta)
+    step(of, x)
     return resident_mib("VmHWM") - before
 
 
@@ -169,14 +216,21 @@ def main() -> None:
     torch.set_num_threads(THREADS)
     match sys.argv[1:]:
         case []:
-            table()
+            tables()
+        case ["beside", name]:
+            print(json.dumps(beside(name)))
         case [beta]:
             print(json.dumps(timed(float(beta))))
         case [beta, variant]:
             print(json.dumps([extra_mib(variant, float(beta))]))
 
 
-def table() -> None:
+def row_beside(name: str) -> tuple[str, bool]:
+    ratio, its_s, jsd_s = in_a_process("beside", name)
+    return f"| {name} | {ratio:.2f} | {its_s:.2f} / {jsd_s:.2f} |", ratio <= BESIDE_LIMIT
+
+
+def tables() -> None:
     lines, kept = zip(*(row(beta) for beta in BETAS), strict=True)
     print(
         f"{BATCH} × {TIME} positions, vocabulary {VOCABULARY:,}, hidden {HIDDEN}, float32,"
@@ -188,9 +242,18 @@ def table() -> None:
     print("| beta | time | limit | s | extra memory | MiB | value off by | gradient off by |")
     print("|---|---|---|---|---|---|---|---|")
     print("\n".join(lines))
-    missed = [f"{beta:g}" for beta, keeps in zip(BETAS, kept, strict=True) if not keeps]
+    others, others_kept = zip(*(row_beside(name) for name in BESIDE), strict=True)
+    print(
+        f"\nThe other objectives beside β-JSD at beta 0.5, same shape, as many pairs; limit"
+        f" {BESIDE_LIMIT:g}; load average {os.getloadavg()[0]:.1f} at the end.\n"
+    )
+    print("| objective | time | s |")
+    print("|---|---|---|")
+    print("\n".join(others))
+    rows = zip([*(f"beta {b:g}" for b in BETAS), *BESIDE], [*kept, *others_kept], strict=True)
+    missed = [name for name, keeps in rows if not keeps]
     if missed:
-        sys.exit(f"the loss misses a limit at beta {', '.join(missed)}")
+        sys.exit(f"the loss misses a limit: {', '.join(missed)}")
 
 
 if __name__ == "__main__":

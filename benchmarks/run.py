@@ -17,6 +17,7 @@ HERE = Path(__file__).parent
 PAGE = HERE.parent / "docs" / "benchmarks.md"
 TITLES = {
     "loss": "The loss: memory and time against the dense computation",
+    "rollout": "A rollout: the fast decoder against transformers' `generate`",
     "plan": "The launcher: `--help` and `plan`",
     "local": "A point that does nothing, on the local backend",
     "quickstart": "`make quickstart` from a fresh clone",

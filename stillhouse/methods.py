@@ -1,4 +1,4 @@
-"""This file is where a method becomes what one step does: a schedule of λ over the run.
+"""This file is where a method becomes what one step does: schedules over the run, read at a step.
 
 The training loop executes one `StepPlan` per step and does not know which method made it, so two
 methods differ in their YAML file only. No torch here: plans can be read and drawn on a laptop.
@@ -8,15 +8,27 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from stillhouse.spec import Knots, MethodSpec
+from stillhouse.spec import Knots, MethodSpec, TrainSpec
+
+BARS = "▁▂▃▄▅▆▇█"
+WIDTH = 20  # characters of a drawn schedule
+ENDS = 7  # of its first and last value: 0 → 0.5
 
 
 @dataclass(frozen=True)
 class StepPlan:
     """What one optimiser step does."""
 
-    lmbda: float  # probability that the step's sequences are the student's own rollouts
-    off_policy_source: str  # "dataset" or "teacher": where they come from otherwise
+    lmbda: float  # share of on-policy data, in [0, 1]
+    lmbda_as: str  # "coin": one kind of data, by chance; "weight": both, their losses mixed
+    off_policy_source: str  # "dataset" or "teacher": what is not a rollout
+    on_loss: str  # "jsd", "pg" or "topk"
+    off_loss: str  # "jsd" or "ce"
+    seed_tokens: int  # of a rollout, that the teacher writes
+    anchor_weight: float  # of KL(student || student at its start)
+    advantage_clip: float  # of pg, in nats
+    replay_size: int  # steps whose sequences are kept; 0: none
+    replay_injection: float  # probability that teacher sequences are kept too
 
 
 def value_at(schedule: float | Knots, fraction: float) -> float:
@@ -33,11 +45,64 @@ def value_at(schedule: float | Knots, fraction: float) -> float:
     return y0 + (y1 - y0) * (fraction - x0) / (x1 - x0)
 
 
-def step_plan(method: MethodSpec, step: int, max_steps: int) -> StepPlan:
-    """The plan of step `step`, counted from 0, of a run of `max_steps` steps."""
-    return StepPlan(value_at(method.lmbda, step / max(1, max_steps)), method.off_policy_source)
+def step_plan(spec: TrainSpec, step: int) -> StepPlan:
+    """The plan of step `step`, counted from 0."""
+    method, loss = spec.method, spec.loss
+    fraction = step / max(1, spec.training.max_steps)
+    return StepPlan(
+        lmbda=value_at(method.lmbda, fraction),
+        lmbda_as=method.lmbda_as,
+        off_policy_source=method.off_policy_source,
+        on_loss=loss.on_loss,
+        off_loss=loss.off_loss,
+        # 20 (1 - 2 x) may come out as 7.999999 where 8 is meant.
+        seed_tokens=int(value_at(method.seed_tokens, fraction) + 1e-9),
+        anchor_weight=value_at(method.anchor_weight, fraction),
+        advantage_clip=value_at(loss.advantage_clip, fraction),
+        replay_size=method.replay_size,
+        replay_injection=method.replay_injection,
+    )
 
 
 def needs_dataset_completions(method: MethodSpec) -> bool:
     """Whether some step may read the dataset's completions."""
     return method.off_policy_source == "dataset" and method.lmbda != 1.0
+
+
+def drawn(spec: TrainSpec) -> str:
+    """The method as one line of text: λ over the run, then what is learnt from, and how."""
+    method, loss = spec.method, spec.loss
+    learnt: list[str] = []
+    if method.lmbda != 0:
+        clip = f" (clip {_ends(loss.advantage_clip)})" if loss.on_loss == "pg" else ""
+        learnt.append(f"{loss.on_loss} on rollouts{clip}")
+    if method.lmbda != 1 or method.replay_injection:
+        learnt.append(f"{loss.off_loss} on {method.off_policy_source} sequences")
+    parts = [", ".join(learnt)]
+    if method.lmbda_as == "weight":
+        parts.append("both in each step, λ their weight")
+    if method.seed_tokens != 0:
+        parts.append(f"seed tokens {_bars(method.seed_tokens, 0)} {_ends(method.seed_tokens)}")
+    if method.replay_size:
+        rate = f"teacher sequences in {method.replay_injection:g} of them"
+        parts.append(f"drawn from a buffer of {method.replay_size} steps, {rate}")
+    if method.anchor_weight != 0:
+        parts.append(f"anchor {_ends(method.anchor_weight)}")
+    parts.append(f"{spec.training.max_steps} steps")
+    return f"λ {_bars(method.lmbda, 1)} {_ends(method.lmbda):<{ENDS}}  {'; '.join(parts)}"
+
+
+def _bars(schedule: float | Knots, top: float) -> str:
+    """The schedule as a row of bars, as high as it stands in the middle of each piece of the run.
+
+    A full bar is `top`, or the highest of them if that is more.
+    """
+    values = [value_at(schedule, (i + 0.5) / WIDTH) for i in range(WIDTH)]
+    full = max(top, *values)
+    return "".join(BARS[round(value / full * (len(BARS) - 1))] for value in values)
+
+
+def _ends(schedule: float | Knots) -> str:
+    """`0.7`, or `0 → 1`."""
+    start, end = value_at(schedule, 0), value_at(schedule, 1)
+    return f"{start:g} → {end:g}" if isinstance(schedule, tuple) else f"{start:g}"

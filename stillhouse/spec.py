@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from typing import Annotated, Any, Literal, cast
 
 from pydantic import (
+    AfterValidator,
     BeforeValidator,
     ConfigDict,
     Field,
@@ -43,11 +45,14 @@ Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=
 Dtype = Literal["float32", "bfloat16", "float16"]
 # Knots of a schedule: (fraction of the run, value), linear between, a repeated fraction is a jump.
 # A bare number is the constant schedule.
-Knots = tuple[tuple[Share, float], ...]
+Knots = tuple[tuple[float, float], ...]
 
 ID_DIGITS = (
     10  # hex digits of the hash: 40 bits, one collision expected near 10^6 points of one slug
 )
+# At the end of a task's name: asked of an adapter merged into the unquantised base, which is then
+# quantised again. That is another function than was trained, and its scores have been published.
+REQUANTISED = "@requantised"
 MAX_NAME = 52  # a Job name becomes a label and a pod name: 63 minus what Kubernetes appends
 
 
@@ -64,48 +69,124 @@ class PairSpec:
     student_dtype: Dtype  # of the frozen base and of its arithmetic
     teacher_dtype: Dtype
     teacher_few_shot: Natural  # exemplars that only the teacher sees (context distillation)
+    teacher_samples: bool  # false: it only scores, as one that is too slow to write here
+    vocab_size: Count | None  # tokens of the student's head; null: not known before it is loaded
     pair_seed: Natural | None  # generated pairs only: which teacher and student are made
-    student_steps: Natural | None  # generated pairs only: steps of the student base's training
+    # Generated pairs only: steps of the student base's training; null: it is the teacher's weights.
+    student_steps: Natural | None
     teacher_steps: Natural | None
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, list | tuple)
+
+
+def _knots(value: Any) -> Any:
+    """A schedule is one number or knots; said here, because a union only says what it is not."""
+    if _is_list(value) and not (value and all(_is_list(k) and len(k) == 2 for k in value)):
+        raise ValueError(
+            "a schedule is a number, or [fraction, value] knots such as [[0, 0], [0.5, 1]]"
+        )
+    return value
+
+
+def _in_order(value: float | Knots) -> float | Knots:
+    """A schedule whose knots are in order; a constant one is one thing, however it is written."""
+    if not isinstance(value, tuple):
+        return value
+    fractions = [fraction for fraction, _ in value]
+    if not all(0 <= fraction <= 1 for fraction in fractions):
+        raise ValueError(
+            "the fractions of a schedule lie in [0, 1]: 0 is the run's start, 1 its end"
+        )
+    if fractions != sorted(fractions):
+        raise ValueError(
+            "the fractions of a schedule must not go back; order its knots"
+            " (a fraction given twice is a jump)"
+        )
+    return value[0][1] if len({v for _, v in value}) == 1 else value
+
+
+def _within(low: float, high: float, words: str) -> AfterValidator:
+    def check(value: float | Knots) -> float | Knots:
+        values = [v for _, v in value] if isinstance(value, tuple) else [value]
+        if not all(low <= v <= high for v in values):
+            raise ValueError(f"the values of this schedule lie {words}")
+        return value
+
+    return AfterValidator(check)
+
+
+_Float = Annotated[float, _Number]
+_Schedule = Annotated[
+    _Float | tuple[tuple[_Float, _Float], ...], BeforeValidator(_knots), AfterValidator(_in_order)
+]
+ShareSchedule = Annotated[_Schedule, _within(0, 1, "in [0, 1]")]
+Schedule = Annotated[_Schedule, _within(0, math.inf, "at or above 0")]
 
 
 @dataclass(frozen=True, config=_STRICT)
 class MethodSpec:
-    """Where the sequences of a step come from, as a schedule over the run."""
+    """Where the sequences of a step come from, as schedules over the run."""
 
     method_name: str
-    lmbda: Share | Knots  # probability that a step trains on the student's own rollouts
-    off_policy_source: Literal["dataset", "teacher"]  # what the other steps train on
+    lmbda: ShareSchedule  # share of the student's own rollouts in what is trained on
+    lmbda_as: Literal["coin", "weight"]  # per step one kind, by a coin; or both, their losses mixed
+    off_policy_source: Literal["dataset", "teacher"]  # what is not a rollout
+    seed_tokens: Schedule  # first tokens of a rollout that the teacher writes; rounded down
+    anchor_weight: Schedule  # of KL(student || student at its start), added to the loss
+    replay_size: Natural  # steps whose sequences are kept and drawn from; 0: none are
+    replay_injection: Share  # probability that a step puts teacher sequences there too
 
-    @field_validator("lmbda")
-    @classmethod
-    def _ordered(cls, value: float | Knots) -> float | Knots:
-        if not isinstance(value, tuple):
-            return value
-        if not value:
-            raise ValueError("a schedule needs at least one [fraction, value] knot")
-        if [f for f, _ in value] != sorted(f for f, _ in value):
-            raise ValueError("the fractions of a schedule must not go back")
-        if any(not 0 <= v <= 1 for _, v in value):
-            raise ValueError("the values of a λ schedule lie in [0, 1]")
-        # A constant schedule is one thing, however it is written.
-        return value[0][1] if len({v for _, v in value}) == 1 else value
+    @model_validator(mode="after")
+    def _replays(self) -> MethodSpec:
+        if self.replay_injection and not self.replay_size:
+            raise ValueError(
+                f"replay_injection {self.replay_injection:g} without a buffer: set replay_size,"
+                " the number of steps that it keeps, or leave replay_injection at 0"
+            )
+        if self.replay_size and (self.lmbda != 1 or self.off_policy_source != "teacher"):
+            raise ValueError(
+                "a replay buffer takes every rollout, and teacher sequences by replay_injection:"
+                " leave lmbda at 1 and off_policy_source at teacher"
+            )
+        return self
+
+    @property
+    def samples_teacher(self) -> bool:
+        """Whether some step wants text that the teacher writes."""
+        mixes = self.off_policy_source == "teacher" and self.lmbda != 1
+        return mixes or self.seed_tokens != 0 or self.replay_injection > 0
 
 
 @dataclass(frozen=True, config=_STRICT)
 class LossSpec:
-    """β-JSD between student and teacher, in TRL's convention."""
+    """What is differentiated: on the student's own rollouts, and on all other sequences."""
 
-    beta: Share  # 0 forward KL(teacher || student), 1 reverse KL(student || teacher)
+    on_loss: Literal["jsd", "pg", "topk"]
+    off_loss: Literal["jsd", "ce"]
+    beta: Share  # of jsd, topk: 0 forward KL(teacher || student), 1 reverse KL(student || teacher)
+    advantage_clip: Schedule  # of pg: |log q - log p| of a sampled token counts up to this, in nats
+    loss_top_k: Count  # of topk: tokens of a support; the rest is one bucket, exactly
+    top_k_support: Literal["student", "teacher", "union", "intersection"]  # whose top k
     loss_temperature: Positive  # both sides' logits are divided by it
     loss_chunk: Count  # positions per chunk of the loss: memory, not meaning
+
+    @model_validator(mode="after")
+    def _means_something(self) -> LossSpec:
+        if self.off_loss == "ce" and self.loss_temperature != 1:
+            raise ValueError(
+                "off_loss ce is of the student's own distribution, at loss_temperature 1; got"
+                f" {self.loss_temperature:g}"
+            )
+        return self
 
 
 @dataclass(frozen=True, config=_STRICT)
 class QuantSpec:
     """How the student's frozen base is stored."""
 
-    quant_type: Literal["none", "int4", "bnb_fp4", "bnb_nf4"]
+    quant_type: Literal["none", "int2", "int3", "int4", "bnb_fp4", "bnb_nf4"]
     quant_group_size: Literal[32, 64, 128, 256, 512, 1024] | None  # weights that share one scale
     double_quant: bool  # bitsandbytes: quantise the scales too
 
@@ -225,6 +306,7 @@ class MonitorSpec:
     do_eval: bool  # loss on held-out rows
     eval_steps: Count
     score_steps: Natural  # train/score needs a teacher sample, so every N steps; 0: never
+    accuracy_steps: Natural  # held-out questions answered, every N steps; 0: never
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -310,21 +392,68 @@ class TrainSpec:
                 f"micro_batch {t.micro_batch} must divide per_device_train_batch_size "
                 f"{t.per_device_train_batch_size}"
             )
+        self._method_fits()
         if d.min_completion >= d.max_length:
             raise ValueError(
                 f"min_completion {d.min_completion} must be below max_length {d.max_length}"
             )
         return self
 
+    def _method_fits(self) -> None:
+        """What a method asks of its pair, its losses and its rollouts."""
+        method, pair, loss = self.method, self.pair, self.loss
+        seeds = method.seed_tokens
+        most = max(v for _, v in seeds) if isinstance(seeds, tuple) else seeds
+        if most >= self.rollout.max_new_tokens:
+            raise ValueError(
+                f"seed_tokens {most:g} must be below max_new_tokens {self.rollout.max_new_tokens}:"
+                " the rest of a rollout is what the student learns from; lower one or raise the"
+                " other"
+            )
+        asks = {
+            f"method {method.method_name}": method.samples_teacher,
+            "score_steps": self.monitor.score_steps > 0,
+            "do_eval": self.monitor.do_eval,  # its eval/avg_score
+        }
+        wants = ", ".join(what for what, asked in asks.items() if asked)
+        if wants and not pair.teacher_samples:
+            raise ValueError(
+                f"{wants}: needs text that the teacher writes, and the teacher of pair"
+                f" {pair.pair_name} only scores (teacher_samples: false); on_policy_gkd and gkd"
+                " do without, as does a run with score_steps=0 and do_eval=false"
+            )
+        if pair.vocab_size is not None and loss.loss_top_k > pair.vocab_size:
+            raise ValueError(
+                f"loss_top_k {loss.loss_top_k} is above the {pair.vocab_size} tokens of pair"
+                f" {pair.pair_name}'s vocabulary; the top k are some of them (16 is the default)"
+            )
+
 
 @dataclass(frozen=True, config=_STRICT)
 class TaskSpec:
     """One lm-eval task and the number that is quoted from it."""
 
-    task: str
+    task: str  # lm-eval's name, or that with REQUANTISED at its end
     metric: str  # lm-eval's name, without the filter: acc, acc_norm, exact_match, word_perplexity
     num_fewshot: Natural | None
     higher_is_better: bool
+
+    @field_validator("task")
+    @classmethod
+    def _is_asked_somehow(cls, value: str) -> str:
+        if "@" in value.removesuffix(REQUANTISED):
+            raise ValueError(f"a task is NAME or NAME{REQUANTISED}, got {value}")
+        return value
+
+    @property
+    def asks(self) -> str:
+        """lm-eval's name of the task."""
+        return self.task.removesuffix(REQUANTISED)
+
+    @property
+    def is_requantised(self) -> bool:
+        """Whether adapters are scored as Q(W + BA), and not as the Q(W)x + BAx they trained as."""
+        return self.task.endswith(REQUANTISED)
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -367,6 +496,8 @@ NOT_VERSIONED: dict[str, str] = {
     "tracking": "where metrics are copied to",
     "place": "paths, names, tags and threads",
     "site": "where it runs",
+    "pair.teacher_samples": "says what the teacher is asked for, not what it answers",
+    "pair.vocab_size": "a fact about the weights, for checks",
     "loss.loss_chunk": "splits a sum",
     "training.micro_batch": "splits a sum",
     "training.save_steps": "a resumed run equals one that never stopped",
@@ -432,6 +563,9 @@ def score_key(suite: SuiteSpec, task: TaskSpec) -> str:
 def baseline_key(label: str, pair: PairSpec, quant: QuantSpec) -> str:
     """Identity of a row that no run trained: only `ptq` depends on the quantiser."""
     plain = TypeAdapter(PairSpec).dump_python(pair, mode="json")
+    for section, leaf in _SKIP_LEAVES:
+        if section == "pair":
+            del plain[leaf]
     stored = TypeAdapter(QuantSpec).dump_python(quant, mode="json") if label == "ptq" else None
     return digest([label, plain, stored])[:ID_DIGITS]
 

@@ -18,7 +18,8 @@ if __name__ == "__main__":
     run = Run(spec, Runs(Path(spec.place.runs)).of(spec), StopFlag())
     run.loop.gradients(int(step))
     if run.is_main:
-        tokens = [t for share in run.loop.shares for c in share.completions for t in c]
+        shares = [share for batch in run.loop.batches for share in batch.shares]
+        tokens = [t for share in shares for ids in share.written.ids for t in ids]
         gradient = torch.cat([p.grad.flatten() for p in run.loop.parameters if p.grad is not None])
         processes = torch.tensor(run.accelerator.num_processes)
         content = {"gradient": gradient, "tokens": torch.tensor(tokens), "processes": processes}

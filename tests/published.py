@@ -40,6 +40,14 @@ k8s/eval.sh eval --quant-type int4 --lora-paths dump/lmbda_1_int4 --lora_paths d
 uv run python eval.py
 """  # noqa: E501
 
+# Lines of the distribution cliff's experiment; the README says what each of their flags is here.
+CLIFF = """
+python run_cliff_mitigation_experiment.py --model-family qwen --n-seeds 10
+python run_cliff_mitigation_experiment.py --model-family llama --n-seeds 10
+python run_cliff_mitigation_experiment.py --quick-test
+python run_cliff_mitigation_experiment.py --methods teacher_seeded on_policy_gkd
+"""
+
 
 def lines(block: str) -> list[str]:
     return block.strip().splitlines()

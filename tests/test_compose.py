@@ -20,7 +20,6 @@ from stillhouse.compose import (
 )
 from stillhouse.errors import ConfigError
 from stillhouse.flags import leaves
-from stillhouse.methods import step_plan
 from stillhouse.spec import EvalSpec, TrainSpec
 
 CONF = Path(__file__).parent.parent / "conf"
@@ -103,18 +102,21 @@ def test_a_pair_brings_its_quantiser_and_the_command_line_may_choose_another():
     assert (other.quant.quant_type, other.quant.quant_group_size) == ("int4", 32)
 
 
-def test_methods_differ_in_their_schedule():
-    def lmbdas(method: str) -> list[float]:
-        spec = compose(Overrides({"pair": "qwen3_4b_30b", "method": method}, {}), TrainSpec)
-        steps = spec.training.max_steps
-        return [step_plan(spec.method, step, steps).lmbda for step in (0, 4, 5, 49, 50, 69, 70, 99)]
+def test_a_method_settles_its_own_loss_whatever_the_family():
+    def off_loss(method: str, loss: str) -> str:
+        return compose(Overrides({"method": method, "loss": loss}, {}), TrainSpec).loss.off_loss
 
-    assert lmbdas("off_policy") == [0] * 8
-    assert lmbdas("on_policy_gkd") == lmbdas("extended_on_policy") == [1] * 8
-    assert lmbdas("hybrid") == [0, 0, 0, 0, 1, 1, 1, 1]
-    assert lmbdas("cold_start") == [0, 0, 1, 1, 1, 1, 1, 1]
-    assert lmbdas("reverse_curriculum") == [1, 1, 1, 1, 1, 1, 0, 0]
-    assert lmbdas("hybrid_gradual") == pytest.approx([0, 0.04, 0.05, 0.49, 0.5, 0.69, 0.7, 0.99])
+    losses = {
+        m: [off_loss(m, f) for f in ("ce_pg", "jsd")] for m in ("off_policy", "sft", "hybrid")
+    }
+    assert losses == {"off_policy": ["jsd"] * 2, "sft": ["ce"] * 2, "hybrid": ["ce", "jsd"]}
+
+
+def test_the_tiny_pair_says_how_many_tokens_it_has():
+    from stillhouse.distill.tiny import VOCABULARY
+
+    tiny = compose(Overrides({"pair": "tiny"}, {}), TrainSpec)
+    assert tiny.pair.vocab_size == VOCABULARY
 
 
 # Values for the parity of the fast path: any of them may be set on any choice of groups.
@@ -157,6 +159,8 @@ def asked(draw: Any, spec_type: Any) -> tuple[dict[str, str], dict[str, Any]]:
     known = KNOWN[spec_type]
     names = sorted(name for name in LEAF_VALUES if name in known)
     chosen = draw(st.lists(st.sampled_from(names), unique=True, max_size=6))
+    if groups.get("method") == "replay_buffer" and "lmbda" in chosen:
+        chosen.remove("lmbda")  # a buffer takes every rollout
     if groups.get("data") == "local" and "data_path" not in chosen:
         chosen.append("data_path")
     return groups, {known[name].path: draw(LEAF_VALUES[name]) for name in chosen}
@@ -272,12 +276,12 @@ def test_a_key_of_a_sweep_file_is_a_group_or_a_leaf():
 REFUSED = {
     "pair=tyni": 'no "tyni" in conf/pair (context, llama_8b_70b,',
     "--quant-type int5": 'Did you mean "int4"?',
-    "loss=nothing": 'no "nothing" in conf/loss (jsd)',
+    "loss=nothing": 'no "nothing" in conf/loss (ce_pg, jsd)',
     "lmbda=0,1": "is a sweep; one run wants one value",
     "pair=tiny,context": "is a sweep; one run wants one value",
     "lmbda=interval(0,1)": "a grid needs a list",
     "prompt_template={question}": "quote odd characters",
-    "lmbda=1.5": "method.lmbda = 1.5: input should be less than or equal to 1",
+    "lmbda=1.5": "method.lmbda = 1.5: the values of this schedule lie in [0, 1]",
     "learning_rate=fast": "optim.learning_rate = 'fast'",
     "max_steps=1.5": "training.max_steps = 1.5",
     "lr_scheduler_type=sawtooth": "input should be 'constant', 'linear' or 'cosine'",

@@ -83,6 +83,10 @@ def test_done_runs_of_the_same_shape_are_the_measure(tmp_path: Path):
         "num_processes=2",
         "max_new_tokens=64",
         "max_length=64",
+        "on_loss=pg",
+        "seed_tokens=8",
+        "anchor_weight=0.1",
+        "replay_size=50 off_policy_source=teacher",
     ],
 )
 def test_a_run_of_another_shape_is_no_measure(tmp_path: Path, change: str):
@@ -97,6 +101,31 @@ def test_the_same_schedule_from_another_method_file_is_the_same_shape(tmp_path: 
     spelt = sweep(tmp_path, "pair=tiny method=hybrid lmbda=[[0,0],[0.5,0],[0.5,1]] beta=0.5")
     (cost,) = estimate(spelt.points, tmp_path).values()
     assert cost.seconds == pytest.approx(100)
+
+
+def test_how_lambda_mixes_and_what_is_no_rollout_are_part_of_the_shape(tmp_path: Path):
+    finish(tmp_path, sweep(tmp_path, "pair=tiny lmbda=0.7").points[0], load=1, work=1000)
+    for change in ("lmbda_as=weight", "off_policy_source=teacher", "off_loss=ce"):
+        other = sweep(tmp_path, f"pair=tiny lmbda=0.7 {change}")
+        (cost,) = estimate(other.points, tmp_path).values()
+        assert cost.basis.startswith("rule of thumb"), change
+
+
+def test_what_a_method_never_uses_is_no_part_of_the_shape(tmp_path: Path):
+    finish(tmp_path, sweep(tmp_path, "pair=tiny lmbda=0").points[0], load=0, work=100)
+    unused = sweep(tmp_path, "pair=tiny lmbda=0 on_loss=pg lmbda_as=weight beta=0.5")
+    (cost,) = estimate(unused.points, tmp_path).values()
+    assert cost.seconds == pytest.approx(100)
+
+
+def test_a_run_of_a_version_that_knew_fewer_knobs_is_no_measure(tmp_path: Path):
+    point = sweep(tmp_path, "pair=tiny lmbda=1").points[0]
+    finish(tmp_path, point, load=1, work=1000)
+    record = Runs(tmp_path).of(point.spec).spec_file
+    old = json.loads(record.read_text())
+    del old["spec"]["method"]["replay_size"]
+    record.write_text(json.dumps(old))
+    assert estimate([point], tmp_path)[point.id].basis.startswith("rule of thumb")
 
 
 def test_a_run_that_is_not_done_is_no_measure(tmp_path: Path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -18,6 +19,7 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 from stillhouse.compose import compose, from_command_line
 from stillhouse.distill import models, problems, tiny
 from stillhouse.distill.prompts import load_prompts
+from stillhouse.distill.quant import dequantized_weight, quantize_
 from stillhouse.errors import ConfigError, ContractError, DataError, Interrupted, exit_code_of
 from stillhouse.evals import find, harness
 from stillhouse.evals.suite import Asked, Scorer, _tiny_task, load_tasks
@@ -27,6 +29,7 @@ from stillhouse.spec import EvalSpec, SuiteSpec, TaskSpec, TrainSpec, score_key
 LIMIT = 8
 GEN = TaskSpec("tiny_gen", "exact_match", None, True)
 MC = TaskSpec("tiny_mc", "acc", None, True)
+GEN_AGAIN = TaskSpec("tiny_gen@requantised", "exact_match", None, True)
 ADAPTERS_ONLY = ["eval_teacher=false", "eval_student=false", "eval_ptq=false"]
 
 
@@ -50,7 +53,9 @@ def suite(*tasks: TaskSpec, chat: bool = True, limit: int | None = LIMIT) -> Sui
     return SuiteSpec("test", tasks or (GEN, MC), chat, limit, 16)
 
 
-def llama(vocabulary: int, hidden: int = 32, seed: int = 0, **more: Any) -> LlamaForCausalLM:
+def llama(
+    vocabulary: int, hidden: int = 32, seed: int = 0, positions: int = 256, **more: Any
+) -> LlamaForCausalLM:
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=vocabulary,
@@ -59,7 +64,7 @@ def llama(vocabulary: int, hidden: int = 32, seed: int = 0, **more: Any) -> Llam
         num_hidden_layers=2,
         num_attention_heads=2,
         num_key_value_heads=2,
-        max_position_embeddings=256,
+        max_position_embeddings=positions,
         pad_token_id=0,
         bos_token_id=None,
         eos_token_id=1,
@@ -271,9 +276,9 @@ def test_teacher_and_untrained_student_of_a_self_pair_are_asked_once(place, tmp_
     runs, asked_for = tmp_path / "runs", []
     score = Scorer.score
 
-    def counted(self: Scorer, model: Any, task: Asked, label: str) -> Any:
+    def counted(self: Scorer, model: Any, task: Asked, label: str, examples: int = 0) -> Any:
         asked_for.append((label, task.spec.task))
-        return score(self, model, task, label)
+        return score(self, model, task, label, examples)
 
     monkeypatch.setattr(Scorer, "score", counted)
     spec = asked(place, runs, f"teacher={place / 'student'}", "eval_ptq=false")
@@ -281,6 +286,92 @@ def test_teacher_and_untrained_student_of_a_self_pair_are_asked_once(place, tmp_
     assert asked_for == [("teacher", "tiny_gen"), ("teacher", "tiny_mc")]
     values = {p.parent.parent.name.split("-")[0] for p in runs.rglob("tiny_mc.json")}
     assert values == {"teacher", "student"}
+
+
+# ---------------------------------------------------------------- merged and quantised again
+
+
+def test_the_second_column_is_the_adapter_merged_into_the_dense_base_and_quantised(place, table):
+    runs, made = table
+    run = made["lmbda_1_int4"]
+    spec = point(place, runs, "lmbda=1", "name=lmbda_1_int4")
+    prepared = models.prepare(spec.pair, spec.quant, place / "cache")
+    cpu = torch.device("cpu")
+    base = (prepared.student, prepared.student_revision, "float32")
+    again = models.merged_and_requantised(*base, spec.quant, cpu, run.adapter)
+
+    name = "model.layers.1.mlp.down_proj"
+    trained = models.attach_adapter(models.load_base(*base, spec.quant, cpu), run.adapter, "x")
+    layer = trained.get_base_model().get_submodule(name)
+    delta = layer.lora_B["x"].weight @ layer.lora_A["x"].weight * layer.scaling["x"]
+    weight = models.load_base(*base, None, cpu).get_submodule(name).weight
+    by_hand = torch.nn.Linear(*weight.T.shape, bias=False)
+    by_hand.weight.data = weight + delta
+    holder: Any = torch.nn.ModuleDict({"only": by_hand})
+    quantize_(holder, spec.quant)
+    torch.testing.assert_close(
+        dequantized_weight(again.get_submodule(name)), dequantized_weight(holder["only"])
+    )
+    difference = dequantized_weight(again.get_submodule(name)) - (
+        dequantized_weight(layer.base_layer) + delta
+    )
+    assert difference.abs().max() > 0.01, "it is another function than was trained"
+
+
+def test_an_adapter_gets_both_scores_and_a_row_without_one_the_same_twice(
+    place, tmp_path, capsys, monkeypatch
+):
+    runs, asked_for = tmp_path / "runs", []
+    run = trained(place, runs, "name=one")
+    score = Scorer.score
+
+    def counted(self: Scorer, model: Any, task: Asked, label: str, examples: int = 0) -> Any:
+        asked_for.append((label, task.spec.task))
+        return score(self, model, task, label, examples)
+
+    monkeypatch.setattr(Scorer, "score", counted)
+    spec = asked(place, runs, "suite=tiny_requantised", "eval_teacher=false", "eval_student=false")
+    harness.run_suite(spec, Never())
+    tasks = [task.task for task in spec.suite.tasks]
+    assert tasks == ["tiny_gen", "tiny_gen@requantised", "tiny_mc", "tiny_mc@requantised"]
+    assert asked_for == [("ptq_int4", "tiny_gen"), ("ptq_int4", "tiny_mc")] + [
+        ("int4_one", task) for task in sorted(tasks, key=lambda task: "@" in task)
+    ]
+    found = [read_json(run.eval_file(task)) for task in tasks]
+    assert [score["task"] for score in found if score] == tasks
+    assert len({score["key"] for score in found if score}) == 4
+    (ptq,) = (runs / "baselines").iterdir()
+    twice = [read_json(eval_file(ptq, task)) for task in tasks[:2]]
+    assert twice[0] and twice[1] and twice[0]["samples"] == twice[1]["samples"]
+    header = "model                     | tiny_gen | tiny_gen@requantised |  tiny_mc"
+    assert header in capsys.readouterr().out
+
+
+def test_the_second_score_is_that_of_the_other_function(place, tmp_path):
+    runs = tmp_path / "runs"
+    run = trained(place, runs)
+    words = ["suite=tiny_requantised", "limit=24", *ADAPTERS_ONLY]
+    harness.run_suite(asked(place, runs, *words), Never())
+    spec = point(place, runs)
+    again = models.merged_and_requantised(
+        str(place / "student"), None, "float32", spec.quant, torch.device("cpu"), run.adapter
+    )
+    text = models.load_tokenizer(str(place / "student"), None)
+    hits = []
+    for row in problems.test_rows(24):
+        lls = choice_loglikelihoods(again, text, row)
+        hits.append(float(lls.index(max(lls)) == row["label"]))
+    first, second = (read_json(run.eval_file(f"tiny_mc{x}")) for x in ("", "@requantised"))
+    assert first is not None and second is not None
+    assert [s["value"] for s in second["samples"]] == hits
+    assert [s["value"] for s in first["samples"]] != hits
+
+
+def test_a_task_is_asked_as_trained_or_requantised_and_in_no_third_way():
+    assert (GEN_AGAIN.asks, GEN_AGAIN.is_requantised) == ("tiny_gen", True)
+    assert (GEN.asks, GEN.is_requantised) == ("tiny_gen", False)
+    with pytest.raises(ValueError, match="a task is NAME or NAME@requantised, got tiny_gen@int8"):
+        TaskSpec("tiny_gen@int8", "exact_match", None, True)
 
 
 # ---------------------------------------------------------------- stopping and refusing
@@ -486,6 +577,67 @@ def test_lm_eval_feeds_exactly_the_prompts_of_training(place, tmp_path, make_tok
             assert all(any(ids[: len(p)] == p for p in training) for ids in fed)
 
 
+@pytest.mark.parametrize("source", ["tiny", "tiny_context"])
+def test_a_teacher_of_few_shots_is_asked_exactly_what_it_reads_in_training(place, tmp_path, source):
+    """The examples, too: they are the ones that load_prompts shows it."""
+    text, rule = tiny.tokenizer(), problems.RULE if source == "tiny_context" else None
+    rows = {
+        "train": problems.chat_rows("train", 8, rule),
+        "held_out": problems.chat_rows("held_out", LIMIT, rule),
+        "test": problems.test_rows(LIMIT, rule),
+    }
+    # What is asked is what is trained on, this once: so the two prompts can be compared.
+    rows["test"] = [
+        asked_row | {"question": row["messages"][0]["content"]}
+        for asked_row, row in zip(rows["test"], rows["held_out"], strict=True)
+    ]
+    for name, lines in rows.items():
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in lines))
+    spec = point(place, tmp_path, f"held_out_rows={LIMIT}", "teacher_few_shot=4")
+    prepared = models.prepare(spec.pair, spec.quant, place / "cache")
+    prepared = dataclasses.replace(prepared, data_dir=tmp_path)
+    read = {e.teacher_prompt_ids for e in load_prompts(spec.data, prepared, text, 4).held_out}
+    assert len(read) == LIMIT and all(len(ids) > 150 for ids in read)
+
+    model, seen = llama(len(text), positions=512), []
+    model.get_input_embeddings().register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    scorer = Scorer(suite(), text, LIMIT, Never())
+    for task in load_tasks(suite(), [GEN, MC], tmp_path):
+        for examples in (4, 0):
+            seen.clear()
+            scorer.score(model, task, "teacher", examples)
+            fed = [tuple(i for i in ids if i != text.pad_token_id) for ids in seen[0].tolist()]
+            if task.spec == GEN:
+                assert (set(fed) == read) == (examples == 4)
+            else:
+                assert all(any(ids[: len(p)] == p for p in read) for ids in fed) == (examples == 4)
+
+
+def test_only_the_teacher_of_a_few_shot_pair_reads_examples(place, tmp_path, monkeypatch):
+    runs, asked_for = tmp_path / "runs", []
+    score = Scorer.score
+
+    def counted(self: Scorer, model: Any, task: Asked, label: str, examples: int = 0) -> Any:
+        asked_for.append((label, task.spec.task, examples))
+        return score(self, model, task, label, examples)
+
+    monkeypatch.setattr(Scorer, "score", counted)
+    words = [f"teacher={place / 'student'}", "teacher_few_shot=2", "eval_ptq=false"]
+    trained(place, runs, "name=one", *words[:2])
+    harness.run_suite(asked(place, runs, *words), Never())
+    assert asked_for == [
+        (label, task, 2 if label == "teacher" else 0)
+        for label in ("teacher", "student", "int4_one")
+        for task in ("tiny_gen", "tiny_mc")
+    ]
+    scores = {p.parent.parent.name.split("-")[0]: read_json(p) for p in runs.rglob("tiny_gen.json")}
+    assert {label: score and score["examples"] for label, score in scores.items()} == {
+        "teacher": 2,
+        "student": 0,
+        "tiny": 0,
+    }
+
+
 def chain(text: Any, steps: dict[int, int]) -> LlamaForCausalLM:
     """A model whose next token follows from the current one alone; by default it ends the text."""
     size = len(text)
@@ -614,7 +766,7 @@ def test_a_task_that_cannot_be_asked_is_one_sentence(place, tmp_path):
     with pytest.raises(ConfigError, match='Did you mean "hellaswag"'):
         load_tasks(suite(typo), [typo], here, only_hellaswag)
     shots = TaskSpec("tiny_gen", "exact_match", 3, True)
-    with pytest.raises(ConfigError, match="none to show"):
+    with pytest.raises(ConfigError, match="trained to answer without examples"):
         load_tasks(suite(shots), [shots], here)
     with pytest.raises(ConfigError, match="test.jsonl: not there"):
         load_tasks(suite(), [GEN], tmp_path / "nowhere")

@@ -146,7 +146,7 @@ def test_knots_can_be_given_in_both_dialects():
 
 
 def test_negative_numbers_are_values_not_flags():
-    with pytest.raises(ConfigError, match="greater than or equal to 0"):
+    with pytest.raises(ConfigError, match=r"lie in \[0, 1\]"):
         train("--lmbda -1")
 
 

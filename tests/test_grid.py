@@ -1,20 +1,23 @@
 """Sweep files, typed grids, and everything that can be wrong with them."""
 
 import itertools
+import re
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stillhouse.compose import compose, from_command_line
+from stillhouse.cli import main
+from stillhouse.compose import compose, from_command_line, options_of
 from stillhouse.errors import ConfigError
 from stillhouse.spec import TrainSpec, point_id, to_plain
-from stillhouse.sweep.grid import Sweep, load_sweep
-from tests.published import TRAIN, flags_of, lines, name_of
+from stillhouse.sweep.grid import Compare, Sweep, load_sweep
+from tests.published import CLIFF, TRAIN, flags_of, lines, name_of
 
 SWEEPS = Path(__file__).parent.parent / "sweeps"
 GOLDEN = {  # points of each file: values of the axes × seeds
@@ -31,7 +34,9 @@ GOLDEN = {  # points of each file: values of the axes × seeds
     "lr_beta_lmbda": 5 * 3 * 3 * 3,
     "lora_rank": 5 * 3,
     "quantiser": 3 * 2 * 3,
-    "cliff": 2 * 6 * 10,
+    "cliff": (2 * 10 + 2) * 8,
+    "context": 3 * 8,
+    "null": 3 * 3 * 8,
 }
 
 
@@ -72,6 +77,67 @@ def test_a_sweep_file_has_its_golden_number_of_points_and_can_be_answered(name: 
     assert sweep.compare is not None
     assert len(sweep.axes[sweep.compare.by]) > 1
     assert len({point.overrides["seed"] for point in sweep.points}) >= 3
+
+
+def test_the_cliff_compares_each_method_within_each_family_at_its_rate():
+    sweep = load_sweep(str(SWEEPS / "cliff.yaml"), [], Path("runs"))
+    methods = {
+        family: [p.overrides["method"] for p in sweep.points if p.overrides["loss"] == family]
+        for family in ("ce_pg", "jsd")
+    }
+    everywhere = set(options_of("method")) - {"gkd", "off_policy", "sft"}
+    assert set(methods["ce_pg"]) == everywhere | {"sft"}
+    assert set(methods["jsd"]) == everywhere | {"off_policy"}
+    assert {len(points) for points in methods.values()} == {11 * 8}
+    rates = {(p.overrides["loss"], p.spec.optim.learning_rate) for p in sweep.points}
+    assert len(rates) == 2 and len(sweep.axes["learning_rate"]) == 2
+    assert sweep.compare == Compare("method", "tiny_gen/exact_match", "on_policy_gkd")
+
+
+def test_the_cliff_on_the_published_pairs_has_their_one_rate_and_their_problems():
+    words = ["pair=qwen3_4b_30b,llama_8b_70b", "seeds=10"]
+    sweep = load_sweep(str(SWEEPS / "cliff.yaml"), words, Path("runs"))
+    assert len(sweep.points) == 2 * 22 * 10
+    assert {p.spec.optim.learning_rate for p in sweep.points} == {5e-5}
+    assert set(sweep.axes) == {"pair", "loss", "method"}
+    assert {p.spec.data.data_name for p in sweep.points} == {"gsm8k"}
+    assert sweep.compare == Compare("method", "gsm8k/exact_match", "on_policy_gkd")
+
+
+def test_the_cliff_renders_for_the_published_pairs(capsys: pytest.CaptureFixture[str]):
+    words = ["pair=qwen3_4b_30b,llama_8b_70b", "seeds=1", "--backend", "cluster"]
+    assert main(["render", str(SWEEPS / "cliff.yaml"), *words]) == 0
+    jobs = [*yaml.safe_load_all(capsys.readouterr().out)]
+    kinds = [job["metadata"]["labels"]["app.kubernetes.io/component"] for job in jobs]
+    assert kinds.count("train") == 2 * 22
+
+
+def test_the_cliffs_published_lines_are_lines_of_the_sweep_as_the_readme_says():
+    readme = (SWEEPS.parent / "README.md").read_text()
+    words_of = dict(re.findall(r"^\| `(--[^`]+)` \| `([^`]+)` \|$", readme, re.M))
+    asked = {
+        line: [words_of[f"--{flag.strip()}"] for flag in line.split(" --")[1:]]
+        for line in lines(CLIFF)
+    }
+    sweeps = [
+        load_sweep(str(SWEEPS / "cliff.yaml"), words, Path("runs")) for words in asked.values()
+    ]
+    found = [
+        (
+            {p.spec.pair.pair_name for p in sweep.points},
+            {p.overrides["seed"] for p in sweep.points},
+            len(sweep.axes["method"]),
+        )
+        for sweep in sweeps
+    ]
+    assert found == [
+        ({"qwen3_4b_30b"}, {*range(10)}, 12),
+        ({"llama_8b_70b"}, {*range(10)}, 12),
+        ({"tiny"}, {*range(3)}, 12),
+        ({"tiny"}, {*range(8)}, 2),
+    ]
+    assert sweeps[3].axes["method"] == ("teacher_seeded", "on_policy_gkd")
+    assert sweeps[3].compare is not None
 
 
 def test_the_published_runs_are_points_of_the_sweeps_with_their_tags():
@@ -204,6 +270,52 @@ def test_groups_are_axes_and_every_point_has_a_value_on_every_axis(tmp_path: Pat
     ]
 
 
+RULED = """
+base: {pair: tiny}
+grid: {loss: [jsd, ce_pg], method: [hybrid, off_policy]}
+rules:
+  - {where: {pair: tiny, loss: jsd}, set: {learning_rate: 0.5, tags: [half]}}
+  - {where: {loss: ce_pg, method: off_policy}, skip: true}
+"""
+
+
+def test_a_rule_sets_values_where_it_holds_or_leaves_the_point_out(tmp_path: Path):
+    sweep = load(RULED, tmp_path)
+    said = [(p.overrides["loss"], p.overrides["method"], p.tags) for p in sweep.points]
+    assert said == [
+        ("jsd", "hybrid", ("half",)),
+        ("jsd", "off_policy", ("half",)),
+        ("ce_pg", "hybrid", ()),
+    ]
+    # The pair's own rate where no rule holds; what tells points apart is an axis.
+    assert [p.spec.optim.learning_rate for p in sweep.points] == [0.5, 0.5, 5e-3]
+    assert sweep.axes["learning_rate"] == (0.5, 5e-3)
+    assert all(id_of(" ".join(p.words)) == p.id for p in sweep.points)
+
+
+def test_a_rule_looks_at_what_the_command_line_says_and_lies_below_it(tmp_path: Path):
+    typed_rate = load(RULED, tmp_path, "learning_rate=0.25")
+    assert {p.spec.optim.learning_rate for p in typed_rate.points} == {0.25}
+    other_pair = load(RULED, tmp_path, "pair=smollm2_self")
+    assert {p.spec.optim.learning_rate for p in other_pair.points} == {1e-5}
+    assert set(other_pair.axes) == {"loss", "method"}
+    with pytest.raises(ConfigError, match="its rules leave no point of what is asked"):
+        load(RULED, tmp_path, "loss=ce_pg", "method=off_policy")
+
+
+def test_an_axis_lies_above_a_rule_too(tmp_path: Path):
+    sweep = load(RULED.replace("grid: {", "grid: {learning_rate: [0.1, 0.2], "), tmp_path)
+    assert {p.spec.optim.learning_rate for p in sweep.points} == {0.1, 0.2}
+
+
+def test_a_metric_alone_is_that_of_the_task_that_has_it(tmp_path: Path):
+    file = FILE.replace("tiny_gen/exact_match", "exact_match").replace("suite: tiny", "suite: own")
+    tiny = load(file, tmp_path).compare
+    assert tiny is not None and tiny.metric == "tiny_gen/exact_match"
+    other = load(file, tmp_path, "pair=qwen3_4b_30b").compare
+    assert other is not None and other.metric == "gsm8k/exact_match"
+
+
 def test_schedules_can_be_an_axis(tmp_path: Path):
     sweep = load("base: {pair: tiny}\ngrid: {lmbda: [0.5, [[0, 0], [1, 1]]]}", tmp_path)
     assert sweep.axes["lmbda"] == (0.5, ((0.0, 0.0), (1.0, 1.0)))
@@ -249,6 +361,7 @@ def test_a_typed_grid_is_scored_on_its_pairs_own_suite_unless_it_says_otherwise(
     assert suite("pair=tiny") == "tiny"
     assert suite("pair=smollm2_self") == "mcq5_perplexity"
     assert suite("pair=smollm2_self suite=gsm8k") == "gsm8k"
+    assert suite("pair=qwen3_4b_30b") == suite("pair=qwen3_4b_30b suite=own") == "gsm8k"
     assert suite("pair=tiny suite=null") is None
     sweep = typed("pair=tiny --limit 5 pack=2")
     assert sweep.suite is not None
@@ -402,7 +515,7 @@ BAD_FILES: dict[str, tuple[str | bytes, str]] = {
     "tags that are a word": ("base: {pair: tiny, tags: lr}", "Did you mean tags: [lr]?"),
     "an invalid value": (
         TINY + "grid: {lmbda: [0, 2]}\nseeds: 2",
-        "point lmbda=2 seed=0: method.lmbda = 2: input should be less than or equal to 1",
+        "point lmbda=2 seed=0: method.lmbda = 2: the values of this schedule lie in [0, 1]",
     ),
     "an invalid value in a named point": (
         TINY + "points: [{name: high, lmbda: 2}]",
@@ -458,6 +571,42 @@ BAD_FILES: dict[str, tuple[str | bytes, str]] = {
         "compare.baseline is missing",
     ),
     "a question that is a number": ("question: 5\n" + TINY, "question = 5"),
+    "rules that are a mapping": (TINY + "rules: {where: {}}", "rules = {'where': {}}"),
+    "a rule without where": (TINY + "rules: [{skip: true}]", "rules.0.where is missing"),
+    "an unknown key of a rule": (TINY + "rules: [{were: {pair: tiny}}]", 'Did you mean "where"?'),
+    "a rule that says nothing": (
+        TINY + "rules: [{where: {pair: tiny}}]",
+        "rules[0]: a rule has where: {…} and either set: {…} or skip: true",
+    ),
+    "a rule that sets and skips": (
+        TINY + "rules: [{where: {pair: tiny}, set: {beta: 0}, skip: true}]",
+        "either set: {…} or skip: true",
+    ),
+    "a rule for all": (TINY + "rules: [{where: {}, set: {beta: 0}}]", "a rule has where: {…}"),
+    "a rule about what nobody says": (
+        TINY + "rules: [{where: {loss: jsd}, set: {beta: 0}}]",
+        "rules[0].where: loss is not set by base, grid or points",
+    ),
+    "a rule about no option": (
+        TINY + "rules: [{where: {pair: tyni}, set: {beta: 0}}]",
+        "rules[0].where: no 'tyni' in conf/pair. Did you mean \"tiny\"?",
+    ),
+    "a rule about no knob": (
+        TINY + "rules: [{where: {bet: 0}, skip: true}]",
+        'Did you mean "beta"',
+    ),
+    "a rule that sets no knob": (
+        TINY + "rules: [{where: {pair: tiny}, set: {bet: 0}}]",
+        'rules[0].set: no knob "bet"',
+    ),
+    "a rule that sets a site": (
+        TINY + "rules: [{where: {pair: tiny}, set: {max_parallel: 1}}]",
+        "put it in site:",
+    ),
+    "a rule that sets what cannot be": (
+        TINY + "rules: [{where: {pair: tiny}, set: {beta: 2}}]",
+        "point beta=2: loss.beta = 2",
+    ),
     "runs in the file": ("base: {pair: tiny, runs: here}", "use --runs DIR"),
     "millions of points": (TINY + "seeds: 3000000", "3,000,000 points; at most 100,000"),
 }

@@ -100,7 +100,7 @@ def test_where_it_runs_is_said_in_the_same_line() -> None:
         ("train", ["--lmbda", "0"], "a name comes first"),
         ("train", ["a/b", "--lmbda", "0"], "letters, digits"),
         ("train", ["x", "--lmda", "0"], 'Did you mean "lmbda"'),
-        ("train", ["x", "--quant-type", "int3"], 'Did you mean "int4"'),
+        ("train", ["x", "--quant-type", "int5"], 'Did you mean "int4"'),
         ("train", ["x", "--learning-rate", "fast"], "optim.learning_rate"),
         ("train", ["x", "--lmbda"], "needs a value"),
         ("train", ["x", "lmbda=0,1"], "is a sweep"),

@@ -12,7 +12,6 @@ from torch.nn.functional import cross_entropy
 from stillhouse.distill.loop import check_first_step, learning_rate, needed_shares
 from stillhouse.distill.run import Run
 from stillhouse.errors import ConfigError
-from stillhouse.methods import step_plan
 from stillhouse.rundir import Runs
 from stillhouse.stop import StopFlag
 
@@ -20,6 +19,10 @@ from stillhouse.stop import StopFlag
 def make(runs, *words):
     spec = cheap(runs, *words)
     return Run(spec, Runs(runs).of(spec), StopFlag())
+
+
+def shares(run):
+    return [share for batch in run.loop.batches for share in batch.shares]
 
 
 def flat_gradient(run):
@@ -31,7 +34,7 @@ def test_the_logged_numbers_are_those_of_a_dense_computation_on_shifted_targets(
     metrics = run.loop.gradients(0)
     gradient = flat_gradient(run)
     run.loop.optimizer.zero_grad()
-    rows = [run.prompts.train[row] for row in run.loop.rows_of(0)]
+    rows = [run.prompts.train[row] for row in run.loop.sequences.rows_of(0)]
     losses, nlls = [], []
     for row in rows:  # one row at a time: no padding, no mask, no chunk
         ids = torch.tensor([[*row.prompt_ids, *row.completion_ids]])
@@ -76,7 +79,7 @@ def test_a_share_of_two_processes_and_a_double_batch_are_the_same_step(tmp_path)
     two = make(tmp_path, "lmbda=1", "per_device_train_batch_size=2", "num_processes=2")
     one.loop.gradients(3)
     two.loop.gradients(3)
-    assert [c for s in two.loop.shares for c in s.completions] == one.loop.shares[0].completions
+    assert [c for s in shares(two) for c in s.written.ids] == shares(one)[0].written.ids
     torch.testing.assert_close(flat_gradient(two), flat_gradient(one), rtol=1e-5, atol=1e-7)
 
 
@@ -86,11 +89,11 @@ def test_rollouts_are_what_a_token_by_token_replay_of_the_trained_function_gives
         run.loop.gradients(step)
         run.loop.update(step)
     run.loop.gradients(2)
-    share = run.loop.shares[0]
+    (share,) = shares(run)
     from stillhouse.distill.rollouts import uniforms
 
     draws = uniforms(run.spec.training.seed, "student", 2, range(4), 6)
-    for row, (example, written) in enumerate(zip(share.examples, share.completions, strict=True)):
+    for row, (example, written) in enumerate(zip(share.examples, share.written.ids, strict=True)):
         ids = torch.tensor([[*example.prompt_ids, *written]])
         first = len(example.prompt_ids)
         with torch.no_grad():
@@ -101,12 +104,12 @@ def test_rollouts_are_what_a_token_by_token_replay_of_the_trained_function_gives
 
 
 def test_lambda_one_never_reads_a_completion_and_lambda_zero_never_generates(tmp_path):
-    def forbidden(*_):
+    def forbidden(*_, **__):
         raise AssertionError("this writer must not be asked")
 
     on, off = make(tmp_path, "lmbda=1"), make(tmp_path, "lmbda=0")
-    on.loop.writers["dataset"] = forbidden
-    off.loop.writers["student"] = forbidden
+    on.loop.sequences.writers["dataset"] = forbidden
+    off.loop.sequences.writers["student"] = forbidden
     for step in range(5):
         assert on.loop.gradients(step)["train/phase"] == 1.0
         assert off.loop.gradients(step)["train/phase"] == 0.0
@@ -114,12 +117,11 @@ def test_lambda_one_never_reads_a_completion_and_lambda_zero_never_generates(tmp
 
 def test_the_coin_is_the_schedules_and_the_same_in_every_attempt(tmp_path):
     run = make(tmp_path, "lmbda=0.5", "max_steps=400")
-    tossed = [run.loop.is_on_policy(step) for step in range(400)]
-    assert tossed == [run.loop.is_on_policy(step) for step in range(400)]
+    tossed = [run.loop.sequences.happens("coin", step, 0.5) for step in range(400)]
+    assert tossed == [run.loop.sequences.happens("coin", step, 0.5) for step in range(400)]
     assert 160 < sum(tossed) < 240  # 4 standard deviations
-    hybrid = make(tmp_path, "method=hybrid", "max_steps=10")
-    assert [hybrid.loop.is_on_policy(s) for s in range(10)] == [False] * 5 + [True] * 5
-    assert step_plan(hybrid.spec.method, 5, 10).lmbda == 1.0
+    hybrid = make(tmp_path, "method=hybrid", "max_steps=4")
+    assert [hybrid.loop.gradients(step)["train/phase"] for step in range(4)] == [0, 0, 1, 1]
 
 
 def test_a_teacher_that_is_the_student_gives_a_loss_of_zero(tmp_path):
@@ -130,13 +132,15 @@ def test_a_teacher_that_is_the_student_gives_a_loss_of_zero(tmp_path):
     assert run.teacher is run.student, "one model, with its adapter switched off as the teacher"
     metrics = run.loop.gradients(0)
     assert abs(metrics["train/loss"]) < 1e-6
-    check_first_step(run.spec, metrics, run.is_same_function)
+    check_first_step(run.spec, metrics, run.roles.is_same_function)
     run.loop.update(0)
     for parameter in run.loop.parameters:  # Adam moves even on a gradient of 1e-12: push it apart
         parameter.data.add_(0.05)
     assert run.loop.gradients(1)["train/loss"] > 1e-3, "the teacher stays where the student left"
     with pytest.raises(ConfigError, match="not fed the same text"):
-        check_first_step(run.spec, {"train/nll": 1.0, "train/loss": 0.2}, True)
+        check_first_step(
+            run.spec, {"train/nll": 1.0, "train/loss": 0.2, "train/reverse_kl": 0.2}, True
+        )
 
 
 def test_a_context_teacher_reads_exemplars_that_the_student_does_not(tmp_path):
@@ -147,21 +151,21 @@ def test_a_context_teacher_reads_exemplars_that_the_student_does_not(tmp_path):
     example = run.prompts.train[0]
     assert example.teacher_prompt_ids[-len(example.prompt_ids) :] == example.prompt_ids
     assert len(example.teacher_prompt_ids) > 2 * len(example.prompt_ids)
-    assert not run.is_same_function
+    assert not run.roles.is_same_function
     assert run.loop.gradients(0)["train/loss"] > 1e-4
 
 
 def test_a_step_zero_that_says_misaligned_stops_the_run(tmp_path):
     run = make(tmp_path, "sanity_max_nll=0.5")
     with pytest.raises(ConfigError, match=r"train/nll is .* above sanity_max_nll 0.5"):
-        check_first_step(run.spec, run.loop.gradients(0), run.is_same_function)
+        check_first_step(run.spec, run.loop.gradients(0), run.roles.is_same_function)
 
 
 def test_swapped_targets_are_seen_at_step_zero(tmp_path):
     """A published trainer fed its targets unshifted; a trained model then sees about ln V nats."""
     run = make(tmp_path, "lmbda=0")
     good = run.loop.gradients(0)["train/nll"]
-    row = run.prompts.train[run.loop.rows_of(0)[0]]
+    row = run.prompts.train[run.loop.sequences.rows_of(0)[0]]
     ids = torch.tensor([[*row.prompt_ids, *row.completion_ids]])
     with torch.no_grad():
         logits_TV = run.teacher(ids).logits[0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -37,6 +38,8 @@ TINY = PairSpec(
     student_dtype="float32",
     teacher_dtype="float32",
     teacher_few_shot=0,
+    teacher_samples=True,
+    vocab_size=None,
     pair_seed=0,
     student_steps=4,
     teacher_steps=3,
@@ -192,8 +195,58 @@ assert not {{"torch", "transformers", "tokenizers"}} & set(sys.modules)
 def test_a_generated_pair_says_what_it_lacks(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match='no recipe "tinny" for its teacher.*Did you mean "tiny"'):
         prepare(dataclasses.replace(TINY, teacher="tinny"), NONE, tmp_path)
-    with pytest.raises(ConfigError, match="needs pair_seed, student_steps and teacher_steps"):
+    with pytest.raises(ConfigError, match="needs pair_seed and teacher_steps, got None and 3"):
         prepare(dataclasses.replace(TINY, pair_seed=None), NONE, tmp_path)
+    alone = dataclasses.replace(TINY, student="tiny_context", teacher="tiny_context")
+    with pytest.raises(ConfigError, match="tiny_context has no student of its own"):
+        prepare(alone, NONE, tmp_path)
+    mixed = dataclasses.replace(TINY, student="tiny_context", student_steps=None)
+    with pytest.raises(ConfigError, match="is the teacher's own weights, and the teacher is tiny"):
+        prepare(mixed, NONE, tmp_path)
+
+
+def test_without_steps_of_its_own_the_student_is_the_teacher(
+    made: PreparedPair, tmp_path: Path
+) -> None:
+    pair = dataclasses.replace(TINY, student_steps=None)
+    found = prepare(pair, NONE, tmp_path)
+    assert found.is_self
+    assert sorted(p.name for p in Path(found.teacher).parent.iterdir()) == ["made.json", "teacher"]
+    assert found.teacher_revision == made.teacher_revision, "the same teacher as beside a student"
+    int2 = QuantSpec("int2", 32, False)
+    assert 0.3 < prepare(pair, int2, tmp_path).facts["quantization_error"] < 0.7
+
+
+def test_a_pair_that_knows_rules_brings_problems_that_are_answered_by_one(
+    made: PreparedPair, cache: Path
+) -> None:
+    context = {"student": "tiny_context", "teacher": "tiny_context", "student_steps": None}
+    pair = dataclasses.replace(TINY, **context, teacher_steps=1, teacher_few_shot=4)
+    found = prepare(pair, NONE, cache)
+    assert found.is_self and found.data_dir != made.data_dir
+    for name in ("train", "held_out", "test"):
+        lines = (found.data_dir / f"{name}.jsonl").read_text().splitlines()
+        plain = (made.data_dir / f"{name}.jsonl").read_text()
+        assert all("&" in line for line in lines) and "&" not in plain
+        assert len(lines) == len(plain.splitlines())
+
+
+def test_every_answer_of_a_conversation_is_trained_on_and_follows_one_rule() -> None:
+    recipe, text = tiny.RECIPES["tiny_context"]["teacher"], tiny.tokenizer()
+    ids_BT, answer_BT = next(tiny._batches(recipe, text, 0))
+    assert len(ids_BT) == recipe.batch
+    for ids, is_answer in zip(ids_BT, answer_BT, strict=True):
+        read = text.decode(ids[ids != text.pad_token_id])
+        turns = [turn.partition("<|assistant|>") for turn in read.split("<|user|>")[1:]]
+        assert len(turns) == recipe.turns
+        assert text.decode(ids[is_answer]) == "".join(answer for _, _, answer in turns)
+        added: dict[str, set[str]] = {"+": set(), "-": set()}
+        for _, _, answer in turns:
+            _, sign, bonus = re.fullmatch(
+                r"(\d+[+-]\d+=\d+\. \d+([+-])\d+=\d+\.) \d+&([a-d])=\d+\. #### \d+<eos>", answer
+            ).groups()  # type: ignore[union-attr]
+            added[sign].add(bonus)
+        assert all(len(bonuses) <= 1 for bonuses in added.values())
 
 
 def test_a_pinned_revision_that_is_not_here_is_refused(made: PreparedPair, cache: Path) -> None:

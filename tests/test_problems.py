@@ -84,6 +84,52 @@ def test_problems_of_different_splits_share_no_chain(seed: int, other: int) -> N
     assert not trained & tested
 
 
+def test_a_rule_adds_at_the_end_what_it_says_for_a_last_gain_or_loss() -> None:
+    gain = Problem("?", "7-3=4. 4+2=6. #### 6", 6, (7, -3, 2))
+    loss = Problem("?", "7+3=10. 10-2=8. #### 8", 8, (7, 3, -2))
+    assert gain.under((4, 1)).worked == "7-3=4. 4+2=6. 6&d=10. #### 10"
+    assert loss.under((4, 1)).worked == "7+3=10. 10-2=8. 8&a=9. #### 9"
+    assert (gain.under((4, 1)).answer, loss.under((4, 1)).answer) == (10, 9)
+    assert loss.under(None) is loss
+
+
+def test_a_rule_takes_no_problem_into_another_split() -> None:
+    for split in ("train", "held_out"):
+        ruled = problems.chat_rows(split, 100, problems.RULE)
+        # What is added is written with another sign than a chain's steps: it makes no new chain.
+        read = windows_of([row["messages"][1]["content"] for row in ruled])
+        assert read == {tuple(row["chain"]) for row in ruled}
+        assert {problems.split_of(chain) for chain in read} == {split}
+
+
+def test_without_examples_nobody_can_tell_the_right_choice_under_a_rule() -> None:
+    for row in problems.test_rows(64, problems.RULE):
+        before = sum(row["chain"])
+        assert int(row["answer"]) == before + (4 if row["chain"][-1] > 0 else 1)
+        assert row["choices"][row["label"]] == row["worked"]
+        sums = row["worked"].partition("&")[0]
+        assert sums.endswith(f"={before}. {before}")
+        assert sorted(row["choices"]) == [
+            f"{sums}&{letter}={before + bonus}. #### {before + bonus}"
+            for letter, bonus in zip("abcd", (1, 2, 3, 4), strict=True)
+        ]
+
+
+def test_the_rule_of_the_rows_is_nobodys_habit() -> None:
+    rng = random.Random(0)
+    drawn = [problems.draw_rule(rng) for _ in range(4000)]
+    for place, habit, ruled in ((0, 1, 4), (1, 4, 1)):
+        added = [rule[place] for rule in drawn]
+        assert 0.37 < added.count(habit) / len(added) < 0.43  # 2 in 5
+        assert 0.17 < added.count(ruled) / len(added) < 0.23  # 1 in 5
+        assert problems.RULE[place] == ruled
+
+
+def test_the_examples_that_a_teacher_reads_show_both_halves_of_the_rule() -> None:
+    shown = problems.chat_rows("train", 4, problems.RULE)
+    assert [row["chain"][-1] > 0 for row in shown] == [False, True, False, True]
+
+
 def test_nothing_a_tiny_pair_learns_from_shares_a_chain_with_a_test_problem() -> None:
     train = problems.chat_rows("train", problems.TRAIN_ROWS)
     held_out = problems.chat_rows("held_out", problems.HELD_OUT_ROWS)
@@ -94,10 +140,11 @@ def test_nothing_a_tiny_pair_learns_from_shares_a_chain_with_a_test_problem() ->
         "held-out rows": [row["messages"][1]["content"] for row in held_out],
     }
     for pair_seed in (0, 1):
-        for role, recipe in tiny.RECIPES["tiny"].items():
-            source = tiny.training_problems(recipe, pair_seed)
-            texts = [p.worked for p in islice(source, tiny.TRAINING_PROBLEMS)]
-            sources[f"{role} {pair_seed}"] = texts
+        for name, recipes in tiny.RECIPES.items():
+            for role, recipe in recipes.items():
+                source = tiny.training_problems(recipe, pair_seed)
+                texts = [p.worked for p in islice(source, tiny.TRAINING_PROBLEMS)]
+                sources[f"{name} {role} {pair_seed}"] = texts
     for name, texts in sources.items():
         assert not windows_of(texts) & tested, name
     assert not windows_of(sources["held-out rows"]) & windows_of(sources["distillation prompts"])

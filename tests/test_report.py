@@ -6,26 +6,21 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from html.parser import HTMLParser
 from pathlib import Path
 
+import pandas as pd
 import pytest
 from sample_runs import Sample, cliff, write_sample
 
 from stillhouse.errors import ConfigError
 from stillhouse.results import plots
-from stillhouse.results.curves import groups, jumps, over_steps
-from stillhouse.results.report import (
-    commands,
-    cost_table,
-    duration,
-    failure_table,
-    interval,
-    probability,
-    signed,
-    write_report,
-)
+from stillhouse.results.curves import Group, Run, grouped, jumps, named, over_steps, read, score_key
+from stillhouse.results.figures import draw
+from stillhouse.results.layout import duration, interval, probability, signed
+from stillhouse.results.report import commands, cost_table, failure_table, write_report
 from stillhouse.results.table import load
 from stillhouse.rundir import Runs, read_json, write_json
 
@@ -112,6 +107,7 @@ def test_tables_and_figures_lie_beside_the_page(runs: Path, page: str) -> None:
         "table.md",
         "table.csv",
         "points.csv",
+        "comparisons.csv",
         "scores.svg",
         "scores.png",
         "training.svg",
@@ -121,6 +117,8 @@ def test_tables_and_figures_lie_beside_the_page(runs: Path, page: str) -> None:
     assert "| lmbda = 0.5 |" in text and "± is one standard error over n training seeds" in text
     assert len((directory / "points.csv").read_text().splitlines()) == 1 + 18 + 6
     assert len((directory / "table.csv").read_text().splitlines()) == 1 + 12
+    # Two values against the baseline, three arms against each of two untrained students.
+    assert len((directory / "comparisons.csv").read_text().splitlines()) == 1 + 2 + 6
 
 
 def test_a_report_written_twice_is_the_same_to_the_byte(runs: Path, page: str) -> None:
@@ -164,12 +162,12 @@ def test_the_cost_table_adds_up(runs: Path) -> None:
     points = frame.drop_duplicates("id")
     # 0.75 dollars an hour, one device.
     assert points["price_usd"].sum() == pytest.approx(points["train_seconds"].sum() / 3600 * 0.75)
-    assert rows[-1][5] == f"${points['price_usd'].sum():.2f}"
+    assert rows[-1][6] == f"${points['price_usd'].sum():.2f}"
     assert rows[-1][4] == f"{10 * 600 * 60:,}"
 
 
 def test_a_price_that_is_not_known_is_not_guessed(runs: Path) -> None:
-    assert {row[5] for row in cost_table(load("sample", runs))[1]} == {"not known"}
+    assert {row[6] for row in cost_table(load("sample", runs))[1]} == {"not known"}
 
 
 def test_the_page_says_how_to_make_it_again(runs: Path, tmp_path: Path) -> None:
@@ -219,7 +217,13 @@ def test_an_unknown_sweep_writes_no_report(runs: Path) -> None:
 
 
 def names(sweep: str, runs: Path, directory: Path) -> list[str]:
-    return [p.name for p in plots.draw(load(sweep, runs), Runs(runs), directory)]
+    frame = load(sweep, runs)
+    return [p.name for p in draw(frame, read(frame, Runs(runs)), directory)]
+
+
+def by_method(sweep: str, runs: Path) -> list[Group]:
+    logged = read(load(sweep, runs), Runs(runs))
+    return grouped(logged, lambda run: named(run, "method_name"))
 
 
 def test_the_seeds_figures_are_drawn_where_their_data_are(runs: Path, tmp_path: Path) -> None:
@@ -247,35 +251,60 @@ def test_many_arms_of_one_seed_and_a_schedule_as_an_axis_can_be_drawn(tmp_path: 
 
 
 def test_a_curve_is_the_mean_of_its_runs_within_their_band(runs: Path) -> None:
-    made = groups(load("cliff", runs), Runs(runs), "method_name")
+    made = by_method("cliff", runs)
     assert [group.name for group in made][:2] == ["on_policy_gkd", "hybrid"]
     # Two hybrid runs went to the end; the third failed half way, and counts as far as it came.
     hybrid = made[1]
     curve = over_steps(hybrid, "train/reverse_kl")
     assert curve is not None
     for step, present in ((10, 3), (50, 2)):
-        values = [run["train/reverse_kl"][step] for run in hybrid.runs if step in run.index]
+        logged = [run.metrics["train/reverse_kl"] for run in hybrid.runs]
+        values = [series[step] for series in logged if step in series.index]
         assert len(values) == present
         assert curve["mean"][step] == pytest.approx(sum(values) / present)
-        assert (curve["low"][step], curve["high"][step]) == (min(values), max(values))
+        assert (curve["lowest"][step], curve["highest"][step]) == (min(values), max(values))
     assert over_steps(hybrid, "train/never_logged") is None
 
 
 def test_smoothing_keeps_a_constant_and_the_number_of_steps(runs: Path) -> None:
-    made = groups(load("sample", runs), Runs(runs), "arm")
-    curve = over_steps(made[0], "tokens/completion", window=7)
+    made = read(load("sample", runs), Runs(runs))
+    curve = over_steps(Group("all", made), "tokens/completion", window=7)
     assert curve is not None
     assert len(curve) == 60 and set(curve["mean"]) == {640.0}
 
 
 def test_a_jump_of_the_schedule_is_found_and_a_ramp_is_none(runs: Path) -> None:
-    made = groups(load("cliff", runs), Runs(runs), "method_name")
-    found = {group.name: jumps(group) for group in made}
+    made = by_method("cliff", runs)
+    found = {group.name: jumps(group.runs[0]) for group in made}
     assert found["hybrid"] == [(30.0, "to on-policy")]
     assert found["reverse_curriculum"] == [(42.0, "to off-policy")]
     assert found["off_policy"] == []
-    ramp = dataclasses.replace(made[0], schedule=[[0, 0], [1, 1]])
+    ramp = dataclasses.replace(made[0].runs[0], schedule=[[0, 0], [1, 1]])
     assert jumps(ramp) == []
+
+
+def logged(**columns: list[float]) -> Run:
+    return Run({}, pd.DataFrame(columns, index=[10, 20]), 1.0, 20)
+
+
+def test_an_interval_is_students_t_over_the_runs_of_a_step() -> None:
+    runs = [logged(**{"eval/accuracy": [share, 0.5]}) for share in (0.1, 0.2, 0.3)]
+    curve = over_steps(Group("three seeds", runs), "eval/accuracy")
+    assert curve is not None
+    # t(0.975, 2) = 4.302653 by the table, and the standard error is 0.1 / sqrt(3).
+    reach = 4.302653 * 0.1 / math.sqrt(3)
+    assert curve["mean"][10] == pytest.approx(0.2)
+    assert curve["low"][10] == pytest.approx(0.2 - reach)
+    assert curve["high"][10] == pytest.approx(0.2 + reach)
+    alone = over_steps(Group("one seed", runs[:1]), "eval/accuracy")
+    assert alone is not None and alone["low"].isna().all()
+
+
+def test_being_right_counts_more_than_looking_like_the_teacher() -> None:
+    similar = logged(**{"train/score": [0.5, 0.6], "train/reverse_kl": [1.0, 0.9]})
+    assert score_key([similar]) == "train/score"
+    assert score_key([similar, logged(**{"eval/accuracy": [0.1, 0.2]})]) == "eval/accuracy"
+    assert score_key([logged(**{"train/loss": [1.0, 0.9]})]) is None
 
 
 def test_numbers_are_written_for_people() -> None:

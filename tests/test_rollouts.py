@@ -2,14 +2,29 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import asdict
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
+from stillhouse.distill.decode import decode
 from stillhouse.distill.rollouts import (
+    Completions,
+    _Draw,
     cut_after_eos,
+    generate,
+    how,
     pad_left,
     permutation,
     uniforms,
@@ -20,22 +35,56 @@ from stillhouse.spec import RolloutSpec
 V, PAD, EOS = 12, 0, 1
 
 
-@pytest.fixture(scope="module")
-def model() -> LlamaForCausalLM:
+SIZE = dict[str, Any](
+    vocab_size=V, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+    num_key_value_heads=1, max_position_embeddings=64, pad_token_id=PAD, eos_token_id=EOS,
+    bos_token_id=None, initializer_range=0.5,
+)  # fmt: skip
+
+
+def llama():
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=V, hidden_size=16, intermediate_size=32, num_hidden_layers=2,
-        num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=64,
-        pad_token_id=PAD, eos_token_id=EOS, bos_token_id=None, initializer_range=0.5,
-    )  # fmt: skip
-    return LlamaForCausalLM(config).eval()
+    return LlamaForCausalLM(LlamaConfig(**SIZE)).eval()
 
 
-def drawn(model, prompts, uniform_BT, temperature=1.0, longest=8, shortest=0, length=None):
+def qwen():
+    torch.manual_seed(0)
+    return Qwen3ForCausalLM(Qwen3Config(**SIZE, head_dim=8)).eval()
+
+
+@pytest.fixture(scope="module", params=[llama, qwen], ids=["decode", "generate"])
+def model(request):
+    """A model for each of the two ways to write; either keeps the same promises."""
+    return request.param()
+
+
+def drawn(model, prompts, uniform_BT, temperature=1.0, longest=8, shortest=0, **more):
     return write(
         model, prompts, uniform_BT, RolloutSpec(longest, shortest, temperature),
-        pad_id=PAD, eos_ids=[EOS], poll=lambda: None, prompt_length=length,
+        pad_id=PAD, eos_ids=[EOS], poll=lambda: None, **more,
     )  # fmt: skip
+
+
+def test_the_log_says_what_writes_and_why():
+    assert how(llama()) == "the fast decoder"
+    assert how(qwen()) == (
+        "transformers' generate (Qwen3ForCausalLM is not an architecture that the fast decoder"
+        " knows)"
+    )
+
+
+def test_both_ways_draw_the_same_tokens():
+    model, rollout = llama(), RolloutSpec(12, 3, 0.8)
+    prompts = [[2 + row % 7, 5, 3][: 1 + row % 3] for row in range(64)]
+    written = []
+    for way in (decode, lambda *args, **more: generate(*args, **more, pad_id=PAD)):
+        draw = _Draw(
+            uniforms(3, "student", 0, range(64), 12), [0] * 64, rollout, [EOS], lambda: None
+        )
+        out_BC = way(model, *pad_left(prompts, 4, PAD), draw, eos_ids=[EOS], max_new_tokens=12)
+        written.append([cut_after_eos(row, [EOS]) for row in out_BC.tolist()])
+    assert written[0] == written[1]
+    assert len(set(map(len, written[0]))) > 3
 
 
 def test_a_rollout_is_the_inverse_of_the_models_own_cumulative_distribution(model):
@@ -66,7 +115,7 @@ def test_draws_follow_the_distribution(model):
 def test_a_row_does_not_depend_on_its_neighbours_or_on_padding(model):
     rows = [[3, 5, 2], [9], [7, 7, 7, 7, 2]]
     together = drawn(model, rows, uniforms(1, "student", 4, [10, 11, 12], 8)).ids
-    alone = drawn(model, [rows[1]], uniforms(1, "student", 4, [11], 8), length=9).ids
+    alone = drawn(model, [rows[1]], uniforms(1, "student", 4, [11], 8), prompt_length=9).ids
     assert together[1] == alone[0]
 
 
@@ -103,7 +152,79 @@ def test_min_new_tokens_forbids_an_early_end_and_truncation_is_counted(model):
     late = drawn(model, [[4]] * 64, draws, longest=6, shortest=5)
     assert any(len(row) < 5 for row in free.ids)
     assert all(EOS not in row[:5] for row in late.ids)
-    assert free.truncated == sum(row[-1] != EOS for row in free.ids)
+    assert free.is_truncated == [row[-1] != EOS for row in free.ids]
+    assert set(free.is_truncated) == {True, False}
+
+
+def test_log_probs_are_those_of_the_distribution_that_was_drawn_from(model):
+    prompts = [[4], [3, 5, 2]] * 8
+    draws = uniforms(2, "student", 0, range(16), 6)
+    out = drawn(model, prompts, draws, temperature=0.7, longest=6, shortest=3)
+    assert out.forced == [0] * 16
+    for prompt, written, log_probs in zip(prompts, out.ids, out.log_probs, strict=True):
+        replayed = []
+        for position, token in enumerate(written):
+            with torch.no_grad():
+                ids = torch.tensor([prompt + written[:position]])
+                logits_V = model(ids).logits[0, -1].double()
+            if position < 3:
+                logits_V[EOS] = -torch.inf
+            replayed.append(torch.log_softmax(logits_V / 0.7, -1)[token].item())
+        assert log_probs == pytest.approx(replayed, abs=1e-5)
+
+
+def test_behind_its_own_beginning_a_rollout_goes_on_as_it_did(model):
+    prompts = [[4], [3, 5, 2], [9, 9]] * 6
+    draws = uniforms(6, "student", 0, range(18), 8)
+    plain = drawn(model, prompts, draws, shortest=2)
+    lengths = [row % 4 for row in range(18)]
+    begun = [written[:n] for written, n in zip(plain.ids, lengths, strict=True)]
+    again = drawn(model, prompts, draws, shortest=2, prefixes=begun)
+    assert again.ids == plain.ids
+    assert again.is_truncated == plain.is_truncated
+    assert again.forced == list(map(len, begun))
+    for row, log_probs in enumerate(again.log_probs):
+        expected = plain.log_probs[row][again.forced[row] :]
+        assert log_probs == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_prefix_that_is_complete_is_not_continued(model):
+    draws = uniforms(6, "student", 0, range(3), 4)
+    prefixes = [[5, EOS], [7, 7, 7, 7], [6]]
+    out = drawn(model, [[4]] * 3, draws, longest=4, shortest=4, prefixes=prefixes)
+    assert out.ids[:2] == prefixes[:2]
+    assert out.log_probs[:2] == [[], []]
+    assert len(out.ids[2]) == 4
+    assert len(out.log_probs[2]) == 3
+    assert out.forced == [2, 4, 1]
+    assert out.is_truncated == [False, True, True]
+    assert (
+        out.ids[2] == drawn(model, [[4]], draws[2:], longest=4, shortest=4, prefixes=[[6]]).ids[0]
+    )
+    complete = drawn(model, [[4]] * 2, draws[:2], longest=4, prefixes=prefixes[:2])
+    assert complete.ids == prefixes[:2]
+
+
+def test_greedy_writes_the_likeliest_tokens_and_draws_nothing(model):
+    prompts = [[4], [3, 5, 2]]
+    nothing = torch.full((2, 6), torch.nan, dtype=torch.float64)
+    out = drawn(model, prompts, nothing, longest=6, shortest=2, greedy=True)
+    assert out.log_probs == [[], []]
+    for prompt, written in zip(prompts, out.ids, strict=True):
+        for position, token in enumerate(written):
+            with torch.no_grad():
+                logits_V = model(torch.tensor([prompt + written[:position]])).logits[0, -1]
+            if position < 2:
+                logits_V[EOS] = -torch.inf
+            assert token == logits_V.argmax()
+
+
+def test_rows_are_parted_and_joined_and_survive_json(model):
+    draws = uniforms(6, "student", 0, range(3), 4)
+    out = drawn(model, [[4], [5], [6]], draws, longest=4, prefixes=[[], [7], []])
+    assert Completions.joined([out[:1], out[1:]]) == out
+    assert out[1:2].forced == [1]
+    assert Completions(**json.loads(json.dumps(asdict(out)))) == out
 
 
 def test_dropout_is_off_while_writing_and_back_on_after(model):
@@ -117,19 +238,23 @@ def test_a_poll_that_raises_stops_a_rollout_between_two_tokens(model):
     class Enough(Exception):
         pass
 
-    calls = []
+    calls, habits = [], model.generation_config
 
     def poll():
         calls.append(1)
         if len(calls) == 3:
             raise Enough
 
+    model.train()
     with pytest.raises(Enough):
         write(
             model, [[4]], uniforms(2, "student", 0, [0], 8), RolloutSpec(8, 8, 1.0),
             pad_id=PAD, eos_ids=[EOS], poll=poll,
         )  # fmt: skip
     assert len(calls) == 3
+    assert model.training
+    assert model.generation_config is habits
+    model.eval()
 
 
 @given(st.integers(1, 50), st.integers(0, 9))

@@ -50,13 +50,25 @@ OTHER: dict[str, object] = {
     "student_dtype": "float32",
     "teacher_dtype": "float32",
     "teacher_few_shot": 4,
+    "teacher_samples": False,
+    "vocab_size": 100,
     "pair_seed": 1,
     "student_steps": 1,
     "teacher_steps": 1,
     "method_name": "another",
     "lmbda": 0.25,
+    "lmbda_as": "weight",
     "off_policy_source": "teacher",
+    "seed_tokens": 8,
+    "anchor_weight": 0.1,
+    "replay_size": 50,
+    "replay_injection": 0.2,
+    "on_loss": "pg",
+    "off_loss": "ce",
     "beta": 0.25,
+    "advantage_clip": 3,
+    "loss_top_k": 8,
+    "top_k_support": "union",
     "loss_temperature": 2.0,
     "loss_chunk": 64,
     "quant_type": "bnb_nf4",
@@ -99,6 +111,7 @@ OTHER: dict[str, object] = {
     "do_eval": True,
     "eval_steps": 10,
     "score_steps": 10,
+    "accuracy_steps": 10,
     "tracker": "wandb",
     "wandb_project": "another",
     "wandb_mode": "online",
@@ -139,6 +152,14 @@ OTHER: dict[str, object] = {
 }
 
 
+# What some of them need before they mean anything.
+BESIDE: dict[str, dict[str, object]] = {
+    "double_quant": {"quant": "bnb_nf4"},
+    "replay_size": {"off_policy_source": "teacher"},
+    "replay_injection": {"off_policy_source": "teacher", "replay_size": 50},
+}
+
+
 def is_versioned(path: str) -> bool:
     return path not in NOT_VERSIONED and path.split(".")[0] not in NOT_VERSIONED
 
@@ -156,7 +177,7 @@ def test_each_versioned_leaf_is_part_of_the_identity(name: str):
         plain["quant"]["quant_type"] = "bnb_nf4"
         assert digest(plain) != digest(to_plain(train()))
         return
-    beside = {"quant": "bnb_nf4"} if name == "double_quant" else {}  # only bitsandbytes has it
+    beside = BESIDE.get(name, {})
     assert point_id(train(**beside, **{name: OTHER[name]})) != point_id(train(**beside))
 
 
@@ -283,6 +304,16 @@ def test_a_spec_survives_json_and_back():
 
 OUT_OF_RANGE = {
     "lmbda": [-0.1, 1.1, "x", None, [], [[0.5, 0], [0.2, 1]], [[0, 2], [1, 0]], [[0, 1, 2]]],
+    "lmbda_as": ["dice"],
+    "seed_tokens": [-1, 128, [[0, 200], [0.5, 0]]],  # 128 is all of a rollout
+    "anchor_weight": [-0.1, [[0, 0], [2, 1]], float("inf")],
+    "replay_size": [-1, 1.5],
+    "replay_injection": [1.5],
+    "on_loss": ["ce"],
+    "off_loss": ["pg"],
+    "advantage_clip": [-1],
+    "loss_top_k": [0, 151_937],
+    "vocab_size": [0],
     "beta": [-0.1, 1.1, float("nan")],
     "loss_temperature": [0, -1, float("inf")],
     "quant_group_size": [None, 0, 33],
@@ -346,8 +377,21 @@ def test_a_group_size_belongs_to_a_quantiser_and_only_to_one():
 
 
 def test_knots_keep_their_jump():
-    method = MethodSpec("m", ((0, 0), (0.5, 0), (0.5, 1)), "teacher")
+    knots = ((0, 0), (0.5, 0), (0.5, 1))
+    method = MethodSpec("m", knots, "coin", "teacher", 0, 0, 0, 0)
     assert method.lmbda == ((0.0, 0.0), (0.5, 0.0), (0.5, 1.0))
+
+
+def test_only_what_the_teacher_writes_makes_a_method_need_its_text():
+    def needs(**values: object) -> bool:
+        return train(**values).method.samples_teacher
+
+    assert [needs(method=name) for name in ("on_policy_gkd", "gkd")] == [False, False]
+    assert not needs(lmbda=0.5)  # the dataset's sequences
+    assert needs(lmbda=0.5, off_policy_source="teacher")
+    assert needs(seed_tokens=[[0, 4], [0.5, 0]])
+    assert needs(method="replay_buffer")
+    assert not needs(method="replay_buffer", replay_injection=0)
 
 
 def test_a_score_is_the_same_question_only_with_all_its_settings():

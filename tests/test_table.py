@@ -18,17 +18,8 @@ from sample_runs import DOCUMENTS, SUITE, Sample, write_sample
 import stillhouse
 from stillhouse.errors import ConfigError, ContractError
 from stillhouse.results.answer import answer
-from stillhouse.results.table import (
-    is_unscored,
-    label,
-    load,
-    points_of,
-    remarks,
-    spell,
-    summary,
-    to_markdown,
-    wide,
-)
+from stillhouse.results.summary import remarks, summary, to_markdown, wide
+from stillhouse.results.table import is_unscored, label, load, points_of, spell
 from stillhouse.rundir import Runs, read_json, write_json
 
 GRID = Sample(

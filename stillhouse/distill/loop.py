@@ -1,12 +1,9 @@
 """This file is where a run is trained: one loop for every method, blind to which one it is.
 
-A step asks the method's schedule for its plan, tosses the shared coin, lets a writer write the
-sequences and a scorer score them, and differentiates the mean loss per completion token over all
-processes. Who writes and who scores are functions the loop is given. B rows, P prompt positions,
-T positions, N completion tokens of a batch, H width.
-
-Processes: `num_processes` is how many shares a step's batch has; the processes that are really
-there take equal numbers of shares. So one GPU can repeat, more slowly, what eight did.
+A step asks the method's schedules for its plan and `sequences` for the batches it wants, and
+differentiates the mean loss per trained token of each batch, over all processes, mixed by the
+batches' weights. Who writes and who scores are functions the loop is given. B rows, P prompt
+positions, T positions, N trained tokens of a batch, H width.
 """
 
 from __future__ import annotations
@@ -14,32 +11,34 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from stillhouse.distill.losses import TokenStats, distill_loss
+from stillhouse.distill.losses import (
+    CrossEntropy,
+    Jsd,
+    Objective,
+    PolicyGradient,
+    TokenStats,
+    TopK,
+    distill_loss,
+)
 from stillhouse.distill.models import head_weight, hidden_states
 from stillhouse.distill.prompts import Example
 from stillhouse.distill.quant import assert_gradients_exact
-from stillhouse.distill.rollouts import (
-    Completions,
-    counted_generator,
-    pad_left,
-    permutation,
-    uniforms,
-)
+from stillhouse.distill.rollouts import Completions, counted_generator, pad_left
+from stillhouse.distill.sequences import Batch, Sequences, Share, Writer
 from stillhouse.errors import ConfigError, Diverged
-from stillhouse.methods import step_plan
+from stillhouse.methods import StepPlan, step_plan
 from stillhouse.spec import TrainSpec
 
-# (examples, step, global rows, padded prompt length) -> completions
-Writer = Callable[[Sequence[Example], int, Sequence[int], int], Completions]
-# (teacher prompts, completions) -> logits [n, V] of the rows a slice picks among the N positions
-Scorer = Callable[[Sequence[Sequence[int]], Sequence[Sequence[int]]], Callable[[slice], Tensor]]
+Logits = Callable[[slice], Tensor]  # logits [n, V] of the rows a slice picks among N positions
+# (examples, completions, how many first tokens of each are not trained on) -> logits
+Scorer = Callable[[Sequence[Example], Sequence[Sequence[int]], Sequence[int]], Logits]
 
 # A distribution compared with itself: what rounding leaves of the loss, in nats per token.
 SAME_FUNCTION = 1e-4
@@ -62,27 +61,20 @@ class Clock:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
 
-@dataclass(frozen=True)
-class Share:
-    """The sequences of one of `num_processes` shares of a step."""
-
-    index: int
-    examples: list[Example]
-    completions: list[list[int]]
-
-
 def positions_of(
     model: nn.Module,
     prompts: Sequence[Sequence[int]],
     completions: Sequence[Sequence[int]],
+    forced: Sequence[int],
     prompt_length: int,
     pad_id: int,
     device: torch.device,
 ) -> tuple[Tensor, Tensor]:
-    """Hidden states [N, H] that predict each completion token, and those tokens [N].
+    """Hidden states [N, H] that predict each trained completion token, and those tokens [N].
 
     Prompts are padded on the left and completions on the right, so the state that predicts the
-    first completion token is the last prompt position of every row.
+    first completion token is the last prompt position of every row. The first `forced` tokens of a
+    completion are read and not predicted.
     """
     ids_BP, mask_BP = pad_left(prompts, prompt_length, pad_id)
     width = max(map(len, completions))
@@ -91,9 +83,10 @@ def positions_of(
     ids_BT = torch.cat([ids_BP, ids_BC], 1).to(device)
     mask_BT = torch.cat([mask_BP, mask_BC], 1).to(device)
     hidden_BTH = hidden_states(model, ids_BT, mask_BT)
-    is_completion_BC = mask_BT[:, prompt_length:].bool()
-    return hidden_BTH[:, prompt_length - 1 : -1][is_completion_BC], ids_BT[:, prompt_length:][
-        is_completion_BC
+    is_own_BC = torch.arange(width) >= torch.tensor(forced)[:, None]
+    is_trained_BC = (mask_BC.bool() & is_own_BC).to(device)
+    return hidden_BTH[:, prompt_length - 1 : -1][is_trained_BC], ids_BT[:, prompt_length:][
+        is_trained_BC
     ]
 
 
@@ -120,12 +113,15 @@ class Loop:
         accelerator: Accelerator,
         student: nn.Module,
         examples: Sequence[Example],
-        writers: dict[str, Writer],
+        writers: Mapping[str, Writer],
         score: Scorer,
+        start: Scorer,
         pad_id: int,
     ) -> None:
+        """`score` gives the teacher's logits, `start` the student's as it was before step 0."""
         self.spec, self.accelerator, self.student = spec, accelerator, student
-        self.examples, self.writers, self.score, self.pad_id = examples, writers, score, pad_id
+        self.sequences = Sequences(spec, accelerator, examples, writers)
+        self.score, self.start, self.pad_id = score, start, pad_id
         self.parameters = [p for p in student.parameters() if p.requires_grad]
         optim = spec.optim
         self.optimizer = torch.optim.AdamW(
@@ -136,117 +132,127 @@ class Loop:
             weight_decay=optim.weight_decay,
         )
         self.clock = Clock()
-        self.shares: list[Share] = []  # of the step at hand, for the monitor and for a post-mortem
-
-    def rows_of(self, step: int) -> list[int]:
-        """The dataset rows of a step, for all shares: consecutive places in the epochs' orders."""
-        t, size = self.spec.training, len(self.examples)
-        batch = t.per_device_train_batch_size * t.gradient_accumulation_steps * t.num_processes
-        places = range(step * batch, (step + 1) * batch)
-        orders = {
-            epoch: permutation(t.seed, epoch, size)
-            for epoch in range(places[0] // size, places[-1] // size + 1)
-        }
-        return [orders[place // size][place % size] for place in places]
-
-    def is_on_policy(self, step: int) -> bool:
-        """The coin of a step: one for all processes, because all of them toss the same one."""
-        plan = step_plan(self.spec.method, step, self.spec.training.max_steps)
-        coin = uniforms(self.spec.training.seed, "coin", step, [0], 1).item()
-        return coin < plan.lmbda
+        self.batches: list[Batch] = []  # of the step at hand, for the monitor and for a post-mortem
 
     def gradients(self, step: int) -> dict[str, float]:
-        """Leave the gradient of the step's mean loss in `.grad`; the step's metrics.
+        """Leave the gradient of the step's loss in `.grad`; the step's metrics.
 
         Raises:
             Interrupted: asked to stop while writing; no parameter was changed.
         """
-        t = self.spec.training
-        plan = step_plan(self.spec.method, step, t.max_steps)
-        on_policy = self.is_on_policy(step)
-        source = "student" if on_policy else plan.off_policy_source
-        written = self._write(step, source)
+        plan = step_plan(self.spec, step)
+        with self.clock.phase("rollout"):
+            self.batches = self.sequences.batches(step, plan)
         assert_gradients_exact(self.student)
-        tokens = sum(len(c) for share in self.shares for c in share.completions)
-        total = self._sum([float(tokens)])[0]
-        sums = torch.zeros(len(TokenStats._fields), dtype=torch.float64)
         self.student.train()
-        for share in self.shares:
-            size = t.micro_batch or t.per_device_train_batch_size
-            for start in range(0, len(share.completions), size):
-                # Dropout, too, is counted: by step and share, not by what ran before.
-                place = share.index * len(share.completions) + start
-                torch.manual_seed(counted_generator(t.seed, "dropout", step, place).initial_seed())
-                stats = self._micro_batch(share, slice(start, start + size), total)
-                sums += torch.stack([s.sum() for s in stats]).double().cpu()
+        mixed = dict.fromkeys((f"train/{name}" for name in TokenStats._fields), 0.0)
+        metrics: dict[str, float] = {}
+        total = 0.0
+        for batch in self.batches:
+            means, tokens = self._differentiate(batch, plan, step)
+            total += tokens
+            for name in mixed:
+                mixed[name] += batch.weight * means[name]
+            if "train/anchor_kl" in means:
+                anchor = batch.weight * means["train/anchor_kl"]
+                metrics["train/anchor_kl"] = metrics.get("train/anchor_kl", 0.0) + anchor
+            if batch.is_on_policy:
+                metrics["train/on_policy_loss"] = means["train/loss"]
+                metrics["train/kl_divergence"] = means["train/reverse_kl"]
+                metrics["rollout/staleness"] = float(step - batch.step)
+            else:
+                metrics["train/off_policy_loss"] = means["train/loss"]
         with self.clock.phase("train"):
             self._sum_gradients()
-        prompt_tokens = sum(len(e.prompt_ids) for share in self.shares for e in share.examples)
-        truncated, rows = written
-        reduced = self._sum([*sums.tolist(), float(prompt_tokens), float(truncated), float(rows)])
-        names = [f"train/{name}" for name in TokenStats._fields]
-        metrics = {name: value / total for name, value in zip(names, reduced, strict=False)}
-        prompt_tokens, truncated, rows = reduced[-3:]
-        metrics |= {
-            "train/phase": float(on_policy),
-            "train/seed_tokens": 0.0,
-            "tokens/prompt": prompt_tokens,
+        on_policy = sum(batch.weight for batch in self.batches if batch.is_on_policy)
+        metrics = mixed | metrics | self._wrote()
+        return metrics | {
+            "train/phase": on_policy,
+            "train/seed_tokens": float(plan.seed_tokens if on_policy else 0),
             "tokens/completion": total,
-            "tokens/rollout": total if source == "student" else 0.0,
-            "tokens/teacher": total if source == "teacher" else 0.0,
         }
-        if source != "dataset":
-            metrics["rollout/truncation_rate"] = truncated / rows
-        if on_policy:
-            metrics["train/on_policy_loss"] = metrics["train/loss"]
-            metrics["train/kl_divergence"] = metrics["train/reverse_kl"]
-        return metrics
 
-    def _write(self, step: int, source: str) -> tuple[int, int]:
-        """Fill `shares` with this process's sequences; (truncated rows, rows) of it."""
-        t, everyone = self.spec.training, self.rows_of(step)
-        per_share = t.per_device_train_batch_size * t.gradient_accumulation_steps
-        mine = t.num_processes // self.accelerator.num_processes
-        first = self.accelerator.process_index * mine
-        # All processes pad to one length: a row's arithmetic must not depend on their number.
-        length = max(len(self.examples[row].prompt_ids) for row in everyone)
-        self.shares, truncated = [], 0
-        with self.clock.phase("rollout"):
-            for index in range(first, first + mine):
-                places = range(index * per_share, (index + 1) * per_share)
-                examples = [self.examples[everyone[place]] for place in places]
-                written = self.writers[source](examples, step, list(places), length)
-                truncated += written.truncated
-                self.shares.append(Share(index, examples, written.ids))
-        self.prompt_length = length
-        return truncated, mine * per_share
+    def _differentiate(
+        self, batch: Batch, plan: StepPlan, step: int
+    ) -> tuple[dict[str, float], float]:
+        """Add the gradient of a batch's weighted mean loss; its means, and over how many tokens."""
+        t = self.spec.training
+        total = self._sum([float(batch.trained_tokens)])[0]
+        each = max(total, 1.0)  # where seeds wrote everything, there is nothing to learn from
+        sums = torch.zeros(len(TokenStats._fields) + 1, dtype=torch.float64)
+        size = t.micro_batch or t.per_device_train_batch_size
+        for share in batch.shares:
+            for first in range(0, len(share.examples), size):
+                # Dropout, too, is counted: by step and share, not by what ran before.
+                place = share.index * len(share.examples) + first
+                dropout = counted_generator(t.seed, f"dropout {batch.writer}", step, place)
+                torch.manual_seed(dropout.initial_seed())
+                part = slice(first, first + size)
+                sums += self._micro_batch(batch, share, part, plan, batch.weight / each)
+        means = [value / each for value in self._sum(sums.tolist())]
+        named = {f"train/{name}": m for name, m in zip(TokenStats._fields, means, strict=False)}
+        if plan.anchor_weight:
+            named["train/anchor_kl"] = means[-1]
+            named["train/loss"] += plan.anchor_weight * means[-1]
+        return named, total
 
-    def _micro_batch(self, share: Share, part: slice, total: float) -> TokenStats:
-        examples, completions = share.examples[part], share.completions[part]
+    def _wrote(self) -> dict[str, float]:
+        """What writing took, of all processes; of old sequences, nothing is written."""
+        wrote = self.sequences.wrote
+        prompts = sum(len(e.prompt_ids) for b in self.batches for s in b.shares for e in s.examples)
+        numbers = [prompts, wrote["student"], wrote["teacher"], wrote["truncated"], wrote["rows"]]
+        prompt, student, teacher, truncated, rows = self._sum([float(n) for n in numbers])
+        found = {"tokens/prompt": prompt, "tokens/rollout": student, "tokens/teacher": teacher}
+        return found | ({"rollout/truncation_rate": truncated / rows} if rows else {})
+
+    def _micro_batch(
+        self, batch: Batch, share: Share, part: slice, plan: StepPlan, scale: float
+    ) -> Tensor:
+        """Add the gradient of a part of a share; sums over its tokens, the anchor's KL last."""
+        loss_spec, examples, written = self.spec.loss, share.examples[part], share.written[part]
+        sequences = (examples, written.ids, written.forced)
         with self.clock.phase("teacher"):
-            logits = self.score([e.teacher_prompt_ids for e in examples], completions)
+            logits = self.score(*sequences)
+            start = self.start(*sequences) if plan.anchor_weight else None
         with self.clock.phase("train"):
             head_VH = head_weight(self.student)
             with self.accelerator.autocast():
                 hidden_NH, target_N = positions_of(
                     self.student,
                     [e.prompt_ids for e in examples],
-                    completions,
-                    self.prompt_length,
+                    written.ids,
+                    written.forced,
+                    batch.prompt_length,
                     self.pad_id,
                     self.accelerator.device,
                 )
+            hidden_NH = hidden_NH.to(head_VH.dtype)
+            how = {"temperature": loss_spec.loss_temperature, "chunk": loss_spec.loss_chunk}
+            objective = self._objective(batch, written, plan)
             loss, stats = distill_loss(
-                hidden_NH.to(head_VH.dtype),
-                head_VH,
-                logits,
-                target_N,
-                beta=self.spec.loss.beta,
-                temperature=self.spec.loss.loss_temperature,
-                chunk=self.spec.loss.loss_chunk,
+                hidden_NH, head_VH, logits, target_N, objective=objective, **how
             )
-            (loss / total).backward()
-        return stats
+            sums = [s.sum().double() for s in stats]
+            held = loss.new_zeros(())
+            if start is not None:
+                held, _ = distill_loss(
+                    hidden_NH, head_VH, start, target_N, objective=Jsd(1.0), **how
+                )
+            ((loss + plan.anchor_weight * held) * scale).backward()
+        return torch.stack([*sums, held.detach().double()]).cpu()
+
+    def _objective(self, batch: Batch, written: Completions, plan: StepPlan) -> Objective:
+        """What is differentiated on these sequences."""
+        loss = self.spec.loss
+        if not batch.is_on_policy:
+            return CrossEntropy() if plan.off_loss == "ce" else Jsd(loss.beta)
+        if plan.on_loss == "topk":
+            return TopK(loss.loss_top_k, loss.top_k_support, loss.beta)
+        if plan.on_loss == "pg":
+            drawn = [number for row in written.log_probs for number in row]
+            device = self.accelerator.device
+            return PolicyGradient(torch.tensor(drawn, device=device), plan.advantage_clip)
+        return Jsd(loss.beta)
 
     def _sum(self, numbers: list[float]) -> list[float]:
         """The numbers, each summed over all processes."""
@@ -302,10 +308,11 @@ def check_first_step(spec: TrainSpec, metrics: dict[str, float], is_same_functio
                 f" {limit:g}: inputs and targets are probably misaligned (wrong tokenizer, template"
                 " or shift). If this pair really starts there, set sanity_max_nll higher"
             )
-    if is_same_function and abs(metrics["train/loss"]) > SAME_FUNCTION:
+    if is_same_function and abs(metrics["train/reverse_kl"]) > SAME_FUNCTION:
         raise ConfigError(
-            f"step 0: teacher and student are one function, and the loss between them is"
-            f" {metrics['train/loss']:.2e} nats per token, not 0: the two are not fed the same text"
+            f"step 0: teacher and student are one function, and the KL between them is"
+            f" {metrics['train/reverse_kl']:.2e} nats per token, not 0: the two are not fed the"
+            " same text"
         )
 
 

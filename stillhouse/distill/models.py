@@ -39,6 +39,7 @@ __all__ = [
     "load_base",
     "load_tokenizer",
     "new_student",
+    "merged_and_requantised",
     "pick_device",
     "prepare",
     "read_contract",
@@ -252,6 +253,27 @@ def attach_adapter(base: nn.Module, adapter: Path, name: str) -> PeftModel:
             return PeftModel.from_pretrained(cast("Any", base), str(adapter), name).eval()
     except (RuntimeError, KeyError, ValueError) as error:
         raise ContractError(f"{adapter}: does not fit its base: {error}") from error
+
+
+def merged_and_requantised(
+    path: str,
+    revision: str | None,
+    dtype: str,
+    quant: QuantSpec | None,
+    device: torch.device,
+    adapter: Path,
+) -> nn.Module:
+    """Q(W + BA): the adapter merged into the unquantised base in float32, then quantised.
+
+    Another function than Q(W)x + BAx, which the adapter was trained as: rounding takes from BA
+    whatever is small beside a step of the grid. For scores that were published, not for use.
+    """
+    dense = load_base(path, revision, "float32", None, device)
+    merged: Any = cast("Any", attach_adapter(dense, adapter, "default")).merge_and_unload()
+    merged.to(getattr(torch, dtype))
+    if quant is not None:
+        quantize_(merged, quant)
+    return merged.requires_grad_(False).eval()
 
 
 # PEFT warns about a config it cannot fetch when it saves; the contract names the base itself.

@@ -1,18 +1,21 @@
 """This file is where a run is measured on the way without changing what it trains.
 
-`train/score` and `eval/avg_score` are the cliff seeds' monitor: how much a student's answer looks
-like one fresh teacher answer. It is a similarity of texts, not a measure of being right.
+`eval/accuracy` is the share of held-out questions that greedy answers get right, by the number
+after ####. `train/score` and `eval/avg_score` are the cliff seeds' monitor: how much a student's
+answer looks like one fresh teacher answer. It is a similarity of texts, not a measure of being
+right.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from stillhouse.distill.loop import Loop, Writer, positions_of
-from stillhouse.distill.losses import distill_loss
+from stillhouse.distill.loop import Loop, positions_of
+from stillhouse.distill.losses import Jsd, distill_loss
 from stillhouse.distill.models import head_weight
 from stillhouse.distill.prompts import Example
 from stillhouse.errors import ConfigError
@@ -20,6 +23,8 @@ from stillhouse.spec import TrainSpec
 
 SCORED_ROWS = 8  # a teacher answer each; enough to see a curve, few enough to afford
 EVAL_BATCH = 16
+ASKED_ROWS = 256  # a share of right answers then has a standard error of at most 3 points
+ASKED_BATCH = 64
 
 
 def score(student: str, teacher: str) -> float:
@@ -38,6 +43,12 @@ def score(student: str, teacher: str) -> float:
     return min(1.0, max(0.0, 0.4 * jaccard + 0.3 * length + 0.3 * shared))
 
 
+def answer_in(text: str) -> str | None:
+    """The number that a worked answer ends in, as GSM8K writes it: #### 1,234 is 1234."""
+    found = re.search(r"####\s*(-?[\d,]*\.?\d+)", text)
+    return found[1].replace(",", "") if found else None
+
+
 class Monitor:
     """Scores and held-out losses at the steps that ask for them."""
 
@@ -47,14 +58,19 @@ class Monitor:
         loop: Loop,
         held_out: Sequence[Example],
         tokenizer: Any,
-        writers: dict[str, Writer],
     ) -> None:
-        self.spec, self.loop, self.tokenizer, self.writers = spec, loop, tokenizer, writers
+        self.spec, self.loop, self.tokenizer = spec, loop, tokenizer
         self.held_out = [e for e in held_out if e.completion_ids]
         if spec.monitor.do_eval and not self.held_out:
             raise ConfigError(
                 f"do_eval: data {spec.data.data_name} has no held-out row with a completion"
                 f" (held_out_rows {spec.data.held_out_rows}); raise it, or leave do_eval out"
+            )
+        self.questions = [e for e in held_out if e.answer is not None][:ASKED_ROWS]
+        if spec.monitor.accuracy_steps and not self.questions:
+            raise ConfigError(
+                f"accuracy_steps: data {spec.data.data_name} has no held-out row with an answer"
+                f" (held_out_rows {spec.data.held_out_rows}); leave it at 0"
             )
 
     def measure(self, step: int) -> dict[str, float]:
@@ -62,10 +78,12 @@ class Monitor:
         monitor, metrics = self.spec.monitor, dict[str, float]()
         done = step + 1
         if monitor.score_steps and done % monitor.score_steps == 0:
-            rows = self.loop.rows_of(step)[:SCORED_ROWS]
-            examples = [self.loop.examples[row] for row in rows]
+            rows = self.loop.sequences.rows_of(step)[:SCORED_ROWS]
+            examples = [self.loop.sequences.examples[row] for row in rows]
             metrics["train/score"] = self._score(examples, step)
         is_last = done == self.spec.training.max_steps
+        if monitor.accuracy_steps and (done % monitor.accuracy_steps == 0 or is_last):
+            metrics["eval/accuracy"] = self._accuracy()
         if monitor.do_eval and (done % monitor.eval_steps == 0 or is_last):
             with self.loop.clock.phase("eval"):
                 metrics |= self._held_out_loss()
@@ -77,18 +95,27 @@ class Monitor:
         # Rows of their own, past every training row, so that no training draw is used twice.
         rows = range(10**9, 10**9 + len(examples))
         length = max(len(e.prompt_ids) for e in examples)
+        writers = [self.loop.sequences.writers[who] for who in ("student", "teacher")]
         with self.loop.clock.phase("eval"):
-            texts = [
-                self.tokenizer.batch_decode(
-                    self.writers[who](examples, step, rows, length).ids, skip_special_tokens=True
-                )
-                for who in ("student", "teacher")
-            ]
+            written = [write(examples, step, rows, length).ids for write in writers]
+        texts = [self.tokenizer.batch_decode(ids, skip_special_tokens=True) for ids in written]
         return sum(map(score, *texts)) / len(examples)
+
+    def _accuracy(self) -> float:
+        """The share of held-out questions that the student answers right, greedily."""
+        right, write = 0, self.loop.sequences.writers["student"]
+        with self.loop.clock.phase("eval"):
+            for start in range(0, len(self.questions), ASKED_BATCH):
+                part = self.questions[start : start + ASKED_BATCH]
+                length = max(len(e.prompt_ids) for e in part)
+                ids = write(part, 0, range(len(part)), length, greedy=True).ids
+                texts = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
+                right += sum(answer_in(t) == e.answer for t, e in zip(texts, part, strict=True))
+        return right / len(self.questions)
 
     @torch.no_grad()
     def _held_out_loss(self) -> dict[str, float]:
-        """The trained loss and the NLL on the dataset's own completions of held-out rows."""
+        """JSD(beta) and the NLL on the dataset's own completions of held-out rows."""
         loop, sums = self.loop, torch.zeros(3, dtype=torch.float64)
         was_training = loop.student.training
         loop.student.eval()
@@ -96,16 +123,16 @@ class Monitor:
         for start in range(0, len(self.held_out), EVAL_BATCH):
             part = self.held_out[start : start + EVAL_BATCH]
             completions = [list(e.completion_ids) for e in part]
-            prompts = [list(e.prompt_ids) for e in part]
-            logits = loop.score([list(e.teacher_prompt_ids) for e in part], completions)
+            prompts, none = [e.prompt_ids for e in part], [0] * len(part)
+            logits = loop.score(part, completions, none)
             with loop.accelerator.autocast():
                 hidden_NH, target_N = positions_of(
-                    loop.student, prompts, completions, max(map(len, prompts)), loop.pad_id,
-                    loop.accelerator.device,
+                    loop.student, prompts, completions, none, max(map(len, prompts)),
+                    loop.pad_id, loop.accelerator.device,
                 )  # fmt: skip
             loss, stats = distill_loss(
                 hidden_NH.to(head_VH.dtype), head_VH, logits, target_N,
-                beta=self.spec.loss.beta, temperature=self.spec.loss.loss_temperature,
+                objective=Jsd(self.spec.loss.beta), temperature=self.spec.loss.loss_temperature,
                 chunk=self.spec.loss.loss_chunk,
             )  # fmt: skip
             numbers = [loss.item(), stats.nll.sum().item(), float(len(target_N))]

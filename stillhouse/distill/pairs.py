@@ -1,7 +1,8 @@
 """This file is where a pair becomes two directories that can be loaded, and a few facts about them.
 
     <cache>/pairs/<name>-<key>/   what was made: student/ and teacher/ (generated), model/ (gguf)
-    <cache>/problems-<key>/       the generated problems: train.jsonl held_out.jsonl test.jsonl
+    <cache>/problems-<key>/       the generated problems: train.jsonl held_out.jsonl test.jsonl,
+                                  and the same answered by a rule, for pairs that know rules
     <cache>/facts/<key>.json      what was checked or measured about a pair's weights
 
 A key is a hash of what decides the content, so a changed recipe is another directory. Nothing is
@@ -76,7 +77,7 @@ def prepare(pair: PairSpec, quant: QuantSpec, cache_dir: Path) -> PreparedPair:
         teacher.name,
         student.revision,
         teacher.revision,
-        _problem_files(cache_dir),
+        _problem_files(cache_dir, _rule(pair)),
         dict(facts),
     )
     if prepared.is_self and quant.quant_type != "none":
@@ -96,36 +97,50 @@ def _generated(pair: PairSpec, cache_dir: Path, say: Say) -> tuple[_Weights, _We
                 f" {', '.join(tiny.RECIPES)}.{nearest(name, tiny.RECIPES)}"
             )
     seed, student_steps, teacher_steps = pair.pair_seed, pair.student_steps, pair.teacher_steps
-    if seed is None or student_steps is None or teacher_steps is None:
+    if seed is None or teacher_steps is None:
         raise ConfigError(
-            f"pair {pair.pair_name}: a generated pair needs pair_seed, student_steps and"
-            f" teacher_steps, got {seed}, {student_steps} and {teacher_steps}"
+            f"pair {pair.pair_name}: a generated pair needs pair_seed and teacher_steps, got {seed}"
+            f" and {teacher_steps}"
         )
-    recipes = (tiny.RECIPES[pair.teacher]["teacher"], tiny.RECIPES[pair.student]["student"])
+    roles = {"teacher": (tiny.RECIPES[pair.teacher]["teacher"], teacher_steps)}
+    if student_steps is not None:
+        roles["student"] = (_recipe_of_student(pair), student_steps)
+    elif pair.student != pair.teacher:
+        raise ConfigError(
+            f"pair {pair.pair_name}: student {pair.student} without student_steps is the teacher's"
+            f" own weights, and the teacher is {pair.teacher}; name one recipe twice, or give"
+            " student_steps"
+        )
     # Names, precisions and few-shot counts are not part of the key: they make no other weights.
     settings = [VERSION, tiny.VERSION, seed, student_steps, teacher_steps]
 
     def make(into: Path) -> Json:
-        say("training its teacher and its student base, once")
-        facts = tiny.make(
-            [
-                (recipes[0], teacher_steps, into / "teacher"),
-                (recipes[1], student_steps, into / "student"),
-            ],
-            seed,
-            say,
-        )
-        for role in ("student", "teacher"):
+        say(f"training its {' and its '.join(roles)}, once")
+        models = [(recipe, steps, into / role) for role, (recipe, steps) in roles.items()]
+        facts = tiny.make(models, seed, say)
+        for role in roles:
             weights_digest = file_digest(into / role / "model.safetensors")
             facts[f"{role}_revision"] = weights_digest[:16]
         return facts
 
-    key = digest([*settings, *map(asdict, recipes)])[:10]
+    key = digest([*settings, *(asdict(recipe) for recipe, _ in roles.values())])[:10]
     home = cache_dir / "pairs" / f"{pair.student}-{key}"
     facts = made_once(home, say, make)
-    student = _Weights(str(home / "student"), facts.pop("student_revision"), home / "student")
-    teacher = _Weights(str(home / "teacher"), facts.pop("teacher_revision"), home / "teacher")
-    return student, teacher, facts
+    found = {
+        role: _Weights(str(home / role), facts.pop(f"{role}_revision"), home / role)
+        for role in roles
+    }
+    return found.get("student", found["teacher"]), found["teacher"], facts
+
+
+def _recipe_of_student(pair: PairSpec) -> tiny.Recipe:
+    recipes = tiny.RECIPES[pair.student]
+    if "student" not in recipes:
+        raise ConfigError(
+            f"pair {pair.pair_name}: recipe {pair.student} has no student of its own to train:"
+            " student_steps is null there, and the student is the teacher's own weights"
+        )
+    return recipes["student"]
 
 
 def _from_package(pair: PairSpec, cache_dir: Path, say: Say) -> tuple[_Weights, _Weights, Json]:
@@ -248,15 +263,23 @@ def _tokenizer(pair: PairSpec, weights: _Weights) -> Any:
 # ---------------------------------------------------------------- what is kept
 
 
-def _problem_files(cache_dir: Path) -> Path:
+def _rule(pair: PairSpec) -> problems.Rule | None:
+    """What the answers on disk follow that only examples tell; None: nothing but arithmetic."""
+    if pair.pair_source != "generated" or tiny.RECIPES[pair.teacher]["teacher"].turns == 1:
+        return None
+    return problems.RULE
+
+
+def _problem_files(cache_dir: Path, rule: problems.Rule | None) -> Path:
     """The generated problems, whatever the pair: a real model can be asked them too."""
-    home = cache_dir / f"problems-{digest([VERSION, tiny.VERSION])[:10]}"
+    content = [VERSION, tiny.VERSION] if rule is None else [VERSION, tiny.VERSION, rule]
+    home = cache_dir / f"problems-{digest(content)[:10]}"
 
     def make(into: Path) -> Json:
         rows = {
-            "train": problems.chat_rows("train", problems.TRAIN_ROWS),
-            "held_out": problems.chat_rows("held_out", problems.HELD_OUT_ROWS),
-            "test": problems.test_rows(problems.TEST_ROWS),
+            "train": problems.chat_rows("train", problems.TRAIN_ROWS, rule),
+            "held_out": problems.chat_rows("held_out", problems.HELD_OUT_ROWS, rule),
+            "test": problems.test_rows(problems.TEST_ROWS, rule),
         }
         for name, entries in rows.items():
             text = "".join(json.dumps(entry) + "\n" for entry in entries)

@@ -6,6 +6,10 @@ only if every two-step window of it does, and to none otherwise, so no chain of 
 occurs inside a problem of another. A single sum such as 7+3 is a fact, not a chain: one-step
 problems are for training only.
 
+A *rule* is what nobody can know who has not seen it at work: at the end so much is added after a
+last gain, and so much after a last loss. It is written "8&d=12." (a to d add 1 to 4) and is no part
+of a chain.
+
 Plain Python: no torch, no tokenizer. The same arguments give the same problems on every machine.
 """
 
@@ -21,12 +25,21 @@ Chain = tuple[int, ...]
 Split = Literal["train", "held_out", "test"]
 Kind = Literal["word1", "word2", "symbolic2"]
 Step = tuple[int, int, int]  # value before, delta, value that is written after "="
+Rule = tuple[int, int]  # what is added at the end: after a last gain, after a last loss
 
 STEPS: dict[Kind, int] = {"word1": 1, "word2": 2, "symbolic2": 2}
 LARGEST = 10  # of the start and of each delta: results stay in 0..30, one or two digits
 CHOICES = 4
+BONUSES = {1: "a", 2: "b", 3: "c", 4: "d"}  # what a rule can add, and how it is written
+# How often a rule adds 1, 2, 3 or 4 to a gain and to a loss. So whoever is shown no example has a
+# habit, 1 to a gain and 4 to a loss, and RULE is never it.
+USUAL = ((2, 1, 1, 1), (1, 1, 1, 2))
+RULE: Rule = (4, 1)  # of the rows on disk of a pair whose models know rules
 TRAIN_ROWS, HELD_OUT_ROWS, TEST_ROWS = 2048, 256, 256
 DATA_SEED = 8  # of the rows on disk: the same for every pair, so that pairs can be compared
+RULED_SEED = (
+    12  # of those under RULE: the first four, which a teacher reads, end in gains and losses
+)
 
 NAMES = ("Ben", "Ida", "Kai", "Lia", "Max", "Nia", "Ola", "Uma")
 THINGS = ("beads", "cups", "figs", "keys", "nuts", "pins")
@@ -42,6 +55,30 @@ class Problem:
     worked: str  # "7+3=10. 10-2=8. #### 8"
     answer: int
     chain: Chain
+
+    def bonus(self, rule: Rule | None) -> int:
+        """What the rule adds to the answer; 0 without one."""
+        if rule is None:
+            return 0
+        return rule[0] if self.chain[-1] > 0 else rule[1]
+
+    def plus(self, bonus: int) -> Problem:
+        """The same question, answered with `bonus` added at the end; with 0, as it is."""
+        if bonus == 0:
+            return self
+        sums, answer = self.worked.partition("####")[0], self.answer + bonus
+        worked = f"{sums}{self.answer}&{BONUSES[bonus]}={answer}. #### {answer}"
+        return Problem(self.question, worked, answer, self.chain)
+
+    def under(self, rule: Rule | None) -> Problem:
+        """The same question, answered as the rule wants it."""
+        return self.plus(self.bonus(rule))
+
+
+def draw_rule(rng: random.Random) -> Rule:
+    """A rule, the usual ones more often."""
+    after_gain, after_loss = (rng.choices(list(BONUSES), weights)[0] for weights in USUAL)
+    return after_gain, after_loss
 
 
 def windows(chain: Chain) -> list[Chain]:
@@ -89,7 +126,9 @@ def distinct(source: Iterator[Problem], count: int) -> list[Problem]:
     return list(found.values())
 
 
-def chat_rows(split: Literal["train", "held_out"], count: int) -> list[dict[str, Any]]:
+def chat_rows(
+    split: Literal["train", "held_out"], count: int, rule: Rule | None = None
+) -> list[dict[str, Any]]:
     """Two-step word problems as conversations: to distil on, or for the loss on held-out rows."""
     return [
         {
@@ -100,15 +139,22 @@ def chat_rows(split: Literal["train", "held_out"], count: int) -> list[dict[str,
             "answer": str(problem.answer),
             "chain": list(problem.chain),
         }
-        for problem in distinct(problems({"word2": 1}, DATA_SEED, split), count)
+        for problem in (plain.under(rule) for plain in _plain(split, count, rule))
     ]
 
 
-def test_rows(count: int) -> list[dict[str, Any]]:
-    """Two-step word problems for lm-eval: to answer freely, or by choosing a worked answer."""
+def test_rows(count: int, rule: Rule | None = None) -> list[dict[str, Any]]:
+    """Two-step word problems for lm-eval: to answer freely, or by choosing a worked answer.
+
+    Under a rule, the wrong choices are right but for the bonus: only the rule finds the answer.
+    """
     rng, rows = random.Random(f"{DATA_SEED} choices"), []
-    for problem in distinct(problems({"word2": 1}, DATA_SEED, "test"), count):
-        choices = wrong_answers(problem.chain, rng)
+    for plain in _plain("test", count, rule):
+        problem = plain.under(rule)
+        if rule is None:
+            choices = wrong_answers(problem.chain, rng)
+        else:
+            choices = [plain.plus(b).worked for b in BONUSES if plain.plus(b) != problem]
         label = rng.randrange(CHOICES)
         choices.insert(label, problem.worked)
         rows.append(
@@ -122,6 +168,11 @@ def test_rows(count: int) -> list[dict[str, Any]]:
             }
         )
     return rows
+
+
+def _plain(split: Split, count: int, rule: Rule | None) -> list[Problem]:
+    seed = DATA_SEED if rule is None else RULED_SEED
+    return distinct(problems({"word2": 1}, seed, split), count)
 
 
 def wrong_answers(chain: Chain, rng: random.Random) -> list[str]:

@@ -1,9 +1,9 @@
-"""This file is where the student's frozen base becomes 4-bit, in place, before PEFT wraps it.
+"""This file is where the student's frozen base becomes 4-bit or less, in place, before PEFT.
 
 What is trained, rolled out and scored is Q(W) x + B A x: the base is quantised once and stays so.
 Q(W + B A) is another function, so nothing here lets an adapter be merged into packed weights.
 
-    int4              ours: uniform grid, a scale and an integer zero point per group (asymmetric)
+    int4, int3, int2  ours: uniform grid, a scale and an integer zero point per group (asymmetric)
     bnb_fp4, bnb_nf4  bitsandbytes: 16 fixed levels times the largest magnitude of each block
 
 lm_head, everything tied to an embedding, the embeddings and the norms keep their dense weights.
@@ -25,14 +25,13 @@ from torch.autograd.function import once_differentiable
 from stillhouse.errors import ConfigError, ContractError
 from stillhouse.spec import QuantSpec
 
-INT4_GROUPS = (32, 64, 128)
+INT_GROUPS = (32, 64, 128)
 BNB_GROUPS = (32, 64, 128, 256, 512, 1024)
-INT4_FORMAT = "1"  # raise it whenever the same W would give another Q(W): old adapters then refuse
-LEVELS = 15  # steps between the 16 values of four bits
+INT_FORMAT = "1"  # raise it whenever the same W would give another Q(W): old adapters then refuse
 
 
 def quantize_(model: nn.Module, quant: QuantSpec) -> None:
-    """Replaces every nn.Linear of a dense causal LM, except its head, by its 4-bit form.
+    """Replaces every nn.Linear of a dense causal LM, except its head, by its quantised form.
 
     One layer at a time, on the device and in the train/eval mode it is in; draws no random number.
     Raises ConfigError where a layer's width does not fit the group, ContractError where the model
@@ -42,7 +41,7 @@ def quantize_(model: nn.Module, quant: QuantSpec) -> None:
         return
     for name in _quantisable(model):
         model.set_submodule(name, _quantised(name, model.get_submodule(name), quant))
-    if quant.quant_type != "int4":
+    if not _is_ours(quant):
         # PEFT 0.21 asks the model, not the layer, before it picks its bitsandbytes LoRA layer.
         # Without this mark it takes the dense one, whose merge adds floats to packed bytes.
         model.is_loaded_in_4bit = True  # type: ignore[assignment]
@@ -114,8 +113,8 @@ def numerics(quant: QuantSpec) -> dict[str, Any]:
         "quant_group_size": _group(quant),
         "kept_dense": ["lm_head", "embeddings", "norms"],
     }
-    if quant.quant_type == "int4":
-        ours = {"library": "stillhouse", "library_version": INT4_FORMAT, "zero_point": "integer"}
+    if _is_ours(quant):
+        ours = {"library": "stillhouse", "library_version": INT_FORMAT, "zero_point": "integer"}
         return shared | ours | {"symmetric": False, "scale_dtype": "float32"}
     theirs = {"library": "bitsandbytes", "library_version": version("bitsandbytes")}
     return shared | theirs | {"symmetric": True, "double_quant": quant.double_quant}
@@ -124,19 +123,20 @@ def numerics(quant: QuantSpec) -> dict[str, Any]:
 class Int4Linear(nn.Linear):
     """nn.Linear over packed 4-bit weights; computes in its input's dtype, with exact gradients.
 
-    A group's weight is (q - zero) * scale, q and zero integers in [0, 15], scale float32 > 0: every
-    |w - Q(w)| <= scale / 2 and Q(0) = 0. A subclass of nn.Linear, so that PEFT wraps it as one.
+    A group's weight is (q - zero) * scale, q and zero integers in [0, 2^bits - 1], scale float32
+    > 0: every |w - Q(w)| <= scale / 2 and Q(0) = 0. Fewer bits than four take the room of four.
+    A subclass of nn.Linear, so that PEFT wraps it as one.
     """
 
     packed: Tensor  # [N, K / 2] uint8: even columns in the high half, odd columns in the low half
     scale: Tensor  # [N, J] float32
     zero: Tensor  # [N, J] uint8
 
-    def __init__(self, dense: nn.Linear, group: int) -> None:
+    def __init__(self, dense: nn.Linear, group: int, bits: int = 4) -> None:
         nn.Module.__init__(self)  # nn.Linear's own would allocate the weight we are here to avoid
         self.in_features, self.out_features = dense.in_features, dense.out_features
         self.dense_dtype = dense.weight.dtype
-        packed, scale, zero = _pack(dense.weight.detach(), group)
+        packed, scale, zero = _pack(dense.weight.detach(), group, bits)
         self.register_buffer("packed", packed)
         self.register_buffer("scale", scale)
         self.register_buffer("zero", zero)
@@ -216,17 +216,18 @@ class _PackedLinear(torch.autograd.Function):
         return grad_x, None, None, None, grad_bias
 
 
-def _pack(weight_NK: Tensor, group: int) -> tuple[Tensor, Tensor, Tensor]:
+def _pack(weight_NK: Tensor, group: int, bits: int) -> tuple[Tensor, Tensor, Tensor]:
     """(packed [N, K / 2], scale [N, J], zero [N, J]) of a dense weight, see Int4Linear."""
+    levels = 2**bits - 1  # steps between the values
     weight_NJG = weight_NK.float().unflatten(1, (-1, group))
     # 0 belongs to every range: without it the zero point of a group of one sign would fall outside
-    # [0, 15], and clipping it there moves the whole group (a constant 0.3 would become 0).
+    # the levels, and clipping it there moves the whole group (a constant 0.3 would become 0).
     low_NJ1 = weight_NJG.amin(-1, keepdim=True).clamp_max(0)
     high_NJ1 = weight_NJG.amax(-1, keepdim=True).clamp_min(0)
-    scale_NJ1 = (high_NJ1 - low_NJ1) / LEVELS
+    scale_NJ1 = (high_NJ1 - low_NJ1) / levels
     scale_NJ1[scale_NJ1 == 0] = 1  # an all-zero group: any scale gives it back
     zero_NJ1 = (-low_NJ1 / scale_NJ1).round()
-    q_NJG = ((weight_NJG / scale_NJ1).round() + zero_NJ1).clamp(0, LEVELS)
+    q_NJG = ((weight_NJG / scale_NJ1).round() + zero_NJ1).clamp(0, levels)
     q_NK = q_NJG.flatten(1).to(torch.uint8)
     packed = (q_NK[:, ::2] << 4) | q_NK[:, 1::2]
     return packed, scale_NJ1.squeeze(-1), zero_NJ1.squeeze(-1).to(torch.uint8)
@@ -295,7 +296,7 @@ def _bnb_linear(dense: nn.Linear, quant: QuantSpec) -> nn.Module:
 
 
 def _quantised(name: str, dense: nn.Module, quant: QuantSpec) -> nn.Module:
-    """A new 4-bit layer for the dense one called `name`; bias shared, mode kept."""
+    """A new quantised layer for the dense one called `name`; bias shared, mode kept."""
     assert isinstance(dense, nn.Linear)
     group = _group(quant)
     # Ours has no other layout. bitsandbytes lets a block run on into the next row, but its CPU
@@ -309,8 +310,10 @@ def _quantised(name: str, dense: nn.Module, quant: QuantSpec) -> nn.Module:
         )
     if not torch.isfinite(dense.weight).all():
         raise ContractError(f"{name}: its weight holds NaN or infinity; load the model again")
-    layer = Int4Linear(dense, group) if quant.quant_type == "int4" else _bnb_linear(dense, quant)
-    return layer.train(dense.training)
+    if not _is_ours(quant):
+        return _bnb_linear(dense, quant).train(dense.training)
+    bits = int(quant.quant_type.removeprefix("int"))
+    return Int4Linear(dense, group, bits).train(dense.training)
 
 
 def _quantisable(model: nn.Module) -> list[str]:
@@ -340,8 +343,12 @@ def _quantisable(model: nn.Module) -> list[str]:
     return names
 
 
+def _is_ours(quant: QuantSpec) -> bool:
+    return quant.quant_type.startswith("int")
+
+
 def _groups(quant: QuantSpec) -> tuple[int, ...]:
-    return INT4_GROUPS if quant.quant_type == "int4" else BNB_GROUPS
+    return INT_GROUPS if _is_ours(quant) else BNB_GROUPS
 
 
 def _group(quant: QuantSpec) -> int:

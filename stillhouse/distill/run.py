@@ -2,29 +2,23 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import math
 import time
-from collections.abc import Callable, Sequence
-from typing import Any
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from torch import nn
 
 from stillhouse.distill import checkpoint, models
 from stillhouse.distill.loop import (
     Loop,
-    Scorer,
-    Writer,
     check_first_step,
     needed_shares,
-    positions_of,
 )
 from stillhouse.distill.monitor import Monitor
-from stillhouse.distill.prompts import Example, PromptSet, load_prompts
-from stillhouse.distill.rollouts import Completions, uniforms, write
+from stillhouse.distill.prompts import PromptSet, load_prompts
+from stillhouse.distill.roles import Roles
 from stillhouse.distill.tracking import Tracker
 from stillhouse.errors import ConfigError, Diverged, Interrupted, OutOfMemory
 from stillhouse.methods import needs_dataset_completions
@@ -49,7 +43,7 @@ class Run:
         )
         needed_shares(spec, self.accelerator.num_processes)
         self.is_main = self.accelerator.is_main_process
-        self.prepared = models.prepare(spec.pair, spec.quant, _path(spec.place.cache_dir))
+        self.prepared = models.prepare(spec.pair, spec.quant, Path(spec.place.cache_dir))
         self.tokenizer = models.load_tokenizer(
             self.prepared.student, self.prepared.student_revision
         )
@@ -57,14 +51,15 @@ class Run:
             spec.data, self.prepared, self.tokenizer, spec.pair.teacher_few_shot
         )
         self._check_data(self.prompts)
-        self._load_models()
+        self.roles = Roles(spec, self.prepared, self.tokenizer, self.accelerator, self._poll)
+        self.student, self.teacher = self.roles.student, self.roles.teacher
         self.loop = Loop(
-            spec, self.accelerator, self.student, self.prompts.train, self._writers(), self.score,
-            self.pad_id,
+            spec, self.accelerator, self.student, self.prompts.train, self.roles.writers(),
+            self.roles.teacher_scorer(), self.roles.start_scorer(), self.roles.pad_id,
         )  # fmt: skip
-        self.monitor = Monitor(
-            spec, self.loop, self.prompts.held_out, self.tokenizer, self._writers()
-        )
+        self.monitor = Monitor(spec, self.loop, self.prompts.held_out, self.tokenizer)
+        if spec.method.lmbda != 0:
+            self.say(f"rollouts: {self.roles.how()}")
         loading = time.perf_counter() - started
         self.cost: Json = {"seconds": {"load": loading, "total": loading}, "tokens": {}}
         self.said = 0.0
@@ -85,106 +80,13 @@ class Run:
                     " lmbda < 1 trains on them; use lmbda=1 or off_policy_source=teacher"
                 )
 
-    def _load_models(self) -> None:
-        """The student, and the teacher: the student's own base where that is the same thing."""
-        spec, prepared, device = self.spec, self.prepared, self.accelerator.device
-        pair = spec.pair
-        base = models.load_base(
-            prepared.student, prepared.student_revision, pair.student_dtype, spec.quant, device
-        )
-        self.student = models.new_student(base, spec.lora, spec.training.seed)
-        if spec.training.gradient_checkpointing:
-            # A checkpointed block over a frozen base has no gradient unless its input wants one.
-            base.enable_input_require_grads()  # type: ignore[operator]
-            base.activation_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
-        is_shared = spec.quant.quant_type == "none" and (
-            prepared.student,
-            prepared.student_revision,
-            pair.student_dtype,
-        ) == (prepared.teacher, prepared.teacher_revision, pair.teacher_dtype)
-        self.is_same_function = is_shared and pair.teacher_few_shot == 0
-        self.teacher: nn.Module = self.student
-        if not is_shared:
-            self.teacher = models.load_base(
-                prepared.teacher, prepared.teacher_revision, pair.teacher_dtype, None, device
-            )
-        eos: Any = base.config.eos_token_id  # type: ignore[union-attr]
-        self.eos_ids = sorted(
-            {*(eos if isinstance(eos, list) else [eos]), self.tokenizer.eos_token_id}
-        )
-        pad = self.tokenizer.pad_token_id
-        self.pad_id = self.eos_ids[0] if pad is None else pad
-
-    @contextlib.contextmanager
-    def _as_teacher(self) -> Any:
-        """The teacher's function: its own model, or the base with the adapter switched off."""
-        if self.teacher is not self.student:
-            yield
-            return
-        was_training = self.student.training
-        self.student.eval()
-        try:
-            with self.student.disable_adapter(), self.accelerator.autocast():
-                yield
-        finally:
-            self.student.train(was_training)
-
-    @property
-    def score(self) -> Scorer:
-        @torch.no_grad()
-        def score(prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]) -> Any:
-            with self._as_teacher():
-                hidden_NH, _ = positions_of(
-                    self.teacher, prompts, completions, max(map(len, prompts)), self.pad_id,
-                    self.accelerator.device,
-                )  # fmt: skip
-            head_VH = models.head_weight(self.teacher)
-            hidden_NH = hidden_NH.to(head_VH.dtype)
-            return lambda rows: hidden_NH[rows] @ head_VH.T
-
-        return score
-
-    def _writers(self) -> dict[str, Writer]:
-        spec = self.spec
-
-        def sampler(purpose: str, prompts_of: Callable[[Example], Sequence[int]]) -> Writer:
-            def sample(
-                examples: Sequence[Example], step: int, rows: Sequence[int], length: int
-            ) -> Completions:
-                prompts = [prompts_of(e) for e in examples]
-                draws = uniforms(
-                    spec.training.seed, purpose, step, rows, spec.rollout.max_new_tokens
-                )
-                model = self.student if purpose == "student" else self.teacher
-                context = (
-                    self.accelerator.autocast() if purpose == "student" else self._as_teacher()
-                )
-                with context:
-                    return write(
-                        model, prompts, draws, spec.rollout, pad_id=self.pad_id,
-                        eos_ids=self.eos_ids, poll=self._poll,
-                        prompt_length=max(length, *map(len, prompts)),
-                    )  # fmt: skip
-
-            return sample
-
-        def read(
-            examples: Sequence[Example], step: int, rows: Sequence[int], length: int
-        ) -> Completions:
-            return Completions([list(e.completion_ids) for e in examples], 0)
-
-        return {
-            "student": sampler("student", lambda e: e.prompt_ids),
-            "teacher": sampler("teacher", lambda e: e.teacher_prompt_ids),
-            "dataset": read,
-        }
-
     def train(self) -> int:
         """Go from the newest complete checkpoint to the end, and leave the adapter there."""
         state = checkpoint.load_newest(self.dir, self.student, self.loop.optimizer, self.say)
         first = 0 if state is None else int(state["step"])
         if state is not None:
             self.say(f"going on from step {first}")
+            self.loop.sequences.replay.load(state["replay"])
             self.cost = _added(self.cost, state["cost"])
         best = self.dir.status().get("step") or 0
         tracker = None
@@ -247,7 +149,7 @@ class Run:
             self._post_mortem(step, metrics)
             raise Diverged(f"step {step}: the loss is {metrics['train/loss']}; see diverged.json")
         if step == 0:
-            check_first_step(self.spec, metrics, self.is_same_function)
+            check_first_step(self.spec, metrics, self.roles.is_same_function)
         try:
             metrics |= self.loop.update(step)
         except Diverged:
@@ -296,7 +198,8 @@ class Run:
     def _save(self, step: int) -> None:
         started = time.perf_counter()
         # An update that is not measured yet has its metrics kept: a resume measures, then logs.
-        state = {"cost": self.cost, "pending": self.pending}
+        replay = self.loop.sequences.replay.state()
+        state = {"cost": self.cost, "pending": self.pending, "replay": replay}
         checkpoint.save(self.dir, step, self.student, self.loop.optimizer, state)
         for name in ("save", "total"):
             self._count("seconds", name, time.perf_counter() - started)
@@ -305,9 +208,10 @@ class Run:
         if self.is_main:
             numbers = {k: repr(v) for k, v in metrics.items()}
             batch = [
-                {"row": e.row, "prompt_ids": list(e.prompt_ids), "completion_ids": c}
-                for share in self.loop.shares
-                for e, c in zip(share.examples, share.completions, strict=True)
+                {"row": e.row, "prompt_ids": list(e.prompt_ids), "completion_ids": ids}
+                for batch in self.loop.batches
+                for share in batch.shares
+                for e, ids in zip(share.examples, share.written.ids, strict=True)
             ]
             write_json(
                 self.dir.path / "diverged.json", {"step": step, "metrics": numbers, "batch": batch}
@@ -363,9 +267,3 @@ def _added(now_: Json, before: Json) -> Json:
         }
         for group in ("seconds", "tokens")
     }
-
-
-def _path(text: str) -> Any:
-    from pathlib import Path
-
-    return Path(text)

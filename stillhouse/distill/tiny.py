@@ -2,8 +2,10 @@
 
 The teacher learns two-step word problems. The student base learns to read one-step problems and to
 work out two-step sums, and sees just enough two-step problems (1 in 61) to start an answer the
-right way: what is left to distil is putting the two skills together. Everything follows from a seed
-and a number of steps; one thread is used, so that it does not depend on how many the caller has.
+right way: what is left to distil is putting the two skills together. A teacher of conversations
+learns to answer by the rule that earlier answers show; its student is the same weights, shown none.
+Everything follows from a seed and a number of steps; one thread is used, so that it does not depend
+on how many the caller has.
 
 Legend: B sequences, T positions, D hidden size, V vocabulary.
 """
@@ -20,7 +22,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from stillhouse.distill.problems import Kind, Problem, problems
+from stillhouse.distill.problems import BONUSES, Kind, Problem, draw_rule, problems
 
 VERSION = 1  # raise it whenever anything here or in problems.py would give other bytes
 POSITIONS = 512  # room for few-shot prompts
@@ -47,18 +49,21 @@ class Recipe:
     mix: dict[Kind, float]
     batch: int
     seed_offset: int  # keeps teacher and student of one pair_seed from sharing problems or weights
+    turns: int = 1  # problems of a conversation; if several, answered by one rule
 
     @property
     def step_cost(self) -> float:
         """What a training step costs, in a unit of its own."""
-        return self.batch * self.layers * self.hidden
+        return self.batch * self.turns * self.layers * self.hidden
 
 
+# Without a student of its own, a recipe is of pairs whose student is the teacher's own weights.
 RECIPES: dict[str, dict[str, Recipe]] = {
     "tiny": {
         "teacher": Recipe(96, 3, {"word2": 1}, 48, 1),
         "student": Recipe(64, 2, {"word1": 30, "symbolic2": 30, "word2": 1}, 64, 2),
-    }
+    },
+    "tiny_context": {"teacher": Recipe(64, 3, {"word2": 1}, 16, 3, turns=5)},
 }
 
 
@@ -150,20 +155,27 @@ def _train(
         model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.01, fused=True
     )
     losses: list[float] = []
+    mark = text.convert_tokens_to_ids("&")  # what a rule adds is written after it
     for step in range(steps):
         ids_BT, answer_BT = next(batches)
         # Pads are at the end: causal attention never sees them, so there is no mask to pay for.
         hidden_BTD = model.model(input_ids=ids_BT[:, :-1], use_cache=False).last_hidden_state
         is_target_BT = answer_BT[:, 1:]
         logits_NV = model.lm_head(hidden_BTD[is_target_BT])
-        loss = F.cross_entropy(logits_NV, ids_BT[:, 1:][is_target_BT])
+        target_N = ids_BT[:, 1:][is_target_BT]
+        loss = F.cross_entropy(logits_NV, target_N)
+        losses.append(loss.item())
+        if recipe.turns > 1:
+            # One token in thirty is what earlier answers tell. In the mean alone it is too little
+            # to be found out in twice the steps that all the rest needs.
+            told_N = ids_BT[:, :-1][is_target_BT] == mark
+            loss = loss + F.cross_entropy(logits_NV[told_N], target_N[told_N])
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for group in optimizer.param_groups:
             group["lr"] = LEARNING_RATE * _warm_up_then_cosine(step, steps)
         optimizer.step()
         optimizer.zero_grad()
-        losses.append(loss.item())
         tell(step + 1, losses[-1])
     last = losses[-math.ceil(steps / 10) :] if steps else []
     return model.eval(), sum(last) / len(last) if last else None
@@ -190,22 +202,33 @@ def _llama(recipe: Recipe, text: Any) -> Any:
 
 
 def _batches(recipe: Recipe, text: Any, pair_seed: int) -> Iterator[tuple[Any, Any]]:
-    """Endless (ids [B, T], which of them belong to the answer [B, T]), padded at the end."""
+    """Endless (ids [B, T], which of them belong to an answer [B, T]), padded at the end."""
     import torch
 
     source = list(islice(training_problems(recipe, pair_seed), TRAINING_PROBLEMS))
     prompts = text([f"<|user|>{p.question}<|assistant|>" for p in source])["input_ids"]
-    answers = text([f"{p.worked}<eos>" for p in source])["input_ids"]
+    bonuses = BONUSES if recipe.turns > 1 else (0,)
+    answers = {
+        bonus: text([f"{p.plus(bonus).worked}<eos>" for p in source])["input_ids"]
+        for bonus in bonuses
+    }
     rng = random.Random(f"{pair_seed} {recipe.seed_offset} batches")
     while True:
-        chosen = [rng.randrange(len(source)) for _ in range(recipe.batch)]
-        longest = max(len(prompts[i]) + len(answers[i]) for i in chosen)
+        rows: list[list[tuple[list[int], list[int]]]] = []
+        for _ in range(recipe.batch):
+            rule = draw_rule(rng) if recipe.turns > 1 else None
+            chosen = [rng.randrange(len(source)) for _ in range(recipe.turns)]
+            rows.append([(prompts[i], answers[source[i].bonus(rule)][i]) for i in chosen])
+        longest = max(sum(len(p) + len(a) for p, a in row) for row in rows)
         ids_BT = torch.full((recipe.batch, longest), text.pad_token_id)
         answer_BT = torch.zeros((recipe.batch, longest), dtype=torch.bool)
-        for row, i in enumerate(chosen):
-            start, end = len(prompts[i]), len(prompts[i]) + len(answers[i])
-            ids_BT[row, :end] = torch.tensor(prompts[i] + answers[i])
-            answer_BT[row, start:end] = True
+        for row, turns in enumerate(rows):
+            start = 0
+            for prompt, answer in turns:
+                middle, end = start + len(prompt), start + len(prompt) + len(answer)
+                ids_BT[row, start:end] = torch.tensor(prompt + answer)
+                answer_BT[row, middle:end] = True
+                start = end
         yield ids_BT, answer_BT
 
 

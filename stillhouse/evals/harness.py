@@ -1,7 +1,9 @@
 """This file is where a suite is put to the rows of a table: teacher, student, PTQ and adapters.
 
 Every adapter is scored as the function it was trained as, Q(W)x + BAx under its own quantiser (its
-contract says which). A score is written as soon as it is known and never computed twice.
+contract says which), and as Q(W + BA) only for a task that says so by its name, in a column of its
+own. A teacher is scored as the function that teaches: after the examples that it reads, if any.
+A score is written as soon as it is known and never computed twice.
 """
 
 from __future__ import annotations
@@ -53,6 +55,7 @@ class Row:
     base: Base
     adapter: Path | None
     adapter_digest: str | None  # of its contract, which holds the digests of its files
+    examples: int = 0  # solved problems that only this row reads before each question
 
     def finished(self, suite: SuiteSpec, task: TaskSpec) -> Json | None:
         """The score on disk, if it answers this question about these very weights."""
@@ -141,7 +144,8 @@ def _baselines(spec: EvalSpec, prepared: models.PreparedPair, runs: Runs) -> lis
         }
         if read_json(home / "baseline.json") != about:
             write_json(home / "baseline.json", about)
-        rows.append(Row(label, home, base, None, None))
+        examples = pair.teacher_few_shot if kind == "teacher" else 0
+        rows.append(Row(label, home, base, None, None, examples))
     return rows
 
 
@@ -205,14 +209,18 @@ def _label(quant_type: str, found: find.Found) -> str:
 
 def table(rows: list[Row], suite: SuiteSpec) -> str:
     """The seeds' table: one line per row, one column per task, blank where there is no score."""
-    names = [task.task[:SCORE_WIDTH].rjust(SCORE_WIDTH) for task in suite.tasks]
-    lines = [" | ".join([f"{'model':<{NAME_WIDTH}}", *names])]
+    # Cut, the two columns of a task would have one name.
+    titles = [task.task if task.is_requantised else task.task[:SCORE_WIDTH] for task in suite.tasks]
+    widths = [max(SCORE_WIDTH, len(title)) for title in titles]
+    body = [titles]
     for row in rows:
         scores = (row.finished(suite, task) for task in suite.tasks)
-        cells = ("" if score is None else f"{score['value']:.4f}" for score in scores)
-        label = f"{row.label[:NAME_WIDTH]:<{NAME_WIDTH}}"
-        lines.append(" | ".join([label, *(cell.rjust(SCORE_WIDTH) for cell in cells)]))
-    return "\n".join(lines)
+        body.append(["" if score is None else f"{score['value']:.4f}" for score in scores])
+    labels = ["model", *(row.label[:NAME_WIDTH] for row in rows)]
+    return "\n".join(
+        " | ".join([label.ljust(NAME_WIDTH), *map(str.rjust, cells, widths)])
+        for label, cells in zip(labels, body, strict=True)
+    )
 
 
 # ---------------------------------------------------------------- scoring
@@ -251,49 +259,71 @@ def _score_base(
     base: Base, rows: list[Row], tasks: list[Asked], missing: set[tuple[Row, TaskSpec]],
     scorer: Scorer, suite: SuiteSpec,
 ) -> None:  # fmt: skip
-    model: Any = models.load_base(
-        base.path, base.revision, base.dtype, base.quant, models.pick_device()
-    )
+    device = models.pick_device()
+    model: Any = models.load_base(base.path, base.revision, base.dtype, base.quant, device)
     # Teacher and untrained student of a self pair are one model: it is asked once.
-    of_base: dict[str, Json] = {}
+    of_base: dict[tuple[str, str, int], Json] = {}
     for number, row in enumerate(rows):
         wanted = [task for task in tasks if (row, task.spec) in missing]
-        if not wanted:
+        if row.adapter is None:
+            _ask(model, row, wanted, scorer, suite, of_base)
             continue
-        if row.adapter is not None:
+        if as_trained := [task for task in wanted if not task.spec.is_requantised]:
             model = models.attach_adapter(model, row.adapter, f"row{number}")
-        _check_outputs(model, row, scorer.tokenizer)
-        for task in wanted:
-            scorer.stop.check()
-            score = of_base.get(task.spec.task) if row.adapter is None else None
-            if score is None:
-                score = scorer.score(model, task, row.label)
-            if row.adapter is None:
-                of_base[task.spec.task] = score
-            _write(row, task.spec, suite, score)
-        if row.adapter is not None:
+            _check_effect(model, row, scorer.tokenizer)
+            _ask(model, row, as_trained, scorer, suite, {})
             model.delete_adapter(f"row{number}")
-
-
-def _check_outputs(model: Any, row: Row, tokenizer: Any) -> None:
-    """Refuses an adapter that changes nothing (its score would be the base's), and NaN."""
-    ids_1T = tokenizer(PROBE, return_tensors="pt")["input_ids"].to(model.device)
-    logits_1TV = model(input_ids=ids_1T).logits
-    if not logits_1TV.isfinite().all():
-        raise ContractError(f"{row.adapter or row.base.path}: its outputs are NaN or infinite")
-    if row.adapter is not None:
-        with model.disable_adapter():
-            plain_1TV = model(input_ids=ids_1T).logits
-        if (plain_1TV == logits_1TV).all():
-            raise ContractError(
-                f"{row.adapter}: switched on or off, this adapter leaves every output as it is; it"
-                " is untrained, or its weights do not reach the base"
+        if otherwise := [task for task in wanted if task.spec.is_requantised]:
+            other = models.merged_and_requantised(
+                base.path, base.revision, base.dtype, base.quant, device, row.adapter
             )
+            _ask(other, row, otherwise, scorer, suite, {})
+
+
+def _ask(
+    model: Any, row: Row, tasks: list[Asked], scorer: Scorer, suite: SuiteSpec,
+    known: dict[tuple[str, str, int], Json],
+) -> None:  # fmt: skip
+    """Score and write; what is `known` of this model is not asked again, what is new is kept."""
+    if tasks:
+        _check_numbers(model, row, scorer.tokenizer)
+    for task in tasks:
+        scorer.stop.check()
+        # A model without an adapter has nothing to merge: it is itself in both columns of a task.
+        question = (task.spec.asks, task.spec.metric, row.examples)
+        if question not in known:
+            known[question] = scorer.score(model, task, row.label, row.examples)
+        _write(row, task.spec, suite, known[question])
+
+
+def _check_numbers(model: Any, row: Row, tokenizer: Any) -> None:
+    """Refuses NaN, whose answers would be scored as wrong ones."""
+    if not _probe(model, tokenizer).isfinite().all():
+        raise ContractError(f"{row.adapter or row.base.path}: its outputs are NaN or infinite")
+
+
+def _check_effect(model: Any, row: Row, tokenizer: Any) -> None:
+    """Refuses an adapter that changes nothing: its score would be the base's."""
+    logits_1TV = _probe(model, tokenizer)
+    with model.disable_adapter():
+        is_idle = (_probe(model, tokenizer) == logits_1TV).all()
+    if is_idle:
+        raise ContractError(
+            f"{row.adapter}: switched on or off, this adapter leaves every output as it is; it"
+            " is untrained, or its weights do not reach the base"
+        )
+
+
+def _probe(model: Any, tokenizer: Any) -> Any:
+    ids_1T = tokenizer(PROBE, return_tensors="pt")["input_ids"].to(model.device)
+    return model(input_ids=ids_1T).logits
 
 
 def _write(row: Row, task: TaskSpec, suite: SuiteSpec, score: Json) -> None:
     ours = {name: models.versions()[name] for name in ("transformers", "torch", "peft")}
     score = score | {
+        "task": task.task,
+        "examples": row.examples,
         "key": score_key(suite, task),
         "adapter_digest": row.adapter_digest,
         "base_revision": row.base.revision,

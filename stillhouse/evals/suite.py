@@ -1,15 +1,17 @@
 """This file is where lm-eval is asked: the tasks of a suite, and one model's score on one of them.
 
-`tiny_gen` and `tiny_mc` are defined here, over the generated problems of a prepared pair; every
-other name is lm-eval's own, and its data must be on this machine.
+`tiny_gen` and `tiny_mc` are defined here, over the generated problems of a prepared pair, with
+its training problems as examples for a teacher that reads some; every other name is lm-eval's own,
+and its data must be on this machine.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -50,6 +52,21 @@ class Asked:
         is_group = hasattr(self.loaded, "get_all_tasks")
         return self.loaded.get_all_tasks() if is_group else [self.loaded]
 
+    @contextlib.contextmanager
+    def shown(self, examples: int) -> Iterator[None]:
+        """With so many solved examples before each question; 0: as many as the suite says."""
+        before = [(leaf, leaf.get_config("num_fewshot")) for leaf in self.leaves()]
+        try:
+            for leaf in self.leaves():
+                leaf.set_fewshot_seed(FEWSHOT_SEED)
+                # A perplexity is of a text, where nothing is asked.
+                if examples and leaf.OUTPUT_TYPE != "loglikelihood_rolling":
+                    leaf.set_config(key="num_fewshot", value=examples)
+            yield
+        finally:
+            for leaf, of_suite in before:
+                leaf.set_config(key="num_fewshot", value=of_suite)
+
 
 def load_tasks(
     suite: SuiteSpec,
@@ -68,16 +85,17 @@ def load_tasks(
     local, theirs = TaskManager(include_defaults=False), None
     asked: list[Asked] = []
     for spec in wanted:
-        if spec.task in TINY:
+        if spec.asks in TINY:
             if spec.num_fewshot:
                 raise ConfigError(
-                    f"task {spec.task}: num_fewshot {spec.num_fewshot}, but every problem it has is"
-                    " held out, so there is none to show; use null"
+                    f"task {spec.asks}: num_fewshot {spec.num_fewshot}, but students are trained to"
+                    " answer without examples; use null (a pair's teacher_few_shot is for its"
+                    " teacher)"
                 )
-            loaded = local.load([_tiny_task(spec.task, data_dir)])["tasks"][spec.task]
+            loaded = local.load([_tiny_task(spec.asks, data_dir)])["tasks"][spec.asks]
         else:
             theirs = theirs or manager()
-            loaded = _lm_eval_task(spec.task, theirs)
+            loaded = _lm_eval_task(spec.asks, theirs)
         asked.append(Asked(spec, loaded))
         for leaf in asked[-1].leaves():
             _set_every_field(leaf, spec.num_fewshot, suite.max_gen_toks)
@@ -155,6 +173,13 @@ def _tiny_task(name: str, data_dir: Path) -> Json:
         "test_split": "test",
         "doc_to_text": "question",
         "target_delimiter": "",
+        # What load_prompts shows a teacher: the first problems to train on, with worked answers.
+        "fewshot_config": {
+            "sampler": "first_n",
+            "samples": lambda: _solved(data_dir / "train.jsonl"),
+            "doc_to_target": "{{worked}}",
+            "doc_to_choice": None,
+        },
         "metadata": {"version": 1},
     }
 
@@ -176,6 +201,14 @@ def _tiny_task(name: str, data_dir: Path) -> Json:
         "filter_list": [{"name": "answer", "filter": [number, {"function": "take_first"}]}],
         "generation_kwargs": {"until": []},
     }
+
+
+def _solved(file: Path) -> list[Json]:
+    """Questions and worked answers of the problems to train on; none where there is no file."""
+    if not file.is_file():
+        return []
+    turns = [json.loads(line)["messages"] for line in file.read_text().splitlines()]
+    return [{"question": user["content"], "worked": said["content"]} for user, said in turns]
 
 
 def _test_rows(file: Path) -> _Rows:
@@ -225,9 +258,10 @@ class Scorer:
                 " would ask another prompt than training did"
             )
 
-    def score(self, model: Any, task: Asked, label: str) -> Json:
+    def score(self, model: Any, task: Asked, label: str, examples: int = 0) -> Json:
         """What eval/<task>.json says about the model; the caller adds whose model it is.
 
+        `examples`: solved problems that this model reads first; 0: as many as the suite says.
         `samples` hold 1.0 or 0.0 per document for accuracies. For perplexities they hold nats per
         unit (word or byte), with `weight` the number of units, so that the perplexity is
         exp(sum(weight * value) / sum(weight)). Metrics without a value per document have none.
@@ -237,20 +271,19 @@ class Scorer:
             ConfigError: the task has no metric of that name.
         """
         started = time.perf_counter()
-        for leaf in task.leaves():
-            leaf.set_fewshot_seed(FEWSHOT_SEED)
         lm = Lm(model, self.tokenizer, self.batch_size, self.suite.apply_chat_template)
         hook = model.get_input_embeddings().register_forward_pre_hook(lambda *_: self.stop.check())
         ProgressLines.begin(f"{label} {task.spec.task}")
         try:
-            results = evaluate(
-                lm=lm,
-                task_dict=TaskManager(include_defaults=False).load([task.loaded]),
-                limit=self.suite.limit,
-                bootstrap_iters=0,
-                apply_chat_template=self.suite.apply_chat_template,
-                fewshot_as_multiturn=True,
-            )
+            with task.shown(examples):
+                results = evaluate(
+                    lm=lm,
+                    task_dict=TaskManager(include_defaults=False).load([task.loaded]),
+                    limit=self.suite.limit,
+                    bootstrap_iters=0,
+                    apply_chat_template=self.suite.apply_chat_template,
+                    fewshot_as_multiturn=True,
+                )
         finally:
             hook.remove()
         if LOG.cut:
@@ -266,7 +299,7 @@ class Scorer:
 
 
 def _summary(results: Any, task: Asked) -> Json:
-    found = results["results"][task.spec.task]
+    found = results["results"][task.spec.asks]
     metrics = {
         key: float(value)
         for key, value in found.items()
@@ -292,7 +325,7 @@ def _summary(results: Any, task: Asked) -> Json:
         "samples": _samples(results["samples"], *key.split(",")),
         "versions": {
             "lm_eval": metadata.version("lm_eval"),
-            "task_version": results["versions"].get(task.spec.task),
+            "task_version": results["versions"].get(task.spec.asks),
         },
     }
 

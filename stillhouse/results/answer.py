@@ -1,66 +1,34 @@
 """This file is where a sweep's question gets its answer: what is compared, and what may be said.
 
-Three families of comparisons, each paired by seed and each with its own Holm adjustment:
-    main       each value of the `compare` axis against its baseline, averaged over other axes
-    settings   the same within each setting of the other axes, where there are several
+Three families of comparisons (see `comparisons`):
+    main       each value of the `compare` axis against its baseline, averaged over other axes; or,
+               where some value exists in some of their settings only, within each setting
+    settings   the same within each setting, where the main ones are averages
     untrained  each arm against one untrained student of its pair: how much was learnt at all
-Other axes are averaged seed by seed: their settings are no replications, so n stays that of seeds.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from stillhouse.errors import ConfigError, nearest
-from stillhouse.results.stats import (
-    Estimate,
-    Paired,
-    Verdict,
-    compare,
-    crossed,
-    holm,
-    number,
-    verdict,
+from stillhouse.results.comparisons import (
+    Asked,
+    Comparison,
+    Design,
+    Documents,
+    along,
+    design,
+    entry,
+    family,
 )
-from stillhouse.results.table import (
-    Frame,
-    is_set,
-    is_unscored,
-    label,
-    points_of,
-    right_answers,
-    spell,
-)
-from stillhouse.rundir import read_json
+from stillhouse.results.stats import number
+from stillhouse.results.table import Frame, is_unscored, points_of
 
 KINDS_OF_VERDICT = ("better", "worse", "within noise", "no statement")
 SPELT_OUT = 4  # more comparisons than this are counted in the answer, not told one by one
-
-# One arm in one setting: what each seed scored, and the file that knows it by document.
-Cell = dict[Any, tuple[float, str | None]]
-Documents = dict[str, dict[int, float]]
-# Arm, reference, setting, and the cells over which both are averaged.
-Asked = list[tuple[str, str, str, list[tuple[Cell, Cell]]]]
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """One arm against one reference on one metric."""
-
-    arm: str
-    reference: str
-    setting: str  # of the other axes; "" where there is one only
-    arm_mean: float  # over the seeds both have
-    reference_mean: float
-    paired: Paired
-    p: float  # adjusted for its family
-    both: Estimate | None  # with the noise of documents too, where each is known
-    verdict: Verdict
 
 
 @dataclass(frozen=True)
@@ -93,10 +61,12 @@ def answer(frame: Frame) -> Answer:
     documents: Documents = {}
     main: list[Comparison] = []
     settings: list[Comparison] = []
-    if asked is not None:
-        main, settings = _by_axis(scored, asked["by"], asked["baseline"], higher, documents)
+    made = design(frame)
+    if made is not None:
+        rows = scored[(scored["kind"] == "point") & scored[made.by].notna()]
+        main, settings = along(rows.to_dict("records"), made, higher, documents)
     untrained = _against_untrained(scored, higher, documents)
-    text = _answered(frame, scored, asked, main, higher)
+    text = _answered(frame, scored, made, main, higher)
     context = _learnt(scored, untrained)
     return Answer(task, metric, higher, main, settings, untrained, text, context)
 
@@ -116,32 +86,6 @@ def _metric(frame: Frame, asked: Mapping[str, Any] | None) -> tuple[str | None, 
     return task, metric
 
 
-def _by_axis(
-    scored: Frame, by: str, baseline: Any, higher: bool, documents: Documents
-) -> tuple[list[Comparison], list[Comparison]]:
-    leaves: list[str] = scored.attrs["leaves"]
-    if by not in leaves:
-        known = ", ".join(leaves)
-        raise ConfigError(f"compare.by: no point sets {by} ({known}).{nearest(by, leaves)}")
-    others = [leaf for leaf in leaves if leaf != by]
-    cells: dict[str, dict[str, Cell]] = {}
-    for row in scored[(scored["kind"] == "point") & scored[by].notna()].to_dict("records"):
-        set_here = {leaf: row[leaf] for leaf in others if is_set(row[leaf])}
-        setting = label(set_here) if others else ""
-        cell = cells.setdefault(spell(row[by]), {}).setdefault(setting, {})
-        cell[row["seed"]] = (row["value"], row["file"])
-    references = cells.pop(spell(baseline), {})
-    main: Asked = []
-    within: Asked = []
-    for level, settings in cells.items():
-        shared = [s for s in settings if s in references]
-        names = (f"{by} = {level}", f"{by} = {spell(baseline)}")
-        main.append((*names, "", [(settings[s], references[s]) for s in shared]))
-        if len(shared) > 1:
-            within += [(*names, s, [(settings[s], references[s])]) for s in shared]
-    return _family(main, higher, documents), _family(within, higher, documents)
-
-
 def _against_untrained(scored: Frame, higher: bool, documents: Documents) -> list[Comparison]:
     found: list[Comparison] = []
     students = scored[scored["kind"].isin(["student", "ptq"])].to_dict("records")
@@ -152,72 +96,16 @@ def _against_untrained(scored: Frame, higher: bool, documents: Documents) -> lis
             first = part.iloc[0]
             keys = ["pair_key"] + (["quant_key"] if student["kind"] == "ptq" else [])
             if all(student[key] == first[key] for key in keys):
-                cell = {row["seed"]: (row["value"], row["file"]) for row in part.to_dict("records")}
+                cell = {row["seed"]: entry(row) for row in part.to_dict("records")}
                 # One measurement, not one per seed: on these documents it has no noise of its own.
-                constant = {seed: (student["value"], student["file"]) for seed in cell}
+                constant = dict.fromkeys(cell, entry(student))
                 asked.append((first["arm"], student["arm"], "", [(cell, constant)]))
-        found += _family(asked, higher, documents)
+        found += family(asked, higher, documents)
     return found
-
-
-def _family(asked: Asked, higher: bool, documents: Documents) -> list[Comparison]:
-    """Comparisons that are read together: their p values are adjusted together."""
-    measured = [_measure(cells, documents) for _, _, _, cells in asked]
-    adjusted = holm([paired.p for _, _, paired, _ in measured])
-    found: list[Comparison] = []
-    for (arm, reference, setting, _), numbers, p in zip(asked, measured, adjusted, strict=True):
-        arm_mean, reference_mean, paired, both = numbers
-        said = verdict(paired, p, higher, both)
-        names = (arm, reference, setting)
-        found.append(Comparison(*names, arm_mean, reference_mean, paired, p, both, said))
-    return found
-
-
-def _measure(
-    cells: list[tuple[Cell, Cell]], documents: Documents
-) -> tuple[float, float, Paired, Estimate | None]:
-    """Both means, the paired comparison and the crossed one, each seed averaged over the cells."""
-    everywhere = [{*arm} for arm, _ in cells], [{*reference} for _, reference in cells]
-    ours, theirs = (set.intersection(*seeds) if seeds else set() for seeds in everywhere)
-    arm = {seed: sum(a[seed][0] for a, _ in cells) / len(cells) for seed in sorted(ours)}
-    reference = {seed: sum(r[seed][0] for _, r in cells) / len(cells) for seed in sorted(theirs)}
-    paired = compare(arm, reference)
-    shared = sorted(ours & theirs)
-    means = [
-        float(np.mean([side[s] for s in shared])) if shared else float("nan")
-        for side in (arm, reference)
-    ]
-    return means[0], means[1], paired, _both_noises(cells, shared, documents)
-
-
-def _both_noises(
-    cells: list[tuple[Cell, Cell]], seeds: list[Any], documents: Documents
-) -> Estimate | None:
-    """The difference with the noise of documents too; None unless all scored the same documents."""
-    files = [[(a[s][1], r[s][1]) for a, r in cells] for s in seeds]
-    if len(seeds) < 2 or any(file is None for row in files for pair in row for file in pair):
-        return None
-    for file in {str(file) for row in files for pair in row for file in pair} - documents.keys():
-        documents[file] = right_answers(read_json(Path(file)) or {"samples": []}) or {}
-    used = [documents[str(file)] for row in files for pair in row for file in pair]
-    if any(values.keys() != used[0].keys() for values in used) or not used[0]:
-        return None
-    order = sorted(used[0])
-
-    def answers(file: str | None) -> np.ndarray[Any, np.dtype[np.float64]]:
-        return np.array([documents[str(file)][doc] for doc in order])
-
-    return crossed(
-        np.array([np.mean([answers(a) - answers(r) for a, r in row], axis=0) for row in files])
-    )
 
 
 def _answered(
-    frame: Frame,
-    scored: Frame,
-    asked: Mapping[str, Any] | None,
-    main: list[Comparison],
-    higher: bool,
+    frame: Frame, scored: Frame, made: Design | None, main: list[Comparison], higher: bool
 ) -> str:
     said: list[str] = []
     points = points_of(frame)
@@ -227,30 +115,45 @@ def _answered(
     on = "on" if late else "On"
     direction = "higher" if higher else "lower"
     name = f"{scored.iloc[0]['task']}/{scored.iloc[0]['metric']} ({direction} is better)"
-    if asked is None:
+    if made is None:
         said.append(
             f"{on} {name}: the sweep names no comparison, so none is made between its arms."
         )
     elif not main:
-        reference = f"{asked['by']} = {spell(asked['baseline'])}"
-        said.append(f"{on} {name}: nothing to compare with {reference}.")
+        said.append(f"{on} {name}: nothing to compare with {made.by} = {made.baseline}.")
     else:
-        others = [leaf for leaf in frame.attrs["leaves"] if leaf != asked["by"]]
-        over = f", averaged over {' and '.join(others)}," if others else ","
-        said.append(f"{on} {name}{over} {_told(main)}")
+        axes = " and ".join(made.others)
+        how = f"averaged over {axes}, " if made.averages else f"within each {axes}, "
+        how = how if axes else ""
+        said.append(f"{on} {name}, {how}{told(main)}")
     return " ".join(said)
 
 
-def _told(family: list[Comparison]) -> str:
-    lead = f"against {family[0].reference}: "
-    if len(family) <= SPELT_OUT:
-        return f"{lead}{'; '.join(_one(c) for c in family)}."
+def told(family: list[Comparison]) -> str:
+    """What comparisons with one reference say, setting by setting, in a sentence."""
+    settings = dict.fromkeys(c.setting for c in family)
+    parts = [_at(s, [c for c in family if c.setting == s]) for s in settings]
+    return f"against {family[0].reference}: {'; '.join(parts)}."
+
+
+def _at(setting: str, part: list[Comparison]) -> str:
+    where = f"at {setting}, " if setting else ""
+    if len(part) <= SPELT_OUT:
+        return where + "; ".join(_one(c) for c in part)
     arms = {
-        kind: [c.arm.rpartition(" = ")[2] for c in family if c.verdict.kind == kind]
+        kind: [c.arm.rpartition(" = ")[2] for c in part if c.verdict.kind == kind]
         for kind in KINDS_OF_VERDICT
     }
-    parts = [f"{len(some)} {kind} ({', '.join(some)})" for kind, some in arms.items() if some]
-    return f"{lead}of {len(family)} other values, {'; '.join(parts)}."
+    unseen = [c.paired.detectable for c in part if c.verdict.kind == "within noise"]
+    ends = [number(size) for size in (min(unseen, default=0), max(unseen, default=0)) if size > 0]
+    sizes = " to ".join(dict.fromkeys(ends))
+    found = f", where {sizes} would be found 4 times in 5" if ends else ""
+    parts = [
+        f"{len(some)} {kind} ({', '.join(some)}){found if kind == 'within noise' else ''}"
+        for kind, some in arms.items()
+        if some
+    ]
+    return f"{where}of {len(part)} other values, {'; '.join(parts)}"
 
 
 def _one(c: Comparison) -> str:
@@ -283,8 +186,8 @@ def _learnt(scored: Frame, untrained: list[Comparison]) -> str:
 
 
 def untrained_name(reference: str) -> str:
-    """A baseline row's name in words."""
+    """What a comparison is with, in words: an arm, or a baseline row by its meaning."""
     quantiser = reference.removeprefix("ptq_")
     if quantiser != reference:
         return f"the untrained student in {quantiser}"
-    return f"the untrained {reference}"
+    return f"the untrained {reference}" if reference.startswith("student") else reference

@@ -1,19 +1,22 @@
 """This file is where the metrics of many runs become one curve: grouped, smoothed, with spread.
 
-It decides what a figure's lines are; `plots` draws them.
+It decides what a figure's lines are; `figures` draws them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+from stillhouse.results.stats import t_quantile
 from stillhouse.results.table import Frame, is_set, points_of, spell
 from stillhouse.rundir import RunDir, Runs
 
+ACCURACY = "eval/accuracy"  # share of held-out questions answered rightly, every few steps
 # What tells how good a student's answers are, the best first, and what an axis calls it.
 SCORE_KEYS = {
+    ACCURACY: "held-out accuracy",
     "train/score": "score against a teacher sample",
     "eval/avg_score": "mean held-out score",
     "train/reverse_kl": "reverse KL, nats per token",
@@ -21,45 +24,54 @@ SCORE_KEYS = {
 
 
 @dataclass(frozen=True)
+class Run:
+    """A point that has logged something."""
+
+    point: Mapping[str, Any]  # its row of `table.points_of`
+    metrics: Frame  # one row per step, indexed by how many steps were done after it
+    schedule: Any  # λ, a number or knots
+    max_steps: int
+
+
+@dataclass(frozen=True)
 class Group:
     """Runs that share a line in a plot."""
 
     name: str  # for the legend
-    pair_name: str
-    runs: list[Frame]  # the metrics of each, indexed by step
-    schedule: Any  # λ of the first run, a number or knots
-    max_steps: int
+    runs: list[Run]
 
 
-def groups(frame: Frame, runs: Runs, by: str) -> list[Group]:
-    """Runs with metrics that share a value of the column `by` and a pair, in the sweep's order."""
+def read(frame: Frame, runs: Runs) -> list[Run]:
+    """Every run of the sweep that has logged a step, in the sweep's order."""
     import pandas as pd
 
-    found: dict[tuple[str, str], Group] = {}
-    started = points_of(frame).dropna(subset=["pair_name"])
-    for row in started.to_dict("records"):
+    found: list[Run] = []
+    for row in points_of(frame).dropna(subset=["pair_name"]).to_dict("records"):
         run = RunDir(runs.root / row["directory"])
-        metrics = run.metrics()
-        record: Mapping[str, Any] = run.record() or {}
-        if not metrics:
-            continue
-        key = (spell(row[by]) if is_set(row[by]) else "base", row["pair_name"])
-        if key not in found:
+        metrics, record = run.metrics(), run.record()
+        if metrics and record is not None:
+            table = pd.DataFrame(metrics)
+            table.index = pd.Index(table.pop("step") + 1, name="steps")
             spec = record["spec"]
-            name = f"{by} = {key[0]}" if by in frame.attrs["leaves"] else key[0]
             steps = spec["training"]["max_steps"]
-            found[key] = Group(name, key[1], [], spec["method"]["lmbda"], steps)
-        found[key].runs.append(pd.DataFrame(metrics).set_index("step"))
+            found.append(Run(row, table, spec["method"]["lmbda"], steps))
+    return found
+
+
+def grouped(runs: Sequence[Run], name: Callable[[Run], str]) -> list[Group]:
+    """Runs of one name together, in the order in which the names first come."""
+    found: dict[str, Group] = {}
+    for run in runs:
+        found.setdefault(name(run), Group(name(run), [])).runs.append(run)
     return list(found.values())
 
 
-def lines_of(frame: Frame, runs: Runs, most: int) -> list[Group]:
-    """One group per arm, or per compared value and pair where there are more than `most` arms."""
-    arms = points_of(frame)["arm"].nunique()
-    found = groups(frame, runs, "arm" if arms <= most else compared_leaf(frame))
-    if len({group.name for group in found}) == len(found):
-        return found
-    return [replace(group, name=f"{group.name} ({group.pair_name})") for group in found]
+def named(run: Run, column: str) -> str:
+    """What a run's value of an override, or of another column of its row, is called."""
+    value = run.point[column]
+    if not is_set(value):
+        return "base"
+    return spell(value) if column in ("arm", "method_name") else f"{column} = {spell(value)}"
 
 
 def compared_leaf(frame: Frame) -> str:
@@ -81,36 +93,40 @@ def ordered(column: Any) -> list[str]:
 
 
 def over_steps(group: Group, key: str, window: int = 1) -> Frame | None:
-    """mean, low and high over a group's runs by step; None where the metric was never logged.
+    """A metric over a group's runs by step; None where it was never logged.
 
-    Each run is first smoothed by a centred running mean of `window` of its logged values. A step
-    that only some runs have reached is the mean of those.
+    mean; lowest and highest, of the runs; low and high, the 95 % t interval of the mean (NaN for a
+    single run). It is an interval where runs differ in their seed alone. Each run is first smoothed
+    by a centred running mean of `window` of its logged values. A step that only some runs have
+    reached is of those.
     """
     import pandas as pd
 
-    logged = [run[key].dropna() for run in group.runs if key in run]
+    logged = [run.metrics[key].dropna() for run in group.runs if key in run.metrics]
     smooth = [s.rolling(window, center=True, min_periods=1).mean() for s in logged if len(s)]
     if not smooth:
         return None
     table: Frame = pd.concat(smooth, axis=1).sort_index()
-    return pd.DataFrame(
-        {"mean": table.mean(axis=1), "low": table.min(axis=1), "high": table.max(axis=1)}
-    )
+    mean, counts = table.mean(axis=1), table.count(axis=1)
+    quantiles = {n: t_quantile(n - 1) for n in set(counts) if n > 1}
+    half = table.sem(axis=1) * counts.map(quantiles)
+    bounds = {"lowest": table.min(axis=1), "highest": table.max(axis=1)}
+    return pd.DataFrame({"mean": mean, **bounds, "low": mean - half, "high": mean + half})
 
 
-def jumps(group: Group) -> list[tuple[float, str]]:
-    """(step, "to on-policy" or "to off-policy") of each jump in the method's λ schedule."""
-    if not isinstance(group.schedule, list):
+def jumps(run: Run) -> list[tuple[float, str]]:
+    """(steps, "to on-policy" or "to off-policy") of each jump in a run's λ schedule."""
+    if not isinstance(run.schedule, list):
         return []
-    pairs = zip(group.schedule, group.schedule[1:], strict=False)
+    pairs = zip(run.schedule, run.schedule[1:], strict=False)
     return [
-        (x0 * group.max_steps, "to on-policy" if y1 > y0 else "to off-policy")
+        (x0 * run.max_steps, "to on-policy" if y1 > y0 else "to off-policy")
         for (x0, y0), (x1, y1) in pairs
         if x0 == x1 and y0 != y1
     ]
 
 
-def score_key(lines: Sequence[Group]) -> str | None:
+def score_key(runs: Sequence[Run]) -> str | None:
     """The best measure of a student's answers that was logged."""
-    logged = {key for group in lines for run in group.runs for key in run}
+    logged = {key for run in runs for key in run.metrics}
     return next((key for key in SCORE_KEYS if key in logged), None)

@@ -9,19 +9,22 @@ from __future__ import annotations
 import re
 import shlex
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from stillhouse.errors import DIVERGED, MISTAKE, OUT_OF_MEMORY, STOPPED
-from stillhouse.results import plots, table
-from stillhouse.results.answer import Answer, Comparison, answer, untrained_name
-from stillhouse.results.curves import compared_leaf
-from stillhouse.results.stats import number
+from stillhouse.results import budget, collapse, requantised, table
+from stillhouse.results.answer import answer
+from stillhouse.results.curves import compared_leaf, read
+from stillhouse.results.figures import draw
+from stillhouse.results.layout import Table, as_csv, duration, records
+from stillhouse.results.plots import Picture
+from stillhouse.results.sections import sections
+from stillhouse.results.summary import remarks, summary, to_markdown, wide
 from stillhouse.results.table import Frame
 from stillhouse.rundir import Runs, write_atomic
 
-Table = tuple[list[str], list[list[str]]]  # header, rows
 MEANING = {
     MISTAKE: "a mistake in what was asked",
     DIVERGED: "diverged",
@@ -39,7 +42,9 @@ def write_report(sweep_name: str, runs: Path) -> Path:
     """Write a sweep's page, tables and figures below its report directory; the page's path.
 
     Beside report.html: table.md, table.csv (one row per arm and task), points.csv (one row per
-    point and task), each figure as SVG and PNG. Works on a sweep that is half done, and says so.
+    point and task), comparisons.csv (one row per comparison), each figure as SVG and PNG; arms.csv
+    (one row per arm: its curve, tokens and seconds) where held-out accuracy was measured. Works on
+    a sweep that is half done, and says so.
 
     Raises:
         ConfigError: no such sweep, or its comparison is of something it does not have.
@@ -49,29 +54,52 @@ def write_report(sweep_name: str, runs: Path) -> Path:
     frame = table.load(sweep_name, runs)
     directory = place.report(sweep_name)
     found = answer(frame)
-    summary = table.summary(frame)
-    scores, remarks = table.wide(summary), table.remarks(frame)
-    write_atomic(directory / "points.csv", frame.to_csv(index=False).encode())
-    write_atomic(directory / "table.csv", summary.to_csv(index=False).encode())
-    write_atomic(directory / "table.md", _markdown(frame, found, scores, remarks).encode())
-    pictures = plots.draw(frame, place, directory)
-    page = _page(
-        sweep=frame.attrs["sweep"],
-        found=found,
-        remarks=remarks,
-        scores=scores,
-        note=NOTE,
-        figures=[(p.title, p.caption, inline(p)) for p in pictures],
-        main=comparison_tables(found.main),
-        settings=comparison_tables(found.settings),
-        untrained=[(untrained_name(r), t) for r, t in comparison_tables(found.untrained)],
-        costs=cost_table(frame),
-        failures=failure_table(frame),
-        facts=_facts(frame, place),
-        command=commands(frame, runs),
-    )
+    logged = read(frame, place)
+    standings = collapse.standings(frame, logged, found)
+    equal = budget.equal_compute(frame, logged)
+    rescored = requantised.rescored(frame)
+    arms = summary(frame)
+    families = {
+        "main": found.main,
+        "settings": found.settings,
+        "untrained": found.untrained,
+        "equal compute": equal.comparisons,
+        "equal compute, settings": equal.settings,
+        **rescored,
+    }
+    content: dict[str, Any] = {
+        "sweep": frame.attrs["sweep"],
+        "text": found.text,
+        "context": " ".join(filter(None, (found.context, collapse.told(standings)))),
+        "remarks": remarks(frame),
+        "scores": wide(arms),
+        "note": NOTE,
+        "sections": sections(found, standings, equal, rescored),
+        "costs": cost_table(frame),
+    }
+    files = {
+        "points.csv": frame.to_csv(index=False),
+        "table.csv": arms.to_csv(index=False),
+        "table.md": _markdown(content),
+        "comparisons.csv": as_csv(
+            {"family": name, **record}
+            for name, family in families.items()
+            for record in records(family)
+        ),
+    }
+    if standings:
+        spent = {s.arm: budget.record(s) for s in equal.spent}
+        files["arms.csv"] = as_csv(collapse.record(s) | spent.get(s.arm, {}) for s in standings)
+    for name, text in files.items():
+        write_atomic(directory / name, text.encode())
+    content |= {
+        "figures": [(p.title, p.caption, inline(p)) for p in draw(frame, logged, directory)],
+        "failures": failure_table(frame),
+        "facts": _facts(frame, place),
+        "command": commands(frame, runs),
+    }
     path = directory / "report.html"
-    write_atomic(path, page.encode())
+    write_atomic(path, _page(**content).encode())
     return path
 
 
@@ -85,18 +113,24 @@ def _page(**content: Any) -> str:
     return environment.get_template("report.html.j2").render(**content)
 
 
-def _markdown(frame: Frame, found: Answer, scores: Table, remarks: list[str]) -> str:
-    sweep = frame.attrs["sweep"]
-    parts = [f"# {sweep['question'] or sweep['name']}", found.text, found.context]
-    parts += [table.to_markdown(*scores).rstrip(), NOTE]
-    for reference, rows in comparison_tables(found.main):
-        parts += [f"Against {reference}:", table.to_markdown(*rows).rstrip()]
-    parts += [f"- {remark}" for remark in remarks]
-    parts.append(table.to_markdown(*cost_table(frame)).rstrip())
+def _markdown(content: Mapping[str, Any]) -> str:
+    sweep = content["sweep"]
+    parts = [f"# {sweep['question'] or sweep['name']}", content["text"], content["context"]]
+    parts += [to_markdown(*content["scores"]).rstrip(), NOTE]
+    parts += [f"- {remark}" for remark in content["remarks"]]
+    for section in content["sections"]:
+        parts += [f"## {section.title}", section.text]
+        for exhibit in section.exhibits:
+            if not exhibit.is_folded:
+                heading = f"{exhibit.heading}:" if exhibit.heading else ""
+                parts += [heading, to_markdown(*exhibit.table).rstrip()]
+        parts.append(section.note)
+    if content["costs"][1]:
+        parts += ["## What it cost", to_markdown(*content["costs"]).rstrip()]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def inline(picture: plots.Picture) -> str:
+def inline(picture: Picture) -> str:
     """A figure's SVG as an element of an HTML page: its ids its own, its ink the page's."""
     text = picture.svg.read_text()
     text = text[text.index("<svg") :].replace("xlink:href", "href")
@@ -109,46 +143,6 @@ def inline(picture: plots.Picture) -> str:
         f' role="img" aria-label="{picture.title}">'
     )
     return opening + text[text.index(">") + 1 :]
-
-
-def comparison_tables(family: Sequence[Comparison]) -> list[tuple[str, Table]]:
-    """(reference, its comparisons as people read them); intervals are 95 %, p is Holm's."""
-    references = dict.fromkeys(c.reference for c in family)
-    return [(r, _comparison_table([c for c in family if c.reference == r])) for r in references]
-
-
-def _comparison_table(family: Sequence[Comparison]) -> Table:
-    header = ["arm", "verdict", "difference", "95 % interval", "p (Holm)", "detectable"]
-    documents = any(c.both is not None for c in family)
-    settings = any(c.setting for c in family)
-    if documents:
-        header.insert(4, "other documents too")
-    if settings:
-        header.insert(1, "at")
-    rows: list[list[str]] = []
-    for c in family:
-        d = c.paired.difference
-        left_out = f" (unshared seeds left out: {c.paired.unpaired})" if c.paired.unpaired else ""
-        row = [c.arm, *([c.setting] if settings else []), c.verdict.text + left_out]
-        row += [signed(d.mean), interval(d.low, d.high)]
-        row += [interval(c.both.low, c.both.high) if c.both else "–"] if documents else []
-        rows.append([*row, probability(c.p), number(c.paired.detectable)])
-    return header, rows
-
-
-def signed(value: float) -> str:
-    """A difference with its sign."""
-    return f"+{number(value)}" if value > 0 else number(value).replace("-", "−")
-
-
-def interval(low: float, high: float) -> str:
-    """An interval as text, a dash where there is none."""
-    return f"[{signed(low)}, {signed(high)}]" if low == low else "–"
-
-
-def probability(p: float) -> str:
-    """A p value as text: three decimals, never "0.000"."""
-    return "–" if p != p else "< 0.001" if p < 0.001 else f"{p:.3f}"
 
 
 def cost_table(frame: Frame) -> Table:
@@ -169,22 +163,14 @@ def cost_table(frame: Frame) -> Table:
         rows.append([", ".join(values), *_spent(part)])
     if len(rows) > 1:
         rows.append(["all", *_spent(trained)])
-    return [by, "runs", "device time", "scoring", "rollout tokens", "price"], rows
+    return [by, "runs", "device time", "scoring", "rollout tokens", "teacher tokens", "price"], rows
 
 
 def _spent(part: Frame) -> list[str]:
     seconds = (part["train_seconds"] * part["devices"]).sum()
     price = "not known" if part["price_usd"].isna().any() else f"${part['price_usd'].sum():.2f}"
-    tokens = f"{int(part['tokens_rollout'].sum()):,}"
-    return [str(len(part)), duration(seconds), duration(part["scoring"].sum()), tokens, price]
-
-
-def duration(seconds: float) -> str:
-    """Seconds as a person says them."""
-    for unit, size in (("h", 3600), ("min", 60)):
-        if seconds >= 1.5 * size:
-            return f"{seconds / size:.1f} {unit}"
-    return f"{seconds:.0f} s"
+    tokens = [f"{int(part[f'tokens_{kind}'].sum()):,}" for kind in ("rollout", "teacher")]
+    return [str(len(part)), duration(seconds), duration(part["scoring"].sum()), *tokens, price]
 
 
 def failure_table(frame: Frame) -> Table:
@@ -209,7 +195,9 @@ def _facts(frame: Frame, runs: Runs) -> list[tuple[str, str]]:
     facts = [("sweep", f"{sweep['name']}, asked for on {asked}")]
     facts.append(("file", sweep["file"] or "none: typed on the command line"))
     for leaf, values in sweep["axes"].items():
-        facts.append((f"axis {leaf}", ", ".join(table.spell(value) for value in values)))
+        followed = frame.attrs["follows"].get(leaf)
+        follows = f" (follows from {followed})" if followed else ""
+        facts.append((f"axis {leaf}", ", ".join(table.spell(value) for value in values) + follows))
     facts.append(("seeds", _distinct(points["seed"].dropna().unique())))
     facts.append(("pair", _distinct(points["pair_name"].dropna().unique())))
     facts.append(("quantiser", _distinct(points["quant_type"].dropna().unique())))

@@ -43,7 +43,7 @@ class Paired:
 
     difference: Estimate  # arm minus reference
     p: float  # two-sided paired t test; NaN where the differences show no noise to test against
-    detectable: float  # smallest true difference that is found 4 times in 5
+    detectable: float  # smallest true difference that is found 4 times in 5, among those it is of
     unpaired: int  # seeds that only one of the two has; they are left out
 
 
@@ -66,7 +66,7 @@ def estimate(values: Sequence[float]) -> Estimate:
     if _all_equal(values):  # a sum of equal floats may miss them by an ulp: no noise is none
         return Estimate(values[0], 0.0, n, values[0], values[0])
     se = math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (n - 1) / n)
-    half = _t_quantile(n - 1) * se
+    half = t_quantile(n - 1) * se
     return Estimate(mean, se, n, mean - half, mean + half)
 
 
@@ -75,8 +75,14 @@ def binomial_se(share: float, n: int) -> float:
     return math.sqrt(share * (1 - share) / n) if n else NAN
 
 
-def compare(arm: Mapping[Hashable, float], reference: Mapping[Hashable, float]) -> Paired:
-    """The paired comparison of two arms, each a value per seed; unshared seeds are counted."""
+def compare(
+    arm: Mapping[Hashable, float], reference: Mapping[Hashable, float], of: int = 1
+) -> Paired:
+    """The paired comparison of two arms, each a value per seed; unshared seeds are counted.
+
+    of: how many comparisons are read together. p is not adjusted for that here (`holm` does), but
+    what is detectable is: at ALPHA / of, the strictest step of Holm's procedure.
+    """
     shared = [seed for seed in arm if seed in reference]
     difference = estimate([arm[seed] - reference[seed] for seed in shared])
     unpaired = len(arm) + len(reference) - 2 * len(shared)
@@ -89,7 +95,8 @@ def compare(arm: Mapping[Hashable, float], reference: Mapping[Hashable, float]) 
 
     p = 2 * float(stdtr(difference.n - 1, -abs(difference.mean / difference.se)))
     sd = difference.se * math.sqrt(difference.n)
-    return Paired(difference, p, detectable_difference(sd, difference.n), unpaired)
+    smallest = detectable_difference(sd, difference.n, alpha=ALPHA / of)
+    return Paired(difference, p, smallest, unpaired)
 
 
 def detectable_difference(sd: float, n: int, power: float = POWER, alpha: float = ALPHA) -> float:
@@ -101,7 +108,7 @@ def detectable_difference(sd: float, n: int, power: float = POWER, alpha: float 
     from scipy.special import nctdtrinc
 
     # A significant difference of the wrong sign is rarer than 1 in 1,000 here and left out.
-    noncentrality = nctdtrinc(n - 1, 1 - power, _t_quantile(n - 1, alpha))
+    noncentrality = nctdtrinc(n - 1, 1 - power, t_quantile(n - 1, alpha))
     return sd * float(noncentrality) / math.sqrt(n)
 
 
@@ -133,8 +140,8 @@ def crossed(difference_SD: np.ndarray[Any, np.dtype[np.float64]]) -> Estimate:
     squares = zip((ms_seed, ms_document, ms_residual), free, strict=True)
     freedom = total**2 / sum(ms**2 / f for ms, f in squares)
     se = math.sqrt(total / (seeds * documents))
-    seeds_alone = _t_quantile(free[0]) * math.sqrt(ms_seed / (seeds * documents))
-    half = max(_t_quantile(freedom) * se, seeds_alone)
+    seeds_alone = t_quantile(free[0]) * math.sqrt(ms_seed / (seeds * documents))
+    half = max(t_quantile(freedom) * se, seeds_alone)
     return Estimate(mean, se, seeds, mean - half, mean + half)
 
 
@@ -187,7 +194,8 @@ def _all_equal(values: Sequence[float]) -> bool:
     return spread <= 1e-12 * max(1.0, *(abs(v) for v in values))
 
 
-def _t_quantile(freedom: float, alpha: float = ALPHA) -> float:
+def t_quantile(freedom: float, alpha: float = ALPHA) -> float:
+    """The value that Student's t exceeds, up or down, with probability alpha."""
     from scipy.special import stdtrit
 
     return float(stdtrit(freedom, 1 - alpha / 2))

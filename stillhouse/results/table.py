@@ -1,14 +1,12 @@
-"""This file is where a sweep's files become one pandas frame, and the frame a table with its noise.
+"""This file is where a sweep's files become one pandas frame.
 
-`load` reads, `summary` reduces seeds to means, `wide` lays the summary out for a page or Markdown.
-The frame has one row per (point, task); rows that no run trained (teacher, untrained student,
-quantised student) are in it too, told apart by `kind`. Nothing here needs torch or lm-eval.
+It has one row per (point, task); rows that no run trained (teacher, untrained student, quantised
+student) are in it too, told apart by `kind`. Nothing here needs torch or lm-eval.
 """
 
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import TypeAdapter
 
 from stillhouse.errors import ConfigError, ContractError, nearest
-from stillhouse.results.stats import NAN, binomial_se, estimate, number
+from stillhouse.results.stats import NAN, binomial_se
 from stillhouse.rundir import FORMAT, RunDir, Runs, eval_file, read_json
 from stillhouse.spec import SuiteSpec, digest, score_key
 
@@ -26,21 +24,22 @@ if TYPE_CHECKING:
 Json = dict[str, Any]
 Frame = Any  # a pandas DataFrame; pandas carries no types that a checker can follow
 Asked = tuple[str, str | None, str | None]  # task, metric, score key; None: whatever is there
-KINDS = ("teacher", "student", "ptq", "point")  # in the order in which a table shows them
 _TOLD = ("name", "file", "question", "compare", "axes", "created", "words")
 
 
 def load(sweep_name: str, runs: str | Path = "runs") -> pd.DataFrame:
     """One row per (point, task) of a sweep, finished or not, and one per (baseline, task).
 
-    Columns: kind ("point", "teacher", "student", "ptq"), id, name, arm (its overrides, seed apart,
-    in words), one column per override, seed; task, metric, value (NaN: not scored), doc_se
-    (binomial standard error over documents, NaN where answers are not right or wrong), n_docs,
-    higher_is_better; trained, phase, cause, step, max_steps, exit_code; scored_otherwise (a score
-    is there, of other settings than asked), file, directory (below runs); pair_name, quant_type,
-    method_name, pair_key, quant_key; code_digest, code_revision, code_dirty, version_*,
-    eval_version_*; train_seconds, eval_seconds, devices, device, price_usd, tokens_*.
-    `attrs` holds what the sweep asked ("sweep") and its override names ("leaves").
+    Columns: kind ("point", "teacher", "student", "ptq"), id, name, arm (its overrides in words,
+    without the seed and what follows from another), one column per override, seed; task, metric,
+    value (NaN: not scored), doc_se (binomial standard error over documents, NaN where answers are
+    not right or wrong), n_docs, examples (that it read first), higher_is_better; trained, phase,
+    cause, step, max_steps, exit_code; scored_otherwise (a score is there, of other settings than
+    asked), file, directory (below runs); pair_name, quant_type, method_name, pair_key, quant_key;
+    code_digest, code_revision, code_dirty, version_*, eval_version_*; train_seconds, eval_seconds,
+    devices, device, price_usd, tokens_*.
+    `attrs` holds what the sweep asked ("sweep"), its override names ("leaves"), and which of them
+    another decides at every point ("follows": {leaf: the other}), as a rate for each loss.
 
     Raises:
         ConfigError: no such sweep here. ContractError: a file of another format, or an edited one.
@@ -50,6 +49,7 @@ def load(sweep_name: str, runs: str | Path = "runs") -> pd.DataFrame:
     place = Runs(Path(runs))
     sweep = read_sweep(sweep_name, place)
     asked = _asked(sweep, place)
+    follows = _follows(sweep)
     rows: list[Json] = []
     for entry in sweep["baselines"]:
         directory = place.root / "baselines" / entry["directory"]
@@ -58,7 +58,7 @@ def load(sweep_name: str, runs: str | Path = "runs") -> pd.DataFrame:
     _tell_apart(rows)
     for point in sweep["points"]:
         run = RunDir(place.root / f"{point['slug']}-{point['id']}")
-        facts = _point_facts(point, run)
+        facts = _point_facts(point, run, follows)
         rows += [facts | score for score in _scores(run.path, asked)]
     leaves = list(dict.fromkeys(x for p in sweep["points"] for x in _arm(p["overrides"])))
     frame: Frame = pd.DataFrame(rows)
@@ -71,6 +71,7 @@ def load(sweep_name: str, runs: str | Path = "runs") -> pd.DataFrame:
     for whole in ("seed", "n_docs", "step", "max_steps", "exit_code"):
         frame[whole] = frame[whole].astype("Int64")
     frame.attrs = {"sweep": {key: sweep.get(key) for key in _TOLD}, "leaves": leaves}
+    frame.attrs["follows"] = follows
     return frame
 
 
@@ -111,9 +112,32 @@ def _asked(sweep: Json, runs: Runs) -> list[Asked]:
     return asked + extra
 
 
-def _point_facts(point: Json, run: RunDir) -> Json:
+def _follows(sweep: Json) -> dict[str, str]:
+    """Overrides that say nothing of their own: at every point another one decides them.
+
+    The compared one never follows. Of two others that decide each other, a number gives way to a
+    name, and the later to the earlier.
+    """
+    if sweep["compare"] is None:
+        return {}
+    by, first = sweep["compare"]["by"], sweep["points"][0]["overrides"]
+    points = [{k: spell(_cell(v)) for k, v in p["overrides"].items()} for p in sweep["points"]]
+    shared = set[str].intersection(*map(set, points)) - {"seed"}
+    varied = [leaf for leaf in first if leaf in shared and len({p[leaf] for p in points}) > 1]
+    found: dict[str, str] = {}
+    for leaf in sorted(reversed(varied), key=lambda x: isinstance(first[x], str)):
+        for other in varied:
+            pairs = {(p[other], p[leaf]) for p in points}
+            decides = len(pairs) == len({decider for decider, _ in pairs})
+            if decides and leaf not in (by, other) and other not in found:
+                found[leaf] = other
+                break
+    return found
+
+
+def _point_facts(point: Json, run: RunDir, follows: Mapping[str, str]) -> Json:
     overrides = {leaf: _cell(value) for leaf, value in point["overrides"].items()}
-    arm = _arm(overrides)
+    arm = {leaf: value for leaf, value in overrides.items() if leaf not in follows}
     status = run.status()
     told = {key: status.get(key) for key in ("phase", "step", "max_steps", "exit_code", "cause")}
     facts = {"kind": "point", "id": point["id"], "name": point["name"], "arm": label(arm)}
@@ -190,6 +214,7 @@ def _scores(directory: Path, asked: Sequence[Asked]) -> Iterator[Json]:
             "doc_se": binomial_se(value, score["n"]) if right_or_wrong else NAN,
             "eval_seconds": score["seconds"] if is_main else 0.0,
             "scored_otherwise": False,
+            "examples": score.get("examples", 0),
             "file": str(file) if right_or_wrong else None,
         }
         yield facts | {f"eval_version_{key}": v for key, v in score["versions"].items()}
@@ -240,111 +265,3 @@ def points_of(frame: Frame) -> Frame:
 def is_unscored(frame: Frame) -> Any:
     """Which rows wait for their score; without any task, for their training."""
     return frame["value"].isna() & (frame["task"].notna() | ~frame["trained"].astype(bool))
-
-
-def remarks(frame: Frame) -> list[str]:
-    """What to know before comparing rows: what is missing, and what was not made alike."""
-    points = points_of(frame)
-    late = set(frame[(frame["kind"] == "point") & is_unscored(frame)]["id"])
-    said: list[str] = []
-    if late:
-        phases = points[points["id"].isin(late)]["phase"].fillna("not started")
-        counts = phases.replace("done", "trained, not scored").value_counts()
-        states = ", ".join(f"{n} {phase}" for phase, n in counts.items())
-        said.append(f"{len(late)} of {len(points)} points are not scored in full: {states}.")
-    bare = frame[(frame["kind"] != "point") & is_unscored(frame)]
-    if len(bare):
-        names = ", ".join(bare["arm"].drop_duplicates())
-        said.append(f"Baselines not scored in full: {names}.")
-    otherwise = int(frame["scored_otherwise"].eq(True).sum())
-    if otherwise:
-        said.append(
-            f"{otherwise} scores here were made under other settings than this sweep's suite"
-            " and are left out; `stillhouse run` makes them anew."
-        )
-    said += _mixed("code", points["code_digest"])
-    if points["code_dirty"].eq(True).any():
-        said.append("Some points were trained by code with uncommitted changes (code_dirty).")
-    for column in [c for c in frame if c.startswith("version_")]:
-        said += _mixed(f"{column.removeprefix('version_')} in training", points[column])
-    for column in [c for c in frame if c.startswith("eval_version_")]:
-        what = f"{column.removeprefix('eval_version_')} in scoring"
-        said += [m for _, part in frame.groupby("task") for m in _mixed(what, part[column])]
-    return list(dict.fromkeys(said))
-
-
-def _mixed(what: str, column: Any) -> list[str]:
-    counts = column.dropna().value_counts()
-    if len(counts) < 2:
-        return []
-    shares = ", ".join(f"{n} with {value}" for value, n in counts.items())
-    return [f"Mixed {what}: {shares}. A difference between rows may come from that alone."]
-
-
-def summary(frame: Frame) -> Frame:
-    """One row per (arm, task): mean, se, n, low, high over seeds; baselines first, with doc_se.
-
-    se, low and high (95 % t interval) are over seeds and NaN for one seed. A baseline has no seed:
-    its n is missing, and doc_se is the binomial error over documents, another kind of noise.
-    `missing` counts points without a score, `shown` is the cell as text.
-    """
-    import pandas as pd
-
-    leaves: list[str] = frame.attrs["leaves"]
-    rows: list[Json] = []
-    for kind in KINDS:
-        part = frame[(frame["kind"] == kind) & frame["task"].notna()]
-        for _, group in part.groupby(["arm", "task", "metric"], sort=False, dropna=False):
-            first = group.iloc[0]
-            scored = group.dropna(subset="value")
-            e = estimate(scored["value"].tolist())
-            row = {"kind": kind, "arm": first["arm"]}
-            row |= {leaf: first.get(leaf) for leaf in leaves}
-            row |= {"task": first["task"], "metric": first["metric"]}
-            row |= {"mean": e.mean, "se": e.se, "n": e.n if kind == "point" else None}
-            row |= {"low": e.low, "high": e.high, "missing": len(group) - e.n}
-            for column in ("n_docs", "doc_se", "higher_is_better"):
-                row[column] = scored.iloc[0][column] if e.n else None
-            row["codes"] = " ".join(sorted(set(scored["code_digest"].dropna())))
-            rows.append(row | {"shown": _shown(row, e.n)})
-    table: Frame = pd.DataFrame(rows)
-    if rows:
-        table[["n", "n_docs"]] = table[["n", "n_docs"]].astype("Int64")
-    table.attrs = frame.attrs
-    return table
-
-
-def _shown(row: Json, scored: int) -> str:
-    if scored == 0:
-        return "not scored yet"
-    if row["kind"] == "point":
-        if scored == 1:
-            return f"{number(row['mean'])} (one seed)"
-        return f"{number(row['mean'])} ± {number(row['se'])} (n = {scored})"
-    noise = "" if math.isnan(row["doc_se"]) else f", binomial s.e. {number(row['doc_se'])}"
-    return f"{number(row['mean'])} ({row['n_docs']} documents{noise})"
-
-
-def wide(table: Frame) -> tuple[list[str], list[list[str]]]:
-    """Header and rows of the table as people read it: an arm per row, a task per column."""
-    if table.empty:
-        return ["arm"], []
-    tasks = table[["task", "metric"]].drop_duplicates().itertuples(index=False, name=None)
-    columns = [(task, metric, f"{task}/{metric}") for task, metric in tasks]
-    better = table.groupby("task")["higher_is_better"].first()
-    arrows = {t: {True: " ↑", False: " ↓"}.get(up, "") for t, up in better.items()}
-    cells = {(r.arm, r.task, r.metric): r.shown for r in table.itertuples()}
-    body = [
-        [arm, *(cells.get((arm, task, metric), "") for task, metric, _ in columns)]
-        for arm in table["arm"].drop_duplicates()
-    ]
-    return ["arm", *(title + arrows.get(task, "") for task, _, title in columns)], body
-
-
-def to_markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table, its columns padded so that it reads as plain text too."""
-    escaped = [[cell.replace("|", "\\|") for cell in row] for row in (header, *rows)]
-    widths = [max(len(row[i]) for row in escaped) for i in range(len(header))]
-    lines = [" | ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)) for r in escaped]
-    lines.insert(1, " | ".join("-" * width for width in widths))
-    return "".join(f"| {line} |\n" for line in lines)

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -16,13 +17,21 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass as checked_dataclass
 
 from stillhouse import flags
-from stillhouse.compose import GROUPS, Overrides, as_command_line, parse_value, vocabulary
+from stillhouse.compose import (
+    GROUPS,
+    Overrides,
+    as_command_line,
+    options_of,
+    parse_value,
+    vocabulary,
+)
 from stillhouse.errors import ConfigError, nearest
 from stillhouse.spec import Count, SiteSpec, TrainSpec
 
 MAX_BYTES = 1_000_000  # a sweep written by hand is below 10 kB; 10 MB of YAML parse for minutes
 SEED = "training.seed"
 LAUNCHER_WORDS = frozenset({"seeds", "suite", "pack", "limit"})
+OWN = "own"  # the suite that fits the pair
 Knobs = dict[str, Any]  # a leaf's dotted path, or a group's name -> value
 Axes = dict[str, list[Any]]
 _STRICT = ConfigDict(extra="forbid")
@@ -33,7 +42,7 @@ class Compare:
     """The comparison that the report must answer."""
 
     by: str  # an axis
-    metric: str  # task/metric, as the suite scores it
+    metric: str  # task/metric, as the suite scores it; a metric alone: of the task that has it
     baseline: Any  # the value of the axis that the others are held against
 
 
@@ -41,10 +50,19 @@ class Compare:
 class EvalBlock:
     """`eval:` of a sweep file."""
 
-    suite: str | None  # null: train and do not score
+    suite: str | None  # null: train and do not score; own: what the pair's problems ask for
     pack: Count = 8  # adapters per evaluation
     limit: Count | None = None  # first N documents of each task
     baselines: tuple[Literal["teacher", "student", "ptq"], ...] = ("teacher", "student", "ptq")
+
+
+@checked_dataclass(frozen=True, config=_STRICT)
+class Rule:
+    """What holds for points that have these values: further values, or that they are left out."""
+
+    where: dict[str, Any]
+    set: dict[str, Any] = Field(default_factory=dict[str, Any])
+    skip: bool = False
 
 
 @checked_dataclass(frozen=True, config=_STRICT)
@@ -55,6 +73,7 @@ class SweepFile:
     base: dict[str, Any] = Field(default_factory=dict[str, Any])
     grid: dict[str, Any] = Field(default_factory=dict[str, Any])
     points: list[dict[str, Any]] = Field(default_factory=list[dict[str, Any]])
+    rules: list[Rule] = Field(default_factory=list[Rule])
     seeds: Any = None
     compare: Compare | None = None
     eval: EvalBlock | None = None
@@ -73,6 +92,7 @@ class Asked:
     base: Knobs
     grid: Axes
     points: list[Knobs]
+    rules: list[Rule]
     typed: Axes  # of the command line: multiplies all points
     single: Knobs  # of the command line: on top of all points
     seeds: Sequence[int] | None  # None: the configuration's one seed
@@ -115,6 +135,8 @@ def read(target: str | None, words: list[str]) -> Asked:
     elif of_file and any(SEED in point for point in points):
         raise ConfigError(f"{where}: a point has its own seed beside seeds; keep one of them")
     grid.update({key: [value] for key, value in single.items() if key in grid})
+    said_somewhere = {*base, *grid, *typed, *single, *itertools.chain(*points)}
+    rules = [_rule(r, said_somewhere, f"{where}: rules[{i}]") for i, r in enumerate(file.rules)]
     return Asked(
         where=f"{where} and the command line" if target and words else where,
         question=file.question,
@@ -124,11 +146,32 @@ def read(target: str | None, words: list[str]) -> Asked:
         base=base,
         grid=grid,
         points=points,
+        rules=rules,
         typed=typed,
         single=single,
         seeds=seeds,
         words=said,
     )
+
+
+def _rule(rule: Rule, said: Set[str], where: str) -> Rule:
+    """The rule by canonical names; what it looks at is something that the sweep says.
+
+    Raises:
+        ConfigError: it could never hold, or has nothing to say.
+    """
+    found = _knobs(rule.where, f"{where}.where")
+    for key, value in found.items():
+        if key not in said:
+            raise ConfigError(f"{where}.where: {label(key)} is not set by base, grid or points")
+        if "." not in key and value not in options_of(key):
+            raise ConfigError(
+                f"{where}.where: no {short(value)} in conf/{key}."
+                f"{nearest(str(value), options_of(key))}"
+            )
+    if not found or bool(rule.set) == rule.skip:
+        raise ConfigError(f"{where}: a rule has where: {{…}} and either set: {{…}} or skip: true")
+    return Rule(found, _knobs(rule.set, f"{where}.set"), rule.skip)
 
 
 @functools.cache
@@ -200,7 +243,7 @@ def _checked(content: Mapping[str, Any], where: str) -> SweepFile:
         loc = [str(part) for part in first["loc"]]
         key = ".".join(loc)
         if first["type"] == "unexpected_keyword_argument":
-            block = {"eval": EvalBlock, "compare": Compare}[loc[0]] if len(loc) > 1 else SweepFile
+            block = BLOCKS[loc[0]] if len(loc) > 1 else SweepFile
             raise ConfigError(f"{where}: {_unknown(loc[-1], _fields(block), key)}") from error
         if first["type"] in ("missing", "missing_argument"):
             raise ConfigError(f"{where}: {key} is missing") from error
@@ -261,6 +304,9 @@ def _take_seeds(where: str, count: Any, single: Knobs, axes: Axes) -> Sequence[i
 
 def _is_whole(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+BLOCKS: dict[str, type[Any]] = {"eval": EvalBlock, "compare": Compare, "rules": Rule}
 
 
 def _fields(block: type[Any]) -> list[str]:

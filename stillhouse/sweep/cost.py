@@ -211,23 +211,39 @@ def labels_by(points: Sequence[Point], by: str) -> dict[str, str]:
 
 
 def shape(plain: Mapping[str, Any]) -> Shape:
-    """What decides how long a step takes, of a spec as plain dicts (spec.json has it so)."""
-    pair, training, rollout = plain["pair"], plain["training"], plain["rollout"]
-    lmbda: float | list[tuple[float, float]] = plain["method"]["lmbda"]
-    source = plain["method"]["off_policy_source"]
-    schedule = tuple((f, v) for f, v in lmbda) if isinstance(lmbda, list) else lmbda
+    """What decides how long a step takes, of a spec as plain dicts (spec.json has it so).
+
+    Raises:
+        KeyError: the spec was written before some knob existed.
+    """
+    pair, training, method = plain["pair"], plain["training"], plain["method"]
     # Mean λ over the run: how much of it is spent on rollouts, which are the dearest part.
-    on_policy = statistics.fmean(value_at(schedule, (i + 0.5) / 100) for i in range(100))
+    on_policy, injected = _mean(method["lmbda"]), method["replay_injection"]
+    has_off_policy = on_policy < 1 or injected > 0
     return (
         *(pair[k] for k in ("pair_name", "student", "teacher", "student_dtype", "teacher_dtype")),
         plain["quant"]["quant_type"],
         *(training[k] for k in ("per_device_train_batch_size", "gradient_accumulation_steps")),
         *(training[k] for k in ("num_processes", "mixed_precision", "gradient_checkpointing")),
         plain["data"]["max_length"],
-        rollout["max_new_tokens"],
+        plain["rollout"]["max_new_tokens"],
         round(on_policy, 2),
-        source if on_policy < 1 else None,
+        method["lmbda_as"] if 0 < on_policy < 1 else None,
+        method["off_policy_source"] if has_off_policy else None,
+        plain["loss"]["on_loss"] if on_policy > 0 else None,
+        plain["loss"]["off_loss"] if has_off_policy else None,
+        round(_mean(method["seed_tokens"])),
+        _mean(method["anchor_weight"]) > 0,
+        (method["replay_size"] > 0, injected),
     )
+
+
+def _mean(schedule: float | list[list[float]]) -> float:
+    """Its mean over the run; knots come as lists from JSON."""
+    if not isinstance(schedule, list):
+        return schedule
+    knots = tuple((fraction, value) for fraction, value in schedule)
+    return statistics.fmean(value_at(knots, (i + 0.5) / 100) for i in range(100))
 
 
 def _measured(runs: Path, slugs: set[str], wanted: set[Shape], is_collected: bool) -> list[Measure]:
@@ -248,7 +264,11 @@ def _measure(run: RunDir, wanted: set[Shape]) -> Measure | None:
     if cost is None or record is None or record.get("format") != FORMAT or not run.was_trained():
         return None
     plain = record["spec"]
-    steps, this = plain["training"]["max_steps"], shape(plain)
+    steps = plain["training"]["max_steps"]
+    try:
+        this = shape(plain)
+    except KeyError:  # of a version that knew fewer knobs: not known to be alike
+        return None
     if this not in wanted or not steps:
         return None
     # "total" holds the loading too, which is paid once.

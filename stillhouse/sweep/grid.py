@@ -1,9 +1,10 @@
 """This file is where a sweep becomes a list of checked points.
 
-    base < grid, points < command line       who overrides whom; seeds multiply everything
+    base < rules < grid, points < command line       who overrides whom; seeds multiply everything
 
 A word of the command line with several values (`lmbda=0,1`) means the union of the sweeps that its
-single values give: it replaces an axis of the file, and multiplies explicit points. Every point is
+single values give: it replaces an axis of the file, and multiplies explicit points. A rule sets
+further values for the points that have certain ones, or leaves them out. Every point is
 composed and checked here, before anything starts: 10,000 in seconds (see `compose`).
 """
 
@@ -30,7 +31,7 @@ from stillhouse.spec import (
     slug,
 )
 from stillhouse.sweep import asked as request
-from stillhouse.sweep.asked import SEED, Asked, Axes, Compare, Knobs, label, text
+from stillhouse.sweep.asked import OWN, SEED, Asked, Axes, Compare, Knobs, label, text
 
 MAX_POINTS = (
     100_000  # ten times the largest grid that is planned for; more is a slip of the keyboard
@@ -124,17 +125,32 @@ def _points(asked: Asked, runs: Path) -> tuple[Point, ...]:
             f"{asked.where}: {count:,} points; at most {MAX_POINTS:,} are planned at once"
         )
     varying = list(dict.fromkeys(itertools.chain(grid or {}, asked.typed, *asked.points)))
-    for key in (*varying, *asked.base, *asked.single):
+    by_rules = list(itertools.chain(*(rule.set for rule in asked.rules)))
+    for key in (*varying, *by_rules, *asked.base, *asked.single):
         if key in ("place.runs", "place.output_dir"):
             raise ConfigError(
                 f"{asked.where}: {label(key)} is not for a sweep; use --runs DIR and name"
             )
-        if key.split(".")[0] == "site" and key in varying:
+        if key.split(".")[0] == "site" and key in (*varying, *by_rules):
             raise ConfigError(f"{asked.where}: {label(key)} is one for all points; put it in site:")
-    axes = [key for key in varying if key not in ("place.name", "place.tags", SEED)]
-    points = tuple(_point(asked, own, axes, runs) for own in _own_knobs(asked, grid))
+    axes = dict.fromkeys((*varying, *by_rules))
+    axes = [key for key in axes if key not in ("place.name", "place.tags", SEED)]
+    ruled = (_by_rules(asked, own) for own in _own_knobs(asked, grid))
+    points = tuple(_point(asked, own, axes, runs) for own in ruled if own is not None)
+    if not points:
+        raise ConfigError(f"{asked.where}: its rules leave no point of what is asked")
     _refuse_twins(points, asked.where)
-    return points
+    said_by_rules = [label(key) for key in axes if key not in varying]
+    return _without_constants(points, said_by_rules) if said_by_rules else points
+
+
+def _without_constants(points: tuple[Point, ...], names: Sequence[str]) -> tuple[Point, ...]:
+    """The points, less those overrides of `names` that tell no point from another."""
+    first = points[0].overrides
+    same = {n for n in names if all(point.overrides[n] == first[n] for point in points)}
+    told = [{k: v for k, v in p.overrides.items() if k not in same} for p in points]
+    pairs = zip(points, told, strict=True)
+    return tuple(dataclasses.replace(point, overrides=overrides) for point, overrides in pairs)
 
 
 def _own_knobs(asked: Asked, grid: Axes | None) -> Iterator[Knobs]:
@@ -146,6 +162,19 @@ def _own_knobs(asked: Asked, grid: Axes | None) -> Iterator[Knobs]:
             yield knobs
         else:
             yield from ({**knobs, SEED: seed} for seed in asked.seeds)
+
+
+def _by_rules(asked: Asked, own: Knobs) -> Knobs | None:
+    """What a point sets, over what rules add for it; None where one leaves it out."""
+    said = {**asked.base, **own, **asked.single}
+    holding = [
+        rule
+        for rule in asked.rules
+        if all(key in said and said[key] == value for key, value in rule.where.items())
+    ]
+    if any(rule.skip for rule in holding):
+        return None
+    return {**dict(itertools.chain(*(rule.set.items() for rule in holding))), **own}
 
 
 def _product(axes: Axes) -> Iterator[Knobs]:
@@ -255,9 +284,11 @@ def _suite(asked: Asked, spec: TrainSpec) -> SuiteSpec | None:
     block = asked.eval
     if block is None or (block.suite is None and not asked.picks_suite):
         return None
-    groups = {} if block.suite is None else {"suite": block.suite}
-    if block.suite is None and spec.pair.pair_source == "generated":
+    groups = {} if block.suite in (None, OWN) else {"suite": block.suite}
+    if not groups and spec.pair.pair_source == "generated":
         groups = {"suite": "tiny"}  # the one that asks about the generated problems
+    elif not groups and spec.data.data_source == "gsm8k":
+        groups = {"suite": "gsm8k"}
     limit = {} if block.limit is None else {"suite.limit": block.limit}
     return compose(Overrides(groups, limit), EvalSpec, f"{asked.where}: eval").suite
 
@@ -275,14 +306,16 @@ def _compare(
     by = label(vocabulary(TrainSpec).find(compare.by, f"{where}.by")[0])
     if by not in axes:
         raise ConfigError(f"{where}.by = {by}: not an axis of this sweep ({', '.join(axes)})")
-    if "suite" in asked.words and (suite is None or compare.metric not in _metrics(suite)):
+    metrics = _metrics(suite) if suite else []
+    alone = [name for name in metrics if name.partition("/")[2] == compare.metric]
+    metric = alone[0] if len(alone) == 1 else compare.metric
+    if "suite" in asked.words and metric not in metrics:
         return None
     if suite is None:
         raise ConfigError(
             f"{where}: nothing is scored, so nothing can be compared; add eval: {{suite}}"
         )
-    metrics = _metrics(suite)
-    if compare.metric not in metrics:
+    if metric not in metrics:
         raise ConfigError(
             f"{where}.metric = {compare.metric}: suite {suite.suite_name} has {', '.join(metrics)}."
             f"{nearest(compare.metric, metrics)}"
@@ -295,7 +328,7 @@ def _compare(
             return None
         values = ", ".join(map(text, axes[by]))
         raise ConfigError(f"{where}.baseline = {text(baseline)}: not a value of {by} ({values})")
-    return Compare(by, compare.metric, axes[by][axes[by].index(baseline)])
+    return Compare(by, metric, axes[by][axes[by].index(baseline)])
 
 
 def _metrics(suite: SuiteSpec) -> list[str]:

@@ -8,7 +8,9 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from typing import Any
 
+from stillhouse.methods import drawn
 from stillhouse.rundir import Json
 from stillhouse.sweep import cost
 from stillhouse.sweep.asked import text
@@ -20,6 +22,7 @@ SHOWN = 20  # points, or values of an axis, that a list names before it only cou
 MANY = 12  # points above which a status says them by axis, too
 FEW = 6  # values of one axis in a status: all of it stays on one screen
 NAMED = 3  # points that a reason names
+DRAWN = 30  # methods that a plan draws before it only counts them
 FAILED = ("failed", "stopped")
 
 
@@ -58,6 +61,30 @@ def as_json(roster: Roster, observations: Mapping[str, Observation]) -> Json:
             for row in roster.rows
         ],
     }
+
+
+def methods(points: Sequence[Point]) -> list[Json]:
+    """How points train, as lines of text: each distinct one, and how many points do so."""
+    alike: dict[Any, list[Point]] = {}
+    for point in points:  # drawing is what takes time: of 10,000 points few differ in these
+        loss = point.spec.loss
+        losses = (loss.on_loss, loss.off_loss, loss.advantage_clip)
+        key = (point.spec.method, losses, point.spec.training.max_steps)
+        alike.setdefault(key, []).append(point)
+    counts: Counter[tuple[str, str]] = Counter()
+    for same in alike.values():
+        counts[same[0].spec.method.method_name, drawn(same[0].spec)] += len(same)
+    return [{"method": m, "drawn": line, "points": n} for (m, line), n in counts.items()]
+
+
+def method_lines(points: Sequence[Point]) -> list[str]:
+    """The same for a screen, where they are few."""
+    found = methods(points)
+    if len(found) > DRAWN:
+        return [f"  {len(found)} ways to train; --json draws each"]
+    width = max((len(one["method"]) for one in found), default=0)
+    lines = [f"  {one['method']:<{width}}  {one['drawn']}" for one in found]
+    return ["share of rollouts (λ) over a run, and what is learnt from:", *lines]
 
 
 def headline(roster: Roster, observations: Mapping[str, Observation]) -> str:

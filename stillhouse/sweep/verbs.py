@@ -43,17 +43,20 @@ Observations = Mapping[str, Observation]
 
 
 def plan(call: Call) -> int:
-    """Say how many points are in which state, by axis, and what the rest would cost."""
+    """Say how many points are in which state, by axis, how they train and what that would cost."""
     sweep, ground = call.sweep(), call.ground
     rows = roster.narrowed(roster_of(sweep), call.points)
     observations = ground.observe(rows, minds_code=True)
+    points = _only(sweep, rows).points
     if call.is_json:
-        return _print_json(listing.as_json(rows, observations))
+        methods = {"methods": listing.methods(points)}
+        return _print_json(listing.as_json(rows, observations) | methods)
     print(listing.headline(rows, observations))
     if sweep.question:
         print(f"  {sweep.question}")
     costs = ground.costs(_only(sweep, rows), observations)
     _print(listing.by_axis(rows, observations, costs))
+    _print(listing.method_lines(points))
     _print(ground.forecast(_only(sweep, rows), costs))
     _print(listing.failures(rows, observations))
     drifted = _drifted(observations)

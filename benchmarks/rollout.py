@@ -1,0 +1,146 @@
+"""This file is where rollouts by the fast decoder are measured against transformers' `generate`.
+
+    python benchmarks/rollout.py       prints a Markdown table, in less than a minute
+
+The tiny pair with weights as they are drawn (what is written does not matter to the time, and no
+row may end early), the student over int4 with a LoRA adapter that is not zero. Folding the weights,
+once per rollout, is part of the time.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig
+
+from stillhouse.distill import tiny
+from stillhouse.distill.decode import decode
+from stillhouse.distill.models import load_base, new_student
+from stillhouse.distill.problems import problems
+from stillhouse.distill.rollouts import _Draw, generate, pad_left, uniforms
+from stillhouse.spec import LoraSpec, QuantSpec, RolloutSpec
+
+BATCH, NEW_TOKENS = 32, 32
+THREADS = 2
+PAIRS = 15  # alternating runs, after one that warms up and is compared
+LIMIT = 2.5  # times as fast as generate, for the student
+INT4 = QuantSpec(quant_type="int4", quant_group_size=32, double_quant=False)
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+LORA = LoraSpec(lora_r=16, lora_alpha=32, lora_dropout=0.0, target_modules=TARGETS)
+Way = Callable[[], Tensor]
+
+
+def pair(directory: Path) -> dict[str, Any]:
+    """The student and the teacher, never trained."""
+    recipes = tiny.RECIPES["tiny"]
+    tiny.make([(r, 0, directory / side) for side, r in recipes.items()], 1, lambda _: None)
+    cpu = torch.device("cpu")
+    student = new_student(
+        load_base(str(directory / "student"), None, "float32", INT4, cpu), LORA, 0
+    )
+    with torch.no_grad():
+        for name, parameter in student.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.02)
+    teacher = load_base(str(directory / "teacher"), None, "float32", None, cpu)
+    return {"student, int4 + LoRA": student.eval(), "teacher, dense": teacher}
+
+
+def counted(model: Any, ids_BP: Tensor, mask_BP: Tensor) -> list[Way]:
+    """Both ways, drawing by counted randomness; with no end-of-text, so that no row is short."""
+
+    def draw() -> _Draw:
+        rollout = RolloutSpec(NEW_TOKENS, NEW_TOKENS, 1.0)
+        draws = uniforms(1, "student", 0, range(BATCH), NEW_TOKENS)
+        return _Draw(draws, [0] * BATCH, rollout, [1], lambda: None)
+
+    settings = {"eos_ids": [1], "max_new_tokens": NEW_TOKENS}
+    return [
+        lambda: decode(model, ids_BP, mask_BP, draw(), **settings),
+        lambda: generate(model, ids_BP, mask_BP, draw(), pad_id=0, **settings),
+    ]
+
+
+def greedy(model: Any, ids_BP: Tensor, mask_BP: Tensor) -> list[Way]:
+    """The likeliest tokens by the decoder, and by `generate` with nothing of ours in it."""
+    config = GenerationConfig(max_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=0)
+    theirs = {"input_ids": ids_BP, "attention_mask": mask_BP, "generation_config": config}
+    return [
+        lambda: decode(
+            model, ids_BP, mask_BP, lambda logits_BV: logits_BV.argmax(-1),
+            eos_ids=[], max_new_tokens=NEW_TOKENS,
+        ),
+        lambda: model.generate(**theirs)[:, ids_BP.shape[1] :],
+    ]  # fmt: skip
+
+
+def timed(way: Way) -> tuple[float, Tensor]:
+    begin = time.perf_counter()
+    out_BC = way()
+    return time.perf_counter() - begin, out_BC
+
+
+def row(name: str, model: Any, how: Callable[..., list[Way]]) -> tuple[str, bool]:
+    """A line of the table, and whether it keeps to the limit."""
+    source = islice(problems({"word2": 1}, 1, "train"), BATCH)
+    questions = [f"<|user|>{p.question}<|assistant|>" for p in source]
+    prompts = tiny.tokenizer()(questions)["input_ids"]
+    ids_BP, mask_BP = pad_left(prompts, max(map(len, prompts)), 0)
+    ways = how(model, ids_BP, mask_BP)
+    (_, ours), (_, theirs) = map(timed, ways)
+    same = torch.equal(ours, theirs)
+    pairs = [[timed(way)[0] for way in ways] for _ in range(PAIRS)]
+    # Neighbours in time share what else the machine is doing, so the ratio is taken pair by pair.
+    ratio = statistics.median(theirs_s / ours_s for ours_s, theirs_s in pairs)
+    ours_ms, theirs_ms = (1000 * statistics.median(column) for column in zip(*pairs, strict=True))
+    is_limited = name.startswith("student")
+    line = (
+        f"| {name} | {how.__name__} | {ratio:.1f} | {LIMIT if is_limited else '–'}"
+        f" | {ours_ms:.0f} / {theirs_ms:.0f} | {'same' if same else 'DIFFERENT'} |"
+    )
+    return line, same and (ratio >= LIMIT or not is_limited)
+
+
+def table() -> None:
+    with tempfile.TemporaryDirectory() as directory:
+        models = pair(Path(directory))
+    lines, kept = zip(
+        *(row(name, model, how) for name, model in models.items() for how in (counted, greedy)),
+        strict=True,
+    )
+    print(
+        f"The tiny pair, {BATCH} prompts, {NEW_TOKENS} new tokens each, float32, {THREADS} threads"
+        f" (OMP_WAIT_POLICY=PASSIVE), torch {torch.__version__}, load average"
+        f" {os.getloadavg()[0]:.1f} at the end. Times as fast: median of {PAIRS} alternating pairs"
+        " of rollouts, each generate's time over the decoder's.\n"
+    )
+    print("| model | draw | times as fast | at least | ms, ours / generate | tokens |")
+    print("|---|---|---|---|---|---|")
+    print("\n".join(lines))
+    if not all(kept):
+        sys.exit("a rollout is too slow, or not what generate writes")
+
+
+def main() -> int:
+    if sys.argv[1:] == ["here"]:
+        torch.set_num_threads(THREADS)
+        table()
+        return 0
+    # PASSIVE as in loss.py: a thread that waits for the other gives its core away.
+    environment = os.environ | {"OMP_WAIT_POLICY": "PASSIVE"}
+    return subprocess.run([sys.executable, __file__, "here"], env=environment).returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,340 @@
+"""This file is where logits of a few positions become an objective's values and their gradient.
+
+Legend: n positions (a chunk, or a block of one), V the shared vocabulary, k tokens that one side
+puts first, K tokens listed for a support. Student p = softmax(z / T), teacher q, m a mixture of the
+two, y a target. What ends in _ writes over the logits it is given.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal, NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+# Numbers per buffer in the passes over a chunk on a CPU. A quarter of it is 6 % faster on two idle
+# cores, but threads meet four times as often, and where they wait passively that costs 28 %; eight
+# times as much leaves the caches and costs a quarter. A GPU wants few large kernels instead.
+BLOCK = 800_000
+FOLD = 16  # of a vocabulary, to find its top k; 8 to 64 are much alike for k of 1 to 256
+
+
+@dataclass(frozen=True)
+class Jsd:
+    """Generalised Jensen-Shannon divergence of student and teacher.
+
+        m = beta * q + (1 - beta) * p;  JSD_beta = beta * KL(q || m) + (1 - beta) * KL(p || m)
+        beta = 0: forward KL(q || p);  beta = 1: reverse KL(p || q)  (the limits of JSD there are 0)
+
+    Source: Agarwal et al. 2024 (arXiv:2306.13649); beta as in TRL's `generalized_jsd_loss`.
+    """
+
+    beta: float
+
+    def __post_init__(self) -> None:
+        _refuse_beta(self.beta)
+
+
+@dataclass(frozen=True)
+class CrossEntropy:
+    """-log p(y): the teacher is only compared with. Temperature 1 alone; the caller shifts y."""
+
+
+@dataclass(frozen=True)
+class PolicyGradient:
+    """Policy gradient of sampled tokens, each weighted by how much likelier it is now.
+
+        A = clip(log q(y) - log p_sample(y), -clip, clip), a constant;  -A * p(y) / p_sample(y)
+
+    `sampled_N` holds log p_sample(y), under the very distribution that y was drawn from. On policy
+    (p_sample = p, nothing clipped) the expected gradient over y is that of KL(p || q). The ratio is
+    not bounded: where it overflows, neither loss nor gradient is finite, whatever the weight.
+    Source: sampled-token form, Eq. 3 of arXiv:2604.13016, with tinker-cookbook's
+    `importance_sampling` and the cliff seeds' clip.
+    """
+
+    sampled_N: Float[Tensor, " N"]
+    clip: float
+
+    def __post_init__(self) -> None:
+        if not self.clip >= 0:
+            raise ValueError(f"PolicyGradient: clip ({self.clip}) must lie at or above 0")
+
+
+@dataclass(frozen=True)
+class TopK:
+    """JSD_beta of coarser distributions: the tokens of a support, and all others as one outcome.
+
+    The support, per position: the k likeliest tokens of the student, of the teacher, those of
+    either, or those of both. The last outcome has the mass of all other tokens, summed, so the
+    value lies between 0 and the JSD_beta of all tokens; an empty support gives 0.
+    Source: supports as in the code of arXiv:2604.13016 (`TOP_K_STRATEGY`), where both sides are
+    renormalised on them (Eq. 5); the last outcome as TRL's `loss_add_tail`.
+    """
+
+    k: int
+    support: Literal["student", "teacher", "union", "intersection"]
+    beta: float
+
+    def __post_init__(self) -> None:
+        _refuse_beta(self.beta)
+        if self.k < 1:
+            raise ValueError(f"TopK: k ({self.k}) must be at least 1")
+
+
+Objective = Jsd | CrossEntropy | PolicyGradient | TopK
+
+
+def at_rows(objective: Objective, rows: slice) -> Objective:
+    """The objective of these positions alone."""
+    if isinstance(objective, PolicyGradient):
+        return replace(objective, sampled_N=objective.sampled_N[rows])
+    return objective
+
+
+class TokenStats(NamedTuple):
+    """One number per position, in nats, detached; float32, or float64 where the hidden states are.
+
+    All but `nll` are of the distributions that the loss compares: at the loss temperature, on the
+    shared vocabulary. `nll` is at temperature 1, so that runs can be compared. None is weighted.
+    """
+
+    loss: Float[Tensor, " N"]  # the objective's value, which is weighted and summed
+    forward_kl: Float[Tensor, " N"]  # KL(teacher || student)
+    reverse_kl: Float[Tensor, " N"]  # KL(student || teacher)
+    jsd_half: Float[Tensor, " N"]  # JSD(1/2), at most ln 2
+    nll: Float[Tensor, " N"]  # -log p(target)
+    student_entropy: Float[Tensor, " N"]
+    teacher_entropy: Float[Tensor, " N"]
+
+
+def joined(parts: list[TokenStats]) -> TokenStats:
+    return TokenStats(*map(torch.cat, zip(*parts, strict=True)))
+
+
+def evaluate_(
+    objective: Objective,
+    logits_nV: Float[Tensor, "n V"],
+    teacher_nV: Float[Tensor, "n V"],
+    targets_n: Int[Tensor, " n"],
+    temperature: float,
+    wants_gradient: bool,
+) -> TokenStats:
+    """The statistics of a chunk; its logits become d value / d logits, or are used up."""
+    n, V = logits_nV.shape
+    size = n if logits_nV.is_cuda else min(n, max(1, BLOCK // V))
+    # Top-k comes last and wants both sides' log-probabilities as they were; others write over them.
+    buffers = 5 if isinstance(objective, TopK) else 4
+    scratch_bufbV = logits_nV.new_empty(buffers, size, V)
+    blocks = [slice(start, min(start + size, n)) for start in range(0, n, size)]
+    return joined(
+        [
+            _evaluate_block_(
+                at_rows(objective, block), logits_nV[block], teacher_nV[block], targets_n[block],
+                scratch_bufbV, temperature, wants_gradient,
+            )
+            for block in blocks
+        ]
+    )  # fmt: skip
+
+
+def _evaluate_block_(
+    objective: Objective,
+    logits_nV: Tensor,
+    teacher_nV: Tensor,
+    targets_n: Tensor,
+    scratch_bufbV: Tensor,
+    temperature: float,
+    wants_gradient: bool,
+) -> TokenStats:
+    """As above, for so few positions that the passes below stay in cache."""
+    log_p, log_q, p, q, *more = scratch_bufbV[:, : len(logits_nV)]
+    torch.log_softmax(logits_nV, -1, out=log_p)
+    nll = -_at(targets_n, log_p)
+    teacher_nV = teacher_nV.to(log_p.dtype)
+    if temperature != 1:
+        torch.log_softmax(logits_nV.div_(temperature), -1, out=log_p)
+        teacher_nV = teacher_nV / temperature
+    torch.log_softmax(teacher_nV, -1, out=log_q)
+    # Where p and q both underflow, p / m must not be 0 / 0. The smallest normal number changes no
+    # probability above 1e-30 and adds less than 1e-30 to any sum.
+    tiny = torch.finfo(p.dtype).tiny
+    torch.exp(log_p, out=p).add_(tiny)
+    torch.exp(log_q, out=q).add_(tiny)
+
+    spare = logits_nV
+    student_entropy, teacher_entropy = -_dot(p, log_p, spare), -_dot(q, log_q, spare)
+    log_p_y, log_q_y = _at(targets_n, log_p), _at(targets_n, log_q)
+    if isinstance(objective, TopK):
+        log_ratio = mixture = torch.sub(log_p, log_q, out=more[0])
+    else:
+        log_ratio, mixture = log_p.sub_(log_q), log_q
+    forward_kl, reverse_kl = -_dot(q, log_ratio, spare), _dot(p, log_ratio, spare)
+    beta = objective.beta if isinstance(objective, Jsd) else None
+    keeps = log_ratio if beta == 0.5 else spare
+    jsd_half, centre = _jsd(0.5, p, q, mixture, keeps, spare)
+
+    scale = 1 / temperature
+    match objective:
+        case Jsd(beta=0):
+            loss = forward_kl
+            if wants_gradient:
+                torch.sub(p, q, out=logits_nV)
+        case Jsd():
+            if objective.beta == 1:
+                loss = centre = reverse_kl
+            elif objective.beta == 0.5:
+                loss = jsd_half
+            else:
+                loss, centre = _jsd(objective.beta, p, q, mixture, log_ratio, spare)
+            if wants_gradient:  # log_ratio is log p - log q at beta = 1, else log p - log m
+                torch.mul(log_ratio.sub_(centre[:, None]), p, out=logits_nV)
+            scale = (1 if objective.beta == 1 else 1 - objective.beta) / temperature
+        case CrossEntropy():
+            loss = nll
+            _towards_target_(logits_nV, p, targets_n, torch.ones_like(nll))
+        case PolicyGradient():
+            sampled_n = objective.sampled_N.to(log_p_y.dtype)
+            advantage = (log_q_y - sampled_n).clamp(-objective.clip, objective.clip)
+            push = advantage * torch.exp(log_p_y - sampled_n)
+            loss = -push
+            _towards_target_(logits_nV, p, targets_n, push)
+        case TopK():
+            loss = _top_k_(objective, log_p, log_q, logits_nV)
+    if wants_gradient and scale != 1:
+        logits_nV.mul_(scale)
+    return TokenStats(loss, forward_kl, reverse_kl, jsd_half, nll, student_entropy, teacher_entropy)
+
+
+def _jsd(
+    beta: float, p: Tensor, q: Tensor, mixture: Tensor, log_ratio: Tensor, spare: Tensor
+) -> tuple[Tensor, Tensor]:
+    """JSD_beta and KL(p || m), both [n]; m is left in `mixture`, log p - log m in `log_ratio`.
+
+    Quotients of probabilities, not differences of their logs: p / m is at most 1 / (1 - beta), so
+    nothing overflows, and where p equals q it is exactly 1: loss and gradient are exactly 0 there.
+    """
+    torch.lerp(p, q, beta, out=mixture)  # exact at p = q, which beta * q + (1 - beta) * p is not
+    of_teacher = _dot(q, torch.div(q, mixture, out=spare).log_(), spare)
+    torch.div(p, mixture, out=log_ratio).log_()
+    of_student = _dot(p, log_ratio, spare)
+    return beta * of_teacher + (1 - beta) * of_student, of_student
+
+
+def _towards_target_(gradient_nV: Tensor, p_nV: Tensor, targets_n: Tensor, push_n: Tensor) -> None:
+    """push * (p - [i = y]), which a step against it turns into more p(y)."""
+    torch.mul(p_nV, push_n[:, None], out=gradient_nV)
+    gradient_nV.scatter_add_(1, targets_n[:, None], -push_n[:, None])
+
+
+def _top_k_(objective: TopK, log_p_nV: Tensor, log_q_nV: Tensor, gradient_nV: Tensor) -> Tensor:
+    """Values [n]; their gradient at temperature 1 in `gradient_nV`. The logs are used up.
+
+    What lies outside the support is an outcome with a logit of its own, the logsumexp of its
+    tokens' logits: its slope reaches them by the softmax among them.
+    """
+    index_nK, counts_nK = _support(objective, log_p_nV, log_q_nV, gradient_nV)
+    log_p, mass_n1 = _outcomes_(log_p_nV, index_nK, counts_nK, objective.k)
+    log_q, _ = _outcomes_(log_q_nV, index_nK, counts_nK, objective.k)
+    value_n, slope = _divergence(objective.beta, log_p, log_q)
+    torch.mul(log_p_nV, slope[:, -1:] / mass_n1, out=gradient_nV)
+    _write_(gradient_nV, index_nK, slope[:, :-1], counts_nK, objective.k)
+    return value_n
+
+
+def _support(
+    objective: TopK, log_p_nV: Tensor, log_q_nV: Tensor, spare_nV: Tensor
+) -> tuple[Int[Tensor, "n K"], Bool[Tensor, "n K"]]:
+    """Tokens, and which of them count: a token that is listed twice does so once."""
+    wanted = {"student": [log_p_nV], "teacher": [log_q_nV]}
+    first_nk, *second = (
+        _largest(log_nV, objective.k)
+        for log_nV in wanted.get(objective.support, [log_p_nV, log_q_nV])
+    )
+    every_nk = torch.ones_like(first_nk, dtype=torch.bool)
+    if not second:
+        return first_nk, every_nk
+    (second_nk,) = second
+    both_nk = spare_nV.zero_().scatter_(1, first_nk, 1).gather(1, second_nk) > 0
+    if objective.support == "intersection":
+        return second_nk, both_nk
+    return torch.cat([first_nk, second_nk], 1), torch.cat([every_nk, ~both_nk], 1)
+
+
+def _largest(log_nV: Tensor, k: int) -> Int[Tensor, "n k"]:
+    """The k largest of each row, in any order.
+
+    A row folded FOLD times has columns of FOLD numbers; the k columns with the largest maxima hold
+    all that is wanted, and maxima are cheap: a third of the time of torch.topk at V 49,152, k 16.
+    """
+    n, V = log_nV.shape
+    if V % FOLD or 2 * k * FOLD > V:
+        return log_nV.topk(k, sorted=False).indices
+    folded = log_nV.view(n, FOLD, V // FOLD)
+    column_nk = folded.amax(1).topk(k, sorted=False).indices
+    few = folded.gather(2, column_nk[:, None, :].expand(-1, FOLD, -1)).view(n, FOLD * k)
+    among_nk = few.topk(k, sorted=False).indices
+    return among_nk // k * (V // FOLD) + column_nk.gather(1, among_nk % k)
+
+
+def _outcomes_(
+    log_nV: Tensor, index_nK: Tensor, counts_nK: Tensor, k: int
+) -> tuple[Tensor, Tensor]:
+    """Log-probabilities of the outcomes, [n, K + 1], the last of all tokens outside the support.
+
+    Summed relative to the largest, so that a rest of 1e-100 is one. `log_nV` becomes the summands,
+    0 in the support; their sum [n, 1] comes back too, 1 where there is none. An outcome that there
+    is not (a token that does not count, a rest without tokens) gets a log-probability that is the
+    same finite number on both sides.
+    """
+    nothing = torch.finfo(log_nV.dtype).min
+    of_tokens = log_nV.gather(1, index_nK).masked_fill_(~counts_nK, 0)
+    _write_(log_nV, index_nK, torch.full_like(of_tokens, -torch.inf), counts_nK, k)
+    largest_n1 = log_nV.amax(-1, keepdim=True).clamp_(min=nothing)
+    mass_n1 = log_nV.sub_(largest_n1).exp_().sum(-1, keepdim=True)
+    of_rest = (largest_n1 + mass_n1.log()).clamp_(min=nothing)
+    # Where the rest is all there is, its mass is 1, and not 1 give or take a rounding error.
+    of_rest.masked_fill_(~counts_nK.any(-1, keepdim=True), 0)
+    return torch.cat([of_tokens, of_rest], 1), mass_n1.clamp_(min=1)
+
+
+def _write_(
+    dense_nV: Tensor, index_nK: Tensor, values_nK: Tensor, counts_nK: Tensor, k: int
+) -> None:
+    """Values that count into the dense rows; one list of k tokens after the other, since within one
+    no token is written twice."""
+    for index, values, counts in zip(
+        *(x.split(k, 1) for x in (index_nK, values_nK, counts_nK)), strict=True
+    ):
+        dense_nV.scatter_(1, index, torch.where(counts, values, dense_nV.gather(1, index)))
+
+
+def _divergence(beta: float, log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
+    """JSD_beta of few outcomes, [n], and its gradient with respect to their logits."""
+    tiny = torch.finfo(log_p.dtype).tiny
+    p, q = log_p.exp().add_(tiny), log_q.exp().add_(tiny)
+    log_ratio = log_p - log_q
+    if beta == 0:
+        return -(q * log_ratio).sum(-1), p - q
+    if beta == 1:
+        value = centre = (p * log_ratio).sum(-1)
+    else:
+        value, centre = _jsd(beta, p, q, torch.empty_like(p), log_ratio, torch.empty_like(p))
+    share = 1 if beta == 1 else 1 - beta
+    return value, share * p * (log_ratio - centre[:, None])
+
+
+def _at(targets_n: Tensor, dense_nV: Tensor) -> Tensor:
+    return dense_nV.gather(1, targets_n[:, None]).squeeze(1)
+
+
+def _dot(a_nV: Tensor, b_nV: Tensor, spare_nV: Tensor) -> Tensor:
+    """Dot product of each pair of rows, [n]; torch.sum adds pairwise, which float32 needs here."""
+    return torch.mul(a_nV, b_nV, out=spare_nV).sum(-1)
+
+
+def _refuse_beta(beta: float) -> None:
+    if not 0 <= beta <= 1:
+        raise ValueError(f"beta ({beta}) must lie in [0, 1]")

@@ -1,0 +1,153 @@
+"""This file is where a pair's two models are put to work: who writes, and who scores.
+
+Writers and scorers are functions with one signature each, so that the loop need not know that the
+teacher may be the student's own base with the adapter switched off.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from stillhouse.distill import models
+from stillhouse.distill.loop import Logits, Scorer, positions_of
+from stillhouse.distill.pairs import PreparedPair
+from stillhouse.distill.prompts import Example
+from stillhouse.distill.rollouts import Completions, how, uniforms, write
+from stillhouse.distill.sequences import Writer
+from stillhouse.spec import TrainSpec
+
+PromptOf = Callable[[Example], Sequence[int]]
+
+
+class Roles:
+    """Student and teacher of a run."""
+
+    def __init__(
+        self,
+        spec: TrainSpec,
+        prepared: PreparedPair,
+        tokenizer: Any,
+        accelerator: Accelerator,
+        poll: Callable[[], None],
+    ) -> None:
+        """Load both; the teacher is the student's own base where that is the same thing."""
+        self.spec, self.accelerator, self.poll = spec, accelerator, poll
+        pair, device = spec.pair, accelerator.device
+        base = models.load_base(
+            prepared.student, prepared.student_revision, pair.student_dtype, spec.quant, device
+        )
+        self.student = models.new_student(base, spec.lora, spec.training.seed)
+        if spec.training.gradient_checkpointing:
+            # A checkpointed block over a frozen base has no gradient unless its input wants one.
+            base.enable_input_require_grads()  # type: ignore[operator]
+            base.activation_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+        is_shared = spec.quant.quant_type == "none" and (
+            prepared.student,
+            prepared.student_revision,
+            pair.student_dtype,
+        ) == (prepared.teacher, prepared.teacher_revision, pair.teacher_dtype)
+        self.is_same_function = is_shared and pair.teacher_few_shot == 0
+        self.teacher: nn.Module = self.student
+        if not is_shared:
+            self.teacher = models.load_base(
+                prepared.teacher, prepared.teacher_revision, pair.teacher_dtype, None, device
+            )
+        eos: Any = base.config.eos_token_id  # type: ignore[union-attr]
+        self.eos_ids = sorted({*(eos if isinstance(eos, list) else [eos]), tokenizer.eos_token_id})
+        pad = tokenizer.pad_token_id
+        self.pad_id = self.eos_ids[0] if pad is None else pad
+
+    @contextlib.contextmanager
+    def _frozen(self, model: nn.Module) -> Iterator[None]:
+        """A model that is not trained: the teacher, or the base with the adapter switched off."""
+        if model is not self.student:
+            yield
+            return
+        was_training = self.student.training
+        self.student.eval()
+        try:
+            with self.student.disable_adapter(), self.accelerator.autocast():
+                yield
+        finally:
+            self.student.train(was_training)
+
+    def how(self) -> str:
+        """How the student writes, for the log."""
+        with self.accelerator.autocast():
+            return how(self.student)
+
+    def teacher_scorer(self) -> Scorer:
+        """Logits of the teacher, who may read exemplars first."""
+        return self._scorer(self.teacher, lambda e: e.teacher_prompt_ids)
+
+    def start_scorer(self) -> Scorer:
+        """Logits of the student as it was before its first step: the adapter switched off."""
+        return self._scorer(self.student, lambda e: e.prompt_ids)
+
+    def _scorer(self, model: nn.Module, prompt_of: PromptOf) -> Scorer:
+
+        @torch.no_grad()
+        def score(
+            examples: Sequence[Example],
+            completions: Sequence[Sequence[int]],
+            forced: Sequence[int],
+        ) -> Logits:
+            prompts = [prompt_of(e) for e in examples]
+            with self._frozen(model):
+                hidden_NH, _ = positions_of(
+                    model, prompts, completions, forced, max(map(len, prompts)), self.pad_id,
+                    self.accelerator.device,
+                )  # fmt: skip
+            head_VH = models.head_weight(model)
+            hidden_NH = hidden_NH.to(head_VH.dtype)
+            return lambda rows: hidden_NH[rows] @ head_VH.T
+
+        return score
+
+    def writers(self) -> dict[str, Writer]:
+        """Who writes, by the names that methods use."""
+        spec = self.spec
+
+        def sampler(purpose: str, model: nn.Module, prompt_of: PromptOf) -> Writer:
+            def sample(
+                examples: Sequence[Example],
+                step: int,
+                rows: Sequence[int],
+                length: int,
+                *,
+                tokens: int | None = None,
+                prefixes: Sequence[Sequence[int]] | None = None,
+                greedy: bool = False,
+            ) -> Completions:
+                prompts = [prompt_of(e) for e in examples]
+                rollout = spec.rollout
+                if tokens is not None:
+                    least = min(rollout.min_new_tokens, tokens)
+                    rollout = replace(rollout, max_new_tokens=tokens, min_new_tokens=least)
+                draws = uniforms(spec.training.seed, purpose, step, rows, rollout.max_new_tokens)
+                is_student = purpose == "student"
+                with self.accelerator.autocast() if is_student else self._frozen(model):
+                    return write(
+                        model, prompts, draws, rollout, pad_id=self.pad_id,
+                        eos_ids=self.eos_ids, poll=self.poll, prefixes=prefixes, greedy=greedy,
+                        prompt_length=max(length, *map(len, prompts)),
+                    )  # fmt: skip
+
+            return sample
+
+        def read(examples: Sequence[Example], *_: Any, **__: Any) -> Completions:
+            ids = [list(e.completion_ids) for e in examples]
+            return Completions(ids, [False] * len(ids), [[] for _ in ids], [0] * len(ids))
+
+        return {
+            "student": sampler("student", self.student, lambda e: e.prompt_ids),
+            "teacher": sampler("teacher", self.teacher, lambda e: e.teacher_prompt_ids),
+            "dataset": read,
+        }

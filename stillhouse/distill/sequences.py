@@ -1,0 +1,176 @@
+"""This file is where a step gets its sequences: rollouts, the teacher's, the data's, or old ones.
+
+Who writes is a function the run hands over, by name: "student", "teacher" or "dataset". What comes
+out is a batch per kind of data, with its weight in the step's loss; the loop trains on it and does
+not ask which method wanted it.
+
+Processes: `num_processes` is how many shares a step's batch has; the processes that are really
+there take equal numbers of shares. So one GPU can repeat, more slowly, what eight did.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+
+from stillhouse.distill.prompts import Example
+from stillhouse.distill.replay import Entry, Replay
+from stillhouse.distill.rollouts import Completions, permutation, uniforms
+from stillhouse.methods import StepPlan
+from stillhouse.spec import TrainSpec
+
+
+@runtime_checkable
+class Writer(Protocol):
+    """Writes one completion per example."""
+
+    def __call__(
+        self,
+        examples: Sequence[Example],
+        step: int,
+        rows: Sequence[int],  # places in the step's batch: what a row's random numbers hang on
+        length: int,  # to pad prompts to
+        *,
+        tokens: int | None = None,  # at most so many; None: as many as a rollout may have
+        prefixes: Sequence[Sequence[int]] | None = None,  # what the completions begin with
+        greedy: bool = False,  # the likeliest tokens, not drawn ones
+    ) -> Completions: ...
+
+
+@dataclass(frozen=True)
+class Share:
+    """The sequences of one of `num_processes` shares of a batch."""
+
+    index: int
+    examples: list[Example]
+    written: Completions
+
+
+@dataclass(frozen=True)
+class Batch:
+    """This process's shares of the sequences of one kind that a step trains on."""
+
+    writer: str  # "student", "teacher" or "dataset"
+    weight: float  # of its mean loss in the step's loss
+    step: int  # in which they were written
+    prompt_length: int  # padded: a row's arithmetic must not depend on who else is there
+    shares: list[Share]
+
+    @property
+    def is_on_policy(self) -> bool:
+        """Whether these are the student's own rollouts, old ones included."""
+        return self.writer == "student"
+
+    @property
+    def trained_tokens(self) -> int:
+        """Tokens of these shares that the loss counts: all but the forced ones."""
+        return sum(
+            len(ids) - forced
+            for share in self.shares
+            for ids, forced in zip(share.written.ids, share.written.forced, strict=True)
+        )
+
+
+class Sequences:
+    """The batches of each step."""
+
+    def __init__(
+        self,
+        spec: TrainSpec,
+        accelerator: Accelerator,
+        examples: Sequence[Example],
+        writers: Mapping[str, Writer],
+    ) -> None:
+        self.spec, self.accelerator = spec, accelerator
+        self.examples, self.writers = examples, dict(writers)
+        self.replay = Replay(spec.method.replay_size)
+        t = spec.training
+        self.per_share = t.per_device_train_batch_size * t.gradient_accumulation_steps
+        mine = t.num_processes // accelerator.num_processes
+        first = accelerator.process_index * mine
+        self.mine = range(first, first + mine)  # shares of this process
+        # What this process wrote in the step at hand, trained on or not: tokens by writer, rows.
+        self.wrote: Counter[str] = Counter()
+
+    def rows_of(self, step: int) -> list[int]:
+        """The dataset rows of a step, for all shares: consecutive places in the epochs' orders."""
+        size, batch = len(self.examples), self.per_share * self.spec.training.num_processes
+        places = range(step * batch, (step + 1) * batch)
+        orders = {
+            epoch: permutation(self.spec.training.seed, epoch, size)
+            for epoch in range(places[0] // size, places[-1] // size + 1)
+        }
+        return [orders[place // size][place % size] for place in places]
+
+    def happens(self, what: str, step: int, probability: float) -> bool:
+        """A coin of a step: one for all processes, because all of them toss the same one."""
+        return uniforms(self.spec.training.seed, what, step, [0], 1).item() < probability
+
+    def batches(self, step: int, plan: StepPlan) -> list[Batch]:
+        """What step `step` trains on, by its plan; one batch, or two that are mixed by weight.
+
+        Raises:
+            Interrupted: asked to stop while writing; nothing is kept of this step.
+        """
+        self.wrote.clear()
+        if plan.replay_size:
+            return [self._replayed(step, plan)]
+        if plan.lmbda_as == "weight":
+            shares = {"student": plan.lmbda, plan.off_policy_source: 1 - plan.lmbda}
+        else:
+            on_policy = self.happens("coin", step, plan.lmbda)
+            shares = {"student" if on_policy else plan.off_policy_source: 1.0}
+        return [self._write(who, step, plan, weight) for who, weight in shares.items() if weight]
+
+    def _write(self, who: str, step: int, plan: StepPlan, weight: float = 1.0) -> Batch:
+        """New sequences of one kind."""
+        rows = self.rows_of(step)
+        length = max(len(self.examples[row].prompt_ids) for row in rows)
+        shares: list[Share] = []
+        for index in self.mine:
+            places = range(index * self.per_share, (index + 1) * self.per_share)
+            examples = [self.examples[rows[place]] for place in places]
+            seeds = None
+            if who == "student" and plan.seed_tokens:
+                teacher = self.writers["teacher"]
+                forced = teacher(examples, step, places, length, tokens=plan.seed_tokens)
+                seeds = forced.ids
+                self.wrote["teacher"] += sum(map(len, seeds))
+            written = self.writers[who](examples, step, places, length, prefixes=seeds)
+            own = sum(map(len, written.ids)) - sum(written.forced)
+            if who != "dataset":
+                self.wrote[who] += own
+                self.wrote["truncated"] += sum(written.is_truncated)
+                self.wrote["rows"] += len(written.ids)
+            shares.append(Share(index, examples, written))
+        return Batch(who, weight, step, length, shares)
+
+    def _replayed(self, step: int, plan: StepPlan) -> Batch:
+        """Write, keep what was written, and draw from all that is kept."""
+        new = [self._write("student", step, plan)]
+        if self.happens("injection", step, plan.replay_injection):
+            new.append(self._write("teacher", step, plan))
+        self.replay.push([self._entry(batch) for batch in new])
+        drawn = self.replay.draw(self.spec.training.seed, step)
+        examples = [self.examples[row] for row in drawn.rows]
+        shares = [
+            Share(index, examples[part], drawn.written[part])
+            for index in self.mine
+            for part in [slice(index * self.per_share, (index + 1) * self.per_share)]
+        ]
+        length = max(len(example.prompt_ids) for example in examples)
+        return Batch(drawn.writer, 1.0, drawn.step, length, shares)
+
+    def _entry(self, batch: Batch) -> Entry:
+        """The batch of all processes: every one keeps the same buffer, whole."""
+        written = [share.written for share in batch.shares]
+        if self.accelerator.num_processes > 1:
+            written = gather_object(written)
+        return Entry(
+            batch.step, batch.writer, self.rows_of(batch.step), Completions.joined(written)
+        )

@@ -1,0 +1,96 @@
+"""This file is where numbers and comparisons become the cells of a table, as people read them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from stillhouse.results.comparisons import Comparison
+from stillhouse.results.stats import Estimate, number
+
+Table = tuple[list[str], list[list[str]]]  # header, rows
+
+
+def comparison_tables(family: Sequence[Comparison]) -> list[tuple[str, Table]]:
+    """(reference, its comparisons as people read them); intervals are 95 %, p is Holm's."""
+    references = dict.fromkeys(c.reference for c in family)
+    return [(r, _comparison_table([c for c in family if c.reference == r])) for r in references]
+
+
+def _comparison_table(family: Sequence[Comparison]) -> Table:
+    header = ["arm", "verdict", "difference", "95 % interval", "p (Holm)", "detectable"]
+    documents = any(c.both is not None for c in family)
+    settings = any(c.setting for c in family)
+    if documents:
+        header.insert(4, "other documents too")
+    if settings:
+        header.insert(1, "at")
+    rows: list[list[str]] = []
+    for c in family:
+        d = c.paired.difference
+        left_out = f" (unshared seeds left out: {c.paired.unpaired})" if c.paired.unpaired else ""
+        row = [c.arm, *([c.setting] if settings else []), c.verdict.text + left_out]
+        row += [signed(d.mean), interval(d.low, d.high)]
+        row += [interval(c.both.low, c.both.high) if c.both else "–"] if documents else []
+        rows.append([*row, probability(c.p), number(c.paired.detectable)])
+    return header, rows
+
+
+def records(family: Iterable[Comparison]) -> list[dict[str, Any]]:
+    """Comparisons as rows of a CSV file, whose columns say what the page's headers do."""
+    return [
+        {
+            "arm": c.arm,
+            "reference": c.reference,
+            "setting": c.setting,
+            "verdict": c.verdict.kind,
+            "arm_mean": c.arm_mean,
+            "reference_mean": c.reference_mean,
+            "n": c.paired.difference.n,
+            "difference": c.paired.difference.mean,
+            "se": c.paired.difference.se,
+            "low": c.paired.difference.low,
+            "high": c.paired.difference.high,
+            "low_other_documents": c.both.low if c.both else None,
+            "high_other_documents": c.both.high if c.both else None,
+            "p": c.paired.p,
+            "p_holm": c.p,
+            "detectable": c.paired.detectable,
+        }
+        for c in family
+    ]
+
+
+def as_csv(rows: Iterable[Mapping[str, Any]]) -> str:
+    """Rows as a CSV file's text; a row that lacks a column leaves it empty."""
+    import pandas as pd
+
+    return pd.DataFrame(list(rows)).to_csv(index=False)
+
+
+def signed(value: float) -> str:
+    """A difference with its sign."""
+    return f"+{number(value)}" if value > 0 else number(value).replace("-", "−")
+
+
+def interval(low: float, high: float) -> str:
+    """An interval as text, a dash where there is none."""
+    return f"[{signed(low)}, {signed(high)}]" if low == low else "–"
+
+
+def probability(p: float) -> str:
+    """A p value as text: three decimals, never "0.000"."""
+    return "–" if p != p else "< 0.001" if p < 0.001 else f"{p:.3f}"
+
+
+def spread(e: Estimate) -> str:
+    """A mean over seeds with its standard error, or without one where a single seed shows none."""
+    return f"{number(e.mean)} ± {number(e.se)}" if e.n > 1 else number(e.mean)
+
+
+def duration(seconds: float) -> str:
+    """Seconds as a person says them."""
+    for unit, size in (("h", 3600), ("min", 60)):
+        if seconds >= 1.5 * size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.0f} s"
