@@ -1,7 +1,7 @@
 """This file is where the losses are measured: β-JSD against a dense computation in TRL's style, and
 the other objectives against β-JSD.
 
-    python benchmarks/loss.py       prints two Markdown tables, in some five minutes
+    python benchmarks/loss.py       prints two Markdown tables, in some six minutes
 
 All get hidden states and end with the gradient of the mean loss with respect to the student's; all
 form the teacher's logits by a product with its head. Ours also makes every logged statistic.

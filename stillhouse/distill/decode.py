@@ -71,7 +71,7 @@ def _can_fold(layer: Any) -> bool:
         return not odd and _can_fold(layer.base_layer)
     if type(layer) is nn.Linear or isinstance(layer, Int4Linear):
         return True
-    state = getattr(layer.weight, "quant_state", None)  # bitsandbytes
+    state = getattr(getattr(layer, "weight", None), "quant_state", None)  # bitsandbytes
     if state is None or getattr(state, "packing_format_for_cpu", False):
         return False
     return layer.compute_dtype in (None, torch.float32)
