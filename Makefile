@@ -33,8 +33,9 @@ quickstart: $(READY)
 	$(BIN)/stillhouse run sweeps/quickstart.yaml
 	$(BIN)/stillhouse report quickstart
 
+# A file's tests share what is costly to make, so a file stays with one process.
 test: $(READY)
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile
 
 # The first line is the one that may need a network: Go modules, Debian packages.
 test-cluster: $(READY)

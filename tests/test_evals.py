@@ -302,9 +302,10 @@ def test_the_second_column_is_the_adapter_merged_into_the_dense_base_and_quantis
 
     name = "model.layers.1.mlp.down_proj"
     trained = models.attach_adapter(models.load_base(*base, spec.quant, cpu), run.adapter, "x")
-    layer = trained.get_base_model().get_submodule(name)
+    layer: Any = trained.get_base_model().get_submodule(name)
     delta = layer.lora_B["x"].weight @ layer.lora_A["x"].weight * layer.scaling["x"]
-    weight = models.load_base(*base, None, cpu).get_submodule(name).weight
+    dense: Any = models.load_base(*base, None, cpu).get_submodule(name)
+    weight = dense.weight
     by_hand = torch.nn.Linear(*weight.T.shape, bias=False)
     by_hand.weight.data = weight + delta
     holder: Any = torch.nn.ModuleDict({"only": by_hand})

@@ -227,7 +227,7 @@ def test_a_directory_of_another_version_or_content_is_refused_untouched(
     ("line", "said"),
     [
         (["--lmba", "0"], 'no knob "lmba". Did you mean "lmbda"?'),
-        (["--lmbda", "2"], "less than or equal to 1"),
+        (["--lmbda", "2"], "lie in [0, 1]"),
         (["--pair", "tinny"], 'Did you mean "tiny"?'),
         (["--data", "local", "--data-path", "nowhere.jsonl"], "nowhere.jsonl"),
         (["--pair", "qwen3_4b_self", "--min-new-tokens", "0"], "not on this machine; get it with"),

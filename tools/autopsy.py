@@ -22,8 +22,16 @@ from typing import Any
 RUNS = Path("runs/autopsy")
 METHODS = ("on_policy_gkd", "hybrid", "reverse_curriculum", "sft")
 FAULTS = ("none", "unshifted", "no_prompt", "double_rate", "all")
-# What the documented methods train with, on the tiny pair at the rate that sweeps/cliff.yaml has.
-WORDS = ("pair=tiny", "loss=ce_pg", "accuracy_steps=10", "threads=1", "sanity_max_nll=1e9")
+# As the ce_pg arms of sweeps/cliff.yaml; a fault would end a run at its first step otherwise.
+WORDS = (
+    "pair=tiny",
+    "quant=none",
+    "loss=ce_pg",
+    "learning_rate=2e-3",
+    "accuracy_steps=10",
+    "threads=1",
+    "sanity_max_nll=1e9",
+)
 
 
 @contextlib.contextmanager
