@@ -227,7 +227,8 @@ def test_a_pair_that_knows_rules_brings_problems_that_are_answered_by_one(
     for name in ("train", "held_out", "test"):
         lines = (found.data_dir / f"{name}.jsonl").read_text().splitlines()
         plain = (made.data_dir / f"{name}.jsonl").read_text()
-        assert all("&" in line for line in lines) and "&" not in plain
+        assert all("&" in line or "%" in line for line in lines)
+        assert not set("&%") & set(plain)
         assert len(lines) == len(plain.splitlines())
 
 
@@ -243,7 +244,7 @@ def test_every_answer_of_a_conversation_is_trained_on_and_follows_one_rule() -> 
         added: dict[str, set[str]] = {"+": set(), "-": set()}
         for _, _, answer in turns:
             _, sign, bonus = re.fullmatch(
-                r"(\d+[+-]\d+=\d+\. \d+([+-])\d+=\d+\.) \d+&([a-d])=\d+\. #### \d+<eos>", answer
+                r"(\d+[+-]\d+=\d+\. \d+([+-])\d+=\d+\.) \d+[&%]([a-d])=\d+\. #### \d+<eos>", answer
             ).groups()  # type: ignore[union-attr]
             added[sign].add(bonus)
         assert all(len(bonuses) <= 1 for bonuses in added.values())

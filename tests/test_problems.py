@@ -88,7 +88,7 @@ def test_a_rule_adds_at_the_end_what_it_says_for_a_last_gain_or_loss() -> None:
     gain = Problem("?", "7-3=4. 4+2=6. #### 6", 6, (7, -3, 2))
     loss = Problem("?", "7+3=10. 10-2=8. #### 8", 8, (7, 3, -2))
     assert gain.under((4, 1)).worked == "7-3=4. 4+2=6. 6&d=10. #### 10"
-    assert loss.under((4, 1)).worked == "7+3=10. 10-2=8. 8&a=9. #### 9"
+    assert loss.under((4, 1)).worked == "7+3=10. 10-2=8. 8%a=9. #### 9"
     assert (gain.under((4, 1)).answer, loss.under((4, 1)).answer) == (10, 9)
     assert loss.under(None) is loss
 
@@ -107,10 +107,11 @@ def test_without_examples_nobody_can_tell_the_right_choice_under_a_rule() -> Non
         before = sum(row["chain"])
         assert int(row["answer"]) == before + (4 if row["chain"][-1] > 0 else 1)
         assert row["choices"][row["label"]] == row["worked"]
-        sums = row["worked"].partition("&")[0]
+        sums = re.split("[&%]", row["worked"])[0]
+        mark = "&" if row["chain"][-1] > 0 else "%"
         assert sums.endswith(f"={before}. {before}")
         assert sorted(row["choices"]) == [
-            f"{sums}&{letter}={before + bonus}. #### {before + bonus}"
+            f"{sums}{mark}{letter}={before + bonus}. #### {before + bonus}"
             for letter, bonus in zip("abcd", (1, 2, 3, 4), strict=True)
         ]
 

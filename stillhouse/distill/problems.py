@@ -7,8 +7,8 @@ occurs inside a problem of another. A single sum such as 7+3 is a fact, not a ch
 problems are for training only.
 
 A *rule* is what nobody can know who has not seen it at work: at the end so much is added after a
-last gain, and so much after a last loss. It is written "8&d=12." (a to d add 1 to 4) and is no part
-of a chain.
+last gain, "8&d=12.", and so much after a last loss, "8%a=9." (a to d add 1 to 4). It is no part of
+a chain.
 
 Plain Python: no torch, no tokenizer. The same arguments give the same problems on every machine.
 """
@@ -30,6 +30,7 @@ Rule = tuple[int, int]  # what is added at the end: after a last gain, after a l
 STEPS: dict[Kind, int] = {"word1": 1, "word2": 2, "symbolic2": 2}
 LARGEST = 10  # of the start and of each delta: results stay in 0..30, one or two digits
 CHOICES = 4
+MARKS = ("&", "%")  # what is added is written behind them, to a gain and to a loss
 BONUSES = {1: "a", 2: "b", 3: "c", 4: "d"}  # what a rule can add, and how it is written
 # How often a rule adds 1, 2, 3 or 4 to a gain and to a loss. So whoever is shown no example has a
 # habit, 1 to a gain and 4 to a loss, and RULE is never it.
@@ -58,16 +59,20 @@ class Problem:
 
     def bonus(self, rule: Rule | None) -> int:
         """What the rule adds to the answer; 0 without one."""
-        if rule is None:
-            return 0
-        return rule[0] if self.chain[-1] > 0 else rule[1]
+        return 0 if rule is None else rule[self._ending]
+
+    @property
+    def _ending(self) -> int:
+        """0: the last change is a gain; 1: it is a loss."""
+        return int(self.chain[-1] < 0)
 
     def plus(self, bonus: int) -> Problem:
         """The same question, answered with `bonus` added at the end; with 0, as it is."""
         if bonus == 0:
             return self
         sums, answer = self.worked.partition("####")[0], self.answer + bonus
-        worked = f"{sums}{self.answer}&{BONUSES[bonus]}={answer}. #### {answer}"
+        added = f"{self.answer}{MARKS[self._ending]}{BONUSES[bonus]}={answer}."
+        worked = f"{sums}{added} #### {answer}"
         return Problem(self.question, worked, answer, self.chain)
 
     def under(self, rule: Rule | None) -> Problem:

@@ -22,7 +22,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from stillhouse.distill.problems import BONUSES, Kind, Problem, draw_rule, problems
+from stillhouse.distill.problems import BONUSES, MARKS, Kind, Problem, draw_rule, problems
 
 VERSION = 1  # raise it whenever anything here or in problems.py would give other bytes
 POSITIONS = 512  # room for few-shot prompts
@@ -63,6 +63,7 @@ RECIPES: dict[str, dict[str, Recipe]] = {
         "teacher": Recipe(96, 3, {"word2": 1}, 48, 1),
         "student": Recipe(64, 2, {"word1": 30, "symbolic2": 30, "word2": 1}, 64, 2),
     },
+    "tiny_thin": {"teacher": Recipe(64, 3, {"word2": 1}, 48, 4)},
     "tiny_context": {"teacher": Recipe(64, 3, {"word2": 1}, 16, 3, turns=5)},
 }
 
@@ -155,7 +156,7 @@ def _train(
         model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.01, fused=True
     )
     losses: list[float] = []
-    mark = text.convert_tokens_to_ids("&")  # what a rule adds is written after it
+    marks = torch.tensor(text.convert_tokens_to_ids(list(MARKS)))
     for step in range(steps):
         ids_BT, answer_BT = next(batches)
         # Pads are at the end: causal attention never sees them, so there is no mask to pay for.
@@ -168,7 +169,7 @@ def _train(
         if recipe.turns > 1:
             # One token in thirty is what earlier answers tell. In the mean alone it is too little
             # to be found out in twice the steps that all the rest needs.
-            told_N = ids_BT[:, :-1][is_target_BT] == mark
+            told_N = torch.isin(ids_BT[:, :-1][is_target_BT], marks)
             loss = loss + F.cross_entropy(logits_NV[told_N], target_N[told_N])
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
