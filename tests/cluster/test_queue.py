@@ -54,15 +54,26 @@ def test_a_sweep_of_higher_priority_goes_first_and_costs_the_other_nothing(ada_q
 
     until("as many run as may", lambda: ready() == 4)
     until("the others wait", lambda: ada.seen.count("train") == 12)
-    causes = [p["cause"] for p in ada.status("usual")["points"] if p["state"] == "waiting"]
-    assert len(causes) == 8 and all("queue urgent-q" in cause for cause in causes)
-    assert any("place 1" in cause for cause in causes), causes
-    assert any("insufficient unused quota" in cause for cause in causes), causes
+
+    def causes() -> list[str]:
+        points = ada.status("usual")["points"]
+        return [p["cause"] or "" for p in points if p["state"] == "waiting"]
+
+    # Kueue comes to say so a moment after a Job is there.
+    until(
+        "they are told why, and their place",
+        lambda: (
+            len(told := causes()) == 8
+            and all("queue urgent-q" in cause for cause in told)
+            and any("place 1" in cause for cause in told)
+            and any("insufficient unused quota" in cause for cause in told)
+        ),
+    )
 
     second = ada.start(*command(ada, "now", 4, "urgent-q", "queue_priority=queue-urgent"))
     until("it pushes the other out", lambda: any(map(is_preempted, workloads(ada))))
-    causes = [p["cause"] or "" for p in ada.status("usual")["points"]]
-    assert any("preempted, waits in queue urgent-q again" in cause for cause in causes), causes
+    again = "preempted, waits in queue urgent-q again"
+    until("who was pushed out is told so", lambda: any(again in cause for cause in causes()))
     slow.close()
     ada.kube.kubectl("annotate", "pods", "--all", "-n", ada.space.name, "look=again")
     second.ends()
