@@ -37,7 +37,9 @@ GOLDEN = {  # points of each file: values of the axes × seeds
     "cliff": (2 * 10 + 2) * 8,
     "cliff_rate": (2 * 2 + 2) * 4 * 3,
     "context": 3 * 8,
+    "context_rate": 3 * 3 * 3,
     "null": 3 * 3 * 8,
+    "null_rate": 2 * 2 * 4 * 3,
 }
 
 
