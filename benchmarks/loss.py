@@ -25,14 +25,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from stillhouse.distill.losses import (
-    CrossEntropy,
-    Jsd,
-    Objective,
-    PolicyGradient,
-    TopK,
-    distill_loss,
-)
+from stillhouse.distill.losses import distill_loss
+from stillhouse.distill.objectives import CrossEntropy, Jsd, Objective, PolicyGradient, TopK
 
 BATCH, TIME, VOCABULARY, HIDDEN = 2, 512, 49_152, 576
 BETAS = (0.0, 0.1, 0.5, 0.9, 1.0)

@@ -35,7 +35,8 @@ from trl.experimental.gkd import (  # pyright: ignore[reportMissingImports]
 )
 
 from stillhouse.compose import compose, from_command_line
-from stillhouse.distill.losses import Jsd, distill_loss
+from stillhouse.distill.losses import distill_loss
+from stillhouse.distill.objectives import Jsd
 from stillhouse.distill.run import Run
 from stillhouse.rundir import Runs
 from stillhouse.spec import TrainSpec

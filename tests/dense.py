@@ -7,14 +7,14 @@ from math import log
 import torch
 from torch import Tensor
 
-from stillhouse.distill.losses import (
+from stillhouse.distill.losses import distill_loss
+from stillhouse.distill.objectives import (
     CrossEntropy,
     Jsd,
     Objective,
     PolicyGradient,
     TokenStats,
     TopK,
-    distill_loss,
 )
 
 F64 = torch.float64

@@ -14,14 +14,14 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from stillhouse.distill import objectives
-from stillhouse.distill.losses import (
+from stillhouse.distill.losses import distill_loss
+from stillhouse.distill.objectives import (
     CrossEntropy,
     Jsd,
     Objective,
     PolicyGradient,
     TokenStats,
     TopK,
-    distill_loss,
 )
 from stillhouse.errors import ContractError
 

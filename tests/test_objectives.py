@@ -14,14 +14,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from stillhouse.distill import objectives
-from stillhouse.distill.losses import (
-    CrossEntropy,
-    Jsd,
-    Objective,
-    PolicyGradient,
-    TopK,
-    distill_loss,
-)
+from stillhouse.distill.losses import distill_loss
+from stillhouse.distill.objectives import CrossEntropy, Jsd, Objective, PolicyGradient, TopK
 from stillhouse.errors import ContractError
 
 SUPPORTS = ["student", "teacher", "union", "intersection"]

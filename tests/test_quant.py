@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from stillhouse.distill.quant import (
-    Int4Linear,
+    PackedLinear,
     _PackedLinear,
     assert_gradients_exact,
     dequantized_weight,
@@ -113,7 +113,7 @@ def lora_gradients(model: nn.Module) -> dict[str, Tensor]:
 
 def test_a_group_on_the_grid_is_packed_as_by_hand_and_comes_back_exactly():
     # 16 values from -1.25 to 2.5: scale (2.5 + 1.25) / 15 = 0.25, zero point 1.25 / 0.25 = 5.
-    layer = Int4Linear(linear([[(q - 5) * 0.25 for q in range(16)] * 2]), 32)
+    layer = PackedLinear(linear([[(q - 5) * 0.25 for q in range(16)] * 2]), 32)
     assert layer.scale.tolist() == [[0.25]]
     assert layer.zero.tolist() == [[5]]
     assert layer.packed.tolist() == [[0x01, 0x23, 0x45, 0x67, 0x89, 0xAB, 0xCD, 0xEF] * 2]
@@ -122,14 +122,14 @@ def test_a_group_on_the_grid_is_packed_as_by_hand_and_comes_back_exactly():
 
 def test_fewer_bits_are_a_coarser_grid_in_the_same_room():
     # Two bits, -1 to 2: scale 3 / 3 = 1, zero point 1. Three bits, -1 to 2.5: scale 3.5 / 7 = 0.5.
-    two = Int4Linear(linear([[-1.0, 0.0, 1.0, 2.0] * 8]), 32, bits=2)
+    two = PackedLinear(linear([[-1.0, 0.0, 1.0, 2.0] * 8]), 32, bits=2)
     assert (two.scale.tolist(), two.zero.tolist()) == ([[1.0]], [[1]])
     assert two.packed.tolist() == [[0x01, 0x23] * 8]
     assert dequantized_weight(two).tolist() == [[-1.0, 0.0, 1.0, 2.0] * 8]
-    three = Int4Linear(linear([[(q - 2) * 0.5 for q in range(8)] * 4]), 32, bits=3)
+    three = PackedLinear(linear([[(q - 2) * 0.5 for q in range(8)] * 4]), 32, bits=3)
     assert (three.scale.tolist(), three.zero.tolist()) == ([[0.5]], [[2]])
     assert three.packed.tolist() == [[0x01, 0x23, 0x45, 0x67] * 4]
-    rounded = Int4Linear(linear([[-1.0, 2.0, 0.4, 0.6] + [0.0] * 28]), 32, bits=2)
+    rounded = PackedLinear(linear([[-1.0, 2.0, 0.4, 0.6] + [0.0] * 28]), 32, bits=2)
     assert dequantized_weight(rounded)[0, :4].tolist() == [-1.0, 2.0, 0.0, 1.0]
 
 
@@ -139,7 +139,7 @@ def test_each_bit_less_about_doubles_the_error():
 
 
 def test_a_weight_between_two_levels_goes_to_the_nearer():
-    layer = Int4Linear(linear([[0.0, 15.0, 3.4, 3.6] + [0.0] * 28]), 32)  # scale 1, zero point 0
+    layer = PackedLinear(linear([[0.0, 15.0, 3.4, 3.6] + [0.0] * 28]), 32)  # scale 1, zero point 0
     assert dequantized_weight(layer)[0, :4].tolist() == [0.0, 15.0, 3.0, 4.0]
 
 
@@ -147,18 +147,18 @@ def test_a_weight_between_two_levels_goes_to_the_nearer():
 def test_a_group_of_one_sign_is_not_clipped(sign: int):
     # All of [2, 3.75]: with 0 in the range the scale is 3.75 / 15 = 0.25 and every value a level.
     weights = [sign * 0.25 * q for q in range(8, 16)] * 4
-    assert dequantized_weight(Int4Linear(linear([weights]), 32)).tolist() == [weights]
+    assert dequantized_weight(PackedLinear(linear([weights]), 32)).tolist() == [weights]
 
 
 @pytest.mark.parametrize("constant", [0.3, -0.3, 0.0, 1.7])
 def test_a_constant_group_comes_back_exactly(constant: float):
     layer = linear([[constant] * 32])
-    assert torch.equal(dequantized_weight(Int4Linear(layer, 32)), layer.weight)
+    assert torch.equal(dequantized_weight(PackedLinear(layer, 32)), layer.weight)
 
 
 def test_groups_do_not_share_their_scales():
     small, large = [0.01 * q for q in range(16)] * 2, [float(q) for q in range(16)] * 2
-    layer = Int4Linear(linear([small + large, large + small]), 32)
+    layer = PackedLinear(linear([small + large, large + small]), 32)
     torch.testing.assert_close(layer.scale, torch.tensor([[0.01, 1.0], [1.0, 0.01]]))
 
 
@@ -172,7 +172,7 @@ def test_no_weight_moves_by_more_than_half_a_step_and_zero_does_not_move(
     rows, offset, magnitude, bits
 ):
     weight = (torch.tensor([rows]) + offset) * magnitude
-    layer = Int4Linear(linear(weight.tolist()), 32, bits)
+    layer = PackedLinear(linear(weight.tolist()), 32, bits)
     error = (dequantized_weight(layer) - weight).abs().unflatten(1, (2, 32))
     assert (error <= layer.scale.unsqueeze(-1) / 2 * (1 + 1e-5)).all()
     assert not dequantized_weight(layer)[weight == 0].any()
@@ -186,7 +186,7 @@ def test_no_weight_moves_by_more_than_half_a_step_and_zero_does_not_move(
 def test_int4_gives_output_and_gradients_of_the_dense_layer_bit_for_bit(dtype, path):
     torch.manual_seed(0)
     dense = nn.Linear(64, 48).to(dtype)
-    int4 = Int4Linear(copy.deepcopy(dense), 32)
+    int4 = PackedLinear(copy.deepcopy(dense), 32)
     dense.weight = nn.Parameter(dequantized_weight(int4).to(dtype))
     x = torch.randn(3, 5, 64, dtype=dtype)
     results = []
@@ -204,7 +204,7 @@ def test_int4_gives_output_and_gradients_of_the_dense_layer_bit_for_bit(dtype, p
 
 
 def test_the_packed_path_keeps_nothing_dense_for_the_backward():
-    int4 = Int4Linear(nn.Linear(64, 48, bias=False), 32)
+    int4 = PackedLinear(nn.Linear(64, 48, bias=False), 32)
     kept: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         x = torch.randn(2, 64, requires_grad=True)
@@ -252,7 +252,7 @@ def test_without_the_guard_an_eval_pass_spoils_the_gradients_and_that_is_caught(
 
 
 def test_a_first_call_under_inference_mode_leaves_the_layer_trainable_through():
-    int4 = Int4Linear(nn.Linear(32, 8), 32)
+    int4 = PackedLinear(nn.Linear(32, 8), 32)
     with torch.inference_mode():
         int4(torch.randn(2, 32))
     x = torch.randn(2, 32, requires_grad=True)
@@ -263,7 +263,7 @@ def test_a_first_call_under_inference_mode_leaves_the_layer_trainable_through():
 @pytest.mark.parametrize("path", ["cpu_constant", "packed_only"])
 def test_autocast_treats_int4_as_it_treats_a_dense_layer(path):
     torch.manual_seed(0)
-    int4 = Int4Linear(nn.Linear(64, 48), 32)
+    int4 = PackedLinear(nn.Linear(64, 48), 32)
     dense = nn.Linear(64, 48)
     dense.weight, dense.bias = nn.Parameter(dequantized_weight(int4)), int4.bias
     x = torch.randn(3, 64)
@@ -307,7 +307,7 @@ def test_a_layer_that_shares_the_embedding_stays_dense_under_any_name():
     quantize_(model, INT4)
     assert type(model["out"]) is nn.Linear
     assert model["out"].weight is model["tokens"].weight
-    assert isinstance(model["mix"], Int4Linear)
+    assert isinstance(model["mix"], PackedLinear)
 
 
 def test_none_changes_nothing():
@@ -428,14 +428,14 @@ def test_a_saved_state_dict_gives_the_same_model_even_to_one_that_already_ran(tm
 
 
 def test_the_state_dict_holds_the_packed_form_only():
-    layer = Int4Linear(nn.Linear(64, 48), 32)
+    layer = PackedLinear(nn.Linear(64, 48), 32)
     layer(torch.randn(1, 64))
     shapes = {name: tuple(tensor.shape) for name, tensor in layer.state_dict().items()}
     assert shapes == {"packed": (48, 32), "scale": (48, 2), "zero": (48, 2), "bias": (48,)}
 
 
 def test_casting_the_model_does_not_move_the_grid():
-    layer = Int4Linear(nn.Linear(64, 48), 32)
+    layer = PackedLinear(nn.Linear(64, 48), 32)
     before = dequantized_weight(layer)
     layer(torch.randn(1, 64))
     layer.to(torch.bfloat16)

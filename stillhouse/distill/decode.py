@@ -22,7 +22,7 @@ from peft.tuners.lora import LoraLayer, LoraModel
 from torch import Tensor, nn
 from transformers.models.llama import modeling_llama as llama
 
-from stillhouse.distill.quant import Int4Linear, dequantized_weight
+from stillhouse.distill.quant import PackedLinear, dequantized_weight
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -69,7 +69,7 @@ def _can_fold(layer: Any) -> bool:
     if isinstance(layer, LoraLayer):
         odd = layer.merged or layer.lora_variant or any(layer.lora_bias.values())
         return not odd and _can_fold(layer.base_layer)
-    if type(layer) is nn.Linear or isinstance(layer, Int4Linear):
+    if type(layer) is nn.Linear or isinstance(layer, PackedLinear):
         return True
     state = getattr(getattr(layer, "weight", None), "quant_state", None)  # bitsandbytes
     if state is None or getattr(state, "packing_format_for_cpu", False):

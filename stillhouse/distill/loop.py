@@ -18,16 +18,16 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from stillhouse.distill.losses import (
+from stillhouse.distill.losses import distill_loss
+from stillhouse.distill.models import head_weight, hidden_states
+from stillhouse.distill.objectives import (
     CrossEntropy,
     Jsd,
     Objective,
     PolicyGradient,
     TokenStats,
     TopK,
-    distill_loss,
 )
-from stillhouse.distill.models import head_weight, hidden_states
 from stillhouse.distill.prompts import Example
 from stillhouse.distill.quant import assert_gradients_exact
 from stillhouse.distill.rollouts import Completions, counted_generator, pad_left

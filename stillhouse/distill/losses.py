@@ -22,7 +22,6 @@ from torch.autograd.function import once_differentiable
 
 from stillhouse.distill.objectives import (
     CrossEntropy,
-    Jsd,
     Objective,
     PolicyGradient,
     TokenStats,
@@ -32,16 +31,6 @@ from stillhouse.distill.objectives import (
     joined,
 )
 from stillhouse.errors import ContractError
-
-__all__ = [
-    "CrossEntropy",
-    "Jsd",
-    "Objective",
-    "PolicyGradient",
-    "TokenStats",
-    "TopK",
-    "distill_loss",
-]
 
 # Positions per chunk. On a CPU, V 49,152, H 576, the head products of 16 positions at a time take
 # twice as long as those of 128; beyond that, memory buys little.

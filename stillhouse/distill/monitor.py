@@ -15,8 +15,9 @@ from typing import Any
 import torch
 
 from stillhouse.distill.loop import Loop, positions_of
-from stillhouse.distill.losses import Jsd, distill_loss
+from stillhouse.distill.losses import distill_loss
 from stillhouse.distill.models import head_weight
+from stillhouse.distill.objectives import Jsd
 from stillhouse.distill.prompts import Example
 from stillhouse.errors import ConfigError
 from stillhouse.spec import TrainSpec

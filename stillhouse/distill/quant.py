@@ -68,10 +68,10 @@ def quantization_error(model: nn.Module, quant: QuantSpec) -> float:
 def dequantized_weight(layer: nn.Module) -> Tensor:
     """The float32 [N, K] matrix a layer multiplies by, before rounding to its compute dtype.
 
-    For an nn.Linear, an Int4Linear or a bitsandbytes Linear4bit; a copy, never a view.
+    For an nn.Linear, an PackedLinear or a bitsandbytes Linear4bit; a copy, never a view.
     Raises ContractError for anything else.
     """
-    if isinstance(layer, Int4Linear):
+    if isinstance(layer, PackedLinear):
         return _unpack(layer.packed, layer.scale, layer.zero)
     if type(layer) is nn.Linear:
         return layer.weight.detach().to(torch.float32, copy=True)
@@ -83,7 +83,7 @@ def dequantized_weight(layer: nn.Module) -> Tensor:
         return bnb.dequantize_4bit(weight.data, state).float()
     raise ContractError(
         f"{type(layer).__name__} has no weight that can be read back; "
-        "allowed: nn.Linear, Int4Linear, bitsandbytes Linear4bit as quantize_ makes it"
+        "allowed: nn.Linear, PackedLinear, bitsandbytes Linear4bit as quantize_ makes it"
     )
 
 
@@ -120,7 +120,7 @@ def numerics(quant: QuantSpec) -> dict[str, Any]:
     return shared | theirs | {"symmetric": True, "double_quant": quant.double_quant}
 
 
-class Int4Linear(nn.Linear):
+class PackedLinear(nn.Linear):
     """nn.Linear over packed 4-bit weights; computes in its input's dtype, with exact gradients.
 
     A group's weight is (q - zero) * scale, q and zero integers in [0, 2^bits - 1], scale float32
@@ -167,7 +167,7 @@ class Int4Linear(nn.Linear):
                 self._constant = dequantized_weight(self).to(dtype)
         return self._constant
 
-    def _apply(self, fn: Any, recurse: bool = True) -> Int4Linear:
+    def _apply(self, fn: Any, recurse: bool = True) -> PackedLinear:
         scale = self.scale
         super()._apply(fn, recurse)
         # model.to(bfloat16) rounds activations and biases, not the grid: Q(W) stays what it was.
@@ -217,7 +217,7 @@ class _PackedLinear(torch.autograd.Function):
 
 
 def _pack(weight_NK: Tensor, group: int, bits: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(packed [N, K / 2], scale [N, J], zero [N, J]) of a dense weight, see Int4Linear."""
+    """(packed [N, K / 2], scale [N, J], zero [N, J]) of a dense weight, see PackedLinear."""
     levels = 2**bits - 1  # steps between the values
     weight_NJG = weight_NK.float().unflatten(1, (-1, group))
     # 0 belongs to every range: without it the zero point of a group of one sign would fall outside
@@ -242,7 +242,7 @@ def _unpack(packed: Tensor, scale_NJ: Tensor, zero_NJ: Tensor) -> Tensor:
 
 @functools.cache
 def _linear4bit() -> Any:
-    """bitsandbytes' Linear4bit, with Q(W) kept dense on a CPU, as Int4Linear keeps it and for its
+    """bitsandbytes' Linear4bit, with Q(W) kept dense on a CPU, as PackedLinear keeps it and for its
     reasons: a decoding step of SmolLM2-135M in nf4 takes 0.05 s instead of 0.16 s (batch 4, two
     threads). The stored form, the GPU's path and every value stay bitsandbytes' own."""
     import bitsandbytes
@@ -313,7 +313,7 @@ def _quantised(name: str, dense: nn.Module, quant: QuantSpec) -> nn.Module:
     if not _is_ours(quant):
         return _bnb_linear(dense, quant).train(dense.training)
     bits = int(quant.quant_type.removeprefix("int"))
-    return Int4Linear(dense, group, bits).train(dense.training)
+    return PackedLinear(dense, group, bits).train(dense.training)
 
 
 def _quantisable(model: nn.Module) -> list[str]:
