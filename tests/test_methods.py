@@ -3,6 +3,7 @@
 import itertools
 import json
 import re
+from operator import attrgetter
 from pathlib import Path
 
 import pytest
@@ -219,15 +220,16 @@ def test_a_plan_refuses_what_no_run_could_do(
 
 
 @pytest.mark.parametrize(
-    "words",
+    ("words", "leaf", "value"),
     [
-        "loss_top_k=384 on_loss=topk",
-        "seed_tokens=31",
-        "method=on_policy_gkd teacher_samples=false",
-        "method=gkd lmbda=0.5 teacher_samples=false",
-        "method=replay_buffer replay_injection=0 teacher_samples=false",
-        "loss_top_k=500 on_loss=topk vocab_size=null",  # not known before the weights are here
+        ("loss_top_k=384 on_loss=topk", "loss.loss_top_k", 384),
+        ("seed_tokens=31", "method.seed_tokens", 31),
+        ("method=on_policy_gkd teacher_samples=false", "pair.teacher_samples", False),
+        ("method=gkd lmbda=0.5 teacher_samples=false", "method.off_policy_source", "dataset"),
+        ("method=replay_buffer replay_injection=0 teacher_samples=false", "method.lmbda", 1),
+        # The vocabulary is not known before the weights are here.
+        ("loss_top_k=500 on_loss=topk vocab_size=null", "loss.loss_top_k", 500),
     ],
 )
-def test_what_lies_just_inside_is_taken(words: str):
-    spec(*words.split())
+def test_what_lies_just_inside_is_taken(words: str, leaf: str, value: object):
+    assert attrgetter(leaf)(spec(*words.split())) == value

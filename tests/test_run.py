@@ -250,12 +250,17 @@ def free_port() -> int:
         return sock.getsockname()[1]
 
 
-def test_two_processes_give_the_gradient_of_one_with_the_double_batch(tmp_path):
+@pytest.mark.parametrize(
+    "method",
+    [["lmbda=1"], ["method=replay_buffer", "loss=ce_pg", "replay_injection=1"]],
+    ids=["rollouts", "replayed"],
+)
+def test_two_processes_give_the_gradient_of_one_with_the_double_batch(tmp_path, method):
     """Rollouts included, to 1e-6, at dropout 0; under `accelerate launch` on the CPU.
 
     `--multi_gpu` is accelerate's word for its torchrun launcher; with `--cpu` it wants MPI.
     """
-    common = words(tmp_path, "lmbda=1", "lora_dropout=0")
+    common = words(tmp_path, *method, "lora_dropout=0")
     launch = [
         sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
         "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no",
