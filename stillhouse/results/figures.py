@@ -264,6 +264,8 @@ def _cliff(frame: Frame, runs: Sequence[Run]) -> Drawn | None:
     caption = f"{INTERVALS} Vertical lines: a schedule switches there."
     if reference:
         caption += f" Grey: {asked}, the same in every panel."
+    if untrained is not None:
+        caption += " Dotted: the untrained student on the test problems, which are other ones."
     if len(names) > len(places):
         caption += f" The first {len(places)} of {len(names)} settings."
     return figure, "distribution_cliff", "What a phase switch does", caption
