@@ -47,6 +47,28 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 # A bare number is the constant schedule.
 Knots = tuple[tuple[float, float], ...]
 
+
+def _side_by_side(bins: tuple[tuple[int, int | None], ...]) -> tuple[tuple[int, int | None], ...]:
+    """Bins that hold every position of an answer once."""
+    wanted: int | None = 0
+    for first, end in bins:
+        if first != wanted:
+            raise ValueError(
+                f"bins are [first, end) of positions, one after the other from 0 to null (no end):"
+                f" [{first}, {'null' if end is None else end}] begins where"
+                f" {'nothing is left' if wanted is None else f'{wanted} is due'}"
+            )
+        if end is not None and end <= first:
+            raise ValueError(f"bin [{first}, {end}] is empty: it ends before its first position")
+        wanted = end
+    if wanted is not None:
+        raise ValueError(f"the last bin ends at {wanted} and leaves a gap: write null, for no end")
+    return bins
+
+
+# [first, end) of answer positions, counted from 0.
+Bins = Annotated[tuple[tuple[Natural, int | None], ...], AfterValidator(_side_by_side)]
+
 ID_DIGITS = (
     10  # hex digits of the hash: 40 bits, one collision expected near 10^6 points of one slug
 )
@@ -307,6 +329,9 @@ class MonitorSpec:
     eval_steps: Count
     score_steps: Natural  # train/score needs a teacher sample, so every N steps; 0: never
     accuracy_steps: Natural  # held-out questions answered, every N steps; 0: never
+    overlap_steps: Natural  # how student and teacher overlap on rollouts, every N steps; 0: never
+    overlap_k: Count  # likeliest tokens of a side that are compared
+    overlap_bins: Bins  # also by how many tokens of the answer stand before
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -422,11 +447,15 @@ class TrainSpec:
                 f" {pair.pair_name} only scores (teacher_samples: false); on_policy_gkd and gkd"
                 " do without, as does a run with score_steps=0 and do_eval=false"
             )
-        if pair.vocab_size is not None and loss.loss_top_k > pair.vocab_size:
-            raise ValueError(
-                f"loss_top_k {loss.loss_top_k} is above the {pair.vocab_size} tokens of pair"
-                f" {pair.pair_name}'s vocabulary; the top k are some of them (16 is the default)"
-            )
+        for leaf, k in (
+            ("loss_top_k", loss.loss_top_k),
+            ("overlap_k", self.monitor.overlap_k),
+        ):
+            if pair.vocab_size is not None and k > pair.vocab_size:
+                raise ValueError(
+                    f"{leaf} {k} is above the {pair.vocab_size} tokens of pair {pair.pair_name}'s"
+                    " vocabulary; the top k are some of them (16 is the default)"
+                )
 
 
 @dataclass(frozen=True, config=_STRICT)

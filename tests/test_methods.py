@@ -204,6 +204,11 @@ REFUSED = {
     "method=teacher_seeded max_new_tokens=20": "seed_tokens 20 must be below max_new_tokens 20",
     "loss_top_k=385 on_loss=topk": "loss_top_k 385 is above the 384 tokens of pair tiny's"
     " vocabulary; the top k are some of them (16 is the default)",
+    "overlap_k=385": "overlap_k 385 is above the 384 tokens of pair tiny's vocabulary",
+    "overlap_bins=[[0,8],[9,null]]": "bins are [first, end) of positions, one after the other from"
+    " 0 to null (no end): [9, null] begins where 8 is due",
+    "overlap_bins=[[0,8],[4,null]]": "[4, null] begins where 8 is due",
+    "overlap_bins=[[0,8],[8,32]]": "the last bin ends at 32 and leaves a gap: write null",
     "loss=ce_pg loss_temperature=2": "at loss_temperature 1; got 2",
 }
 

@@ -112,6 +112,9 @@ OTHER: dict[str, object] = {
     "eval_steps": 10,
     "score_steps": 10,
     "accuracy_steps": 10,
+    "overlap_steps": 5,
+    "overlap_k": 8,
+    "overlap_bins": [[0, 8], [8, None]],
     "tracker": "wandb",
     "wandb_project": "another",
     "wandb_mode": "online",
@@ -314,6 +317,17 @@ OUT_OF_RANGE = {
     "advantage_clip": [-1],
     "loss_top_k": [0, 151_937],
     "vocab_size": [0],
+    "overlap_k": [0, 151_937],
+    "overlap_bins": [
+        [],
+        [[1, None]],
+        [[0, 8]],  # a gap at its end
+        [[0, 8], [9, None]],  # a gap
+        [[0, 8], [7, None]],  # an overlap
+        [[0, None], [8, None]],
+        [[0, 0], [0, None]],
+        [[0, 8, None]],
+    ],
     "beta": [-0.1, 1.1, float("nan")],
     "loss_temperature": [0, -1, float("inf")],
     "quant_group_size": [None, 0, 33],

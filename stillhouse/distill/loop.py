@@ -18,6 +18,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from stillhouse.distill.diagnostics import Summary
 from stillhouse.distill.losses import distill_loss
 from stillhouse.distill.models import head_weight, hidden_states
 from stillhouse.distill.objectives import (
@@ -90,6 +91,13 @@ def positions_of(
     ]
 
 
+def places_of(completions: Sequence[Sequence[int]], forced: Sequence[int]) -> Tensor:
+    """How many tokens of its completion stand before each trained token, [N], in the same order."""
+    return torch.cat(
+        [torch.arange(skip, len(c)) for c, skip in zip(completions, forced, strict=True)]
+    )
+
+
 def learning_rate(spec: TrainSpec, step: int) -> float:
     """Learning rate of step `step`, counted from 0: linear warm-up, then the named schedule."""
     optim, steps = spec.optim, max(1, spec.training.max_steps)
@@ -132,6 +140,7 @@ class Loop:
             weight_decay=optim.weight_decay,
         )
         self.clock = Clock()
+        self.summary: Summary | None = None  # of the step at hand, if it is to be looked at
         self.batches: list[Batch] = []  # of the step at hand, for the monitor and for a post-mortem
 
     def gradients(self, step: int) -> dict[str, float]:
@@ -145,6 +154,7 @@ class Loop:
             self.batches = self.sequences.batches(step, plan)
         assert_gradients_exact(self.student)
         self.student.train()
+        self.summary = self._summary(step)
         mixed = dict.fromkeys((f"train/{name}" for name in TokenStats._fields), 0.0)
         metrics: dict[str, float] = {}
         total = 0.0
@@ -166,11 +176,21 @@ class Loop:
             self._sum_gradients()
         on_policy = sum(batch.weight for batch in self.batches if batch.is_on_policy)
         metrics = mixed | metrics | self._wrote()
+        if self.summary is not None:
+            metrics |= self.summary.metrics(self._sum(self.summary.numbers()))
         return metrics | {
             "train/phase": on_policy,
             "train/seed_tokens": float(plan.seed_tokens if on_policy else 0),
             "tokens/completion": total,
         }
+
+    def _summary(self, step: int) -> Summary | None:
+        """What compares student and teacher in the steps that are to be looked at."""
+        monitor = self.spec.monitor
+        is_last = step == self.spec.training.max_steps - 1
+        if not monitor.overlap_steps or (step % monitor.overlap_steps and not is_last):
+            return None
+        return Summary(monitor.overlap_k, monitor.overlap_bins)
 
     def _differentiate(
         self, batch: Batch, plan: StepPlan, step: int
@@ -229,8 +249,12 @@ class Loop:
             hidden_NH = hidden_NH.to(head_VH.dtype)
             how = {"temperature": loss_spec.loss_temperature, "chunk": loss_spec.loss_chunk}
             objective = self._objective(batch, written, plan)
+            seen = {}
+            if self.summary is not None and batch.is_on_policy:
+                places_N = places_of(written.ids, written.forced).to(hidden_NH.device)
+                seen = {"summary": self.summary, "places_N": places_N}
             loss, stats = distill_loss(
-                hidden_NH, head_VH, logits, target_N, objective=objective, **how
+                hidden_NH, head_VH, logits, target_N, objective=objective, **how, **seen
             )
             sums = [s.sum().double() for s in stats]
             held = loss.new_zeros(())

@@ -20,6 +20,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from stillhouse.distill.diagnostics import Summary
 from stillhouse.distill.objectives import (
     CrossEntropy,
     Objective,
@@ -47,6 +48,8 @@ def distill_loss(
     temperature: float = 1.0,
     chunk: int = CHUNK,
     weights_N: Float[Tensor, " N"] | None = None,
+    summary: Summary | None = None,
+    places_N: Int[Tensor, " N"] | None = None,
 ) -> tuple[Float[Tensor, ""], TokenStats]:
     """Sum over positions of weight * objective in nats, and the numbers to log.
 
@@ -61,6 +64,9 @@ def distill_loss(
     float32 (float64 for float64). A NaN that the objective reads makes the loss NaN. N = 0 gives 0,
     with a gradient path.
 
+    A `summary` is told how student and teacher overlap at each position, and with `places_N` how
+    many tokens of its answer stand before it; what it is told is not weighted.
+
     Raises ContractError if a target or a top k lies outside the shared vocabulary; ValueError or
     TypeError for arguments that mean nothing.
     """
@@ -74,13 +80,16 @@ def distill_loss(
         assert len(teacher_nV) == len(logits_nV), "teacher_logits(rows) owes a row per position"
         V = min(logits_nV.shape[1], teacher_nV.shape[1])
         if not seen:  # once: on a GPU, to look at the targets is to wait for them
-            _refuse_outside(targets_N, objective, V)
+            _refuse_outside(targets_N, objective, summary, V)
         shared_nV = logits_nV[:, :V]
-        stats = evaluate_(
+        stats, overlap = evaluate_(
             at_rows(objective, rows), shared_nV, teacher_nV[:, :V], targets_N[rows],
-            temperature, wants_gradient,
+            temperature, wants_gradient, None if summary is None else summary.k,
         )  # fmt: skip
         seen.append(stats)
+        if summary is not None and overlap is not None:
+            assert places_N is not None, "a summary wants to know where the positions stand"
+            summary.add(overlap, places_N[rows])
         return stats.loss, shared_nV if wants_gradient else None
 
     loss = _SumOverPositions.apply(
@@ -176,7 +185,9 @@ def _refuse_misfit(objective: Objective, positions: int, temperature: float) -> 
         )
 
 
-def _refuse_outside(targets_N: Tensor, objective: Objective, vocabulary: int) -> None:
+def _refuse_outside(
+    targets_N: Tensor, objective: Objective, summary: Summary | None, vocabulary: int
+) -> None:
     low, high = int(targets_N.min()), int(targets_N.max())
     if low < 0 or high >= vocabulary:
         raise ContractError(
@@ -187,4 +198,9 @@ def _refuse_outside(targets_N: Tensor, objective: Objective, vocabulary: int) ->
         raise ContractError(
             f"the top {objective.k} tokens of {vocabulary} are wanted, which student and teacher "
             "share; lower loss_top_k"
+        )
+    if summary is not None and summary.k > vocabulary:
+        raise ContractError(
+            f"the top {summary.k} tokens of {vocabulary} are to be compared, which student and"
+            " teacher share; lower overlap_k"
         )

@@ -7,12 +7,15 @@ two, y a target. What ends in _ writes over the logits it is given.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, TypeVar
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+
+from stillhouse.distill.diagnostics import Overlap, compare
 
 # Numbers per buffer in the passes over a chunk on a CPU. A quarter of it is 6 % faster on two idle
 # cores, but threads meet four times as often, and where they wait passively that costs 28 %; eight
@@ -110,8 +113,12 @@ class TokenStats(NamedTuple):
     teacher_entropy: Float[Tensor, " N"]
 
 
-def joined(parts: list[TokenStats]) -> TokenStats:
-    return TokenStats(*map(torch.cat, zip(*parts, strict=True)))
+Numbers = TypeVar("Numbers", TokenStats, Overlap)
+
+
+def joined(parts: Sequence[Numbers]) -> Numbers:
+    """Chunks one after the other."""
+    return type(parts[0])(*map(torch.cat, zip(*parts, strict=True)))
 
 
 def evaluate_(
@@ -121,23 +128,29 @@ def evaluate_(
     targets_n: Int[Tensor, " n"],
     temperature: float,
     wants_gradient: bool,
-) -> TokenStats:
-    """The statistics of a chunk; its logits become d value / d logits, or are used up."""
+    overlap_k: int | None = None,
+) -> tuple[TokenStats, Overlap | None]:
+    """The statistics of a chunk; its logits become d value / d logits, or are used up.
+
+    With `overlap_k`, also what the first so many tokens of either side have in common.
+    """
     n, V = logits_nV.shape
     size = n if logits_nV.is_cuda else min(n, max(1, BLOCK // V))
     # Top-k comes last and wants both sides' log-probabilities as they were; others write over them.
     buffers = 5 if isinstance(objective, TopK) else 4
     scratch_bufbV = logits_nV.new_empty(buffers, size, V)
     blocks = [slice(start, min(start + size, n)) for start in range(0, n, size)]
-    return joined(
-        [
+    stats, overlaps = zip(
+        *(
             _evaluate_block_(
                 at_rows(objective, block), logits_nV[block], teacher_nV[block], targets_n[block],
-                scratch_bufbV, temperature, wants_gradient,
+                scratch_bufbV, temperature, wants_gradient, overlap_k,
             )
             for block in blocks
-        ]
+        ),
+        strict=True,
     )  # fmt: skip
+    return joined(stats), None if overlap_k is None else joined(overlaps)
 
 
 def _evaluate_block_(
@@ -148,7 +161,8 @@ def _evaluate_block_(
     scratch_bufbV: Tensor,
     temperature: float,
     wants_gradient: bool,
-) -> TokenStats:
+    overlap_k: int | None,
+) -> tuple[TokenStats, Overlap | None]:
     """As above, for so few positions that the passes below stay in cache."""
     log_p, log_q, p, q, *more = scratch_bufbV[:, : len(logits_nV)]
     torch.log_softmax(logits_nV, -1, out=log_p)
@@ -166,6 +180,10 @@ def _evaluate_block_(
 
     spare = logits_nV
     student_entropy, teacher_entropy = -_dot(p, log_p, spare), -_dot(q, log_q, spare)
+    overlap = None
+    if overlap_k is not None:  # before the passes below write over the logs
+        first = [_largest(log, overlap_k) for log in (log_p, log_q)]
+        overlap = compare(log_p, log_q, *first, student_entropy, teacher_entropy)
     log_p_y, log_q_y = _at(targets_n, log_p), _at(targets_n, log_q)
     if isinstance(objective, TopK):
         log_ratio = mixture = torch.sub(log_p, log_q, out=more[0])
@@ -205,7 +223,10 @@ def _evaluate_block_(
             loss = _top_k_(objective, log_p, log_q, logits_nV)
     if wants_gradient and scale != 1:
         logits_nV.mul_(scale)
-    return TokenStats(loss, forward_kl, reverse_kl, jsd_half, nll, student_entropy, teacher_entropy)
+    stats = TokenStats(
+        loss, forward_kl, reverse_kl, jsd_half, nll, student_entropy, teacher_entropy
+    )
+    return stats, overlap
 
 
 def _jsd(
