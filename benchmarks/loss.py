@@ -1,7 +1,7 @@
-"""This file is where the losses are measured: β-JSD against a dense computation in TRL's style, and
-the other objectives against β-JSD.
+"""This file is where the losses are measured: β-JSD against a dense computation in TRL's style, the
+other objectives against β-JSD, and β-JSD with the overlap of student and teacher against without.
 
-    python benchmarks/loss.py       prints two Markdown tables, in some six minutes
+    python benchmarks/loss.py       prints three Markdown tables, in some eight minutes
 
 All get hidden states and end with the gradient of the mean loss with respect to the student's; all
 form the teacher's logits by a product with its head. Ours also makes every logged statistic.
@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from stillhouse.distill.diagnostics import Summary
 from stillhouse.distill.losses import distill_loss
 from stillhouse.distill.objectives import CrossEntropy, Jsd, Objective, PolicyGradient, TopK
 
@@ -34,6 +35,9 @@ THREADS = 2
 PAIRS = 5  # alternating runs per row of a table, after one that warms up
 MEMORY_LIMIT = 0.10
 VALUE_LIMIT, GRADIENT_LIMIT = 1e-5, 1e-4
+OVERLAP_K, OVERLAP_BINS = 16, [(0, 16), (16, 64), (64, 256), (256, None)]
+OVERLAP_LIMIT, TENTH_LIMIT = 1.15, 1.02  # time, looking at every step and at every tenth, over not
+OVERLAP_MEMORY_LIMIT = 0.10  # of one tensor [N, V]
 BESIDE_LIMIT = 1.3  # time of another objective over that of JSD at beta 0.5
 
 
@@ -72,15 +76,25 @@ BESIDE: dict[str, Callable[[Inputs], Objective]] = {
 }
 
 
-def ours(objective: Objective, x: Inputs) -> Tensor:
+def ours(objective: Objective, x: Inputs, summary: Summary | None = None) -> Tensor:
     total, _ = distill_loss(
         x.hidden_NH,
         x.head_VH,
         lambda rows: x.teacher_hidden_NH[rows] @ x.teacher_head_VH.T,
         x.targets_N,
         objective=objective,
+        summary=summary,
+        places_N=torch.arange(TIME).repeat(BATCH)[: len(x.targets_N)],
     )
     return total / len(x.targets_N)
+
+
+def looked_at(beta: float, x: Inputs) -> Tensor:
+    """Ours, with the overlap of both sides at every position."""
+    summary = Summary(OVERLAP_K, OVERLAP_BINS)
+    mean = ours(Jsd(beta), x, summary)
+    summary.metrics(summary.numbers())
+    return mean
 
 
 def dense(beta: float, x: Inputs) -> Tensor:
@@ -111,6 +125,7 @@ def dense(beta: float, x: Inputs) -> Tensor:
 VARIANTS: dict[str, Callable[[float, Inputs], Tensor]] = {
     "ours": lambda beta, x: ours(Jsd(beta), x),
     "dense": dense,
+    "overlap": looked_at,
 }
 
 
@@ -128,13 +143,23 @@ def step(of: Callable[[Inputs], Tensor], x: Inputs) -> tuple[float, float, Tenso
 def timed(beta: float) -> list[float]:
     """Time ratio, seconds of ours and of dense, relative difference of values and of gradients."""
     x = inputs(BATCH * TIME, VOCABULARY, HIDDEN)
-    both = [partial(variant, beta) for variant in VARIANTS.values()]
+    both = [partial(VARIANTS[name], beta) for name in ("ours", "dense")]
     # The first pair warms up, and is compared.
     (_, value, gradient), (_, dense_value, dense_gradient) = (step(of, x) for of in both)
     ratio, seconds = raced(both, x)
     value_off = abs(value - dense_value) / dense_value
     gradient_off = float((gradient - dense_gradient).norm() / dense_gradient.norm())
     return [ratio, *seconds, value_off, gradient_off]
+
+
+def watched(beta: float) -> list[float]:
+    """Time ratio with the overlap to without, and the seconds of both."""
+    x = inputs(BATCH * TIME, VOCABULARY, HIDDEN)
+    both = [partial(VARIANTS[name], beta) for name in ("overlap", "ours")]
+    for of in both:
+        step(of, x)
+    ratio, seconds = raced(both, x)
+    return [ratio, *seconds]
 
 
 def beside(name: str) -> list[float]:
@@ -191,7 +216,7 @@ def in_a_process(*arguments: str) -> list[float]:
 def row(beta: float) -> tuple[str, bool]:
     """A line of the table, and whether it keeps to the limits."""
     ratio, ours_s, dense_s, value_off, gradient_off = in_a_process(f"{beta}")
-    (ours_mib,), (dense_mib,) = (in_a_process(f"{beta}", variant) for variant in VARIANTS)
+    (ours_mib,), (dense_mib,) = (in_a_process(f"{beta}", name) for name in ("ours", "dense"))
     limit = 1.1 if beta in (0, 1) else 0.5
     line = (
         f"| {beta:g} | {ratio:.2f} | {limit} | {ours_s:.2f} / {dense_s:.2f}"
@@ -213,6 +238,8 @@ def main() -> None:
             tables()
         case ["beside", name]:
             print(json.dumps(beside(name)))
+        case ["watched", beta]:
+            print(json.dumps(watched(float(beta))))
         case [beta]:
             print(json.dumps(timed(float(beta))))
         case [beta, variant]:
@@ -222,6 +249,19 @@ def main() -> None:
 def row_beside(name: str) -> tuple[str, bool]:
     ratio, its_s, jsd_s = in_a_process("beside", name)
     return f"| {name} | {ratio:.2f} | {its_s:.2f} / {jsd_s:.2f} |", ratio <= BESIDE_LIMIT
+
+
+def row_watched(beta: float) -> tuple[str, bool]:
+    ratio, its_s, plain_s = in_a_process("watched", f"{beta}")
+    (its_mib,), (plain_mib,) = (in_a_process(f"{beta}", name) for name in ("overlap", "ours"))
+    tenth = 1 + (ratio - 1) / 10
+    share = max(0.0, its_mib - plain_mib) / (BATCH * TIME * VOCABULARY * 4 / 2**20)
+    line = (
+        f"| {beta:g} | {ratio:.2f} | {tenth:.3f} | {its_s:.2f} / {plain_s:.2f} | {share:.3f}"
+        f" | {its_mib:.0f} / {plain_mib:.0f} |"
+    )
+    kept = ratio <= OVERLAP_LIMIT and tenth <= TENTH_LIMIT and share <= OVERLAP_MEMORY_LIMIT
+    return line, kept
 
 
 def tables() -> None:
@@ -244,7 +284,24 @@ def tables() -> None:
     print("| objective | time | s |")
     print("|---|---|---|")
     print("\n".join(others))
-    rows = zip([*(f"beta {b:g}" for b in BETAS), *BESIDE], [*kept, *others_kept], strict=True)
+    watching = (0.0, 0.5, 1.0)
+    looks, looks_kept = zip(*(row_watched(beta) for beta in watching), strict=True)
+    print(
+        f"\nWith all numbers of `distill/diagnostics.py` (k {OVERLAP_K}, {len(OVERLAP_BINS)} bins)"
+        " beside the same loss without, same shape, as many pairs; at every step, and from that at"
+        f" every tenth. Limits {OVERLAP_LIMIT:g} and {TENTH_LIMIT:g}. Memory: what is more at the"
+        f" peak, as a share of one tensor [N, V]; limit {OVERLAP_MEMORY_LIMIT:g}. Load average"
+        f" {os.getloadavg()[0]:.1f} at the end.\n"
+    )
+    print("| beta | time | at every tenth step | s | memory | MiB |")
+    print("|---|---|---|---|---|---|")
+    print("\n".join(looks))
+    names = [
+        *(f"beta {b:g}" for b in BETAS),
+        *BESIDE,
+        *(f"overlap at beta {b:g}" for b in watching),
+    ]
+    rows = zip(names, [*kept, *others_kept, *looks_kept], strict=True)
     missed = [name for name, keeps in rows if not keeps]
     if missed:
         sys.exit(f"the loss misses a limit: {', '.join(missed)}")

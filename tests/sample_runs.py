@@ -73,6 +73,7 @@ class Sample:
     price: float | None = None
     seed_tokens: Callable[[int], int] = lambda step: 0
     scores: bool = False  # train/score logged
+    overlaps: bool = False  # overlap/* logged at every tenth step that has rollouts
 
 
 def write_sample(root: Path, sample: Sample | None = None) -> list[RunDir]:
@@ -172,6 +173,19 @@ def _metrics(
             fell = on_policy and isinstance(spec.method.lmbda, tuple) and fraction >= 0.5
             score = rise * (0.4 + fraction) * (0.3 if fell else 1.0) + 0.03 * rng.normal()
             line["train/score"] = min(1.0, max(0.0, score))
+        if sample.overlaps and on_policy and step % 10 == 0:
+            noise = 0.01 * rng.normal()
+            line |= {
+                "overlap/ratio": 0.6 + 0.3 * fraction + noise,
+                "overlap/ratio/0-7": 0.65 + 0.3 * fraction + noise,
+                "overlap/ratio/8-": 0.5 + 0.3 * fraction + noise,
+                "overlap/advantage": -0.1 + 0.08 * fraction + noise / 10,
+                "overlap/entropy_gap": 0.2 - 0.1 * fraction + noise,
+                "overlap/mass_student": 0.98 + noise / 10,
+                "overlap/mass_teacher": 0.97 + noise / 10,
+                "overlap/positions": 640.0,
+                "overlap/empty": 16.0,
+            }
         lines.append(line)
     return lines
 

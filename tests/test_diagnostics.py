@@ -36,10 +36,11 @@ def overlap_of(p_nV: Tensor, q_nV: Tensor, k: int, temperature: float = 1.0) -> 
     return found
 
 
-def by_sets(log_p: Tensor, log_q: Tensor, k: int) -> dict[str, float]:
+def by_sets(logits: Tensor, teacher: Tensor, k: int) -> dict[str, float]:
     """One position, by the definitions of the paper, in float64."""
-    student, teacher = (set(x.topk(k).indices.tolist()) for x in (log_p, log_q))
-    shared = student & teacher
+    log_p, log_q = (x.double().log_softmax(0) for x in (logits, teacher))
+    of_student, of_teacher = (set(x.topk(k).indices.tolist()) for x in (log_p, log_q))
+    shared = of_student & of_teacher
     p, q = (x.exp().tolist() for x in (log_p, log_q))
     of_p, of_q = sum(p[v] for v in shared), sum(q[v] for v in shared)
 
@@ -57,8 +58,8 @@ def by_sets(log_p: Tensor, log_q: Tensor, k: int) -> dict[str, float]:
         "mass_student": of_p,
         "mass_teacher": of_q,
         "advantage_shared": reward(shared),
-        "advantage_student_only": reward(student - teacher),
-        "advantage_teacher_only": reward(teacher - student),
+        "advantage_student_only": reward(of_student - of_teacher),
+        "advantage_teacher_only": reward(of_teacher - of_student),
         "student_entropy": entropy_p,
         "teacher_entropy": entropy_q,
     }
@@ -110,9 +111,7 @@ def test_every_number_equals_its_definition(
     logits, teacher = (spread * torch.randn(5, 12, generator=g) for _ in range(2))
     found = overlap_of(logits.clone(), teacher, k, temperature)
     for row in range(5):
-        exact = by_sets(
-            *((x[row].double() / temperature).log_softmax(0) for x in (logits, teacher)), k
-        )
+        exact = by_sets(logits[row] / temperature, teacher[row] / temperature, k)
         got = {name: getattr(found, name)[row].item() for name in exact}
         assert got == pytest.approx(exact, rel=1e-5, abs=1e-5, nan_ok=True)
 
@@ -123,7 +122,7 @@ def test_among_thousands_of_tokens_the_right_sixteen_are_compared() -> None:
     teacher = logits + torch.randn(4, 4096, generator=g)
     found = overlap_of(logits.clone(), teacher, k=16)
     for row in range(4):
-        exact = by_sets(*(x[row].double().log_softmax(0) for x in (logits, teacher)), 16)
+        exact = by_sets(logits[row], teacher[row], 16)
         got = {name: getattr(found, name)[row].item() for name in exact}
         assert 0 < exact["ratio"] < 1
         assert got == pytest.approx(exact, rel=1e-5, abs=1e-5)
@@ -212,7 +211,7 @@ def test_a_run_logs_what_a_dense_computation_finds_on_its_rollouts(tmp_path: Pat
             for model in (run.student, run.teacher)
         ]
         for place, (z, t) in enumerate(zip(*sides, strict=True)):
-            for name, value in by_sets(*(x.double().log_softmax(0) for x in (z, t)), 5).items():
+            for name, value in by_sets(z, t, 5).items():
                 where = "0-1" if place < 2 else "2-"
                 for key in (f"overlap/{name}", f"overlap/{name}/{where}"):
                     found.setdefault(key, []).append(value)

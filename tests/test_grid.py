@@ -39,6 +39,7 @@ GOLDEN = {  # points of each file: values of the axes × seeds
     "context": 3 * 8,
     "context_rate": 3 * 3 * 3,
     "null": 3 * 3 * 8,
+    "null_beta": 3 * 3 * 8,
     "null_rate": 2 * 2 * 4 * 3,
 }
 
@@ -82,6 +83,14 @@ def test_a_sweep_file_has_its_golden_number_of_points_and_can_be_answered(name: 
         return
     assert sweep.compare is not None
     assert len(sweep.axes[sweep.compare.by]) > 1
+
+
+def test_the_null_sweep_asked_about_beta_has_the_same_points():
+    by_lmbda, by_beta = (
+        load_sweep(str(SWEEPS / f"{name}.yaml"), [], Path("runs")) for name in ("null", "null_beta")
+    )
+    assert ids(by_lmbda) == ids(by_beta)
+    assert by_lmbda.suite == by_beta.suite
 
 
 def test_the_cliff_compares_each_method_within_each_family_at_its_rate():

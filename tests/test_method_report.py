@@ -220,7 +220,7 @@ def test_the_size_of_scoring_another_function_is_shown_paired(tmp_path: Path) ->
     header = wide(summary(frame))[0]
     assert header == ["arm", "tiny_gen/exact_match ↑", "tiny_gen/exact_match, requantised ↑"]
     equal = budget.EqualCompute([], [], [])
-    shown = sections(answer(frame), [], equal, found)[-1]
+    shown = sections(answer(frame), [], equal, found, [])[-1]
     assert shown.title == "Merged into the unquantised base, quantised again"
     assert [len(exhibit.table[1]) for exhibit in shown.exhibits] == [3]
 
@@ -278,6 +278,7 @@ def test_a_sweep_that_is_half_trained_is_answered_as_far_as_it_came(tmp_path: Pa
         collapse.standings(frame, logged, found),
         budget.equal_compute(frame, logged),
         requantised.rescored(frame),
+        [],
     )
     titles = ["Comparisons on tiny_gen/exact_match", "What became of each arm", "At equal compute"]
     assert [section.title for section in made] == titles

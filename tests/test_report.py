@@ -284,7 +284,7 @@ def test_a_jump_of_the_schedule_is_found_and_a_ramp_is_none(runs: Path) -> None:
 
 
 def logged(**columns: list[float]) -> Run:
-    return Run({}, pd.DataFrame(columns, index=[10, 20]), 1.0, 20)
+    return Run({}, pd.DataFrame(columns, index=[10, 20]), 1.0, 20, None)
 
 
 def test_an_interval_is_students_t_over_the_runs_of_a_step() -> None:
@@ -317,6 +317,7 @@ def test_numbers_are_written_for_people() -> None:
         "62.7 h",
     ]
     assert (signed(0.5), signed(-0.5)) == ("+0.500", "−0.500")
+    assert signed(0.1 + 0.2 - 0.3) == signed(0.3 - 0.2 - 0.1) == "0.000"  # off in the last bit
     assert interval(-0.1, 0.2) == "[−0.100, +0.200]"
     assert interval(float("nan"), float("nan")) == "–"
     assert [probability(p) for p in (0.2, 1e-9, float("nan"))] == ["0.200", "< 0.001", "–"]

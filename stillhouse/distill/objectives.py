@@ -182,8 +182,8 @@ def _evaluate_block_(
     student_entropy, teacher_entropy = -_dot(p, log_p, spare), -_dot(q, log_q, spare)
     overlap = None
     if overlap_k is not None:  # before the passes below write over the logs
-        first = [_largest(log, overlap_k) for log in (log_p, log_q)]
-        overlap = compare(log_p, log_q, *first, student_entropy, teacher_entropy)
+        student, teacher = (_largest(log, overlap_k) for log in (log_p, log_q))
+        overlap = compare(log_p, log_q, student, teacher, student_entropy, teacher_entropy)
     log_p_y, log_q_y = _at(targets_n, log_p), _at(targets_n, log_q)
     if isinstance(objective, TopK):
         log_ratio = mixture = torch.sub(log_p, log_q, out=more[0])

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from stillhouse.results.comparisons import other_axes, setting_of
 from stillhouse.results.stats import t_quantile
 from stillhouse.results.table import Frame, is_set, points_of, spell
 from stillhouse.rundir import RunDir, Runs
@@ -21,6 +22,7 @@ SCORE_KEYS = {
     "eval/avg_score": "mean held-out score",
     "train/reverse_kl": "reverse KL, nats per token",
 }
+PAIR_LEAVES = ("pair", "pair_name")
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,7 @@ class Run:
     metrics: Frame  # one row per step, indexed by how many steps were done after it
     schedule: Any  # λ, a number or knots
     max_steps: int
+    overlap_k: int | None  # None: written before it was looked at
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,8 @@ def read(frame: Frame, runs: Runs) -> list[Run]:
             table.index = pd.Index(table.pop("step") + 1, name="steps")
             spec = record["spec"]
             steps = spec["training"]["max_steps"]
-            found.append(Run(row, table, spec["method"]["lmbda"], steps))
+            k = spec["monitor"].get("overlap_k")
+            found.append(Run(row, table, spec["method"]["lmbda"], steps, k))
     return found
 
 
@@ -72,6 +76,48 @@ def named(run: Run, column: str) -> str:
     if not is_set(value):
         return "base"
     return spell(value) if column in ("arm", "method_name") else f"{column} = {spell(value)}"
+
+
+def settings_by(frame: Frame, *apart: str) -> Callable[[Mapping[str, Any]], str]:
+    """What tells a point from others that share `apart`: its setting, its pair if there are two."""
+    axes = other_axes(frame, *apart)
+    pairs = frame["pair_name"].nunique() > 1 and not {*axes} & {*PAIR_LEAVES}
+
+    def name(point: Mapping[str, Any]) -> str:
+        return together(setting_of(point, axes), point["pair_name"] if pairs else "")
+
+    return name
+
+
+def together(*parts: str) -> str:
+    """Those that are not empty, with commas between."""
+    return ", ".join(part for part in parts if part)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """How a figure with a line per arm is laid out: a row per setting, lines by name."""
+
+    rows: list[Group]
+    names: dict[str, str]  # a run's id -> its line
+    places: dict[str, int]  # a line -> its place, which decides its look
+
+    def lines(self, row: Group) -> list[Group]:
+        return grouped(row.runs, lambda run: self.names[run.point["id"]])
+
+
+def rows_of(frame: Frame, runs: Sequence[Run], most: int) -> Rows:
+    """One row with a line per arm; more than `most` arms have a row per setting instead, and a line
+    per compared value, since what other settings log must not get a place in a mean."""
+    pair, by = settings_by(frame, *frame.attrs["leaves"]), compared_leaf(frame)
+    rows = [Group("", [*runs])]
+    names = {run.point["id"]: together(run.point["arm"], pair(run.point)) for run in runs}
+    if len({*names.values()}) > most:
+        setting = settings_by(frame, by)
+        rows = grouped(runs, lambda run: setting(run.point))
+        names = {run.point["id"]: named(run, by) for run in runs}
+    places = {name: place for place, name in enumerate(dict.fromkeys(names.values()))}
+    return Rows(rows, names, places)
 
 
 def compared_leaf(frame: Frame) -> str:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from stillhouse.results.comparisons import other_axes, setting_of
+from stillhouse.results.comparisons import other_axes
 from stillhouse.results.curves import (
     ACCURACY,
+    PAIR_LEAVES,
     SCORE_KEYS,
     Group,
     Run,
@@ -18,15 +18,23 @@ from stillhouse.results.curves import (
     named,
     ordered,
     over_steps,
+    rows_of,
     score_key,
+    settings_by,
+    together,
 )
+from stillhouse.results.overlap_figures import overlap_curves, overlap_map
 from stillhouse.results.plots import (
     BASELINE_LINES,
     COLOURS,
     INK,
     LINES,
     MAX_GROUPS,
+    MAX_LINES,
+    MAX_ROWS,
+    RUNS,
     Draw,
+    Drawn,
     Picture,
     baselines,
     categories,
@@ -45,14 +53,8 @@ from stillhouse.results.table import Frame, spell
 MAX_PANELS = 6
 LONG_TICKS = 40  # letters of all names below an axis
 MAX_METHODS = 16  # panels of the cliff figure: small multiples that still show a fall
-MAX_ROWS = 3  # settings of the training figure
-MAX_LINES = 12  # arms in one of its panels
-RUNS = ("lowest", "highest")
-PAIR_LEAVES = ("pair", "pair_name")
 GREY = "#8a8f94"
 INTERVALS = "Means over seeds; bands: 95 % t intervals over seeds, cut off at the frame."
-
-Drawn = tuple[Draw, str, str, str]  # figure, name, title, caption
 
 
 def draw(frame: Frame, runs: Sequence[Run], directory: Path) -> list[Picture]:
@@ -61,6 +63,8 @@ def draw(frame: Frame, runs: Sequence[Run], directory: Path) -> list[Picture]:
     scores               scores by the compared axis: where anything is scored
     method_comparison    the compared metric by method: where methods differ
     training             loss, reverse KL and entropies over steps: where anything was trained
+    overlap              how student and teacher overlap over steps: where that was looked at
+    overlap_map          the same by where in an answer
     distribution_cliff   score (or reverse KL) by method: where a schedule jumps during the run
     teacher_seeding      forced tokens and score over steps: where any run seeds
     """
@@ -70,6 +74,8 @@ def draw(frame: Frame, runs: Sequence[Run], directory: Path) -> list[Picture]:
             _scores(frame),
             _method_comparison(frame),
             _training(frame, runs),
+            overlap_curves(frame, runs),
+            overlap_map(frame, runs),
             _cliff(frame, runs),
             _seeding(frame, runs),
         ]
@@ -138,8 +144,8 @@ def _method_comparison(frame: Frame) -> Drawn | None:
     first = points.iloc[0]
     metric = compare["metric"] if compare else f"{first['task']}/{first['metric']}"
     scored = scored[scored["task"] + "/" + scored["metric"] == metric]
-    series = _series(frame, "method", "method_name")
-    names = {row["id"]: series(row) for row in scored.to_dict("records") if row["kind"] == "point"}
+    setting = settings_by(frame, "method", "method_name")
+    names = {row["id"]: setting(row) for row in scored.to_dict("records") if row["kind"] == "point"}
     methods = ordered(scored["method_name"])
     settings = list(dict.fromkeys(names.values()))
     shown = settings[:MAX_PANELS]
@@ -166,37 +172,15 @@ def _method_comparison(frame: Frame) -> Drawn | None:
     return figure, "method_comparison", "Final score by method", caption
 
 
-def _series(frame: Frame, *apart: str) -> Callable[[Mapping[str, Any]], str]:
-    """What tells a point from others that share `apart`: its setting, its pair if there are two."""
-    axes = other_axes(frame, *apart)
-    pairs = frame["pair_name"].nunique() > 1 and not {*axes} & {*PAIR_LEAVES}
-
-    def name(point: Mapping[str, Any]) -> str:
-        return _joined(setting_of(point, axes), point["pair_name"] if pairs else "")
-
-    return name
-
-
-def _joined(*parts: str) -> str:
-    return ", ".join(part for part in parts if part)
-
-
 def _training(frame: Frame, runs: Sequence[Run]) -> Drawn | None:
     if not runs:
         return None
-    pair, by = _series(frame, *frame.attrs["leaves"]), compared_leaf(frame)
-    rows = [Group("", [*runs])]
-    names = {run.point["id"]: _joined(run.point["arm"], pair(run.point)) for run in runs}
-    if len({*names.values()}) > MAX_GROUPS:
-        # Losses of other settings are other losses: they get a row, not a place in a mean.
-        series = _series(frame, by)
-        rows = grouped(runs, lambda run: series(run.point))
-        names = {run.point["id"]: named(run, by) for run in runs}
-    places = {name: place for place, name in enumerate(dict.fromkeys(names.values()))}
+    laid = rows_of(frame, runs, MAX_GROUPS)
+    rows, places = laid.rows, laid.places
     window = max(1, max(len(run.metrics) for run in runs) // 30)
     figure, axes = panels(3 * len(rows[:MAX_ROWS]))
     for row, three in zip(rows, zip(*[iter(axes)] * 3, strict=True), strict=False):
-        for group in grouped(row.runs, lambda run: names[run.point["id"]])[:MAX_LINES]:
+        for group in laid.lines(row)[:MAX_LINES]:
             for axis, key in zip(three, ("loss", "reverse_kl", "student_entropy"), strict=True):
                 line(axis, group, places[group.name], f"train/{key}", window, RUNS)
             teacher = over_steps(group, "train/teacher_entropy", window)
@@ -226,10 +210,10 @@ def _cliff(frame: Frame, runs: Sequence[Run]) -> Drawn | None:
     key = score_key(runs)
     if key is None or not any(jumps(run) for run in runs):
         return None
-    series = _series(frame, leaf, by)
-    names = list(dict.fromkeys(series(run.point) for run in runs))
+    setting = settings_by(frame, leaf, by)
+    names = list(dict.fromkeys(setting(run.point) for run in runs))
     places = {name: i for i, name in enumerate(names[:MAX_GROUPS])}
-    runs = [run for run in runs if series(run.point) in places]
+    runs = [run for run in runs if setting(run.point) in places]
     compare = frame.attrs["sweep"]["compare"]
     asked = spell(compare["baseline"]) if compare and compare["by"] in (leaf, by) else None
     reference = [run for run in runs if spell(run.point[by]) == asked]
@@ -241,13 +225,13 @@ def _cliff(frame: Frame, runs: Sequence[Run]) -> Drawn | None:
             kind, value = untrained
             dots = {"linestyle": BASELINE_LINES[kind], "color": INK, "linewidth": 1.0}
             axis.axhline(value, **dots, label="untrained student, test set", zorder=1)
-        for group in grouped(reference, lambda run: series(run.point)):
+        for group in grouped(reference, lambda run: setting(run.point)):
             curve = over_steps(group, key)
             if curve is not None and spell(arm.runs[0].point[by]) != asked:
-                label = _joined(str(asked), group.name)
+                label = together(str(asked), group.name)
                 look = {"linestyle": LINES[places[group.name]], "color": GREY}
                 axis.plot(curve["mean"], **look, linewidth=1.1, label=label, zorder=1.5)
-        for group in grouped(arm.runs, lambda run: series(run.point)):
+        for group in grouped(arm.runs, lambda run: setting(run.point)):
             label = group.name or "this panel's arm"
             line(axis, Group(label, group.runs), places[group.name], key)
         switches = jumps(arm.runs[0])
@@ -303,8 +287,8 @@ def _seeding(frame: Frame, runs: Sequence[Run]) -> Drawn | None:
     mine = [run for run in runs if named(run, by) in {*seeded, asked}]
     score = score_key(mine) or "train/loss"
     lines = [group.name for group in grouped(mine, lambda run: named(run, by))][:MAX_GROUPS]
-    series = _series(frame, by)
-    parts = grouped(mine, lambda run: series(run.point))[: MAX_PANELS - 1]
+    setting = settings_by(frame, by)
+    parts = grouped(mine, lambda run: setting(run.point))[: MAX_PANELS - 1]
     figure, axes = panels(1 + len(parts))
     follows = zip(axes[1:], parts, strict=True)
     for axis, part, what in [(axes[0], mine, key), *((a, p.runs, score) for a, p in follows)]:

@@ -9,6 +9,7 @@ from stillhouse.results.comparisons import Comparison
 from stillhouse.results.stats import Estimate, number
 
 Table = tuple[list[str], list[list[str]]]  # header, rows
+ROUNDING = 1e-12  # of a difference of two scores: far above float64's, far below one document's
 
 
 def comparison_tables(family: Sequence[Comparison]) -> list[tuple[str, Table]]:
@@ -69,7 +70,9 @@ def as_csv(rows: Iterable[Mapping[str, Any]]) -> str:
 
 
 def signed(value: float) -> str:
-    """A difference with its sign."""
+    """A difference with its sign; what rounding leaves of equal means is 0."""
+    if abs(value) <= ROUNDING:
+        return number(0.0)
     return f"+{number(value)}" if value > 0 else number(value).replace("-", "−")
 
 

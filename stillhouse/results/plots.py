@@ -29,6 +29,9 @@ LINES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (8, 2)))
 BASELINE_LINES = {"teacher": (0, (6, 2)), "student": (0, (1, 2)), "ptq": (0, (4, 1, 1, 1))}
 INK = "#1f2328"
 MAX_GROUPS = len(COLOURS)
+MAX_ROWS = 3  # settings of a figure that has a row of panels for each
+MAX_LINES = 12  # arms in one of its panels
+RUNS = ("lowest", "highest")  # a band of all runs
 FEW = 25  # values of a curve up to which each gets a mark
 STYLE: dict[Any, Any] = {
     "font.size": 9,
@@ -42,6 +45,9 @@ STYLE: dict[Any, Any] = {
         ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), INK
     ),
 }
+
+
+Drawn = tuple[Draw, str, str, str]  # figure, name, title, caption
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from stillhouse.errors import DIVERGED, MISTAKE, OUT_OF_MEMORY, STOPPED
-from stillhouse.results import budget, collapse, requantised, table
+from stillhouse.results import budget, collapse, overlaps, requantised, table
 from stillhouse.results.answer import answer
 from stillhouse.results.curves import compared_leaf, read
 from stillhouse.results.figures import draw
@@ -43,7 +43,7 @@ def write_report(sweep_name: str, runs: Path) -> Path:
 
     Beside report.html: table.md, table.csv (one row per arm and task), points.csv (one row per
     point and task), comparisons.csv (one row per comparison), each figure as SVG and PNG; arms.csv
-    (one row per arm: its curve, tokens and seconds) where held-out accuracy was measured. Works on
+    (one row per arm: its curve, tokens, seconds, overlap) where those were measured. Works on
     a sweep that is half done, and says so.
 
     Raises:
@@ -58,6 +58,7 @@ def write_report(sweep_name: str, runs: Path) -> Path:
     standings = collapse.standings(frame, logged, found)
     equal = budget.equal_compute(frame, logged)
     rescored = requantised.rescored(frame)
+    overlap = overlaps.overlaps(logged)
     arms = summary(frame)
     families = {
         "main": found.main,
@@ -74,7 +75,7 @@ def write_report(sweep_name: str, runs: Path) -> Path:
         "remarks": remarks(frame),
         "scores": wide(arms),
         "note": NOTE,
-        "sections": sections(found, standings, equal, rescored),
+        "sections": sections(found, standings, equal, rescored, overlap),
         "costs": cost_table(frame),
     }
     files = {
@@ -87,9 +88,15 @@ def write_report(sweep_name: str, runs: Path) -> Path:
             for record in records(family)
         ),
     }
-    if standings:
-        spent = {s.arm: budget.record(s) for s in equal.spent}
-        files["arms.csv"] = as_csv(collapse.record(s) | spent.get(s.arm, {}) for s in standings)
+    known = [
+        {s.arm: collapse.record(s) for s in standings},
+        {s.arm: budget.record(s) for s in equal.spent},
+        {a.arm: {"arm": a.arm} | overlaps.record(a) for a in overlap},
+    ]
+    named = dict.fromkeys(arm for records_ in known for arm in records_)
+    if standings or overlap:
+        rows = [[records_.get(arm, {}) for records_ in known] for arm in named]
+        files["arms.csv"] = as_csv({k: v for part in row for k, v in part.items()} for row in rows)
     for name, text in files.items():
         write_atomic(directory / name, text.encode())
     content |= {

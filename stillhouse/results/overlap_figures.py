@@ -1,0 +1,122 @@
+"""This file is where the overlap of student and teacher is drawn: over steps, along an answer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from stillhouse.results.curves import Group, Rows, Run, over_steps, rows_of
+from stillhouse.results.plots import (
+    COLOURS,
+    MAX_GROUPS,
+    MAX_LINES,
+    MAX_ROWS,
+    RUNS,
+    Draw,
+    Drawn,
+    legend,
+    line,
+    panels,
+    steps,
+)
+from stillhouse.results.table import Frame
+
+MAPS = 6  # arms of the map
+CURVES = {  # what a panel shows, and its unit
+    "ratio": ("shared part of the likeliest tokens", "overlap ratio"),
+    "advantage": ("advantage on shared tokens", "nats"),
+    "entropy_gap": ("entropy gap", "nats"),
+    "mass_student": ("mass on shared tokens, teacher's thin", "probability"),
+}
+
+
+def overlap_curves(frame: Frame, runs: Sequence[Run]) -> Drawn | None:
+    """Four numbers over steps, a row of panels per setting; None where none was looked at."""
+    seen = [run for run in runs if "overlap/ratio" in run.metrics]
+    if not seen:
+        return None
+    laid = rows_of(frame, seen, MAX_GROUPS)
+    figure, axes = panels(4 * len(laid.rows[:MAX_ROWS]), 2.6)
+    for row, four in zip(laid.rows, zip(*[iter(axes)] * 4, strict=True), strict=False):
+        for group in laid.lines(row)[:MAX_LINES]:
+            _curves(four, group, laid.places[group.name])
+        for axis, (title, unit) in zip(four, CURVES.values(), strict=True):
+            steps(axis, title)
+            axis.set_ylabel(unit)
+        if row.name:
+            four[0].set_ylabel(f"{row.name}\n{CURVES['ratio'][1]}")
+    legend(figure, axes)
+    k = seen[0].overlap_k
+    caption = (
+        f"On the student's own rollouts, the {k} likeliest tokens of either side; means over seeds,"
+        " bands: lowest to highest run. An arm without a line wrote no rollout."
+    )
+    return figure, "overlap", "How student and teacher overlap", caption + _left_out(laid)
+
+
+def _curves(four: Sequence[Draw], group: Group, place: int) -> None:
+    for axis, name in zip(four, CURVES, strict=True):
+        line(axis, group, place, f"overlap/{name}", 1, RUNS)
+    teacher = over_steps(group, "overlap/mass_teacher")
+    if teacher is not None:
+        colour = COLOURS[place % len(COLOURS)]
+        four[3].plot(teacher["mean"], color=colour, linewidth=0.8, alpha=0.8)
+
+
+def _left_out(laid: Rows) -> str:
+    more = len(laid.rows) - MAX_ROWS
+    return f" The first {MAX_ROWS} of {len(laid.rows)} settings." if more > 0 else ""
+
+
+def overlap_map(frame: Frame, runs: Sequence[Run]) -> Drawn | None:
+    """Overlap ratio by step and place in the answer, a panel per arm, means over seeds."""
+    import pandas as pd
+
+    prefix = "overlap/ratio/"
+    bins = {key for run in runs for key in run.metrics if key.startswith(prefix)}
+    ordered = sorted(bins, key=lambda key: int(key.removeprefix(prefix).partition("-")[0]))
+    laid = rows_of(frame, runs, MAX_GROUPS)
+    groups = [
+        Group(", ".join(filter(None, (row.name, group.name))), group.runs)
+        for row in laid.rows
+        for group in laid.lines(row)
+        if any("overlap/ratio" in run.metrics for run in group.runs)
+    ]
+    if len(ordered) < 2 or not groups:
+        return None
+    shown = groups[:MAPS]
+    figure, axes = panels(len(shown), 2.6, sharey=True)
+    tables = []
+    for group in shown:
+        curves = {key: over_steps(group, key) for key in ordered}
+        tables.append(
+            pd.DataFrame(
+                {key: curve["mean"] for key, curve in curves.items() if curve is not None},
+                columns=ordered,
+            ).sort_index()
+        )
+    low = min(float(table.min().min()) for table in tables)
+    image = None
+    for axis, group, table in zip(axes, shown, tables, strict=True):
+        at = list(table.index)
+        edges = [
+            at[0] - 0.5,
+            *((a + b) / 2 for a, b in zip(at, at[1:], strict=False)),
+            at[-1] + 0.5,
+        ]
+        image = axis.pcolormesh(
+            edges, range(len(ordered) + 1), table.T.to_numpy(), vmin=math.floor(20 * low) / 20,
+            vmax=1, cmap="cividis", rasterized=True,
+        )  # fmt: skip
+        steps(axis, group.name)
+        axis.grid(visible=False)
+        axis.set_yticks(
+            [place + 0.5 for place in range(len(ordered))],
+            [key.removeprefix(prefix).replace("-", "–") for key in ordered],
+        )
+    axes[0].set_ylabel("token of the answer")
+    figure.colorbar(image, ax=axes, label="overlap ratio", shrink=0.8)
+    caption = "Means over seeds; a blank: no rollout got there."
+    if len(groups) > MAPS:
+        caption += f" The first {MAPS} of {len(groups)} arms."
+    return figure, "overlap_map", "Where in an answer they overlap", caption
