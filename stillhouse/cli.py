@@ -32,11 +32,14 @@ DOORS = {
     "train": "send one point to a cluster: k8s/train.sh NAME FLAGS ... [--dry-run] [--json]",
     "eval": "score runs on a cluster: k8s/eval.sh LABEL --lora-paths dump/NAME ... [--dry-run]",
     "prepare": "put a pair, and what it is scored on, into this machine's cache (--fetch)",
+    "preflight": "will this pair distil? asks before anything is trained (--pilot 50 tries it)",
 }
 MORE = {
     "train": "--dry-run prints the Job as it would be sent, and asks no cluster",
     "eval": "--dry-run prints the Job as it would be sent, and asks no cluster",
     "prepare": "--fetch downloads what is missing, --no-scores leaves out what is scored on",
+    "preflight": "exit codes: 0 likely, 3 unlikely, 4 unsure; the verdict is of this pair with this"
+    " loss and this number of steps",
 }
 CRASHED = 70  # a driver's pod that ends with Python's own 1 would look done, and stay away
 CLUSTER_VERBS = ("render", "collect", "doctor")  # they have no meaning on this machine
@@ -95,16 +98,18 @@ def _dispatch(words: list[str]) -> int:
         print(f"usage: {USAGE}\n\n{verbs}\n\n{HELP}\n{EXAMPLES}", end="")
         return DONE if words else MISTAKE
     verb, *rest = words
+    if verb in DOORS and {"-h", "--help"} & {*rest}:
+        return _help_of_door(verb)
     if verb == "prepare":
         from stillhouse.doors import prepare_main
 
-        return _help_of_door(verb) if {"-h", "--help"} & {*rest} else prepare_main(rest)
+        return prepare_main(rest)
     if verb not in VERBS | DOORS:
         known = [*VERBS, *DOORS]
         raise ConfigError(
             f'no verb "{verb}" ({", ".join(known)}).{nearest(verb, known)} `stillhouse --help`'
         )
-    do = _send if verb in DOORS else _do
+    do = _preflight if verb == "preflight" else _send if verb in DOORS else _do
     from stillhouse.sweep.backends.cluster import ApiError
 
     try:
@@ -147,6 +152,12 @@ def _do(verb: str, words: list[str]) -> int:
     return _report(call) if verb == "report" else getattr(verbs, verb)(call)
 
 
+def _preflight(verb: str, words: list[str]) -> int:
+    from stillhouse.doors import preflight_main
+
+    return preflight_main(words)
+
+
 def _send(kind: str, words: list[str]) -> int:
     """One line of k8s/train.sh or k8s/eval.sh."""
     parser = Parser(prog=f"k8s/{kind}.sh", add_help=False, allow_abbrev=False)
@@ -169,8 +180,11 @@ def _help_of_door(kind: str) -> int:
         "train": "k8s/train.sh NAME [--knob VALUE | knob=VALUE ...] [--dry-run] [--json]",
         "eval": "k8s/eval.sh LABEL [--knob VALUE | knob=VALUE ...] [--dry-run] [--json]",
         "prepare": "stillhouse prepare [--knob VALUE | knob=VALUE ...] [--fetch] [--no-scores]",
+        "preflight": "stillhouse preflight [--knob VALUE | knob=VALUE ...] [--prompts N]"
+        " [--pilot STEPS] [--json] [--backend cluster [--dry-run]]",
     }
-    knobs = help_text(kind, TrainSpec if kind == "train" else EvalSpec).partition("\n\n")[2]
+    spec_type = TrainSpec if kind in ("train", "preflight") else EvalSpec
+    knobs = help_text(kind, spec_type).partition("\n\n")[2]
     print(f"usage: {usage[kind]}\n\n{DOORS[kind]}\n{MORE[kind]}\n\n{knobs}")
     return DONE
 

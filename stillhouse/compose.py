@@ -18,7 +18,7 @@ from typing import Any, TypeVar, cast
 
 from pydantic import TypeAdapter, ValidationError
 
-from stillhouse import flags
+from stillhouse import flags, watch
 from stillhouse.errors import ConfigError, nearest
 from stillhouse.spec import EvalSpec, TrainSpec
 
@@ -128,6 +128,13 @@ def resolve(key: str, value: Any, spec_type: type[Any], where: str) -> Overrides
     return Overrides({}, {path: value})
 
 
+def data_file(name: str) -> Any:
+    """What conf/NAME.yaml holds, as plain data."""
+    from omegaconf import OmegaConf
+
+    return OmegaConf.to_container(OmegaConf.load(conf_dir() / f"{name}.yaml"), resolve=True)
+
+
 def options_of(group: str) -> list[str]:
     """The files of a config group."""
     return sorted(path.stem for path in (conf_dir() / group).glob("*.yaml"))
@@ -184,9 +191,12 @@ def compose(overrides: Overrides, spec_type: type[Spec], where: str = "command l
 def check(plain: Mapping[str, Any], spec_type: type[Spec], where: str) -> Spec:
     """A spec from plain dicts, or an error in words a person can act on."""
     try:
-        return cast("Spec", _adapter(spec_type).validate_python(plain))
+        spec = cast("Spec", _adapter(spec_type).validate_python(plain))
     except ValidationError as error:
         raise ConfigError(_explain(error, spec_type, where)) from error
+    if isinstance(spec, TrainSpec):
+        watch.check(spec, where)
+    return spec
 
 
 def _explain(error: ValidationError, spec_type: type[Any], where: str) -> str:
@@ -234,6 +244,9 @@ def _text(value: Any) -> str:
     if isinstance(value, list | tuple):
         items = cast("Iterable[Any]", value)
         return f"[{','.join(_text(item) for item in items)}]"
+    if isinstance(value, dict):
+        entries = cast("dict[str, Any]", value).items()
+        return f"{{{','.join(f'{key}:{_text(entry)}' for key, entry in entries)}}}"
     if isinstance(value, float) and value.is_integer() and math.fabs(value) < 1e6:
         return str(int(value))
     if isinstance(value, str) and not _is_plain_word(value):

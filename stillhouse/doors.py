@@ -10,19 +10,24 @@ training may download what it needs before it begins.
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import json
 import os
+import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from filelock import Timeout
 
-from stillhouse.compose import compose, from_command_line, help_text
+from stillhouse import verdict
+from stillhouse.compose import compose, data_file, from_command_line, help_text
 from stillhouse.errors import (
     AGAIN,
     DONE,
+    STOPPED,
     ConfigError,
     ContractError,
     Diverged,
@@ -30,10 +35,11 @@ from stillhouse.errors import (
     StillhouseError,
     exit_code_of,
 )
-from stillhouse.rundir import Runs, code_identity, link_path, now
+from stillhouse.rundir import Json, Runs, code_identity, link_path, now, read_json, write_json
 from stillhouse.spec import EvalSpec, TrainSpec, eval_id, point_id
 from stillhouse.stop import StopFlag
 
+PROMPTS = 64  # that a preflight asks, if not told otherwise
 # Attempts in a row that may end without one completed step more than before (then exit 43).
 ATTEMPTS_WITHOUT_PROGRESS = 3
 
@@ -79,6 +85,84 @@ def prepare_main(argv: list[str]) -> int:
         return prepare(spec, fetches="--fetch" in argv, scores="--no-scores" not in argv)
 
     return _door(work)
+
+
+def preflight_main(argv: list[str]) -> int:
+    """The exit code of `stillhouse preflight` with these words: 0 likely, 3 unlikely, 4 unsure."""
+    parser = argparse.ArgumentParser("stillhouse preflight", add_help=False, allow_abbrev=False)
+    parser.add_argument("--prompts", type=_count, default=PROMPTS)
+    parser.add_argument("--pilot", type=_count, default=None)
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--backend", choices=["local", "cluster"], default="local")
+    parser.add_argument("--dry-run", action="store_true")
+
+    def work() -> int:
+        options, words = _parsed(parser, argv)
+        spec = compose(from_command_line(words, TrainSpec), TrainSpec)
+        if options.backend == "cluster":
+            from stillhouse.sweep.kube.sending import send
+
+            asked = [f"--prompts={options.prompts}"]
+            asked += [f"--pilot={options.pilot}"] if options.pilot else []
+            line = [spec.pair.pair_name, *words]
+            return send("preflight", line, options.dry_run, options.json, asked)
+        if options.dry_run:
+            raise ConfigError("stillhouse preflight: --dry-run prints a Job: --backend cluster")
+        _check_made_for(None)
+        if os.environ.get("STILLHOUSE_FETCH"):
+            _fetch(spec)
+        found = look(spec, options.prompts, options.pilot)
+        print(json.dumps(found, indent=1) if options.json else verdict.as_text(found), flush=True)
+        # In a pod a verdict is what the Job was for, whatever it is: nothing to be retried.
+        return DONE if _is_in_pod() else verdict.EXIT_CODES[found["verdict"]]
+
+    return _door(work)
+
+
+def _count(word: str) -> int:
+    if not word.isascii() or not word.isdigit() or int(word) < 2:
+        raise argparse.ArgumentTypeError(f"{word}: a whole number of 2 or more is wanted")
+    return int(word)
+
+
+def _parsed(
+    parser: argparse.ArgumentParser, argv: list[str]
+) -> tuple[argparse.Namespace, list[str]]:
+    def refuse(message: str) -> NoReturn:
+        raise ConfigError(f"{parser.prog}: {message}; `{parser.prog} --help` shows what there is")
+
+    parser.error = refuse
+    return parser.parse_known_args(argv)
+
+
+def look(spec: TrainSpec, prompts: int, pilot: int | None) -> Json:
+    """Look at a pair before it is trained; what was found is kept below runs/ and given back.
+
+    What the same code has measured in the same way is not measured again.
+    """
+    rules = verdict.rules_of(data_file("preflight"), "conf/preflight.yaml")
+    file = Runs(Path(spec.place.runs)).verdict_file(spec.pair.pair_name, verdict.key_of(spec))
+    how = {"prompts": prompts, "pilot": pilot, "code": code_identity()["digest"]}
+    before = read_json(file)
+    if before is not None and before["measured"] == how:
+        found: Json = {key: before[key] for key in ("numbers", "facts", "created")}
+    else:
+        stop = _stop()
+        with contextlib.redirect_stdout(sys.stderr):  # stdout is the answer's
+            from stillhouse.distill.preflight import preflight
+
+            found = preflight(spec, prompts, pilot, stop) | {"created": now()}
+    numbers = {name: verdict.Measured.of(plain) for name, plain in found["numbers"].items()}
+    asked = {
+        "pair": spec.pair.pair_name,
+        "quant": spec.quant.quant_type,
+        "loss": spec.loss.on_loss,
+        "beta": spec.loss.beta,
+        "max_steps": spec.training.max_steps,
+    }
+    whole = asked | verdict.decide(rules, numbers) | found | {"measured": how}
+    write_json(file, whole)
+    return whole
 
 
 def _door(work: Callable[[], int]) -> int:
@@ -204,9 +288,9 @@ def _attempt(spec: TrainSpec, run: Any) -> int:
         code = train_run(spec, run, stop)
     except StillhouseError as error:
         cause = f"{type(error).__name__}: {error}"
-        if error.exit_code == AGAIN and not _is_in_pod():
-            # A person's Ctrl-C is nobody's failure. A cluster that stops a run three times before
-            # it gets anywhere would do so for ever, and is not alone in paying for it.
+        if error.exit_code == STOPPED or (error.exit_code == AGAIN and not _is_in_pod()):
+            # A rule's stop and a person's Ctrl-C are nobody's failure. A cluster that stops a run
+            # three times before it gets anywhere would do so for ever, and others pay for it.
             after = run.status().get("attempts_without_progress", 0)
             run.update_status(attempts_without_progress=min(idle, after))
         run.update_status(

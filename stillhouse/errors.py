@@ -6,6 +6,7 @@
     ├── ContractError          42   an adapter, base or run that cannot be what it says it is
     ├── Diverged               43   NaN, an exploding loss, no progress in three attempts
     ├── OutOfMemory            44   retry only with a smaller micro_batch
+    ├── Stopped                46   a watch rule ended the run; state is saved, an outcome
     └── Interrupted            85   asked to stop; state is saved, run me again
 
 Anything else that ends a process is infrastructure and may be retried.
@@ -56,6 +57,12 @@ class OutOfMemory(StillhouseError):
     """The device could not hold the step."""
 
     exit_code = OUT_OF_MEMORY
+
+
+class Stopped(StillhouseError):
+    """A watch rule ended the run: not a failure, and nothing to try again."""
+
+    exit_code = STOPPED
 
 
 class Interrupted(StillhouseError):

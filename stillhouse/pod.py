@@ -3,7 +3,8 @@
 
     pod.py [--code=D] [--id=I] [--log=FILE] [--processes=N] KIND -- WORDS…
 
-    train eval prepare drive   starts train.py, eval.py or `python -m stillhouse` with these words
+    train eval prepare preflight drive
+                               starts train.py, eval.py or `python -m stillhouse` with these words
     collect -- SECONDS         parcel.py: waits until nobody has sent for so long, or a SIGTERM
     send -- REQUEST            parcel.py, by `exec` in a collect pod: files of runs to stdout
 
@@ -58,6 +59,7 @@ COMMANDS = {
     "train": "train.py",
     "eval": "eval.py",
     "prepare": "-m stillhouse prepare",
+    "preflight": "-m stillhouse preflight",
     "drive": "-m stillhouse",
     "collect": "-m stillhouse.parcel hold",
     "send": "-m stillhouse.parcel send",

@@ -6,6 +6,7 @@
     <runs>/names/NAME          link to the run of that name
     <runs>/sweeps/NAME.json    a sweep as it was asked
     <runs>/baselines/<slug>-<id>/   baseline.json  eval/<task>.json: rows that no run trained
+    <runs>/preflight/<pair>-<key>.json   what a preflight found
     <runs>/reports/NAME/       tables, plots and the page of a sweep
 
 Every write is atomic: temporary file, fsync, rename. Kill a process at any moment and what is there
@@ -309,6 +310,10 @@ class Runs:
     def baseline(self, label: str, key: str) -> Path:
         """Directory of a row that no run trained: teacher, student or ptq."""
         return self.root / "baselines" / f"{label}-{key}"
+
+    def verdict_file(self, pair_name: str, key: str) -> Path:
+        """What a preflight found of a pair; `verdict.key_of` gives the key."""
+        return self.root / "preflight" / f"{pair_name}-{key}.json"
 
     def report(self, name: str) -> Path:
         return self.root / "reports" / name

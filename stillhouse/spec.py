@@ -335,6 +335,52 @@ class MonitorSpec:
 
 
 @dataclass(frozen=True, config=_STRICT)
+class WatchRule:
+    """A condition on a metric's mean over the last `window` steps, and what it leads to."""
+
+    rule: Name
+    metric: str  # as in metrics.jsonl
+    # above, below: the mean against `limit`. gains_less: from the window's first half to its second
+    # it rises by less than `limit`. above_lowest: it is `limit` times the lowest mean of a window
+    # before this one.
+    condition: Literal["above", "below", "gains_less", "above_lowest"]
+    limit: Annotated[float, _Number]
+    window: Count  # steps
+    unless_above: Annotated[float, _Number] | None  # a mean above it is well, whatever it does
+    action: Literal["warn", "stop"]  # stop: exit code 46, state saved, never retried
+    optional: bool  # left out where the metric is not logged, or the run is shorter than the window
+
+    @model_validator(mode="after")
+    def _halves(self) -> WatchRule:
+        if self.condition == "gains_less" and self.window < 2:
+            raise ValueError(
+                f"rule {self.rule}: gains_less compares halves of its window: 2 or more"
+            )
+        return self
+
+
+@dataclass(frozen=True, config=_STRICT)
+class WatchSpec:
+    """What is looked out for while a point trains."""
+
+    watch_rules: tuple[WatchRule, ...]
+    stop_on: tuple[str, ...]  # names of rules that stop the run, whatever action they name
+
+    @model_validator(mode="after")
+    def _names(self) -> WatchSpec:
+        names = [rule.rule for rule in self.watch_rules]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"two watch rules are called {', '.join(twice)}")
+        for name in self.stop_on:
+            if name not in names:
+                raise ValueError(
+                    f"stop_on: no watch rule {name}; there is {', '.join(names) or 'none'}"
+                )
+        return self
+
+
+@dataclass(frozen=True, config=_STRICT)
 class TrackingSpec:
     """Weights & Biases, when asked. metrics.jsonl is always written."""
 
@@ -405,6 +451,7 @@ class TrainSpec:
     optim: OptimSpec
     training: TrainingSpec
     monitor: MonitorSpec
+    watch: WatchSpec
     tracking: TrackingSpec
     place: PlaceSpec
     site: SiteSpec
@@ -522,6 +569,7 @@ class EvalSpec:
 # Not part of a point's identity, and why. Whole sections first.
 NOT_VERSIONED: dict[str, str] = {
     "monitor": "measures, does not train",
+    "watch": "ends a run early, or says something; the steps it takes are the same",
     "tracking": "where metrics are copied to",
     "place": "paths, names, tags and threads",
     "site": "where it runs",

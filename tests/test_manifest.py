@@ -44,6 +44,7 @@ from stillhouse.sweep.kube.steps import (
     drive_step,
     eval_line_step,
     eval_step,
+    preflight_step,
     prepare_step,
     refuse_collisions,
     train_step,
@@ -186,7 +187,8 @@ def test_the_checklist_looks_into_the_container(change: Json, said: str):
 # ---- golden files
 
 
-KINDS = ("train", "train_8gpu", "prepare", "eval", "drive", "collect", "kueue")
+PREFLIGHT = Overrides({"pair": "tiny"}, {"loss.beta": 0})
+KINDS = ("train", "train_8gpu", "prepare", "eval", "preflight", "drive", "collect", "kueue")
 
 
 @functools.cache
@@ -202,6 +204,7 @@ def golden_steps() -> dict[str, tuple[Step, SiteSpec]]:
         "train_8gpu": (train_step(big.points[0], big, fetch=True), big.site),
         "prepare": (prepare_step(point, sweep.suite, sweep), sweep.site),
         "eval": (eval_step(scored, baselines, sweep), sweep.site),
+        "preflight": (preflight_step("tiny", PREFLIGHT, ["--prompts=64"]), sweep.site),
         "drive": (drive_step(file, b"grid: {}\n", ["--point=a"]), sweep.site),
         "collect": (collect_step("first", "a laptop"), sweep.site),
         "kueue": (train_step(lab.points[0], lab), lab.site),

@@ -43,6 +43,7 @@ Scorer = Callable[[Sequence[Example], Sequence[Sequence[int]], Sequence[int]], L
 
 # A distribution compared with itself: what rounding leaves of the loss, in nats per token.
 SAME_FUNCTION = 1e-4
+LEAST_ENTROPY = 1e-9  # nats per token, below which a teacher is certain and a ratio says nothing
 
 
 @dataclass
@@ -175,6 +176,9 @@ class Loop:
         with self.clock.phase("train"):
             self._sum_gradients()
         on_policy = sum(batch.weight for batch in self.batches if batch.is_on_policy)
+        mixed["train/entropy_ratio"] = mixed["train/student_entropy"] / max(
+            mixed["train/teacher_entropy"], LEAST_ENTROPY
+        )
         metrics = mixed | metrics | self._wrote()
         if self.summary is not None:
             metrics |= self.summary.metrics(self._sum(self.summary.numbers()))
@@ -220,10 +224,16 @@ class Loop:
         """What writing took, of all processes; of old sequences, nothing is written."""
         wrote = self.sequences.wrote
         prompts = sum(len(e.prompt_ids) for b in self.batches for s in b.shares for e in s.examples)
-        numbers = [prompts, wrote["student"], wrote["teacher"], wrote["truncated"], wrote["rows"]]
-        prompt, student, teacher, truncated, rows = self._sum([float(n) for n in numbers])
+        kinds = ("student", "teacher", "truncated", "rows", "rollouts", "length", "compression")
+        summed = self._sum([float(prompts), *(float(wrote[kind]) for kind in kinds)])
+        prompt, student, teacher, truncated, rows, rollouts, length, compression = summed
         found = {"tokens/prompt": prompt, "tokens/rollout": student, "tokens/teacher": teacher}
-        return found | ({"rollout/truncation_rate": truncated / rows} if rows else {})
+        if rows:
+            found["rollout/truncation_rate"] = truncated / rows
+        if rollouts:
+            found["rollout/length"] = length / rollouts
+            found["rollout/compression"] = compression / rollouts
+        return found
 
     def _micro_batch(
         self, batch: Batch, share: Share, part: slice, plan: StepPlan, scale: float

@@ -13,6 +13,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from stillhouse.distill.loop import Loop, positions_of
 from stillhouse.distill.losses import distill_loss
@@ -84,7 +86,7 @@ class Monitor:
             metrics["train/score"] = self._score(examples, step)
         is_last = done == self.spec.training.max_steps
         if monitor.accuracy_steps and (done % monitor.accuracy_steps == 0 or is_last):
-            metrics["eval/accuracy"] = self._accuracy()
+            metrics["eval/accuracy"] = float(self.right().mean())
         if monitor.do_eval and (done % monitor.eval_steps == 0 or is_last):
             with self.loop.clock.phase("eval"):
                 metrics |= self._held_out_loss()
@@ -102,17 +104,18 @@ class Monitor:
         texts = [self.tokenizer.batch_decode(ids, skip_special_tokens=True) for ids in written]
         return sum(map(score, *texts)) / len(examples)
 
-    def _accuracy(self) -> float:
-        """The share of held-out questions that the student answers right, greedily."""
-        right, write = 0, self.loop.sequences.writers["student"]
+    def right(self) -> Float[Tensor, " Q"]:
+        """1 for each held-out question that the student answers right, greedily, and 0 else."""
+        right: list[bool] = []
+        write = self.loop.sequences.writers["student"]
         with self.loop.clock.phase("eval"):
             for start in range(0, len(self.questions), ASKED_BATCH):
                 part = self.questions[start : start + ASKED_BATCH]
                 length = max(len(e.prompt_ids) for e in part)
                 ids = write(part, 0, range(len(part)), length, greedy=True).ids
                 texts = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
-                right += sum(answer_in(t) == e.answer for t, e in zip(texts, part, strict=True))
-        return right / len(self.questions)
+                right += [answer_in(t) == e.answer for t, e in zip(texts, part, strict=True)]
+        return torch.tensor(right, dtype=torch.float64)
 
     @torch.no_grad()
     def _held_out_loss(self) -> dict[str, float]:

@@ -207,7 +207,8 @@ def _at_hand_pair(pair: PairSpec, cache_dir: Path, say: Say) -> tuple[_Weights, 
         if found is not None:
             raise ContractError(
                 f"pair {pair.pair_name}: the tokenizers of student {student.name} and teacher"
-                f" {teacher.name} differ, so their probabilities cannot be compared: {found}"
+                f" {teacher.name} differ, so their probabilities cannot be compared: {found}; what"
+                " is needed is two models with the same tokenizer"
             )
         return {"tokenizers": "equal"}
 

@@ -5,26 +5,20 @@ from __future__ import annotations
 import logging
 import math
 import time
-from pathlib import Path
+from collections.abc import Sequence
 
 import torch
-from accelerate import Accelerator
 
 from stillhouse.distill import checkpoint, models
-from stillhouse.distill.loop import (
-    Loop,
-    check_first_step,
-    needed_shares,
-)
+from stillhouse.distill.loaded import load
+from stillhouse.distill.loop import Loop, check_first_step
 from stillhouse.distill.monitor import Monitor
-from stillhouse.distill.prompts import PromptSet, load_prompts
-from stillhouse.distill.roles import Roles
 from stillhouse.distill.tracking import Tracker
-from stillhouse.errors import ConfigError, Diverged, Interrupted, OutOfMemory
-from stillhouse.methods import needs_dataset_completions
+from stillhouse.errors import Diverged, Interrupted, OutOfMemory, Stopped
 from stillhouse.rundir import Json, RunDir, new_record, now, write_json
 from stillhouse.spec import TrainSpec
 from stillhouse.stop import StopFlag
+from stillhouse.watch import Finding, replayed
 
 STATUS_SECONDS = (
     1.0  # how often status.json says the step: often enough to watch, rare enough to be free
@@ -36,22 +30,12 @@ class Run:
 
     def __init__(self, spec: TrainSpec, run: RunDir, stop: StopFlag) -> None:
         self.spec, self.dir, self.stop = spec, run, stop
-        models.use_threads(spec.place.threads)
         started = time.perf_counter()
-        self.accelerator = Accelerator(
-            mixed_precision=spec.training.mixed_precision, cpu=not torch.cuda.is_available()
-        )
-        needed_shares(spec, self.accelerator.num_processes)
-        self.is_main = self.accelerator.is_main_process
-        self.prepared = models.prepare(spec.pair, spec.quant, Path(spec.place.cache_dir))
-        self.tokenizer = models.load_tokenizer(
-            self.prepared.student, self.prepared.student_revision
-        )
-        self.prompts = load_prompts(
-            spec.data, self.prepared, self.tokenizer, spec.pair.teacher_few_shot
-        )
-        self._check_data(self.prompts)
-        self.roles = Roles(spec, self.prepared, self.tokenizer, self.accelerator, self._poll)
+        loaded = load(spec, self._poll)
+        self.accelerator, self.prepared = loaded.accelerator, loaded.prepared
+        self.tokenizer, self.prompts = loaded.tokenizer, loaded.prompts
+        self.is_main, self.roles = self.accelerator.is_main_process, loaded.roles
+        self.say(f"data: {self.prompts.summary()}")
         self.student, self.teacher = self.roles.student, self.roles.teacher
         self.loop = Loop(
             spec, self.accelerator, self.student, self.prompts.train, self.roles.writers(),
@@ -70,16 +54,6 @@ class Run:
         if self.is_main:
             print(text, flush=True)
 
-    def _check_data(self, prompts: PromptSet) -> None:
-        self.say(f"data: {prompts.summary()}")
-        if needs_dataset_completions(self.spec.method):
-            bare = sum(not e.completion_ids for e in prompts.train)
-            if bare:
-                raise ConfigError(
-                    f"data {self.spec.data.data_name}: {bare} rows have no completion, and"
-                    " lmbda < 1 trains on them; use lmbda=1 or off_policy_source=teacher"
-                )
-
     def train(self) -> int:
         """Go from the newest complete checkpoint to the end, and leave the adapter there."""
         state = checkpoint.load_newest(self.dir, self.student, self.loop.optimizer, self.say)
@@ -89,6 +63,9 @@ class Run:
             self.loop.sequences.replay.load(state["replay"])
             self.cost = _added(self.cost, state["cost"])
         best = self.dir.status().get("step") or 0
+        # Every process watches, so that all stop at the same step; what they see is reduced.
+        history = [metrics for metrics in self.dir.metrics() if metrics["step"] < first]
+        watch, found = replayed(self.spec, history)
         tracker = None
         if self.is_main:
             self._record()
@@ -96,6 +73,7 @@ class Run:
         step = first
         self.pending = state and state["pending"]
         try:
+            self._heed(found)
             while step < self.spec.training.max_steps or self.pending:
                 self._check_stop()
                 if self.pending is None:
@@ -108,15 +86,16 @@ class Run:
                     self._status(step, best)
                     if step % self.spec.training.save_steps == 0:
                         self._save(step)
+                self._heed(watch.see(metrics))
         except KeyboardInterrupt:
             raise  # a second Ctrl-C may fall into the middle of an update: nothing to save
         except BaseException as error:
             # Whatever broke after we were asked to stop (a peer that left first, say) is that stop.
             # The parameters are those of `step` completed updates: an update cannot be interrupted.
-            if self.is_main and self.stop.is_set:
+            if self.is_main and (self.stop.is_set or isinstance(error, Stopped)):
                 self._save(step)
                 self.dir.update_status(step=max(step, best))
-            if self.stop.is_set and not isinstance(error, Interrupted):
+            if self.stop.is_set and not isinstance(error, Interrupted | Stopped):
                 raise Interrupted(
                     "asked to stop; state is saved, run the same line again"
                 ) from error
@@ -127,6 +106,23 @@ class Run:
         if self.is_main:
             self._finish(step)
         return 0
+
+    def _heed(self, found: Sequence[Finding]) -> None:
+        """Say what the rules found; raise Stopped where one of them ends the run."""
+        for finding in found:
+            self.say(f"warning: {finding.text}")
+        if found and self.is_main:
+            warnings = self.dir.status().get("warnings") or {}
+            warnings |= {finding.rule.rule: finding.text for finding in found}
+            self.dir.update_status(warnings=warnings)
+        for finding in found:
+            if finding.rule.action == "stop" or finding.rule.rule in self.spec.watch.stop_on:
+                if self.is_main:
+                    self.dir.update_status(stopped_by=finding.rule.rule)
+                raise Stopped(
+                    f"by watch rule {finding.text}; state is saved. To go on, take"
+                    f" {finding.rule.rule} from stop_on (or its action) and retry it"
+                )
 
     def _poll(self) -> None:
         """Stop in the middle of a rollout, where nobody else waits for it."""

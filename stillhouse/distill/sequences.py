@@ -10,7 +10,9 @@ there take equal numbers of shares. So one GPU can repeat, more slowly, what eig
 
 from __future__ import annotations
 
-from collections import Counter
+import zlib
+from array import array
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
@@ -76,6 +78,12 @@ class Batch:
         )
 
 
+def compression(ids: Sequence[int]) -> float:
+    """How many times smaller zlib makes the token ids, four bytes each."""
+    plain = array("I", ids).tobytes()
+    return len(plain) / len(zlib.compress(plain)) if plain else 1.0
+
+
 class Sequences:
     """The batches of each step."""
 
@@ -94,8 +102,9 @@ class Sequences:
         mine = t.num_processes // accelerator.num_processes
         first = accelerator.process_index * mine
         self.mine = range(first, first + mine)  # shares of this process
-        # What this process wrote in the step at hand, trained on or not: tokens by writer, rows.
-        self.wrote: Counter[str] = Counter()
+        # What this process wrote in the step at hand, trained on or not: tokens by writer, rows; of
+        # rollouts their number, and sums of their lengths and of how well they compress.
+        self.wrote: dict[str, float] = defaultdict(float)
 
     def rows_of(self, step: int) -> list[int]:
         """The dataset rows of a step, for all shares: consecutive places in the epochs' orders."""
@@ -147,6 +156,10 @@ class Sequences:
                 self.wrote[who] += own
                 self.wrote["truncated"] += sum(written.is_truncated)
                 self.wrote["rows"] += len(written.ids)
+            if who == "student":
+                self.wrote["rollouts"] += len(written.ids)
+                self.wrote["length"] += sum(map(len, written.ids))
+                self.wrote["compression"] += sum(map(compression, written.ids))
             shares.append(Share(index, examples, written))
         return Batch(who, weight, step, length, shares)
 

@@ -28,6 +28,8 @@ from stillhouse.results.stats import number
 from stillhouse.results.table import Frame, is_unscored, points_of
 
 KINDS_OF_VERDICT = ("better", "worse", "within noise", "no statement")
+# A share of a gap that is hardly there says nothing, and reads well while a student gets worse.
+LEAST_GAP = 0.1
 SPELT_OUT = 4  # more comparisons than this are counted in the answer, not told one by one
 
 
@@ -41,6 +43,8 @@ class Answer:
     main: list[Comparison]
     settings: list[Comparison]
     untrained: list[Comparison]
+    # Of an untrained student, where its teacher is LEAST_GAP better: by how much.
+    gaps: dict[str, float]
     text: str  # the answer to the question
     context: str  # where the arms stand between the untrained student and the teacher
 
@@ -56,7 +60,7 @@ def answer(frame: Frame) -> Answer:
     scored = frame[(frame["task"] == task) & (frame["metric"] == metric) & frame["value"].notna()]
     if scored.empty:
         text = "No score is here yet, so nothing can be said."
-        return Answer(task, metric, True, [], [], [], text, "")
+        return Answer(task, metric, True, [], [], [], {}, text, "")
     higher = bool(scored.iloc[0]["higher_is_better"])
     documents: Documents = {}
     main: list[Comparison] = []
@@ -68,7 +72,8 @@ def answer(frame: Frame) -> Answer:
     untrained = _against_untrained(scored, higher, documents)
     text = _answered(frame, scored, made, main, higher)
     context = _learnt(scored, untrained)
-    return Answer(task, metric, higher, main, settings, untrained, text, context)
+    gaps = _gaps(scored) if higher else {}
+    return Answer(task, metric, higher, main, settings, untrained, gaps, text, context)
 
 
 def _metric(frame: Frame, asked: Mapping[str, Any] | None) -> tuple[str | None, str | None]:
@@ -102,6 +107,14 @@ def _against_untrained(scored: Frame, higher: bool, documents: Documents) -> lis
                 asked.append((first["arm"], student["arm"], "", [(cell, constant)]))
         found += family(asked, higher, documents)
     return found
+
+
+def _gaps(scored: Frame) -> dict[str, float]:
+    """Teacher minus untrained student of its pair, where that is enough to be divided by."""
+    teachers = scored[scored["kind"] == "teacher"].set_index("pair_key")["value"].to_dict()
+    students = scored[scored["kind"].isin(["student", "ptq"])].to_dict("records")
+    found = {s["arm"]: teachers.get(s["pair_key"], s["value"]) - s["value"] for s in students}
+    return {arm: float(gap) for arm, gap in found.items() if gap >= LEAST_GAP}
 
 
 def _answered(

@@ -12,14 +12,23 @@ Table = tuple[list[str], list[list[str]]]  # header, rows
 ROUNDING = 1e-12  # of a difference of two scores: far above float64's, far below one document's
 
 
-def comparison_tables(family: Sequence[Comparison]) -> list[tuple[str, Table]]:
-    """(reference, its comparisons as people read them); intervals are 95 %, p is Holm's."""
+def comparison_tables(
+    family: Sequence[Comparison], gaps: Mapping[str, float] | None = None
+) -> list[tuple[str, Table]]:
+    """(reference, its comparisons as people read them); intervals are 95 %, p is Holm's.
+
+    gaps: how far the teacher is above a reference; its table gets the share of that made up for.
+    """
     references = dict.fromkeys(c.reference for c in family)
-    return [(r, _comparison_table([c for c in family if c.reference == r])) for r in references]
+    return [
+        (r, _comparison_table([c for c in family if c.reference == r], (gaps or {}).get(r)))
+        for r in references
+    ]
 
 
-def _comparison_table(family: Sequence[Comparison]) -> Table:
+def _comparison_table(family: Sequence[Comparison], gap: float | None) -> Table:
     header = ["arm", "verdict", "difference", "95 % interval", "p (Holm)", "detectable"]
+    header += [] if gap is None else ["gap recovered"]
     documents = any(c.both is not None for c in family)
     settings = any(c.setting for c in family)
     if documents:
@@ -33,7 +42,8 @@ def _comparison_table(family: Sequence[Comparison]) -> Table:
         row = [c.arm, *([c.setting] if settings else []), c.verdict.text + left_out]
         row += [signed(d.mean), interval(d.low, d.high)]
         row += [interval(c.both.low, c.both.high) if c.both else "–"] if documents else []
-        rows.append([*row, probability(c.p), number(c.paired.detectable)])
+        row += [probability(c.p), number(c.paired.detectable)]
+        rows.append(row if gap is None else [*row, f"{d.mean / gap:.0%}"])
     return header, rows
 
 

@@ -20,6 +20,8 @@ PAIRED = (
     " test set (two-way random effects). p is adjusted for the number of comparisons in its table"
     " (Holm); “within noise” means p ≥ 0.05. “Detectable” is the true difference that these seeds"
     " would have found 4 times in 5, at the strictest step of that adjustment."
+    " “Gap recovered” is the difference as a share of the teacher's lead over the untrained"
+    " student, given where that is at least 10 points (arXiv:2604.13016)."
 )
 COLLAPSED = (
     "“Collapsed”: the final score lies below that of the untrained student, p adjusted over all"
@@ -80,7 +82,7 @@ def sections(
     compared = [
         *_against(found.main, is_main=True),
         *_against(found.settings, where=", within each setting of the other axes", fold=0),
-        *_against(found.untrained),
+        *_against(found.untrained, gaps=found.gaps),
     ]
     at_budget = [
         *_against(equal.comparisons, is_main=True),
@@ -112,11 +114,15 @@ def sections(
 
 
 def _against(
-    family: Sequence[Comparison], where: str = "", fold: int = LONG, is_main: bool = False
+    family: Sequence[Comparison],
+    where: str = "",
+    fold: int = LONG,
+    is_main: bool = False,
+    gaps: Mapping[str, float] | None = None,
 ) -> list[Exhibit]:
     return [
         Exhibit(
             f"Against {untrained_name(reference)}{where}", rows, not is_main and len(rows[1]) > fold
         )
-        for reference, rows in comparison_tables(family)
+        for reference, rows in comparison_tables(family, gaps)
     ]

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,7 +24,9 @@ def remarks(frame: Frame) -> list[str]:
     late = set(frame[(frame["kind"] == "point") & is_unscored(frame)]["id"])
     said: list[str] = []
     if late:
-        phases = points[points["id"].isin(late)]["phase"].fillna("not started")
+        unscored = points[points["id"].isin(late)]
+        stopped = unscored["stopped_by"].map(lambda rule: f"stopped by {rule}", na_action="ignore")
+        phases = stopped.fillna(unscored["phase"]).fillna("not started")
         counts = phases.replace("done", "trained, not scored").value_counts()
         states = ", ".join(f"{n} {phase}" for phase, n in counts.items())
         said.append(f"{len(late)} of {len(points)} points are not scored in full: {states}.")
@@ -31,6 +34,7 @@ def remarks(frame: Frame) -> list[str]:
     if len(bare):
         names = ", ".join(bare["arm"].drop_duplicates())
         said.append(f"Baselines not scored in full: {names}.")
+    said += _warnings(points)
     said += _budgets(frame)
     by = (frame.attrs["sweep"]["compare"] or {}).get("by")
     for leaf in [leaf for leaf, other in frame.attrs["follows"].items() if other == by]:
@@ -50,6 +54,19 @@ def remarks(frame: Frame) -> list[str]:
         what = f"{column.removeprefix('eval_version_')} in scoring"
         said += [m for _, part in frame.groupby("task") for m in _mixed(what, part[column])]
     return list(dict.fromkeys(said))
+
+
+def _warnings(points: Frame) -> list[str]:
+    """Which watch rules warned, and of which arms."""
+    rules: dict[str, list[str]] = {}
+    for row in points[points["warnings"].fillna("") != ""].to_dict("records"):
+        for rule in row["warnings"].split():
+            rules.setdefault(rule, []).append(row["arm"])
+    return [
+        f"Watch rule {rule} warned in {len(arms)} of {len(points)} runs:"
+        f" {', '.join(f'{n} of {arm}' for arm, n in Counter(arms).items())}."
+        for rule, arms in rules.items()
+    ]
 
 
 def _budgets(frame: Frame) -> list[str]:
@@ -76,7 +93,8 @@ def summary(frame: Frame) -> Frame:
 
     se, low and high (95 % t interval) are over seeds and NaN for one seed. A baseline has no seed:
     its n is missing, and doc_se is the binomial error over documents, another kind of noise.
-    `missing` counts points without a score, `shown` is the cell as text.
+    `missing` counts points without a score, `stopped` says which watch rules ended some of them,
+    `shown` is the cell as text.
     """
     import pandas as pd
 
@@ -95,6 +113,8 @@ def summary(frame: Frame) -> Frame:
             row |= {"low": e.low, "high": e.high, "missing": len(group) - e.n}
             for column in ("n_docs", "doc_se", "higher_is_better", "examples"):
                 row[column] = scored.iloc[0][column] if e.n else None
+            rules = Counter(group["stopped_by"].dropna()).items()
+            row["stopped"] = "; ".join(f"{count} stopped by {rule}" for rule, count in rules)
             row["codes"] = " ".join(sorted(set(scored["code_digest"].dropna())))
             rows.append(row | {"shown": _shown(row, e.n)})
     table: Frame = pd.DataFrame(rows)
@@ -106,11 +126,12 @@ def summary(frame: Frame) -> Frame:
 
 def _shown(row: Json, scored: int) -> str:
     if scored == 0:
-        return "not scored yet"
+        return row["stopped"] or "not scored yet"
     if row["kind"] == "point":
+        more = f"; {row['stopped']}" if row["stopped"] else ""
         if scored == 1:
-            return f"{number(row['mean'])} (one seed)"
-        return f"{number(row['mean'])} ± {number(row['se'])} (n = {scored})"
+            return f"{number(row['mean'])} (one seed{more})"
+        return f"{number(row['mean'])} ± {number(row['se'])} (n = {scored}{more})"
     noise = "" if math.isnan(row["doc_se"]) else f", binomial s.e. {number(row['doc_se'])}"
     examples = f", after {row['examples']:.0f} examples" if row["examples"] else ""
     return f"{number(row['mean'])} ({row['n_docs']} documents{noise}{examples})"

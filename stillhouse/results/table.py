@@ -34,7 +34,8 @@ def load(sweep_name: str, runs: str | Path = "runs") -> pd.DataFrame:
     without the seed and what follows from another), one column per override, seed; task, metric,
     value (NaN: not scored), doc_se (binomial standard error over documents, NaN where answers are
     not right or wrong), n_docs, examples (that it read first), higher_is_better; trained, phase,
-    cause, step, max_steps, exit_code; scored_otherwise (a score is there, of other settings than
+    cause, step, max_steps, exit_code, stopped_by (a watch rule), warnings (names of the rules that
+    warned); scored_otherwise (a score is there, of other settings than
     asked), file, directory (below runs); pair_name, quant_type, method_name, pair_key, quant_key;
     code_digest, code_revision, code_dirty, version_*, eval_version_*; train_seconds, eval_seconds,
     devices, device, price_usd, tokens_*.
@@ -64,7 +65,8 @@ def load(sweep_name: str, runs: str | Path = "runs") -> pd.DataFrame:
     frame: Frame = pd.DataFrame(rows)
     first = ["kind", "id", "name", "arm", *leaves, "seed", "task", "metric", "value", "doc_se"]
     first += ["n_docs", "higher_is_better", "trained", "phase", "cause", "step", "max_steps"]
-    first += ["exit_code", "scored_otherwise", "file", "pair_name", "quant_type", "method_name"]
+    first += ["exit_code", "stopped_by", "warnings", "scored_otherwise", "file", "pair_name"]
+    first += ["quant_type", "method_name"]
     first += ["pair_key", "quant_key", "code_digest", "code_revision", "code_dirty"]
     first += ["train_seconds", "eval_seconds", "devices", "device", "price_usd"]
     frame = frame.reindex(columns=list(dict.fromkeys([*first, *frame.columns])))
@@ -139,7 +141,11 @@ def _point_facts(point: Json, run: RunDir, follows: Mapping[str, str]) -> Json:
     overrides = {leaf: _cell(value) for leaf, value in point["overrides"].items()}
     arm = {leaf: value for leaf, value in overrides.items() if leaf not in follows}
     status = run.status()
-    told = {key: status.get(key) for key in ("phase", "step", "max_steps", "exit_code", "cause")}
+    told = {
+        key: status.get(key)
+        for key in ("phase", "step", "max_steps", "exit_code", "cause", "stopped_by")
+    }
+    told["warnings"] = " ".join(status.get("warnings") or {})
     facts = {"kind": "point", "id": point["id"], "name": point["name"], "arm": label(arm)}
     facts["directory"] = run.path.name
     record = run.record()

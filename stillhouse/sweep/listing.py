@@ -57,6 +57,7 @@ def as_json(roster: Roster, observations: Mapping[str, Observation]) -> Json:
                 "overrides": row.overrides,
                 "state": observations[row.id].state,
                 "cause": observations[row.id].cause,
+                "warnings": [*observations[row.id].warnings],
             }
             for row in roster.rows
         ],
@@ -186,7 +187,23 @@ def reasons(roster: Roster, observations: Mapping[str, Observation]) -> list[str
                 lines.append(f"  {state:<8} {len(rows)}{why} [{_who(rows)}]")
         if len(kinds) > SHOWN:
             lines.append(f"  {state:<8} for {len(kinds) - SHOWN} more reasons (--all)")
-    return lines
+    return lines + warned(roster, observations)
+
+
+def warned(roster: Roster, observations: Mapping[str, Observation]) -> list[str]:
+    """What watch rules found: a line per rule, in the words of the first point that it warned of.
+
+    Of points that a rule stopped, that is their cause.
+    """
+    kinds: dict[str, list[tuple[Row, str]]] = {}
+    for row in roster.rows:
+        if observations[row.id].state != "stopped":
+            for text in observations[row.id].warnings:
+                kinds.setdefault(text.partition(":")[0], []).append((row, text))
+    return [
+        f"  {'warning':<8} {len(rows)}: {rows[0][1]} [{_who([row for row, _ in rows])}]"
+        for rows in kinds.values()
+    ]
 
 
 def every(roster: Roster, observations: Mapping[str, Observation]) -> list[str]:

@@ -44,6 +44,7 @@ class Observation:
     is_trained: bool = False
     goes_alone: bool = False  # an evaluation with others failed: the next one is to show who it was
     asked_to_stop: float | None = None  # seconds since the epoch, where that ended it
+    warnings: tuple[str, ...] = ()  # what its watch rules found, a line each
 
 
 @dataclass(frozen=True)
@@ -203,6 +204,7 @@ def judge(found: Found, code: str) -> Observation:
             max_steps=status.get("max_steps"),
             exit_code=status.get("eval_exit_code" if found.is_trained else "exit_code"),
             is_trained=found.is_trained,
+            warnings=tuple(cast("dict[str, str]", status.get("warnings") or {}).values()),
             **more,
         )
 

@@ -25,6 +25,7 @@ from stillhouse.sweep.grid import Sweep
 from stillhouse.sweep.ground import Ground
 from stillhouse.sweep.plan import STATES, Observation
 from stillhouse.sweep.roster import Roster, roster_of
+from stillhouse.sweep.verdicts import verdict_lines, verdicts
 
 __all__ = [
     "Call",
@@ -49,14 +50,15 @@ def plan(call: Call) -> int:
     observations = ground.observe(rows, minds_code=True)
     points = _only(sweep, rows).points
     if call.is_json:
-        methods = {"methods": listing.methods(points)}
-        return _print_json(listing.as_json(rows, observations) | methods)
+        more = {"methods": listing.methods(points), "preflight": verdicts(points, call.runs)}
+        return _print_json(listing.as_json(rows, observations) | more)
     print(listing.headline(rows, observations))
     if sweep.question:
         print(f"  {sweep.question}")
     costs = ground.costs(_only(sweep, rows), observations)
     _print(listing.by_axis(rows, observations, costs))
     _print(listing.method_lines(points))
+    _print(verdict_lines(verdicts(points, call.runs)))
     _print(ground.forecast(_only(sweep, rows), costs))
     _print(listing.failures(rows, observations))
     drifted = _drifted(observations)

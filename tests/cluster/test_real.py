@@ -39,6 +39,16 @@ ROUGH = (
     "grid: {lmbda: [0.7, 0.8, 0.9, 1]}",
     f"points: [{{lmbda: 1, learning_rate: {POISON}}}]",
 )
+SLOW = (  # a rule that one of two points breaks in its second step
+    "{rule: slow, metric: train/learning_rate, condition: below, limit: 0.001, window: 2,"
+    " unless_above: null, action: stop, optional: false}"
+)
+STOPPING = (
+    f"base: {{{CHEAP}, lmbda: 1, max_steps: 10, save_steps: 3, watch_rules: [{SLOW}]}}",
+    "grid: {learning_rate: [0.0001, 0.005]}",
+    "compare: {by: learning_rate, metric: tiny_mc/acc, baseline: 0.005}",
+    "eval: {suite: tiny, limit: 8, pack: 3}",
+)
 NEEDED_S = 400.0  # for anything that a few pods do one after the other, on a busy machine
 
 
@@ -134,6 +144,27 @@ def test_a_detached_sweep_of_real_pods_gives_what_this_machine_gives(ada: Desk):
     one = next(iter(Runs(here).all())).id
     (ada.folder / "runs").rename(ada.folder / "not-here-any-more")
     assert "trained, 10 steps" in ada.say("logs", sweep, "--point", one, *AWAY)
+
+
+def test_a_point_that_a_rule_stops_leaves_state_cause_and_rule_and_the_sweep_goes_on(ada: Desk):
+    sweep = ada.sweep("watched", *STOPPING, at_site(ada, gpu_resource="null"))
+    said = ada.say("run", sweep, *AWAY, code=1)
+    assert "1 stopped" in said and "by watch rule slow: train/learning_rate is 0.0001" in said
+    totals = ada.status("watched", code=1)["totals"]
+    assert (totals["done"], totals["stopped"]) == (1, 1)
+    (stopped,) = [p["id"] for p in ada.status("watched", code=1)["points"] if p["cause"]]
+    (job,) = ada.seen.jobs("train", point=stopped)
+    assert job["status"]["failed"] == 1, "it is not retried"
+    (path,) = ada.space.runs.glob(f"*-{stopped}")
+    run = RunDir(path)
+    status = run.status()
+    assert (status["exit_code"], status["stopped_by"], status["attempt"]) == (46, "slow", 1)
+    assert (run.checkpoints / "step-2").is_dir() and not run.is_trained()
+    before = ada.seen.count()
+    assert "nothing left to do" in ada.say("run", sweep, *AWAY, code=1)
+    assert ada.seen.count() == before and ada.seen.made_twice() == []
+    ada.say("collect", sweep)
+    assert "1 stopped by slow" in ada.say("report", "watched")
 
 
 # --------------------------------------------------------------------------------- disturbances

@@ -30,11 +30,23 @@ from stillhouse.sweep.asked import label
 from stillhouse.sweep.grid import NAME, load_sweep
 from stillhouse.sweep.kube.bundle import bundle
 from stillhouse.sweep.kube.manifest import render, to_yaml
-from stillhouse.sweep.kube.steps import RUNS, Step, eval_line_step, train_step
+from stillhouse.sweep.kube.steps import (
+    RUNS,
+    Step,
+    eval_line_step,
+    preflight_step,
+    train_step,
+)
 from stillhouse.sweep.listing import duration
 from stillhouse.sweep.site import CLUSTER, site_of
 
-Kind = Literal["train", "eval"]
+Kind = Literal["train", "eval", "preflight"]
+DOORS: dict[Kind, str] = {
+    "train": "k8s/train.sh",
+    "eval": "k8s/eval.sh",
+    "preflight": "stillhouse preflight",
+}
+DOES: dict[Kind, str] = {"train": "trains", "eval": "scores", "preflight": "looks at its pair in"}
 # Places that a pod has of its own; on this machine they mean something else.
 POD_PLACES = ("place.runs", "place.output_dir", "place.cache_dir")
 
@@ -74,22 +86,21 @@ class Line:
             f"at most {duration(site.deadline_s)}",
         ]
         asked += [f"queue {site.queue}"] if site.queue else []
-        what = "trains" if self.kind == "train" else "scores"
         return [
-            f"{self.name}: {what} {step.name}",
+            f"{self.name}: {DOES[self.kind]} {step.name}",
             f"  differs from the defaults by: {' '.join(self.differs) or 'nothing'}",
             f"  asks for: {', '.join(asked)}",
             f"  image {site.image}, code {bundle().key}",
         ]
 
 
-def read(kind: Kind, name: str | None, words: Sequence[str]) -> Line:
-    """The line of these words.
+def read(kind: Kind, name: str | None, words: Sequence[str], options: Sequence[str] = ()) -> Line:
+    """The line of these words; `options` are those of the door in the pod.
 
     Raises:
         ConfigError: no name, a word that is no flag or has no such value; a place of this machine.
     """
-    door = f"k8s/{kind}.sh"
+    door = DOORS[kind]
     if name is None or name.startswith("-") or "=" in name:
         raise ConfigError(
             f"{door}: a name comes first: {door} NAME --knob VALUE …; got {name or 'nothing'}"
@@ -98,6 +109,8 @@ def read(kind: Kind, name: str | None, words: Sequence[str]) -> Line:
         raise ConfigError(
             f"{door}: {name!r}: letters, digits, dot, dash and underscore make a name"
         )
+    if kind == "preflight":
+        return _preflight(name, list(words), options)
     return (_train if kind == "train" else _eval)(name, list(words))
 
 
@@ -115,6 +128,16 @@ def _train(name: str, words: list[str]) -> Line:
     step = dataclasses.replace(train_step(point, sweep, fetch=True), sweep=None)
     differs = _differs(overrides, TrainSpec, point.spec)
     return Line("train", name, step, sweep.site, differs, point.spec)
+
+
+def _preflight(name: str, words: list[str], options: Sequence[str]) -> Line:
+    asked = from_command_line(words, TrainSpec)
+    _refuse_places(asked, DOORS["preflight"])
+    site = site_of(Overrides(_part(asked.groups, True), _part(asked.values, True)))
+    overrides = Overrides(_part(asked.groups, False), _part(asked.values, False))
+    spec = compose(overrides, TrainSpec)
+    step = preflight_step(name, overrides, options)
+    return Line("preflight", name, step, site, _differs(overrides, TrainSpec, spec), spec)
 
 
 @dataclass(frozen=True)

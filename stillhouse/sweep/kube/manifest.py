@@ -36,13 +36,15 @@ LABEL = re.compile(r"([A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?)?")
 JOB_NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,50}[a-z0-9])?")
 PINNED = re.compile(r"[^@\s]+@sha256:([0-9a-f]{64})")
 GPU_PRODUCT = "nvidia.com/gpu.product"
-QUEUED: tuple[Kind, ...] = ("prepare", "train", "eval")  # a driver that waits for quota drives not
+# A driver that waits for quota drives not.
+QUEUED: tuple[Kind, ...] = ("prepare", "train", "eval", "preflight")
 WORKERS = QUEUED
 # Volumes of k8s/job.yaml that each kind keeps; the code is mounted by all.
 VOLUMES: dict[Kind, tuple[str, ...]] = {
     "prepare": ("runs", "cache", "tmp", "home", "shm"),
     "train": ("runs", "cache", "tmp", "home", "shm"),
     "eval": ("runs", "cache", "tmp", "home", "shm"),
+    "preflight": ("runs", "cache", "tmp", "home", "shm"),
     "drive": ("runs", "tmp", "home"),
     "collect": ("runs", "tmp", "home"),
 }

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from stillhouse.compose import compose, from_command_line
@@ -39,13 +39,17 @@ from stillhouse.sweep.site import away_words
 Say = Callable[[str], None]
 
 
-def send(kind: Kind, words: list[str], is_dry_run: bool, is_json: bool) -> int:
+def send(
+    kind: Kind, words: list[str], is_dry_run: bool, is_json: bool, options: Sequence[str] = ()
+) -> int:
     """Do what a line says; the exit code: 0, or 1 where what was sent before has failed.
+
+    `options` are those of the door in the pod.
 
     Raises:
         ConfigError: a mistake in the line, or something that the cluster lacks.
     """
-    line = read(kind, words[0] if words else None, words[1:])
+    line = read(kind, words[0] if words else None, words[1:], options)
     if is_dry_run:
         return _dry_run(line)
     problem = image_problem(line.site)

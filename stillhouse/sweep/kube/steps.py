@@ -28,6 +28,7 @@ from stillhouse.spec import (
     PairSpec,
     QuantSpec,
     SuiteSpec,
+    TrainSpec,
     baseline_key,
     digest,
     eval_id,
@@ -38,7 +39,7 @@ from stillhouse.spec import (
 from stillhouse.sweep.grid import Point, Sweep
 from stillhouse.sweep.plan import Action, groups_of
 
-Kind = Literal["prepare", "train", "eval", "drive", "collect"]
+Kind = Literal["prepare", "train", "eval", "preflight", "drive", "collect"]
 
 RUNS, CACHE, SWEEP = "/runs", "/cache", "/sweep"  # where a pod finds its volumes
 PLACES = (f"runs={RUNS}", f"cache_dir={CACHE}")
@@ -168,6 +169,29 @@ def eval_line_step(name: str, overrides: Overrides) -> Step:
         if is_asked
     )
     return dataclasses.replace(step, names=(name,), baselines=tuple(baselines))
+
+
+def preflight_step(name: str, overrides: Overrides, options: Sequence[str]) -> Step:
+    """Look at a pair before it is trained; `name` is what people call it, and no more.
+
+    `options`: the door's own, as `--prompts=64`.
+    """
+    kept = {key: value for key, value in overrides.values.items() if not key.startswith("place.")}
+    overrides = Overrides(overrides.groups, kept)
+    spec = compose(overrides, TrainSpec)
+    content = digest(["preflight", versioned(spec), [*options]])
+    named = _name(f"preflight-{spec.pair.pair_name}", content)
+    return Step(
+        kind="preflight",
+        name=named,
+        hash=content,
+        words=(*as_command_line(overrides), *PLACES, *options),
+        processes=1,
+        points=(),
+        names=(name,),
+        log=_log(None, named),
+        fetch=True,
+    )
 
 
 def _eval_step(spec: EvalSpec, words: Sequence[str], sweep: str | None) -> Step:

@@ -1,0 +1,56 @@
+"""This file is where what a config names is brought into memory: data, tokenizer, both models."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from stillhouse.distill import models
+from stillhouse.distill.loop import needed_shares
+from stillhouse.distill.pairs import PreparedPair
+from stillhouse.distill.prompts import PromptSet, load_prompts
+from stillhouse.distill.roles import Roles
+from stillhouse.errors import ConfigError
+from stillhouse.methods import needs_dataset_completions
+from stillhouse.spec import TrainSpec
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A pair at work, and what it is asked."""
+
+    accelerator: Accelerator
+    prepared: PreparedPair
+    tokenizer: Any
+    prompts: PromptSet
+    roles: Roles
+
+
+def load(spec: TrainSpec, poll: Callable[[], None]) -> Loaded:
+    """Load it; `poll` is called while models write, and may raise.
+
+    Raises:
+        ConfigError: weights or data that are not at hand. ContractError: tokenizers differ.
+    """
+    models.use_threads(spec.place.threads)
+    accelerator = Accelerator(
+        mixed_precision=spec.training.mixed_precision, cpu=not torch.cuda.is_available()
+    )
+    needed_shares(spec, accelerator.num_processes)
+    prepared = models.prepare(spec.pair, spec.quant, Path(spec.place.cache_dir))
+    tokenizer = models.load_tokenizer(prepared.student, prepared.student_revision)
+    prompts = load_prompts(spec.data, prepared, tokenizer, spec.pair.teacher_few_shot)
+    if needs_dataset_completions(spec.method):
+        bare = sum(not e.completion_ids for e in prompts.train)
+        if bare:
+            raise ConfigError(
+                f"data {spec.data.data_name}: {bare} rows have no completion, and lmbda < 1 trains"
+                " on them; use lmbda=1 or off_policy_source=teacher"
+            )
+    roles = Roles(spec, prepared, tokenizer, accelerator, poll)
+    return Loaded(accelerator, prepared, tokenizer, prompts, roles)

@@ -1,0 +1,297 @@
+"""This file is where a pair is looked at before it is trained: will it distil?
+
+The student writes, the teacher is asked about what it wrote, and both answer questions, from the
+start and from the middle of the student's answers. What comes out are numbers with intervals over
+prompts; what they mean is decided by rules (`stillhouse.verdict`) whose thresholds are data.
+
+Legend: P prompts, N positions of all answers, c columns of numbers per prompt.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from stillhouse.distill import models
+from stillhouse.distill.loaded import Loaded, load
+from stillhouse.distill.loop import positions_of
+from stillhouse.distill.monitor import answer_in
+from stillhouse.distill.objectives import Jsd, evaluate_
+from stillhouse.distill.prompts import Example
+from stillhouse.distill.rollouts import Completions
+from stillhouse.distill.run import Run
+from stillhouse.errors import ConfigError
+from stillhouse.rundir import Json, RunDir
+from stillhouse.spec import TrainSpec
+from stillhouse.stop import StopFlag
+from stillhouse.verdict import Measured
+
+BATCH = 32  # sequences at a time
+SHARES = (25, 50)  # per cent of the student's answer that both go on from
+TOP = (1, 4)  # besides overlap_k: small vocabularies are told apart by few tokens
+RESAMPLES = 2000  # of prompts, for an interval: its ends are then stable to a tenth of its width
+SEED = 0  # of the resampling; the answers hang on training.seed
+# Steps whose random numbers are taken: past those of any run, so no draw is used twice.
+FIRST, SECOND = 10**9, 10**9 + 1
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What one side made of the prompts."""
+
+    written: Completions
+    right_P: Float[Tensor, " P"]  # 1, 0, or NaN where the data has no answer
+
+
+def preflight(spec: TrainSpec, prompts: int, pilot: int | None, stop: StopFlag) -> Json:
+    """The numbers of a pair, by name, and what there is to know about how they were taken.
+
+    prompts: how many are asked, held-out ones first. pilot: steps of a run that is thrown away.
+
+    Raises:
+        ConfigError: too few prompts; weights that are not at hand.
+        ContractError: tokenizers that differ.
+    """
+    loaded = load(spec, stop.check)
+    asked = [*loaded.prompts.held_out, *loaded.prompts.train][:prompts]
+    if len(asked) < 2:
+        raise ConfigError(
+            f"data {spec.data.data_name} has {len(asked)} rows to ask; a preflight needs two"
+        )
+    if pilot and not any(example.answer for example in loaded.prompts.held_out):
+        raise ConfigError(
+            f"--pilot: data {spec.data.data_name} has no held-out row with an answer, so a pilot"
+            " has nothing to show; leave it out"
+        )
+    look = _Look(spec, loaded, asked)
+    numbers = look.overlap() | look.told_apart() | look.capability()
+    facts = {
+        "prompts": len(asked),
+        "with_answers": int((~look.has_no_answer_P).sum()),
+        "tokenizers": "equal",  # or load() had refused
+        "end_of_text": list(loaded.roles.eos_ids),
+        "is_same_function": loaded.roles.is_same_function,
+        "seconds": {},
+    }
+    if pilot:
+        numbers |= _pilot(spec, pilot, stop)
+        facts["pilot_steps"] = pilot
+    return {"numbers": {name: m.as_json() for name, m in numbers.items()}, "facts": facts}
+
+
+class _Look:
+    """One pair, and the prompts that it is asked."""
+
+    def __init__(self, spec: TrainSpec, loaded: Loaded, asked: Sequence[Example]) -> None:
+        self.spec, self.loaded, self.asked = spec, loaded, asked
+        self.writers = loaded.roles.writers()
+        self.score = loaded.roles.teacher_scorer()
+        self.has_no_answer_P = torch.tensor([example.answer is None for example in asked])
+        self.rollouts = self._write("student", FIRST)
+        self.again = self._write("student", SECOND)
+        self.of_teacher = self._write("teacher", FIRST)
+
+    # ------------------------------------------------------------------ what models do
+
+    def _write(
+        self,
+        who: str,
+        step: int,
+        prefixes: Sequence[Sequence[int]] | None = None,
+        greedy: bool = False,
+    ) -> Completions:
+        length = max(len(example.prompt_ids) for example in self.asked)
+        parts: list[Completions] = []
+        for first in range(0, len(self.asked), BATCH):
+            rows = range(first, min(first + BATCH, len(self.asked)))
+            begun = None if prefixes is None else [prefixes[row] for row in rows]
+            examples = [self.asked[row] for row in rows]
+            parts.append(
+                self.writers[who](examples, step, rows, length, prefixes=begun, greedy=greedy)
+            )
+        return Completions.joined(parts)
+
+    def _right(self, written: Completions) -> Float[Tensor, " P"]:
+        texts = self.loaded.tokenizer.batch_decode(written.ids, skip_special_tokens=True)
+        return torch.tensor(
+            [
+                torch.nan if e.answer is None else float(answer_in(text) == e.answer)
+                for text, e in zip(texts, self.asked, strict=True)
+            ],
+            dtype=torch.float64,
+        )
+
+    @torch.no_grad()
+    def _positions(self, written: Completions, k: int) -> tuple[dict[str, Tensor], Tensor]:
+        """Numbers per position [N], by name, and the prompt that each is of."""
+        roles, found, rows = self.loaded.roles, [], []
+        head_VH = models.head_weight(roles.student)
+        for first in range(0, len(self.asked), BATCH):
+            part = slice(first, first + BATCH)
+            examples, ids = self.asked[part], written.ids[part]
+            none = [0] * len(ids)
+            logits = self.score(examples, ids, none)
+            roles.student.eval()
+            with self.loaded.accelerator.autocast():
+                hidden_NH, target_N = positions_of(
+                    roles.student, [e.prompt_ids for e in examples], ids, none,
+                    max(len(e.prompt_ids) for e in examples), roles.pad_id, hidden_device(roles),
+                )  # fmt: skip
+            rows += [first + row for row, c in enumerate(ids) for _ in c]
+            for start in range(0, len(target_N), self.spec.loss.loss_chunk):
+                chunk = slice(start, start + self.spec.loss.loss_chunk)
+                student_nV = (hidden_NH[chunk].to(head_VH.dtype) @ head_VH.T).float()
+                teacher_nV = logits(chunk)
+                V = min(student_nV.shape[1], teacher_nV.shape[1])
+                temperature = self.spec.loss.loss_temperature
+                targets_n = target_N[chunk]
+                of_student = _log_prob(student_nV[:, :V], targets_n, temperature)
+                of_teacher = _log_prob(teacher_nV[:, :V], targets_n, temperature)
+                stats, overlap = evaluate_(
+                    Jsd(0.5), student_nV[:, :V], teacher_nV[:, :V], targets_n, temperature, False,
+                    min(k, V),
+                )  # fmt: skip
+                assert overlap is not None
+                numbers = {**stats._asdict(), **overlap._asdict()}
+                found.append(numbers | {"log_ratio": of_teacher - of_student})
+        joined = {
+            name: torch.cat([part[name] for part in found]).double().cpu() for name in found[0]
+        }
+        return joined, torch.tensor(rows)
+
+    # ------------------------------------------------------------------ what it comes to
+
+    def overlap(self) -> dict[str, Measured]:
+        """How alike the two are where the student goes, before the first step."""
+        found: dict[str, Measured] = {}
+        for k in sorted({*TOP, self.spec.monitor.overlap_k}):
+            values, rows_N = self._positions(self.rollouts, k)
+            names = ["ratio", "advantage", "mass_student", "mass_teacher"]
+            for name in names:
+                found[f"{name}_{k}"] = _per_token(values[name], rows_N, len(self.asked))
+        for name in ("entropy_gap", "student_entropy", "teacher_entropy", "reverse_kl"):
+            found[name] = _per_token(values[name], rows_N, len(self.asked))
+        of_teacher, rows_N = self._positions(self.of_teacher, 1)
+        found["forward_kl"] = _per_token(of_teacher["forward_kl"], rows_N, len(self.asked))
+        return found
+
+    def told_apart(self) -> dict[str, Measured]:
+        """Whether a reader with both models can tell the teacher's answers from the student's.
+
+        The chance that, of an answer of each, the teacher's has the higher log q - log p per token:
+        0.5 is not at all. The same of two answers of the student is the noise to hold it against.
+        """
+        means = []
+        for written in (self.rollouts, self.again, self.of_teacher):
+            values, rows_N = self._positions(written, 1)
+            means.append(_row_means(values["log_ratio"], rows_N, len(self.asked)))
+        mine, again, theirs = means
+
+        def higher(columns_Pc: Tensor) -> Tensor:
+            first, second = columns_Pc.unbind(-1)
+            wins = (second[..., None, :] > first[..., :, None]).double()
+            ties = (second[..., None, :] == first[..., :, None]).double()
+            return (wins + ties / 2).mean((-1, -2))
+
+        return {
+            "told_apart": bootstrapped(torch.stack([mine, theirs], 1), higher),
+            "told_apart_noise": bootstrapped(torch.stack([mine, again], 1), higher),
+        }
+
+    def capability(self) -> dict[str, Measured]:
+        """Whether the teacher knows more, and whether it can go on from where the student is.
+
+        Empty where the data has no answers.
+        """
+        known_P = ~self.has_no_answer_P
+        if known_P.sum() < 2:
+            return {}
+        alone = [
+            self._right(self._write(who, FIRST, greedy=True)) for who in ("student", "teacher")
+        ]
+        columns = {"student": alone[0], "teacher": alone[1]}
+        for share in SHARES:
+            prefixes = [ids[: len(ids) * share // 100] for ids in self.rollouts.ids]
+            for who in ("student", "teacher"):
+                columns[f"{who}_{share}"] = self._right(
+                    self._write(who, FIRST, prefixes, greedy=True)
+                )
+        names = list(columns)
+        table_Pc = torch.stack([columns[name][known_P] for name in names], 1)
+
+        def of(*wanted: str, how: Callable[..., Tensor]) -> Measured:
+            places = [names.index(name) for name in wanted]
+            return bootstrapped(table_Pc[:, places], lambda x: how(*x.mean(-2).unbind(-1)))
+
+        found = {f"{name}_accuracy": of(name, how=lambda a: a) for name in ("student", "teacher")}
+        found["teacher_lead"] = of("teacher", "student", how=lambda t, s: t - s)
+        for share in SHARES:
+            both = (f"teacher_{share}", f"student_{share}")
+            found[f"continuation_{share}"] = of(*both, how=lambda t, s: t - s)
+            # Where the teacher is never right there is nothing to keep.
+            found[f"kept_{share}"] = of(both[0], "teacher", how=lambda t, whole: t / whole)
+        return found
+
+
+def hidden_device(roles: Any) -> torch.device:
+    return next(roles.student.parameters()).device
+
+
+def _pilot(spec: TrainSpec, steps: int, stop: StopFlag) -> dict[str, Measured]:
+    """How held-out accuracy changes over a short run that is thrown away."""
+    monitor = replace(spec.monitor, accuracy_steps=steps, do_eval=False, score_steps=0)
+    training = replace(spec.training, max_steps=steps, save_steps=steps)
+    short = replace(spec, monitor=monitor, training=training)
+    with tempfile.TemporaryDirectory() as home:
+        run = Run(short, RunDir(Path(home) / "pilot"), stop)
+        before_P = run.monitor.right()
+        run.train()
+        change_P1 = (run.monitor.right() - before_P)[:, None]
+    return {"pilot_gain": bootstrapped(change_P1, lambda x: x.mean(-2).squeeze(-1))}
+
+
+# ---------------------------------------------------------------------- intervals
+
+
+def bootstrapped(columns_Pc: Tensor, statistic: Callable[[Tensor], Tensor]) -> Measured:
+    """A statistic of prompts with its 95 % percentile interval over resampled prompts.
+
+    `statistic` takes [..., P, c] and gives [...]. NaN where it is not defined.
+    """
+    P = len(columns_Pc)
+    picks_RP = torch.randint(P, (RESAMPLES, P), generator=torch.Generator().manual_seed(SEED))
+    resampled_R = torch.cat([statistic(columns_Pc[part]) for part in picks_RP.split(100)])
+    ends = resampled_R.nanquantile(torch.tensor([0.025, 0.975], dtype=resampled_R.dtype))
+    low, high = ends.tolist()
+    return Measured(float(statistic(columns_Pc)), low, high, P)
+
+
+def _per_token(values_N: Tensor, rows_N: Tensor, prompts: int) -> Measured:
+    """The mean over positions; its interval is over prompts, whose positions hang together."""
+    counts_N = ~values_N.isnan()
+    sums_Pc = torch.zeros(prompts, 2, dtype=torch.float64)
+    both_Nc = torch.stack([values_N.nan_to_num(nan=0.0), counts_N.double()], 1)
+    sums_Pc.index_add_(0, rows_N, both_Nc)
+
+    def mean(columns_Pc: Tensor) -> Tensor:
+        total, count = columns_Pc.sum(-2).unbind(-1)
+        return total / count
+
+    return bootstrapped(sums_Pc, mean)
+
+
+def _row_means(values_N: Tensor, rows_N: Tensor, prompts: int) -> Float[Tensor, " P"]:
+    sums = torch.zeros(prompts, dtype=torch.float64).index_add_(0, rows_N, values_N)
+    return sums / torch.bincount(rows_N, minlength=prompts)
+
+
+def _log_prob(logits_nV: Tensor, targets_n: Tensor, temperature: float) -> Tensor:
+    scaled = logits_nV.float() / temperature
+    return scaled.gather(1, targets_n[:, None]).squeeze(1) - scaled.logsumexp(1)

@@ -1,0 +1,57 @@
+"""This file is where a plan says what preflights found of its pairs, and how to ask of others."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from stillhouse import verdict
+from stillhouse.rundir import Json, Runs, read_json
+from stillhouse.sweep.grid import Point
+
+SHOWN = 6  # pairs (each with a loss and a number of steps) that a plan names
+
+
+def verdicts(points: Sequence[Point], runs: Path) -> list[Json]:
+    """Each pair of these points, with its loss and steps, and its verdict; None: not asked."""
+    alike: dict[Any, Point] = {}
+    for point in points:  # a key takes long to make, and of 10,000 points few differ in it
+        alike.setdefault(verdict.asked_of(point.spec), point)
+    return [_one(point, runs) for point in alike.values()]
+
+
+def _one(point: Point, runs: Path) -> Json:
+    spec = point.spec
+    found = read_json(Runs(runs).verdict_file(spec.pair.pair_name, verdict.key_of(spec)))
+    words = [w for w in point.words if not w.startswith(("seed=", "name=", "tags="))]
+    where = [] if runs == Path("runs") else ["--runs", str(runs)]
+    return {
+        "pair": spec.pair.pair_name,
+        "quant": spec.quant.quant_type,
+        "loss": spec.loss.on_loss,
+        "beta": spec.loss.beta,
+        "max_steps": spec.training.max_steps,
+        "verdict": found and found["verdict"],
+        "reason": found and found["reasons"][0],
+        "command": shlex.join(["stillhouse", "preflight", *words, *where]),
+    }
+
+
+def verdict_lines(found: Sequence[Json]) -> list[str]:
+    """The same for a screen: what is known, then how to get what is not."""
+    known = [one for one in found if one["verdict"]]
+    asked = [f"  {one['verdict']:<8} {_named(one)}: {one['reason']}" for one in known[:SHOWN]]
+    if len(known) > SHOWN:
+        asked.append(f"  and {len(known) - SHOWN} more; --json has each")
+    others = [one for one in found if not one["verdict"]]
+    if others:
+        more = f" and of {len(others) - 1} more" if len(others) > 1 else ""
+        asked.append(f"  not asked of {_named(others[0])}{more}: {others[0]['command']}")
+    return ["will these pairs distil (preflight)?", *asked]
+
+
+def _named(one: Json) -> str:
+    how = f"{one['loss']}, beta {one['beta']:g}, {one['max_steps']} steps"
+    return f"{one['pair']} in {one['quant']} ({how})"

@@ -1,0 +1,151 @@
+"""This file is where the numbers of a preflight become a verdict: the first rule that holds.
+
+The rules are data (conf/preflight.yaml), each with the conditions under which it speaks, what it
+says, and what is worth trying. A condition is about a number's value or one end of its 95 %
+interval. No torch here: a plan reads verdicts on a laptop.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Annotated, Any, Literal
+
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass as checked
+
+from stillhouse.errors import ConfigError
+from stillhouse.rundir import Json
+from stillhouse.spec import TrainSpec, digest, to_plain
+
+LIKELY, UNLIKELY, UNSURE = 0, 3, 4  # exit codes
+EXIT_CODES = {"likely": LIKELY, "unlikely": UNLIKELY, "unsure": UNSURE}
+_STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A number with its 95 % interval; NaN where it is not defined."""
+
+    value: float
+    low: float
+    high: float
+    n: int  # prompts
+
+    def as_json(self) -> Json:
+        """The fields; what is not defined is null, for NaN is no JSON."""
+        return {k: None if v != v else v for k, v in asdict(self).items()}
+
+    @classmethod
+    def of(cls, plain: Mapping[str, Any]) -> Measured:
+        value, low, high = (
+            math.nan if plain[key] is None else plain[key] for key in ("value", "low", "high")
+        )
+        return cls(value, low, high, plain["n"])
+
+
+@checked(frozen=True, config=_STRICT)
+class Condition:
+    """That a number, or an end of its interval, lies on one side of a threshold."""
+
+    number: str
+    end: Literal["value", "low", "high"]
+    side: Literal["above", "below"]
+    threshold: float
+
+    def holds(self, numbers: Mapping[str, Measured]) -> bool:
+        """False where the number was not measured: what is not known speaks for nothing."""
+        if self.number not in numbers:
+            return False
+        found = getattr(numbers[self.number], self.end)
+        return found > self.threshold if self.side == "above" else found < self.threshold
+
+
+@checked(frozen=True, config=_STRICT)
+class Rule:
+    """What is said of a pair for which all conditions hold."""
+
+    rule: str
+    when: tuple[Condition, ...]  # none: always
+    verdict: Literal["likely", "unlikely", "unsure"]
+    reason: Annotated[str, Field(min_length=1)]
+    recipe: str | None  # words of a command line that are worth trying, or what to do
+
+
+@checked(frozen=True, config=_STRICT)
+class Rules:
+    """The rules, and the study that set their thresholds."""
+
+    calibrated_on: str
+    rules: tuple[Rule, ...]
+
+
+def decide(rules: Rules, numbers: Mapping[str, Measured]) -> Json:
+    """`verdict`, `rule`, `reasons`, `recipe` of the first rule whose conditions all hold."""
+    rule = next(r for r in rules.rules if all(c.holds(numbers) for c in r.when))
+    reasons = [rule.reason, *(_told(c, numbers[c.number]) for c in rule.when)]
+    return {
+        "verdict": rule.verdict,
+        "rule": rule.rule,
+        "reasons": reasons,
+        "recipe": rule.recipe,
+        "calibrated_on": rules.calibrated_on,
+    }
+
+
+def _told(c: Condition, m: Measured) -> str:
+    end = {"value": "", "low": "'s lower end", "high": "'s upper end"}[c.end]
+    found = f"{m.value:.3g} [{m.low:.3g}, {m.high:.3g}]"
+    return f"{c.number}{end} {c.side} {c.threshold:g}: {found}, n = {m.n}"
+
+
+def as_text(found: Mapping[str, Any]) -> str:
+    """A verdict and its numbers for a terminal."""
+    asked = f"{found['loss']}, beta {found['beta']:g}, {found['max_steps']} steps"
+    lines = [f"{found['verdict']}: {found['pair']} in {found['quant']}, with {asked}"]
+    lines += [f"  {reason}" for reason in found["reasons"]]
+    if found["recipe"]:
+        lines.append(f"  worth trying: {found['recipe']}")
+    lines.append(f"  rule {found['rule']}; thresholds: {found['calibrated_on']}")
+    facts = found["facts"]
+    lines.append(f"of {facts['prompts']} prompts, {facts['with_answers']} with an answer:")
+    if not facts["with_answers"]:
+        lines.append("  capability: not measured, the data has no answers")
+    numbers = {name: Measured.of(plain) for name, plain in found["numbers"].items()}
+    width = max(map(len, numbers))
+    lines += [
+        f"  {name:<{width}}  {m.value:>8.3g}  [{m.low:.3g}, {m.high:.3g}]"
+        for name, m in numbers.items()
+    ]
+    return "\n".join(lines)
+
+
+def rules_of(plain: Any, where: str) -> Rules:
+    """Checked rules from plain data.
+
+    Raises:
+        ConfigError: they are not rules, or the last one does not always hold.
+    """
+    try:
+        rules = TypeAdapter(Rules).validate_python(plain)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        at = ".".join(map(str, first["loc"]))
+        raise ConfigError(f"{where}: {at}: {first['msg']}") from error
+    if not rules.rules or rules.rules[-1].when:
+        raise ConfigError(f"{where}: the last rule must always hold (when: [])")
+    return rules
+
+
+def asked_of(spec: TrainSpec) -> tuple[Any, ...]:
+    """What a verdict is of: the same pair under another loss, or for more steps, is another
+    question, because both decide the outcome."""
+    return spec.pair, spec.quant, spec.data, spec.loss, spec.rollout, spec.training.max_steps
+
+
+def key_of(spec: TrainSpec) -> str:
+    """Ten hex digits that name what a verdict is of."""
+    plain = to_plain(spec)
+    sections = {name: plain[name] for name in ("pair", "quant", "data", "loss", "rollout")}
+    return digest([sections, plain["training"]["max_steps"]])[:10]

@@ -1,0 +1,232 @@
+"""Will this pair distil? What is asked of a pair before it is trained, and what is answered."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from cheap import cheap, words
+
+from stillhouse.cli import main
+from stillhouse.distill import preflight
+from stillhouse.distill.monitor import answer_in
+from stillhouse.distill.pairs import prepare
+from stillhouse.distill.preflight import bootstrapped
+from stillhouse.distill.run import Run
+from stillhouse.rundir import Runs, read_json
+from stillhouse.spec import TrainSpec
+from stillhouse.stop import StopFlag
+
+# A teacher and a student of it with something to learn; tests/test_watch.py has them too.
+PAIR = ["teacher_steps=100", "student_steps=150", "max_new_tokens=24", "lmbda=1"]
+SELF = ["teacher_steps=8", "student_steps=null", "quant=none", "lmbda=1"]
+
+
+def pair(root: Path, *more: str) -> TrainSpec:
+    return cheap(root, *PAIR, *more)
+
+
+def asked(root: Path, *more: str) -> list[str]:
+    """The words behind `stillhouse preflight`."""
+    return [*words(root, *PAIR, *more), "--prompts", "12"]
+
+
+def looked(spec: TrainSpec, prompts: int = 12, pilot: int | None = None) -> dict[str, Any]:
+    return preflight.preflight(spec, prompts, pilot, StopFlag())
+
+
+# ---- intervals
+
+
+def test_a_mean_has_the_interval_of_resampled_prompts() -> None:
+    ones, zeros = torch.ones(30, 1), torch.zeros(70, 1)
+    measured = bootstrapped(torch.cat([ones, zeros]).double(), lambda x: x.mean(-2).squeeze(-1))
+    assert measured.value == pytest.approx(0.3) and measured.n == 100
+    # The binomial standard error is 0.0458, and 1.96 of them are 0.09.
+    assert measured.low == pytest.approx(0.21, abs=0.02)
+    assert measured.high == pytest.approx(0.39, abs=0.02)
+
+
+def test_the_same_prompts_give_the_same_interval() -> None:
+    column = torch.linspace(0, 1, 20, dtype=torch.float64)[:, None]
+    first, second = (bootstrapped(column, lambda x: x.mean(-2).squeeze(-1)) for _ in range(2))
+    assert first == second
+
+
+def test_a_share_of_nothing_is_not_defined() -> None:
+    nothing = bootstrapped(
+        torch.zeros(5, 2).double(), lambda x: x[..., 0].sum(-1) / x[..., 1].sum(-1)
+    )
+    assert nothing.as_json() == {"value": None, "low": None, "high": None, "n": 5}
+
+
+# ---- numbers
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return looked(pair(tmp_path_factory.mktemp("runs")))
+
+
+def test_every_number_has_an_interval_that_holds_it(found: dict[str, Any]) -> None:
+    numbers = found["numbers"]
+    assert {"ratio_1", "ratio_4", "mass_teacher_4", "advantage_4", "entropy_gap"} <= set(numbers)
+    assert {"reverse_kl", "forward_kl", "told_apart", "told_apart_noise"} <= set(numbers)
+    assert {"student_accuracy", "teacher_accuracy", "teacher_lead"} <= set(numbers)
+    assert {"continuation_25", "kept_25", "continuation_50", "kept_50"} <= set(numbers)
+    for name, number in numbers.items():
+        if number["value"] is not None:
+            assert number["low"] <= number["value"] <= number["high"], name
+
+
+def test_overlap_is_what_the_first_step_of_a_run_would_log(tmp_path: Path) -> None:
+    spec = pair(tmp_path, "overlap_k=4")
+    numbers = looked(spec)["numbers"]
+    run = Run(spec, Runs(tmp_path).of(spec), StopFlag())
+    metrics = run.loop.gradients(0)
+    # Other prompts, other draws: the same pair, to within the interval of few prompts.
+    assert metrics["overlap/ratio"] == pytest.approx(numbers["ratio_4"]["value"], abs=0.15)
+
+
+def test_accuracies_are_of_greedy_answers_and_continuations_of_the_students_own(
+    tmp_path: Path,
+) -> None:
+    spec = pair(tmp_path)
+    numbers = looked(spec)["numbers"]
+    run = Run(spec, Runs(tmp_path).of(spec), StopFlag())
+    prompts = run.prompts.held_out[:12]
+    writers, length = run.roles.writers(), max(len(e.prompt_ids) for e in prompts)
+
+    def share(who: str, prefixes: list[list[int]] | None) -> float:
+        ids = writers[who](
+            prompts, preflight.FIRST, range(12), length, prefixes=prefixes, greedy=True
+        ).ids
+        texts = run.tokenizer.batch_decode(ids, skip_special_tokens=True)
+        return sum(answer_in(t) == e.answer for t, e in zip(texts, prompts, strict=True)) / 12
+
+    own = writers["student"](prompts, preflight.FIRST, range(12), length).ids
+    half = [ids[: len(ids) // 2] for ids in own]
+    teacher, student = share("teacher", None), share("student", None)
+    assert numbers["teacher_accuracy"]["value"] == pytest.approx(teacher)
+    assert numbers["teacher_lead"]["value"] == pytest.approx(teacher - student)
+    ahead = share("teacher", half) - share("student", half)
+    assert numbers["continuation_50"]["value"] == pytest.approx(ahead)
+
+
+def test_one_function_overlaps_wholly_and_cannot_be_told_apart(tmp_path: Path) -> None:
+    found = looked(cheap(tmp_path, *SELF), prompts=40)
+    numbers = found["numbers"]
+    assert found["facts"]["is_same_function"]
+    assert numbers["ratio_4"]["value"] == 1
+    assert abs(numbers["reverse_kl"]["value"]) < 1e-6
+    assert numbers["told_apart"]["low"] <= 0.5 <= numbers["told_apart"]["high"]
+
+
+def test_different_models_are_told_apart_better_than_two_answers_of_one(
+    found: dict[str, Any],
+) -> None:
+    numbers = found["numbers"]
+    assert numbers["told_apart"]["value"] > numbers["told_apart_noise"]["high"]
+
+
+def test_a_pilot_is_thrown_away_and_leaves_a_number(tmp_path: Path) -> None:
+    found = looked(pair(tmp_path), pilot=2)
+    assert found["facts"]["pilot_steps"] == 2
+    assert -1 <= found["numbers"]["pilot_gain"]["value"] <= 1
+    assert not list(Runs(tmp_path).all())
+
+
+# ---- the verb
+
+
+def test_the_verb_exits_with_its_verdict_and_prints_one_object(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = ["preflight", *words(tmp_path, *SELF), "--prompts", "4", "--json"]
+    assert main(line) == 3
+    said = json.loads(capsys.readouterr().out)
+    assert (said["verdict"], said["rule"], said["max_steps"]) == ("unlikely", "same_function", 6)
+    assert said["reasons"][0] == "the teacher is the student; there is nothing to learn"
+    (file,) = (tmp_path / "preflight").iterdir()
+    assert read_json(file) == said
+
+
+def test_what_was_measured_is_not_measured_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    line = ["preflight", *words(tmp_path, *SELF), "--prompts", "4", "--json"]
+    assert main(line) == 3
+    first = capsys.readouterr().out
+    monkeypatch.setattr(preflight, "preflight", lambda *_: pytest.fail("it is measured again"))
+    assert main(line) == 3
+    assert capsys.readouterr().out == first
+    with pytest.raises(pytest.fail.Exception):
+        main([*line, "--prompts", "5"])
+
+
+def test_the_same_in_words(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code = main(["preflight", *asked(tmp_path)])
+    said = capsys.readouterr().out
+    verdict = said.partition(":")[0]
+    assert code == {"likely": 0, "unlikely": 3, "unsure": 4}[verdict]
+    assert "tiny in int4, with jsd, beta 1, 6 steps" in said
+    assert "of 12 prompts, 12 with an answer:" in said
+    assert "thresholds: a first study of 30 runs" in said
+
+
+def test_in_a_pod_every_verdict_is_a_success(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("STILLHOUSE_IN_POD", "1")
+    assert main(["preflight", *words(tmp_path, *SELF), "--prompts", "4"]) == 0
+
+
+def test_data_without_answers_is_no_mistake_and_says_not_measured(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [
+        {
+            "messages": [
+                {"role": "user", "content": f"Find {n}+1."},
+                {"role": "assistant", "content": "9"},
+            ]
+        }
+        for n in range(9)
+    ]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    line = asked(tmp_path, "data=local", f"data_path={file}", "min_completion=1", "held_out_rows=4")
+    assert main(["preflight", *line]) == 4
+    said = capsys.readouterr().out
+    assert "capability: not measured, the data has no answers" in said
+    assert "teacher_lead" not in said
+
+
+def test_tokenizers_that_differ_are_a_mistake_that_says_what_would_be_needed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    spec = cheap(tmp_path)
+    prepared = prepare(spec.pair, spec.quant, Path(spec.place.cache_dir))
+    other = tmp_path / "other"
+    shutil.copytree(prepared.teacher, other)
+    file = other / "tokenizer.json"
+    plain = json.loads(file.read_text())
+    vocabulary = plain["model"]["vocab"]
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+    file.write_text(json.dumps(plain))
+    line = asked(tmp_path, "pair_source=hub", f"student={prepared.student}", f"teacher={other}")
+    assert main(["preflight", *line, "pair_seed=null"]) == 42
+    said = capsys.readouterr().err
+    assert "tokenizers of student" in said and "two models with the same tokenizer" in said
+
+
+@pytest.mark.parametrize("word", ["--prompts=1", "--prompts=x", "--pilot=0", "--promts=3"])
+def test_what_cannot_be_asked_is_a_mistake(
+    word: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["preflight", *words(tmp_path), word]) == 42
+    assert capsys.readouterr().err.startswith("ConfigError: ")

@@ -1,0 +1,139 @@
+"""How the numbers of a preflight become a verdict, and what a plan says of it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from stillhouse import verdict
+from stillhouse.cli import main
+from stillhouse.compose import compose, data_file, from_command_line
+from stillhouse.errors import ConfigError
+from stillhouse.rundir import Runs, write_json
+from stillhouse.spec import TrainSpec
+from stillhouse.verdict import Measured, decide, rules_of
+
+RULES = rules_of(data_file("preflight"), "conf/preflight.yaml")
+
+
+def numbers(**values: float | tuple[float, float, float]) -> dict[str, Measured]:
+    """Numbers with their intervals; one that is given alone has a narrow one."""
+    whole = {k: v if isinstance(v, tuple) else (v, v - 0.01, v + 0.01) for k, v in values.items()}
+    return {name: Measured(*ends, 64) for name, ends in whole.items()}
+
+
+# What the first study found at step 0 (docs/log.md), and what became of such pairs.
+PAIRS = {
+    "succeeds": (numbers(reverse_kl=1, teacher_lead=0.5, kept_25=0.7), "likely"),
+    "another pattern": (numbers(reverse_kl=1, teacher_lead=0.6, kept_25=0.1), "unlikely"),
+    "in between": (numbers(reverse_kl=1, teacher_lead=0.5, kept_25=0.35), "unsure"),
+    "nothing new": (numbers(reverse_kl=0.1, teacher_lead=-0.2, kept_25=0.9), "unlikely"),
+    "the same function": (numbers(reverse_kl=(0, 0, 0), teacher_lead=0), "unlikely"),
+    "without answers": (numbers(reverse_kl=1, told_apart=0.6), "unsure"),
+    "a lead that may be none": (
+        numbers(reverse_kl=1, teacher_lead=(0.15, 0.02, 0.28), kept_25=0.9),
+        "unsure",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_the_shipped_rules_say_what_the_first_study_saw(name: str) -> None:
+    measured, expected = PAIRS[name]
+    assert decide(RULES, measured)["verdict"] == expected
+
+
+def test_a_pilot_that_gains_settles_what_the_rest_leaves_unsure() -> None:
+    measured, _ = PAIRS["in between"]
+    assert decide(RULES, measured | numbers(pilot_gain=0.2))["verdict"] == "likely"
+
+
+def test_a_verdict_names_its_rule_and_its_reasons_in_numbers() -> None:
+    said = decide(RULES, PAIRS["another pattern"][0])
+    assert said["rule"] == "patterns_differ" and said["recipe"] == "method=cold_start"
+    assert said["reasons"] == [
+        "the teacher cannot go on from what the student begins",
+        "kept_25 below 0.3: 0.1 [0.09, 0.11], n = 64",
+    ]
+    assert "30 runs" in said["calibrated_on"]
+
+
+def rule(**fields: Any) -> dict[str, Any]:
+    plain = {"rule": "r", "when": [], "verdict": "unsure", "reason": "so", "recipe": None}
+    return {"calibrated_on": "nothing", "rules": [plain | fields]}
+
+
+@pytest.mark.parametrize(
+    ("plain", "said"),
+    [
+        (rule(verdict="maybe"), "rules.0.verdict: Input should be 'likely', 'unlikely' or"),
+        (rule(wen=[]), "wen"),
+        (rule(when=[{"number": "x", "end": "low", "side": "above", "threshold": 1}]), "last rule"),
+        ({"calibrated_on": "nothing", "rules": []}, "the last rule must always hold"),
+    ],
+)
+def test_rules_that_are_none_are_refused(plain: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        rules_of(plain, "a file")
+
+
+def test_what_is_not_defined_holds_for_nothing_and_is_null_in_json() -> None:
+    nothing = Measured(float("nan"), float("nan"), float("nan"), 3)
+    assert Measured.of(nothing.as_json()).as_json() == {
+        "value": None, "low": None, "high": None, "n": 3,
+    }  # fmt: skip
+    assert decide(RULES, {"kept_25": nothing})["verdict"] == "unsure"
+
+
+# ---- what it is of
+
+
+def spec_of(line: str) -> TrainSpec:
+    return compose(from_command_line(line.split(), TrainSpec), TrainSpec)
+
+
+@pytest.mark.parametrize("change", ["beta=0", "max_steps=50", "quant=none", "on_loss=pg"])
+def test_a_verdict_is_of_a_pair_with_a_loss_and_a_number_of_steps(change: str) -> None:
+    assert verdict.key_of(spec_of("pair=tiny")) != verdict.key_of(spec_of(f"pair=tiny {change}"))
+
+
+@pytest.mark.parametrize("change", ["seed=3", "method=hybrid", "threads=1", "learning_rate=1e-3"])
+def test_it_is_not_of_what_a_sweep_varies_besides(change: str) -> None:
+    assert verdict.key_of(spec_of("pair=tiny")) == verdict.key_of(spec_of(f"pair=tiny {change}"))
+
+
+FOUND: dict[str, Any] = {
+    "verdict": "unlikely", "rule": "patterns_differ", "recipe": "method=cold_start",
+    "reasons": ["the teacher cannot go on"],
+}  # fmt: skip
+
+
+def planned(runs: Path, capsys: pytest.CaptureFixture[str], *more: str) -> str:
+    assert main(["plan", "pair=tiny", "lmbda=0,1", "beta=0,1", "--runs", str(runs), *more]) == 0
+    return capsys.readouterr().out
+
+
+def test_a_plan_shows_the_verdicts_that_are_known_and_how_to_get_the_others(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = planned(tmp_path, capsys)
+    assert "will these pairs distil (preflight)?" in said
+    assert "not asked of tiny in int4 (jsd, beta 0, 100 steps) and of 1 more: " in said
+    spec = spec_of("pair=tiny beta=1")
+    write_json(Runs(tmp_path).verdict_file("tiny", verdict.key_of(spec)), FOUND)
+    said = planned(tmp_path, capsys)
+    assert "unlikely tiny in int4 (jsd, beta 1, 100 steps): the teacher cannot go on" in said
+    assert "not asked of tiny in int4 (jsd, beta 0, 100 steps): stillhouse preflight " in said
+    (command,) = [line.partition(": ")[2] for line in said.splitlines() if "not asked" in line]
+    words = command.split()[2:]
+    assert words[-2:] == ["--runs", str(tmp_path)]
+    asked = compose(from_command_line(words[:-2], TrainSpec), TrainSpec)
+    assert verdict.key_of(asked) == verdict.key_of(spec_of("pair=tiny beta=0"))
+    plan = json.loads(planned(tmp_path, capsys, "--json"))
+    assert [(one["beta"], one["verdict"]) for one in plan["preflight"]] == [
+        (0, None),
+        (1, "unlikely"),
+    ]
