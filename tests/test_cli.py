@@ -160,6 +160,7 @@ def test_json_is_one_object_with_the_points_and_their_states(
         "overrides": {"lmbda": 0.5, "seed": 42},
         "state": "new",
         "cause": None,
+        "warnings": [],
     }
 
 

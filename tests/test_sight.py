@@ -482,6 +482,10 @@ def test_a_follower_survives_history_that_is_gone_and_a_server_that_goes_away(la
     lab.fake.forget()
     lab.fake.back()
     seen = wait_for(lab, "waiting")
+    while seen.cause == "its pod is being made":  # the pods were listed before the Jobs
+        lab.sight.wait(10.0)
+        assert lab.scene.touched(), "nothing happened in time"
+        seen = wait_for(lab, "waiting")
     assert (seen.cause, seen.asked_to_stop is not None) == ("its Job was deleted", True)
     lab.sight.close()
 

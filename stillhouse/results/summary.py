@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from stillhouse.results.stats import estimate, number
-from stillhouse.results.table import Frame, Json, is_unscored, points_of
+from stillhouse.results.table import Frame, Json, is_set, is_unscored, points_of
 from stillhouse.spec import REQUANTISED
 
 KINDS = ("teacher", "student", "ptq", "point")  # in the order in which a table shows them
@@ -24,11 +24,9 @@ def remarks(frame: Frame) -> list[str]:
     late = set(frame[(frame["kind"] == "point") & is_unscored(frame)]["id"])
     said: list[str] = []
     if late:
-        unscored = points[points["id"].isin(late)]
-        stopped = unscored["stopped_by"].map(lambda rule: f"stopped by {rule}", na_action="ignore")
-        phases = stopped.fillna(unscored["phase"]).fillna("not started")
-        counts = phases.replace("done", "trained, not scored").value_counts()
-        states = ", ".join(f"{n} {phase}" for phase, n in counts.items())
+        unscored = points[points["id"].isin(late)].to_dict("records")
+        counts = Counter(map(_phase, unscored)).most_common()
+        states = ", ".join(f"{n} {phase}" for phase, n in counts)
         said.append(f"{len(late)} of {len(points)} points are not scored in full: {states}.")
     bare = frame[(frame["kind"] != "point") & is_unscored(frame)]
     if len(bare):
@@ -56,11 +54,20 @@ def remarks(frame: Frame) -> list[str]:
     return list(dict.fromkeys(said))
 
 
+def _phase(point: Json) -> str:
+    """How far a point came that is not scored in full."""
+    if is_set(point["stopped_by"]):
+        return f"stopped by {point['stopped_by']}"
+    if not is_set(point["phase"]):
+        return "not started"
+    return "trained, not scored" if point["phase"] == "done" else point["phase"]
+
+
 def _warnings(points: Frame) -> list[str]:
     """Which watch rules warned, and of which arms."""
     rules: dict[str, list[str]] = {}
-    for row in points[points["warnings"].fillna("") != ""].to_dict("records"):
-        for rule in row["warnings"].split():
+    for row in points.to_dict("records"):
+        for rule in row["warnings"].split() if is_set(row["warnings"]) else ():
             rules.setdefault(rule, []).append(row["arm"])
     return [
         f"Watch rule {rule} warned in {len(arms)} of {len(points)} runs:"

@@ -167,6 +167,21 @@ def test_a_point_that_a_rule_stops_leaves_state_cause_and_rule_and_the_sweep_goe
     assert "1 stopped by slow" in ada.say("report", "watched")
 
 
+def test_a_preflight_is_a_job_that_succeeds_whatever_its_verdict(ada: Desk):
+    pair = [word.replace(": ", "=") for word in CHEAP.split(", ")]
+    site = at_site(ada, gpu_resource="null").removeprefix("site: {").removesuffix("}")
+    words = [*pair, "student_steps=null", "quant=none", *site.replace(": ", "=").split(", ")]
+    line = ("preflight", *words, "--prompts", "4", *AWAY)
+    assert "sent: Job preflight-tiny-" in ada.say(*line)
+    job = ended(ada, "preflight")
+    assert end_of(job) == "Complete", "unlikely is a verdict, and nothing to try again"
+    (file,) = ada.space.runs.glob("preflight/tiny-*.json")
+    found = json.loads(file.read_text())
+    assert (found["verdict"], found["rule"]) == ("unlikely", "same_function")
+    assert "the teacher is the student" in ada.say("logs", job["metadata"]["name"], *AWAY)
+    assert "nothing was sent" in ada.say(*line)
+
+
 # --------------------------------------------------------------------------------- disturbances
 
 

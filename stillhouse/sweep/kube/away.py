@@ -157,9 +157,11 @@ class Away:
         return particulars(jobs, self.scene, records)
 
     def _said_of_lines(self) -> list[str]:
-        """Jobs that belong to no sweep: lines of k8s/train.sh and k8s/eval.sh."""
+        """Jobs that belong to no sweep: lines of k8s/train.sh and k8s/eval.sh, and preflights."""
         single = [
-            job for job in self.scene.jobs() if not job.sweep and job.kind in ("train", "eval")
+            job
+            for job in self.scene.jobs()
+            if not job.sweep and job.kind in ("train", "eval", "preflight")
         ]
         if not single:
             return []

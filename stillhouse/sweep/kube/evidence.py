@@ -158,7 +158,9 @@ def counts_its_devices(job: Job) -> bool:
     if job.options.get("processes", "0") != devices:
         return False
     asked = [str(n) for name, n in job.main["resources"]["limits"].items() if "/" in name]
-    is_right = devices == "0" or (devices == "1" if job.kind == "eval" else job.kind == "train")
+    is_right = devices == "0" or (
+        devices == "1" if job.kind in ("eval", "preflight") else job.kind == "train"
+    )
     return is_right and asked in ([], [devices] if devices != "0" else [])
 
 
