@@ -18,6 +18,7 @@ PAGE = HERE.parent / "docs" / "benchmarks.md"
 TITLES = {
     "loss": "The loss: memory and time against the dense computation",
     "rollout": "A rollout: the fast decoder against transformers' `generate`",
+    "preflight": "A preflight: against a run of its pair",
     "plan": "The launcher: `--help` and `plan`",
     "local": "A point that does nothing, on the local backend",
     "quickstart": "`make quickstart` from a fresh clone",

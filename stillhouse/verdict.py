@@ -112,6 +112,12 @@ def as_text(found: Mapping[str, Any]) -> str:
     lines.append(f"of {facts['prompts']} prompts, {facts['with_answers']} with an answer:")
     if not facts["with_answers"]:
         lines.append("  capability: not measured, the data has no answers")
+    ends = facts["end_of_text"]
+    if ends["student"] != ends["teacher"]:
+        lines.append(
+            f"  end of text: {ends['student']} for the student, {ends['teacher']} for the teacher:"
+            " a student may learn never to stop"
+        )
     numbers = {name: Measured.of(plain) for name, plain in found["numbers"].items()}
     width = max(map(len, numbers))
     lines += [

@@ -11,6 +11,7 @@ import pytest
 import torch
 from cheap import cheap, words
 
+from stillhouse import verdict
 from stillhouse.cli import main
 from stillhouse.distill import preflight
 from stillhouse.distill.monitor import answer_in
@@ -138,6 +139,15 @@ def test_a_pilot_is_thrown_away_and_leaves_a_number(tmp_path: Path) -> None:
     assert found["facts"]["pilot_steps"] == 2
     assert -1 <= found["numbers"]["pilot_gain"]["value"] <= 1
     assert not list(Runs(tmp_path).all())
+
+
+def test_two_ends_of_text_are_said(tmp_path: Path, found: dict[str, Any]) -> None:
+    assert found["facts"]["end_of_text"] == {"student": [1], "teacher": [1]}
+    asked = {"pair": "p", "quant": "none", "loss": "jsd", "beta": 1, "max_steps": 5}
+    said = {"verdict": "unsure", "rule": "r", "reasons": [], "recipe": None, "calibrated_on": "x"}
+    facts = found["facts"] | {"end_of_text": {"student": [1], "teacher": [2, 3]}}
+    text = verdict.as_text({**asked, **said, **found, "facts": facts})
+    assert "end of text: [1] for the student, [2, 3] for the teacher" in text
 
 
 # ---- the verb

@@ -76,9 +76,11 @@ def preflight(spec: TrainSpec, prompts: int, pilot: int | None, stop: StopFlag) 
         "prompts": len(asked),
         "with_answers": int((~look.has_no_answer_P).sum()),
         "tokenizers": "equal",  # or load() had refused
-        "end_of_text": list(loaded.roles.eos_ids),
+        "end_of_text": {
+            "student": _end_of_text(loaded.roles.student),
+            "teacher": _end_of_text(loaded.roles.teacher),
+        },
         "is_same_function": loaded.roles.is_same_function,
-        "seconds": {},
     }
     if pilot:
         numbers |= _pilot(spec, pilot, stop)
@@ -94,9 +96,12 @@ class _Look:
         self.writers = loaded.roles.writers()
         self.score = loaded.roles.teacher_scorer()
         self.has_no_answer_P = torch.tensor([example.answer is None for example in asked])
-        self.rollouts = self._write("student", FIRST)
-        self.again = self._write("student", SECOND)
-        self.of_teacher = self._write("teacher", FIRST)
+        self.written = {
+            "rollouts": self._write("student", FIRST),
+            "again": self._write("student", SECOND),
+            "teacher": self._write("teacher", FIRST),
+        }
+        self.known: dict[tuple[str, int], tuple[dict[str, Tensor], Tensor]] = {}
 
     # ------------------------------------------------------------------ what models do
 
@@ -128,9 +133,14 @@ class _Look:
             dtype=torch.float64,
         )
 
+    def _positions(self, name: str, k: int) -> tuple[dict[str, Tensor], Tensor]:
+        """Numbers per position [N] of these answers, and the prompt that each is of."""
+        if (name, k) not in self.known:
+            self.known[name, k] = self._compared(self.written[name], k)
+        return self.known[name, k]
+
     @torch.no_grad()
-    def _positions(self, written: Completions, k: int) -> tuple[dict[str, Tensor], Tensor]:
-        """Numbers per position [N], by name, and the prompt that each is of."""
+    def _compared(self, written: Completions, k: int) -> tuple[dict[str, Tensor], Tensor]:
         roles, found, rows = self.loaded.roles, [], []
         head_VH = models.head_weight(roles.student)
         for first in range(0, len(self.asked), BATCH):
@@ -142,7 +152,8 @@ class _Look:
             with self.loaded.accelerator.autocast():
                 hidden_NH, target_N = positions_of(
                     roles.student, [e.prompt_ids for e in examples], ids, none,
-                    max(len(e.prompt_ids) for e in examples), roles.pad_id, hidden_device(roles),
+                    max(len(e.prompt_ids) for e in examples), roles.pad_id,
+                    self.loaded.accelerator.device,
                 )  # fmt: skip
             rows += [first + row for row, c in enumerate(ids) for _ in c]
             for start in range(0, len(target_N), self.spec.loss.loss_chunk):
@@ -172,13 +183,13 @@ class _Look:
         """How alike the two are where the student goes, before the first step."""
         found: dict[str, Measured] = {}
         for k in sorted({*TOP, self.spec.monitor.overlap_k}):
-            values, rows_N = self._positions(self.rollouts, k)
+            values, rows_N = self._positions("rollouts", k)
             names = ["ratio", "advantage", "mass_student", "mass_teacher"]
             for name in names:
                 found[f"{name}_{k}"] = _per_token(values[name], rows_N, len(self.asked))
         for name in ("entropy_gap", "student_entropy", "teacher_entropy", "reverse_kl"):
             found[name] = _per_token(values[name], rows_N, len(self.asked))
-        of_teacher, rows_N = self._positions(self.of_teacher, 1)
+        of_teacher, rows_N = self._positions("teacher", 1)
         found["forward_kl"] = _per_token(of_teacher["forward_kl"], rows_N, len(self.asked))
         return found
 
@@ -189,8 +200,8 @@ class _Look:
         0.5 is not at all. The same of two answers of the student is the noise to hold it against.
         """
         means = []
-        for written in (self.rollouts, self.again, self.of_teacher):
-            values, rows_N = self._positions(written, 1)
+        for name in self.written:
+            values, rows_N = self._positions(name, 1)
             means.append(_row_means(values["log_ratio"], rows_N, len(self.asked)))
         mine, again, theirs = means
 
@@ -218,7 +229,7 @@ class _Look:
         ]
         columns = {"student": alone[0], "teacher": alone[1]}
         for share in SHARES:
-            prefixes = [ids[: len(ids) * share // 100] for ids in self.rollouts.ids]
+            prefixes = [ids[: len(ids) * share // 100] for ids in self.written["rollouts"].ids]
             for who in ("student", "teacher"):
                 columns[f"{who}_{share}"] = self._right(
                     self._write(who, FIRST, prefixes, greedy=True)
@@ -240,8 +251,10 @@ class _Look:
         return found
 
 
-def hidden_device(roles: Any) -> torch.device:
-    return next(roles.student.parameters()).device
+def _end_of_text(model: Any) -> list[int]:
+    """The ids after which a model is taken to have ended."""
+    ids = model.config.eos_token_id
+    return sorted(ids) if isinstance(ids, list) else [ids]
 
 
 def _pilot(spec: TrainSpec, steps: int, stop: StopFlag) -> dict[str, Measured]:
