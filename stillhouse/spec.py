@@ -338,7 +338,6 @@ class MonitorSpec:
 class WatchRule:
     """A condition on a metric's mean over the last `window` steps, and what it leads to."""
 
-    rule: Name
     metric: str  # as in metrics.jsonl
     # above, below: the mean against `limit`. gains_less: from the window's first half to its second
     # it rises by less than `limit`. above_lowest: it is `limit` times the lowest mean of a window
@@ -353,9 +352,7 @@ class WatchRule:
     @model_validator(mode="after")
     def _halves(self) -> WatchRule:
         if self.condition == "gains_less" and self.window < 2:
-            raise ValueError(
-                f"rule {self.rule}: gains_less compares halves of its window: 2 or more"
-            )
+            raise ValueError("gains_less compares the halves of its window: 2 or more steps")
         return self
 
 
@@ -363,20 +360,15 @@ class WatchRule:
 class WatchSpec:
     """What is looked out for while a point trains."""
 
-    watch_rules: tuple[WatchRule, ...]
+    watch_rules: dict[Name, WatchRule]
     stop_on: tuple[str, ...]  # names of rules that stop the run, whatever action they name
 
     @model_validator(mode="after")
     def _names(self) -> WatchSpec:
-        names = [rule.rule for rule in self.watch_rules]
-        twice = sorted({name for name in names if names.count(name) > 1})
-        if twice:
-            raise ValueError(f"two watch rules are called {', '.join(twice)}")
         for name in self.stop_on:
-            if name not in names:
-                raise ValueError(
-                    f"stop_on: no watch rule {name}; there is {', '.join(names) or 'none'}"
-                )
+            if name not in self.watch_rules:
+                there = ", ".join(self.watch_rules) or "none"
+                raise ValueError(f"stop_on: no watch rule {name}; there is {there}")
         return self
 
 

@@ -61,7 +61,7 @@ _HELD_OUT = ("eval/loss", "eval/nll", "eval/avg_score")
 class Finding:
     """A rule whose condition holds, at the first step where it does."""
 
-    rule: WatchRule
+    rule: str
     step: int
     text: str
 
@@ -96,14 +96,19 @@ def logged(spec: TrainSpec) -> set[str]:
     return names
 
 
-def rules_of(spec: TrainSpec) -> list[WatchRule]:
+def rules_of(spec: TrainSpec) -> dict[str, WatchRule]:
     """The rules of this run: all, without the optional ones that have nothing to look at."""
-    known = logged(spec)
-    return [
-        rule
-        for rule in spec.watch.watch_rules
-        if not rule.optional or (rule.metric in known and rule.window <= spec.training.max_steps)
-    ]
+    known, steps = logged(spec), spec.training.max_steps
+    return {
+        name: rule
+        for name, rule in spec.watch.watch_rules.items()
+        if not rule.optional or (rule.metric in known and rule.window <= steps)
+    }
+
+
+def stops(spec: TrainSpec, name: str) -> bool:
+    """Whether what this rule finds ends the run."""
+    return spec.watch.watch_rules[name].action == "stop" or name in spec.watch.stop_on
 
 
 def check(spec: TrainSpec, where: str) -> None:
@@ -113,16 +118,16 @@ def check(spec: TrainSpec, where: str) -> None:
         ConfigError: a metric that this run does not log, or a window longer than the run.
     """
     known, steps = logged(spec), spec.training.max_steps
-    for rule in rules_of(spec):
+    for name, rule in rules_of(spec).items():
         if rule.metric not in known:
             raise ConfigError(
-                f"{where}: watch rule {rule.rule}: this run logs no metric {rule.metric}."
+                f"{where}: watch rule {name}: this run logs no metric {rule.metric}."
                 f"{nearest(rule.metric, known)} (optional: true leaves a rule out where its metric"
                 " is not logged)"
             )
         if rule.window > steps:
             raise ConfigError(
-                f"{where}: watch rule {rule.rule}: its window of {rule.window} steps is longer than"
+                f"{where}: watch rule {name}: its window of {rule.window} steps is longer than"
                 f" the run, {steps}; shorten it, or leave the rule out"
             )
 
@@ -133,25 +138,25 @@ class Watch:
     def __init__(self, spec: TrainSpec) -> None:
         self.rules = rules_of(spec)
         self.fired: set[str] = set()
-        self.seen: dict[str, dict[int, float]] = {rule.metric: {} for rule in self.rules}
+        self.seen: dict[str, dict[int, float]] = {r.metric: {} for r in self.rules.values()}
         # Of each rule that compares with the past: window means by the step they end at.
-        self.means: dict[str, list[tuple[int, float]]] = {rule.rule: [] for rule in self.rules}
+        self.means: dict[str, list[tuple[int, float]]] = {name: [] for name in self.rules}
 
     def see(self, metrics: Mapping[str, float]) -> list[Finding]:
         """The rules that a step's metrics fulfil for the first time."""
         step = int(metrics["step"])
-        for name, values in self.seen.items():
-            if name in metrics:
-                values[step] = metrics[name]
+        for metric, values in self.seen.items():
+            if metric in metrics:
+                values[step] = metrics[metric]
         found: list[Finding] = []
-        for rule in self.rules:
-            said = self._said(rule, step)
-            if said is not None and rule.rule not in self.fired:
-                self.fired.add(rule.rule)
-                found.append(Finding(rule, step, f"{rule.rule}: {said}"))
+        for name, rule in self.rules.items():
+            said = self._said(name, rule, step)
+            if said is not None and name not in self.fired:
+                self.fired.add(name)
+                found.append(Finding(name, step, f"{name}: {said}"))
         return found
 
-    def _said(self, rule: WatchRule, step: int) -> str | None:
+    def _said(self, name: str, rule: WatchRule, step: int) -> str | None:
         """What there is to say of the window that ends at this step; None: nothing."""
         first = step - rule.window + 1
         values = self._between(rule.metric, first, step)
@@ -178,8 +183,8 @@ class Watch:
                 said = f"{where}, and {gain:+.2g} from its first half to its second"
                 return f"{said}: less than {rule.limit:+g}" if gain < rule.limit else None
             case "above_lowest":
-                earlier = [m for end, m in self.means[rule.rule] if end < first]
-                self.means[rule.rule].append((step, mean))
+                earlier = [m for end, m in self.means[name] if end < first]
+                self.means[name].append((step, mean))
                 lowest = min(earlier, default=0.0)
                 if lowest <= 0 or mean <= rule.limit * lowest:
                     return None

@@ -257,10 +257,7 @@ def test_overrides_come_back_from_the_words_they_print():
         ("place.name", "true"),
         ("place.name", "1e-5"),
         ("place.name", "null"),
-        (
-            "watch.watch_rules",
-            [{"rule": "a", "limit": 0.5, "unless_above": None, "metric": "b/c d"}],
-        ),
+        ("watch.watch_rules", {"a": {"limit": 0.5, "unless_above": None, "metric": "b/c d"}}),
     ],
 )
 def test_a_text_comes_back_from_the_words_it_is_printed_as(path: str, value: Any):

@@ -115,7 +115,7 @@ OTHER: dict[str, object] = {
     "overlap_steps": 5,
     "overlap_k": 8,
     "overlap_bins": [[0, 8], [8, None]],
-    "watch_rules": [],
+    "watch_rules": {},
     "stop_on": ["kl_runaway"],
     "tracker": "wandb",
     "wandb_project": "another",

@@ -14,11 +14,11 @@ from cheap import cheap, words
 
 from stillhouse import doors
 from stillhouse.cli import main
-from stillhouse.compose import compose, from_command_line
+from stillhouse.compose import Overrides, as_command_line, compose, data_file, from_command_line
 from stillhouse.distill.loop import Logits, Scorer
 from stillhouse.distill.prompts import Example
 from stillhouse.distill.run import Run
-from stillhouse.errors import STOPPED, ConfigError, Stopped
+from stillhouse.errors import STOPPED, Stopped
 from stillhouse.rundir import RunDir, Runs
 from stillhouse.spec import TrainSpec
 from stillhouse.stop import StopFlag
@@ -27,14 +27,18 @@ from stillhouse.watch import Watch, logged, replayed, rules_of
 PACKAGED = ["overlap_stuck", "length_inflation", "repetition", "entropy_collapse", "kl_runaway"]
 
 
-def rule(**fields: Any) -> str:
-    """A rule as a word of a command line."""
+# As they are for a pair that says nothing of its own.
+SHIPPED = data_file("train")["watch"]["watch_rules"]
+
+
+def rule(name: str = "mine", **fields: Any) -> str:
+    """One rule, and no other, as a word of a command line."""
     whole = {
-        "rule": "mine", "metric": "train/loss", "condition": "above", "limit": 1, "window": 2,
+        "metric": "train/loss", "condition": "above", "limit": 1, "window": 2,
         "unless_above": None, "action": "warn", "optional": False,
     } | fields  # fmt: skip
     inside = ",".join(f"{key}:{_word(value)}" for key, value in whole.items())
-    return f"watch_rules=[{{{inside}}}]"
+    return f"watch_rules={{{name}:{{{inside}}}}}"
 
 
 def _word(value: Any) -> str:
@@ -125,7 +129,9 @@ REFUSED = {
     rule(metric="eval/accuracy"): "this run logs no metric eval/accuracy",
     rule(metric="time/step"): "this run logs no metric time/step",
     rule(window=41) + " max_steps=40": "its window of 41 steps is longer than the run, 40",
-    rule(condition="gains_less", window=1): "compares halves of its window: 2 or more",
+    rule(
+        condition="gains_less", window=1
+    ): "gains_less compares the halves of its window: 2 or more",
     rule(condition="sideways"): "input should be 'above', 'below', 'gains_less' or 'above_lowest'",
     "stop_on=[kl_runway]": "stop_on: no watch rule kl_runway; there is overlap_stuck,",
 }
@@ -140,17 +146,11 @@ def test_a_rule_that_can_find_nothing_is_refused_before_anything_starts(
     assert said.out == "" and REFUSED[line] in said.err
 
 
-def test_two_rules_of_one_name_are_refused() -> None:
-    one = rule().removeprefix("watch_rules=[").removesuffix("]")
-    with pytest.raises(ConfigError, match="two watch rules are called mine"):
-        spec_of(f"watch_rules=[{one},{one}]")
-
-
 def test_optional_rules_are_left_out_where_they_have_nothing_to_look_at() -> None:
-    assert [r.rule for r in rules_of(spec_of(steps=100))] == PACKAGED
-    assert [r.rule for r in rules_of(spec_of(steps=15))] == ["repetition", "kl_runaway"]
+    assert [*rules_of(spec_of(steps=100))] == PACKAGED
+    assert [*rules_of(spec_of(steps=15))] == ["repetition", "kl_runaway"]
     off = spec_of("method=off_policy", steps=100)
-    assert [r.rule for r in rules_of(off)] == ["entropy_collapse", "kl_runaway"]
+    assert [*rules_of(off)] == ["entropy_collapse", "kl_runaway"]
 
 
 def test_a_rule_is_no_part_of_a_point(tmp_path: Path) -> None:
@@ -183,6 +183,7 @@ def test_what_is_said_to_be_logged_is_what_is_logged(line: str, tmp_path: Path) 
 
 # The cheap pair's models know next to nothing; these are a teacher and a student of it.
 PAIR = ["teacher_steps=100", "student_steps=150", "max_new_tokens=24", "overlap_steps=1"]
+PAIR += as_command_line(Overrides({}, {"watch.watch_rules": SHIPPED}))
 PAIR += ["beta=0", "per_device_train_batch_size=8", "sanity_max_nll=99"]
 
 
@@ -268,7 +269,7 @@ def test_no_packaged_rule_warns_of_a_run_that_learns(tmp_path: Path) -> None:
 
 
 def test_a_rule_ends_the_run_with_its_state_saved_and_says_which_it_was(tmp_path: Path) -> None:
-    spec = cheap(tmp_path, "lmbda=0", rule(rule="too_high", limit=-1, window=3, action="stop"))
+    spec = cheap(tmp_path, "lmbda=0", rule("too_high", limit=-1, window=3, action="stop"))
     with pytest.raises(Stopped) as stopped:
         doors.train(spec)
     assert stopped.value.exit_code == STOPPED
@@ -283,7 +284,7 @@ def test_a_rule_ends_the_run_with_its_state_saved_and_says_which_it_was(tmp_path
 def test_the_same_line_stops_again_without_a_step_and_without_the_rule_goes_on_to_the_same_bits(
     tmp_path: Path,
 ) -> None:
-    stopping = rule(rule="too_high", limit=-1, window=3, action="stop")
+    stopping = rule("too_high", limit=-1, window=3, action="stop")
     spec = cheap(tmp_path / "a", "lmbda=1", stopping)
     for _ in range(5):  # more often than attempts without progress are forgiven
         with pytest.raises(Stopped, match="over steps 0 to 2"):
@@ -316,7 +317,7 @@ def test_stop_on_makes_a_warning_the_end(tmp_path: Path) -> None:
 def test_in_a_sweep_a_stopped_point_is_an_outcome_and_the_others_go_on(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    stopping = rule(rule="slow", metric="train/learning_rate", condition="below", limit=1e-3)
+    stopping = rule("slow", metric="train/learning_rate", condition="below", limit=1e-3)
     line = words(tmp_path, "lmbda=0", stopping, "stop_on=[slow]", "suite=tiny", "limit=4")
     line = [word for word in line if not word.startswith("runs=")]
     sweep = ["learning_rate=1e-4,5e-3", "--runs", str(tmp_path)]

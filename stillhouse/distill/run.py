@@ -18,7 +18,7 @@ from stillhouse.errors import Diverged, Interrupted, OutOfMemory, Stopped
 from stillhouse.rundir import Json, RunDir, new_record, now, write_json
 from stillhouse.spec import TrainSpec
 from stillhouse.stop import StopFlag
-from stillhouse.watch import Finding, replayed
+from stillhouse.watch import Finding, replayed, stops
 
 STATUS_SECONDS = (
     1.0  # how often status.json says the step: often enough to watch, rare enough to be free
@@ -113,15 +113,15 @@ class Run:
             self.say(f"warning: {finding.text}")
         if found and self.is_main:
             warnings = self.dir.status().get("warnings") or {}
-            warnings |= {finding.rule.rule: finding.text for finding in found}
+            warnings |= {finding.rule: finding.text for finding in found}
             self.dir.update_status(warnings=warnings)
         for finding in found:
-            if finding.rule.action == "stop" or finding.rule.rule in self.spec.watch.stop_on:
+            if stops(self.spec, finding.rule):
                 if self.is_main:
-                    self.dir.update_status(stopped_by=finding.rule.rule)
+                    self.dir.update_status(stopped_by=finding.rule)
                 raise Stopped(
                     f"by watch rule {finding.text}; state is saved. To go on, take"
-                    f" {finding.rule.rule} from stop_on (or its action) and retry it"
+                    f" {finding.rule} from stop_on (or its action) and retry it"
                 )
 
     def _poll(self) -> None:

@@ -40,11 +40,11 @@ ROUGH = (
     f"points: [{{lmbda: 1, learning_rate: {POISON}}}]",
 )
 SLOW = (  # a rule that one of two points breaks in its second step
-    "{rule: slow, metric: train/learning_rate, condition: below, limit: 0.001, window: 2,"
-    " unless_above: null, action: stop, optional: false}"
+    "{slow: {metric: train/learning_rate, condition: below, limit: 0.001, window: 2,"
+    " unless_above: null, action: stop, optional: false}}"
 )
 STOPPING = (
-    f"base: {{{CHEAP}, lmbda: 1, max_steps: 10, save_steps: 3, watch_rules: [{SLOW}]}}",
+    f"base: {{{CHEAP}, lmbda: 1, max_steps: 10, save_steps: 3, watch_rules: {SLOW}}}",
     "grid: {learning_rate: [0.0001, 0.005]}",
     "compare: {by: learning_rate, metric: tiny_mc/acc, baseline: 0.005}",
     "eval: {suite: tiny, limit: 8, pack: 3}",
