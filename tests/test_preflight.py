@@ -16,7 +16,7 @@ from stillhouse.cli import main
 from stillhouse.distill import preflight
 from stillhouse.distill.monitor import answer_in
 from stillhouse.distill.pairs import prepare
-from stillhouse.distill.preflight import bootstrapped
+from stillhouse.distill.preflight import bootstrapped, shares
 from stillhouse.distill.run import Run
 from stillhouse.rundir import Runs, read_json
 from stillhouse.spec import TrainSpec
@@ -50,6 +50,14 @@ def test_a_mean_has_the_interval_of_resampled_prompts() -> None:
     # The binomial standard error is 0.0458, and 1.96 of them are 0.09.
     assert measured.low == pytest.approx(0.21, abs=0.02)
     assert measured.high == pytest.approx(0.39, abs=0.02)
+
+
+def test_no_right_answer_of_64_may_still_be_a_few_in_a_hundred() -> None:
+    none = shares(torch.zeros(64, 1).double(), lambda x: x.mean(-2).squeeze(-1))
+    assert (none.value, none.low) == (0, 0)
+    assert 0.03 < none.high < 0.07  # by the rule of three, 3 / 64 = 0.047
+    level = shares(torch.zeros(64, 2).double(), lambda x: x.mean(-2)[..., 0] - x.mean(-2)[..., 1])
+    assert level.value == 0 and 0.02 < -level.low < 0.07 and 0.02 < level.high < 0.07
 
 
 def test_the_same_prompts_give_the_same_interval() -> None:

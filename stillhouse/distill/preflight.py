@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -40,14 +41,6 @@ RESAMPLES = 2000  # of prompts, for an interval: its ends are then stable to a t
 SEED = 0  # of the resampling; the answers hang on training.seed
 # Steps whose random numbers are taken: past those of any run, so no draw is used twice.
 FIRST, SECOND = 10**9, 10**9 + 1
-
-
-@dataclass(frozen=True)
-class Answers:
-    """What one side made of the prompts."""
-
-    written: Completions
-    right_P: Float[Tensor, " P"]  # 1, 0, or NaN where the data has no answer
 
 
 def preflight(spec: TrainSpec, prompts: int, pilot: int | None, stop: StopFlag) -> Json:
@@ -239,7 +232,7 @@ class _Look:
 
         def of(*wanted: str, how: Callable[..., Tensor]) -> Measured:
             places = [names.index(name) for name in wanted]
-            return bootstrapped(table_Pc[:, places], lambda x: how(*x.mean(-2).unbind(-1)))
+            return shares(table_Pc[:, places], lambda x: how(*x.mean(-2).unbind(-1)))
 
         found = {f"{name}_accuracy": of(name, how=lambda a: a) for name in ("student", "teacher")}
         found["teacher_lead"] = of("teacher", "student", how=lambda t, s: t - s)
@@ -266,24 +259,41 @@ def _pilot(spec: TrainSpec, steps: int, stop: StopFlag) -> dict[str, Measured]:
         run = Run(short, RunDir(Path(home) / "pilot"), stop)
         before_P = run.monitor.right()
         run.train()
-        change_P1 = (run.monitor.right() - before_P)[:, None]
-    return {"pilot_gain": bootstrapped(change_P1, lambda x: x.mean(-2).squeeze(-1))}
+        table_Pc = torch.stack([before_P, run.monitor.right()], 1)
+    return {"pilot_gain": shares(table_Pc, lambda x: x.mean(-2)[..., 1] - x.mean(-2)[..., 0])}
 
 
 # ---------------------------------------------------------------------- intervals
 
 
-def bootstrapped(columns_Pc: Tensor, statistic: Callable[[Tensor], Tensor]) -> Measured:
+def bootstrapped(
+    columns_Pc: Tensor, statistic: Callable[[Tensor], Tensor], unseen_Uc: Tensor | None = None
+) -> Measured:
     """A statistic of prompts with its 95 % percentile interval over resampled prompts.
 
-    `statistic` takes [..., P, c] and gives [...]. NaN where it is not defined.
+    `statistic` takes [..., P, c] and gives [...]. NaN where it is not defined. `unseen_Uc` are
+    outcomes that count once in the interval though nobody saw them.
     """
+    value = float(statistic(columns_Pc))
+    seen = len(columns_Pc)
+    if unseen_Uc is not None:
+        columns_Pc = torch.cat([columns_Pc, unseen_Uc])
     P = len(columns_Pc)
     picks_RP = torch.randint(P, (RESAMPLES, P), generator=torch.Generator().manual_seed(SEED))
     resampled_R = torch.cat([statistic(columns_Pc[part]) for part in picks_RP.split(100)])
     ends = resampled_R.nanquantile(torch.tensor([0.025, 0.975], dtype=resampled_R.dtype))
     low, high = ends.tolist()
-    return Measured(float(statistic(columns_Pc)), low, high, P)
+    return Measured(value, low, high, seen)
+
+
+def shares(columns_Pc: Tensor, statistic: Callable[[Tensor], Tensor]) -> Measured:
+    """The same of columns that hold 0 and 1, whose interval is not empty where all are alike.
+
+    Of no right answer in 64, resampling alone would say [0, 0]. Every combination counts once more
+    in the interval, in the spirit of Agresti and Coull (1998); of Agresti and Min (2005) for pairs.
+    """
+    every = product((0.0, 1.0), repeat=columns_Pc.shape[1])
+    return bootstrapped(columns_Pc, statistic, torch.tensor([*every], dtype=columns_Pc.dtype))
 
 
 def _per_token(values_N: Tensor, rows_N: Tensor, prompts: int) -> Measured:
