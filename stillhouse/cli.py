@@ -92,7 +92,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _dispatch(words: list[str]) -> int:
     if not words or words[0] in ("-h", "--help", "help"):
-        said = [f"  {verb:<8} {what}" for verb, what in (VERBS | DOORS).items()]
+        said = [f"  {verb:<9} {what}" for verb, what in (VERBS | DOORS).items()]
         said.insert(len(VERBS), "")
         verbs = "\n".join(said)
         print(f"usage: {USAGE}\n\n{verbs}\n\n{HELP}\n{EXAMPLES}", end="")
