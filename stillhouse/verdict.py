@@ -112,6 +112,8 @@ def as_text(found: Mapping[str, Any]) -> str:
     lines.append(f"of {facts['prompts']} prompts, {facts['with_answers']} with an answer:")
     if not facts["with_answers"]:
         lines.append("  capability: not measured, the data has no answers")
+    if not facts["teacher_writes"]:
+        lines.append("  capability: not measured, the teacher of this pair only scores")
     ends = facts["end_of_text"]
     if ends["student"] != ends["teacher"]:
         lines.append(

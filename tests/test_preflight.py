@@ -142,6 +142,14 @@ def test_different_models_are_told_apart_better_than_two_answers_of_one(
     assert numbers["told_apart"]["value"] > numbers["told_apart_noise"]["high"]
 
 
+def test_a_teacher_that_only_scores_is_asked_for_no_text(tmp_path: Path) -> None:
+    found = looked(pair(tmp_path, "teacher_samples=false"), prompts=4)
+    assert not found["facts"]["teacher_writes"]
+    assert "ratio_4" in found["numbers"] and "reverse_kl" in found["numbers"]
+    missing = {"forward_kl", "told_apart", "teacher_lead", "kept_25"}
+    assert not missing & set(found["numbers"])
+
+
 def test_a_pilot_is_thrown_away_and_leaves_a_number(tmp_path: Path) -> None:
     found = looked(pair(tmp_path), pilot=2)
     assert found["facts"]["pilot_steps"] == 2

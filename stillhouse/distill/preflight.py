@@ -73,6 +73,7 @@ def preflight(spec: TrainSpec, prompts: int, pilot: int | None, stop: StopFlag) 
             "student": _end_of_text(loaded.roles.student),
             "teacher": _end_of_text(loaded.roles.teacher),
         },
+        "teacher_writes": spec.pair.teacher_samples,
         "is_same_function": loaded.roles.is_same_function,
     }
     if pilot:
@@ -92,8 +93,9 @@ class _Look:
         self.written = {
             "rollouts": self._write("student", FIRST),
             "again": self._write("student", SECOND),
-            "teacher": self._write("teacher", FIRST),
         }
+        if spec.pair.teacher_samples:
+            self.written["teacher"] = self._write("teacher", FIRST)
         self.known: dict[tuple[str, int], tuple[dict[str, Tensor], Tensor]] = {}
 
     # ------------------------------------------------------------------ what models do
@@ -182,8 +184,9 @@ class _Look:
                 found[f"{name}_{k}"] = _per_token(values[name], rows_N, len(self.asked))
         for name in ("entropy_gap", "student_entropy", "teacher_entropy", "reverse_kl"):
             found[name] = _per_token(values[name], rows_N, len(self.asked))
-        of_teacher, rows_N = self._positions("teacher", 1)
-        found["forward_kl"] = _per_token(of_teacher["forward_kl"], rows_N, len(self.asked))
+        if "teacher" in self.written:
+            of_teacher, rows_N = self._positions("teacher", 1)
+            found["forward_kl"] = _per_token(of_teacher["forward_kl"], rows_N, len(self.asked))
         return found
 
     def told_apart(self) -> dict[str, Measured]:
@@ -191,7 +194,10 @@ class _Look:
 
         The chance that, of an answer of each, the teacher's has the higher log q - log p per token:
         0.5 is not at all. The same of two answers of the student is the noise to hold it against.
+        Empty where the teacher only scores.
         """
+        if "teacher" not in self.written:
+            return {}
         means = []
         for name in self.written:
             values, rows_N = self._positions(name, 1)
@@ -212,10 +218,10 @@ class _Look:
     def capability(self) -> dict[str, Measured]:
         """Whether the teacher knows more, and whether it can go on from where the student is.
 
-        Empty where the data has no answers.
+        Empty where the data has no answers, or the teacher only scores.
         """
         known_P = ~self.has_no_answer_P
-        if known_P.sum() < 2:
+        if known_P.sum() < 2 or "teacher" not in self.written:
             return {}
         alone = [
             self._right(self._write(who, FIRST, greedy=True)) for who in ("student", "teacher")
