@@ -64,7 +64,7 @@ def counted(model: Any, ids_BP: Tensor, mask_BP: Tensor) -> list[Way]:
     """Both ways, drawing by counted randomness; with no end-of-text, so that no row is short."""
 
     def draw() -> _Draw:
-        rollout = RolloutSpec(NEW_TOKENS, NEW_TOKENS, 1.0)
+        rollout = RolloutSpec(NEW_TOKENS, NEW_TOKENS, 1.0, 1)
         draws = uniforms(1, "student", 0, range(BATCH), NEW_TOKENS)
         return _Draw(draws, [0] * BATCH, rollout, [1], lambda: None)
 

@@ -29,6 +29,7 @@ class StepPlan:
     advantage_clip: float  # of pg, in nats
     replay_size: int  # steps whose sequences are kept; 0: none
     replay_injection: float  # probability that teacher sequences are kept too
+    rollout_tokens: int  # that a rollout may have
 
 
 def value_at(schedule: float | Knots, fraction: float) -> float:
@@ -48,7 +49,7 @@ def value_at(schedule: float | Knots, fraction: float) -> float:
 def step_plan(spec: TrainSpec, step: int) -> StepPlan:
     """The plan of step `step`, counted from 0."""
     method, loss = spec.method, spec.loss
-    fraction = step / max(1, spec.training.max_steps)
+    fraction, most = step / max(1, spec.training.max_steps), spec.rollout.max_new_tokens
     return StepPlan(
         lmbda=value_at(method.lmbda, fraction),
         lmbda_as=method.lmbda_as,
@@ -61,6 +62,7 @@ def step_plan(spec: TrainSpec, step: int) -> StepPlan:
         advantage_clip=value_at(loss.advantage_clip, fraction),
         replay_size=method.replay_size,
         replay_injection=method.replay_injection,
+        rollout_tokens=max(1, round(value_at(spec.rollout.horizon, fraction) * most)),
     )
 
 
@@ -71,7 +73,7 @@ def needs_dataset_completions(method: MethodSpec) -> bool:
 
 def drawn(spec: TrainSpec) -> str:
     """The method as one line of text: λ over the run, then what is learnt from, and how."""
-    method, loss = spec.method, spec.loss
+    method, loss, most = spec.method, spec.loss, spec.rollout.max_new_tokens
     learnt: list[str] = []
     if method.lmbda != 0:
         clip = f" (clip {_ends(loss.advantage_clip)})" if loss.on_loss == "pg" else ""
@@ -83,6 +85,12 @@ def drawn(spec: TrainSpec) -> str:
         parts.append("both in each step, λ their weight")
     if method.seed_tokens != 0:
         parts.append(f"seed tokens {_bars(method.seed_tokens, 0)} {_ends(method.seed_tokens)}")
+    if spec.rollout.horizon != 1:
+        ends = _ends(spec.rollout.horizon)
+        parts.append(f"horizon {_bars(spec.rollout.horizon, 1)} {ends} of {most} tokens")
+    if loss.position_weights != 1:
+        bars = _bars(loss.position_weights, 1)
+        parts.append(f"weights along an answer {bars} {_ends(loss.position_weights)}")
     if method.replay_size:
         rate = f"teacher sequences in {method.replay_injection:g} of them"
         parts.append(f"drawn from a buffer of {method.replay_size} steps, {rate}")

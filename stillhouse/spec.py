@@ -192,6 +192,8 @@ class LossSpec:
     loss_top_k: Count  # of topk: tokens of a support; the rest is one bucket, exactly
     top_k_support: Literal["student", "teacher", "union", "intersection"]  # whose top k
     loss_temperature: Positive  # both sides' logits are divided by it
+    # Of a token's loss, by where it stands: knots over the fraction of max_new_tokens before it.
+    position_weights: Schedule
     loss_chunk: Count  # positions per chunk of the loss: memory, not meaning
 
     @model_validator(mode="after")
@@ -278,6 +280,7 @@ class RolloutSpec:
     max_new_tokens: Count
     min_new_tokens: Natural  # end-of-text is forbidden before it
     temperature: Positive  # of sampling; the loss has its own
+    horizon: ShareSchedule  # share of max_new_tokens that a rollout may have, over the run
 
     @model_validator(mode="after")
     def _room(self) -> RolloutSpec:
@@ -474,6 +477,11 @@ class TrainSpec:
                 " the rest of a rollout is what the student learns from; lower one or raise the"
                 " other"
             )
+        if most and self.rollout.horizon != 1:
+            raise ValueError(
+                "seed_tokens with a horizon below 1: the teacher's first tokens could be all of a"
+                " rollout; leave one of them out"
+            )
         asks = {
             f"method {method.method_name}": method.samples_teacher,
             "score_steps": self.monitor.score_steps > 0,
@@ -573,6 +581,10 @@ NOT_VERSIONED: dict[str, str] = {
     "training.sanity_max_nll": "a check, not a computation",
 }
 
+# Knobs that came when there were runs already, and the value that is as before: a knob that has it
+# is no part of the content, so that those runs are still what they were asked to be.
+AS_BEFORE: dict[str, float] = {"loss.position_weights": 1, "rollout.horizon": 1}
+
 _TRAIN = TypeAdapter(TrainSpec)
 _SKIP_SECTIONS = frozenset(key for key in NOT_VERSIONED if "." not in key)
 _SKIP_LEAVES = [key.split(".") for key in NOT_VERSIONED if "." in key]
@@ -592,6 +604,10 @@ def versioned(spec: TrainSpec) -> dict[str, dict[str, Any]]:
         del plain[section]
     for section, leaf in _SKIP_LEAVES:
         del plain[section][leaf]
+    for key, value in AS_BEFORE.items():
+        section, leaf = key.split(".")
+        if plain[section][leaf] == value:
+            del plain[section][leaf]
     return plain
 
 

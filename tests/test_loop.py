@@ -54,6 +54,46 @@ def test_the_logged_numbers_are_those_of_a_dense_computation_on_shifted_targets(
     torch.testing.assert_close(flat_gradient(run), gradient, rtol=1e-4, atol=1e-8)
 
 
+def test_weights_by_position_weigh_what_is_differentiated_and_logged(tmp_path):
+    words = ["lmbda=1", "beta=0.3", "max_new_tokens=8", "position_weights=[[0,1],[0.5,0]]"]
+    run = make(tmp_path, *words)
+    metrics = run.loop.gradients(0)
+    gradient = flat_gradient(run)
+    run.loop.optimizer.zero_grad()
+    [share] = shares(run)
+    total, tokens = torch.zeros(()), 0
+    for example, ids in zip(share.examples, share.written.ids, strict=True):
+        sequence = torch.tensor([[*example.prompt_ids, *ids]])
+        first = len(example.prompt_ids)
+        student_TV = run.student(sequence).logits[0, first - 1 : -1].log_softmax(-1)
+        with torch.no_grad():
+            teacher_TV = run.teacher(sequence).logits[0, first - 1 : -1].log_softmax(-1)
+        p, q = student_TV.exp(), teacher_TV.exp()
+        log_m = (0.3 * q + 0.7 * p).log()
+        losses_T = (0.3 * q * (teacher_TV - log_m) + 0.7 * p * (student_TV - log_m)).sum(-1)
+        # 1 at the first token, 0 from the fifth of at most eight on.
+        total = (
+            total + (losses_T * torch.tensor([1, 0.75, 0.5, 0.25, 0, 0, 0, 0])[: len(ids)]).sum()
+        )
+        tokens += len(ids)
+    (total / tokens).backward()
+    assert metrics["train/loss"] == pytest.approx(total.item() / tokens, rel=1e-4)
+    torch.testing.assert_close(flat_gradient(run), gradient, rtol=1e-4, atol=1e-8)
+
+
+def test_a_horizon_ends_rollouts_early_and_no_other_sequences(tmp_path):
+    growing = ["horizon=[[0,0.5],[0.5,0.5],[0.5,1]]", "max_new_tokens=8", "min_new_tokens=8"]
+    run = make(tmp_path, "lmbda=1", "max_steps=4", *growing)
+    lengths = []
+    for step in range(4):
+        run.loop.gradients(step)
+        lengths.append({len(ids) for share in shares(run) for ids in share.written.ids})
+    assert lengths == [{4}, {4}, {8}, {8}]
+    other = make(tmp_path, "lmbda=0", "off_policy_source=teacher", *growing)
+    other.loop.gradients(0)
+    assert {len(ids) for share in shares(other) for ids in share.written.ids} == {8}
+
+
 @pytest.mark.parametrize("words", [["micro_batch=1"], ["micro_batch=2"], ["loss_chunk=3"]])
 def test_splitting_a_step_further_does_not_change_its_gradient(tmp_path, words):
     whole, split = make(tmp_path, "lmbda=1"), make(tmp_path, "lmbda=1", *words)

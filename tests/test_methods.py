@@ -68,6 +68,7 @@ def test_a_methods_plan_is_its_row(method: str, family: str):
             advantage_clip=clip,
             replay_size=int(size),
             replay_injection=float(injection),
+            rollout_tokens=32,
         ), step
 
 
@@ -102,6 +103,12 @@ def test_the_advantage_clip_grows_over_20_steps_whatever_the_methods_length():
         assert clips == pytest.approx([2, 2.75, 3.5, 4.85, 5, 5])
 
 
+def test_a_horizon_is_a_share_of_the_longest_rollout_and_never_nothing():
+    growing = spec("horizon=[[0,0],[0.5,1]]")
+    tokens = [step_plan(growing, step).rollout_tokens for step in (0, 1, 25, 49, 50, 99)]
+    assert tokens == [1, 1, 16, 31, 32, 32]
+
+
 def test_a_run_of_no_steps_has_a_plan_too():
     assert step_plan(spec("method=hybrid", "max_steps=0"), 0).lmbda == 0
 
@@ -126,13 +133,17 @@ LINES = {
     " 100 steps",
     "off_policy ce_pg": "λ ▁▁▁▁▁▁▁▁▁▁▁▁▁▁▁▁▁▁▁▁ 0        jsd on teacher sequences; 100 steps",
     "gkd jsd": "λ ████████████████████ 1        jsd on rollouts; 100 steps",
+    "gkd jsd horizon=[[0,0.25],[1,1]]": "λ ████████████████████ 1        jsd on rollouts; horizon"
+    " ▃▃▃▄▄▄▄▅▅▅▆▆▆▆▇▇▇▇██ 0.25 → 1 of 32 tokens; 100 steps",
+    "gkd jsd position_weights=[[0,1],[0.5,0]]": "λ ████████████████████ 1        jsd on rollouts;"
+    " weights along an answer █▇▆▆▅▄▃▃▂▁▁▁▁▁▁▁▁▁▁▁ 1 → 0; 100 steps",
 }
 
 
 @pytest.mark.parametrize("what", LINES)
 def test_a_method_is_drawn_as_a_line(what: str):
-    method, family = what.split()
-    assert drawn(spec(f"method={method}", f"loss={family}")) == LINES[what]
+    method, family, *more = what.split()
+    assert drawn(spec(f"method={method}", f"loss={family}", *more)) == LINES[what]
 
 
 def test_every_method_begins_to_say_what_it_learns_from_in_one_column():
@@ -204,6 +215,9 @@ REFUSED = {
     "method=teacher_seeded max_new_tokens=20": "seed_tokens 20 must be below max_new_tokens 20",
     "loss_top_k=385 on_loss=topk": "loss_top_k 385 is above the 384 tokens of pair tiny's"
     " vocabulary; the top k are some of them (16 is the default)",
+    "horizon=1.5": "horizon = 1.5: the values of this schedule lie in [0, 1]",
+    "horizon=[[0,1],[1,0.2]] method=teacher_seeded": "seed_tokens with a horizon below 1",
+    "position_weights=[[0,1],[0.5,-1]]": "the values of this schedule lie at or above 0",
     "overlap_k=385": "overlap_k 385 is above the 384 tokens of pair tiny's vocabulary",
     "overlap_bins=[[0,8],[9,null]]": "bins are [first, end) of positions, one after the other from"
     " 0 to null (no end): [9, null] begins where 8 is due",

@@ -60,7 +60,7 @@ def model(request):
 
 def drawn(model, prompts, uniform_BT, temperature=1.0, longest=8, shortest=0, **more):
     return write(
-        model, prompts, uniform_BT, RolloutSpec(longest, shortest, temperature),
+        model, prompts, uniform_BT, RolloutSpec(longest, shortest, temperature, 1),
         pad_id=PAD, eos_ids=[EOS], poll=lambda: None, **more,
     )  # fmt: skip
 
@@ -74,7 +74,7 @@ def test_the_log_says_what_writes_and_why():
 
 
 def test_both_ways_draw_the_same_tokens():
-    model, rollout = llama(), RolloutSpec(12, 3, 0.8)
+    model, rollout = llama(), RolloutSpec(12, 3, 0.8, 1)
     prompts = [[2 + row % 7, 5, 3][: 1 + row % 3] for row in range(64)]
     written = []
     for way in (decode, lambda *args, **more: generate(*args, **more, pad_id=PAD)):
@@ -250,7 +250,7 @@ def test_a_poll_that_raises_stops_a_rollout_between_two_tokens(model):
     model.train()
     with pytest.raises(Enough):
         write(
-            model, [[4]], uniforms(2, "student", 0, [0], 8), RolloutSpec(8, 8, 1.0),
+            model, [[4]], uniforms(2, "student", 0, [0], 8), RolloutSpec(8, 8, 1.0, 1),
             pad_id=PAD, eos_ids=[EOS], poll=poll,
         )  # fmt: skip
     assert len(calls) == 3

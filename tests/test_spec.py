@@ -12,6 +12,7 @@ from stillhouse.compose import GROUPS, Overrides, compose
 from stillhouse.errors import ConfigError
 from stillhouse.flags import leaves
 from stillhouse.spec import (
+    AS_BEFORE,
     NOT_VERSIONED,
     EvalSpec,
     MethodSpec,
@@ -70,6 +71,7 @@ OTHER: dict[str, object] = {
     "loss_top_k": 8,
     "top_k_support": "union",
     "loss_temperature": 2.0,
+    "position_weights": [[0, 1], [1, 0]],
     "loss_chunk": 64,
     "quant_type": "bnb_nf4",
     "quant_group_size": 64,
@@ -90,6 +92,7 @@ OTHER: dict[str, object] = {
     "max_new_tokens": 64,
     "min_new_tokens": 8,
     "temperature": 0.7,
+    "horizon": 0.5,
     "learning_rate": 2e-5,
     "lr_scheduler_type": "constant",
     "warmup_ratio": 0.1,
@@ -193,6 +196,15 @@ def test_no_unversioned_leaf_is_part_of_the_identity(name: str):
     other = train(**{name: OTHER[name]})
     assert other != train()
     assert point_id(other) == point_id(train())
+
+
+def test_a_knob_that_came_later_leaves_the_runs_before_it_what_they_were():
+    plain = versioned(train(pair="tiny"))
+    for key, value in AS_BEFORE.items():
+        section, leaf = key.split(".")
+        assert leaf not in plain[section]
+        same = train(pair="tiny", **{leaf: [[0, value], [1, value]]})
+        assert point_id(same) == point_id(train(pair="tiny"))
 
 
 def test_what_is_said_to_be_unversioned_exists():

@@ -34,7 +34,7 @@ from stillhouse.distill.quant import assert_gradients_exact
 from stillhouse.distill.rollouts import Completions, counted_generator, pad_left
 from stillhouse.distill.sequences import Batch, Sequences, Share, Writer
 from stillhouse.errors import ConfigError, Diverged
-from stillhouse.methods import StepPlan, step_plan
+from stillhouse.methods import StepPlan, step_plan, value_at
 from stillhouse.spec import TrainSpec
 
 Logits = Callable[[slice], Tensor]  # logits [n, V] of the rows a slice picks among N positions
@@ -259,14 +259,24 @@ class Loop:
             hidden_NH = hidden_NH.to(head_VH.dtype)
             how = {"temperature": loss_spec.loss_temperature, "chunk": loss_spec.loss_chunk}
             objective = self._objective(batch, written, plan)
+            places_N = places_of(written.ids, written.forced).to(hidden_NH.device)
+            weights_N = self._weights(places_N, hidden_NH)
             seen = {}
             if self.summary is not None and batch.is_on_policy:
-                places_N = places_of(written.ids, written.forced).to(hidden_NH.device)
                 seen = {"summary": self.summary, "places_N": places_N}
             loss, stats = distill_loss(
-                hidden_NH, head_VH, logits, target_N, objective=objective, **how, **seen
+                hidden_NH,
+                head_VH,
+                logits,
+                target_N,
+                objective=objective,
+                weights_N=weights_N,
+                **how,
+                **seen,
             )
             sums = [s.sum().double() for s in stats]
+            if weights_N is not None:  # what is logged is what is differentiated
+                sums[0] = loss.detach().double()
             held = loss.new_zeros(())
             if start is not None:
                 held, _ = distill_loss(
@@ -274,6 +284,14 @@ class Loop:
                 )
             ((loss + plan.anchor_weight * held) * scale).backward()
         return torch.stack([*sums, held.detach().double()]).cpu()
+
+    def _weights(self, places_N: Tensor, like_NH: Tensor) -> Tensor | None:
+        """Of each token's loss; None where all are 1."""
+        schedule, most = self.spec.loss.position_weights, self.spec.rollout.max_new_tokens
+        if schedule == 1 or not len(places_N):
+            return None
+        by_place = [value_at(schedule, place / most) for place in range(int(places_N.max()) + 1)]
+        return like_NH.new_tensor(by_place)[places_N]
 
     def _objective(self, batch: Batch, written: Completions, plan: StepPlan) -> Objective:
         """What is differentiated on these sequences."""

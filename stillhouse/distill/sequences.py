@@ -150,7 +150,11 @@ class Sequences:
                 forced = teacher(examples, step, places, length, tokens=plan.seed_tokens)
                 seeds = forced.ids
                 self.wrote["teacher"] += sum(map(len, seeds))
-            written = self.writers[who](examples, step, places, length, prefixes=seeds)
+            shorter = who == "student" and plan.rollout_tokens < self.spec.rollout.max_new_tokens
+            tokens = plan.rollout_tokens if shorter else None
+            written = self.writers[who](
+                examples, step, places, length, tokens=tokens, prefixes=seeds
+            )
             own = sum(map(len, written.ids)) - sum(written.forced)
             if who != "dataset":
                 self.wrote[who] += own

@@ -69,8 +69,9 @@ def methods(points: Sequence[Point]) -> list[Json]:
     alike: dict[Any, list[Point]] = {}
     for point in points:  # drawing is what takes time: of 10,000 points few differ in these
         loss = point.spec.loss
-        losses = (loss.on_loss, loss.off_loss, loss.advantage_clip)
-        key = (point.spec.method, losses, point.spec.training.max_steps)
+        losses = (loss.on_loss, loss.off_loss, loss.advantage_clip, loss.position_weights)
+        rollout = (point.spec.rollout.horizon, point.spec.rollout.max_new_tokens)
+        key = (point.spec.method, losses, rollout, point.spec.training.max_steps)
         alike.setdefault(key, []).append(point)
     counts: Counter[tuple[str, str]] = Counter()
     for same in alike.values():
