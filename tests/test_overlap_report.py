@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from stillhouse.results.curves import Run, read
 from stillhouse.results.overlaps import MEASURES, ArmOverlap, overlaps, table_of, told
 from stillhouse.results.report import write_report
 from stillhouse.results.table import load
-from stillhouse.rundir import Runs
+from stillhouse.rundir import Runs, write_atomic
 
 SAMPLE = Sample(overlaps=True, axes={"lmbda": [0, 1]})
 STILL = dict.fromkeys(MEASURES, (0.5, 0.5))
@@ -118,6 +119,15 @@ def test_the_page_tells_shows_and_draws_it(runs: Path, page: str) -> None:
     assert "## How student and teacher overlap" in (directory / "table.md").read_text()
     row = pd.read_csv(directory / "arms.csv").iloc[0]
     assert row["arm"] == "lmbda = 1" and row["overlap_empty"] == pytest.approx(0.025)
+
+
+def test_a_bin_that_one_arms_rollouts_never_reach_is_blank_in_its_map(tmp_path: Path) -> None:
+    sample = dataclasses.replace(SAMPLE, axes={"lmbda": [0.5, 1]})
+    for run in write_sample(tmp_path, sample)[:3]:
+        lines = [{k: v for k, v in m.items() if k != "overlap/ratio/8-"} for m in run.metrics()]
+        write_atomic(run.metrics_file, "".join(json.dumps(m) + "\n" for m in lines).encode())
+    write_report("sample", tmp_path)
+    assert "<!-- 8– -->" in (Runs(tmp_path).report("sample") / "overlap_map.svg").read_text()
 
 
 def test_a_sweep_that_was_not_looked_at_has_neither_section_nor_figure(tmp_path: Path) -> None:

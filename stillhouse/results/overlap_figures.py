@@ -93,6 +93,7 @@ def overlap_map(frame: Frame, runs: Sequence[Run]) -> Drawn | None:
             pd.DataFrame(
                 {key: curve["mean"] for key, curve in curves.items() if curve is not None},
                 columns=ordered,
+                dtype=float,  # a bin that no run of this arm reaches is a column of nothing
             ).sort_index()
         )
     low = min(float(table.min().min()) for table in tables)
