@@ -102,6 +102,16 @@ def test_an_arm_whose_overlap_stands_still_is_named_as_the_papers_failing_runs_l
     assert said.endswith("is how the paper's failing runs look: 2 of 3 arms (stands; shrinks).")
 
 
+def test_an_arm_that_only_its_shared_part_speaks_against_is_told_as_torn() -> None:
+    ends = {"advantage": (-0.2, -0.05), "entropy_gap": (0.5, 0.2)}
+    said = told(overlaps(arm_of("a", **ends)))
+    assert "the shared part grew in none of 1 arm." in said
+    assert said.endswith(
+        "By the shared part alone these would look like the paper's failing runs, by the other two"
+        " like its successful ones: the one arm. In a small vocabulary the other two say more."
+    )
+
+
 def test_the_table_has_a_row_per_number_of_each_arm_that_wrote_rollouts(runs: Path) -> None:
     header, rows = table_of(overlaps(read(load("sample", runs), Runs(runs))))
     assert [row[:2] for row in rows] == [["lmbda = 1", title] for title, _ in MEASURES.values()]

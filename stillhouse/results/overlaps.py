@@ -97,13 +97,21 @@ def told(found: Sequence[ArmOverlap]) -> str:
         closer, away = _movers(name, towards, found), _movers(name, -towards, found)
         more = f" and {bad} in {_of(away, found)}" if away else ""
         said.append(f"The {title} {good} in {_of(closer, found)}{more}.")
-    stuck = [a.arm for a in found if a.moved("ratio") <= 0]
-    if stuck:
-        who = _of(stuck, found)
+    stuck = [a for a in found if a.moved("ratio") <= 0]
+    torn = [a.arm for a in stuck if a.moved("advantage") > 0 and a.moved("entropy_gap") < 0]
+    failing = [a.arm for a in stuck if a.arm not in torn]
+    if failing:
+        who = _of(failing, found)
         said.append(
             f"A shared part that does not grow is how the paper's failing runs look: {who}."
         )
-    elif all(a.moved("advantage") > 0 for a in found):
+    if torn:
+        said.append(
+            "By the shared part alone these would look like the paper's failing runs, by the other"
+            f" two like its successful ones: {_of(torn, found)}. In a small vocabulary the other"
+            " two say more."
+        )
+    if not stuck and all(a.moved("advantage") > 0 for a in found):
         said.append("That is how the paper's successful runs look.")
     return " ".join(said)
 
