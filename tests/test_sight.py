@@ -465,6 +465,7 @@ def test_a_follower_is_told_what_happens(lab: Lab) -> None:
     wait_for(lab, "running")
     lab.fake.complete(name)
     wait_for_trained(lab)
+    assert lab.sight.look(POINT.id, SCORES).is_trained
     lab.sight.close()
 
 

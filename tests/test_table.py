@@ -18,6 +18,7 @@ from sample_runs import DOCUMENTS, SUITE, Sample, write_sample
 import stillhouse
 from stillhouse.errors import ConfigError, ContractError
 from stillhouse.results.answer import answer
+from stillhouse.results.layout import comparison_tables
 from stillhouse.results.summary import remarks, summary, to_markdown, wide
 from stillhouse.results.table import is_unscored, label, load, points_of, spell
 from stillhouse.rundir import Runs, read_json, write_json
@@ -257,6 +258,26 @@ def test_arms_are_compared_with_the_untrained_students(runs: Path) -> None:
     assert "Against the untrained student (" in found.context
     assert "Against the untrained student in int4 (" in found.context
     assert found.context.endswith("For comparison: teacher 0.850.")
+
+
+def test_the_share_of_the_teachers_lead_stands_beside_the_difference(runs: Path) -> None:
+    found = answer(load("sample", runs))
+    first = found.untrained[0]
+    assert found.gaps["student"] == pytest.approx(0.85 - first.reference_mean)
+    ((_, (header, rows)),) = comparison_tables(found.untrained[:1], found.gaps)
+    share = first.paired.difference.mean / found.gaps["student"]
+    assert dict(zip(header, rows[0], strict=True))["gap recovered"] == f"{share:.0%}"
+    ((_, (header, _)),) = comparison_tables(found.main[:1], found.gaps)
+    assert "gap recovered" not in header, "of the compared baseline it would mean nothing"
+
+
+def test_a_teacher_with_hardly_a_lead_leaves_no_gap_to_recover(tmp_path: Path) -> None:
+    write_sample(tmp_path)
+    file = next((tmp_path / "baselines").glob("teacher-*/eval/tiny_gen.json"))
+    score = read_json(file) or {}
+    student = answer(load("sample", tmp_path)).untrained[0].reference_mean
+    write_json(file, score | {"value": student + 0.09})
+    assert "student" not in answer(load("sample", tmp_path)).gaps
 
 
 def test_other_axes_are_averaged_seed_by_seed_and_do_not_raise_n(runs: Path) -> None:

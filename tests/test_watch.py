@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from cheap import cheap, words
+from sample_runs import write_sample
 
 from stillhouse import doors
 from stillhouse.cli import main
@@ -312,6 +313,20 @@ def test_stop_on_makes_a_warning_the_end(tmp_path: Path) -> None:
     spec = cheap(tmp_path, "lmbda=0", rule(limit=-1), "stop_on=[mine]")
     with pytest.raises(Stopped):
         doors.train(spec)
+
+
+def test_warnings_stand_in_the_status_and_in_the_report(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = "kl_runaway: train/reverse_kl is 2.82 on average"
+    for run in write_sample(tmp_path)[:2]:
+        run.update_status(warnings={"kl_runaway": text})
+    main(["status", "sample", "--runs", str(tmp_path)])
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "warning" in line]
+    assert line.startswith(f"  warning  2: {text} [")
+    assert main(["report", "sample", "--runs", str(tmp_path)]) == 0
+    said = capsys.readouterr().out
+    assert "- Watch rule kl_runaway warned in 2 of 9 runs: 2 of lmbda = 0." in said
 
 
 def test_in_a_sweep_a_stopped_point_is_an_outcome_and_the_others_go_on(

@@ -57,7 +57,8 @@ def overlaps(runs: Sequence[Run]) -> list[ArmOverlap]:
     """Each arm whose runs were looked at more than once, in the sweep's order."""
     found: list[ArmOverlap] = []
     for arm in dict.fromkeys(run.point["arm"] for run in runs):
-        logged = [run for run in runs if run.point["arm"] == arm and _columns(run) is not None]
+        mine = [run for run in runs if run.point["arm"] == arm]
+        logged = [run for run in mine if "overlap/ratio" in run.metrics]
         if not logged:
             continue
         courses: dict[str, Course] = {}
@@ -78,10 +79,6 @@ def overlaps(runs: Sequence[Run]) -> list[ArmOverlap]:
             lost, seen = (sum(float(c[column].iloc[-1]) for c in counts) for column in counts[0])
             found.append(ArmOverlap(arm, courses, logged[0].overlap_k, lost / seen))
     return found
-
-
-def _columns(run: Run) -> Any:
-    return run.metrics.get("overlap/ratio")
 
 
 def told(found: Sequence[ArmOverlap]) -> str:
