@@ -280,6 +280,9 @@ def _attempt(spec: TrainSpec, run: Any) -> int:
         finished=None,
         exit_code=None,
         cause=None,
+        # What rules found is found again, by this attempt's rules, in what was logged.
+        stopped_by=None,
+        warnings=None,
         pid=os.getpid(),
     )
     try:

@@ -293,6 +293,8 @@ def test_the_same_line_stops_again_without_a_step_and_without_the_rule_goes_on_t
     run = Runs(tmp_path / "a").of(spec)
     assert len(run.metrics()) == 3
     assert doors.train(cheap(tmp_path / "a", "lmbda=1")) == 0
+    status = run.status()
+    assert not status["stopped_by"] and not status["warnings"], "it is not stopped any more"
     never = cheap(tmp_path / "b", "lmbda=1")
     assert doors.train(never) == 0
     assert timeless(run) == timeless(Runs(tmp_path / "b").of(never))
