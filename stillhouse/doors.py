@@ -160,6 +160,7 @@ def look(spec: TrainSpec, prompts: int, pilot: int | None) -> Json:
         "beta": spec.loss.beta,
         "max_steps": spec.training.max_steps,
     }
+    numbers |= verdict.asked_numbers(spec.loss.beta, spec.training.max_steps)
     whole = asked | verdict.decide(rules, numbers) | found | {"measured": how}
     write_json(file, whole)
     return whole

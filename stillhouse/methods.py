@@ -6,7 +6,7 @@ methods differ in their YAML file only. No torch here: plans can be read and dra
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from stillhouse.spec import Knots, MethodSpec, TrainSpec
 
@@ -19,6 +19,7 @@ ENDS = 7  # of its first and last value: 0 → 0.5
 class StepPlan:
     """What one optimiser step does."""
 
+    is_cold: bool  # of the cold start: the teacher's answers to prompts of its own
     lmbda: float  # share of on-policy data, in [0, 1]
     lmbda_as: str  # "coin": one kind of data, by chance; "weight": both, their losses mixed
     off_policy_source: str  # "dataset" or "teacher": what is not a rollout
@@ -50,7 +51,13 @@ def step_plan(spec: TrainSpec, step: int) -> StepPlan:
     """The plan of step `step`, counted from 0."""
     method, loss = spec.method, spec.loss
     fraction, most = step / max(1, spec.training.max_steps), spec.rollout.max_new_tokens
+    if step < spec.cold_steps:
+        method = replace(
+            method, lmbda=0.0, lmbda_as="coin", off_policy_source="teacher", seed_tokens=0.0,
+            replay_size=0, replay_injection=0.0,
+        )  # fmt: skip
     return StepPlan(
+        is_cold=step < spec.cold_steps,
         lmbda=value_at(method.lmbda, fraction),
         lmbda_as=method.lmbda_as,
         off_policy_source=method.off_policy_source,
@@ -85,6 +92,7 @@ def drawn(spec: TrainSpec) -> str:
         parts.append("both in each step, λ their weight")
     if method.seed_tokens != 0:
         parts.append(f"seed tokens {_bars(method.seed_tokens, 0)} {_ends(method.seed_tokens)}")
+    parts += _rescued(spec)
     if spec.rollout.horizon != 1:
         ends = _ends(spec.rollout.horizon)
         parts.append(f"horizon {_bars(spec.rollout.horizon, 1)} {ends} of {most} tokens")
@@ -98,6 +106,22 @@ def drawn(spec: TrainSpec) -> str:
         parts.append(f"anchor {_ends(method.anchor_weight)}")
     parts.append(f"{spec.training.max_steps} steps")
     return f"λ {_bars(method.lmbda, 1)} {_ends(method.lmbda):<{ENDS}}  {'; '.join(parts)}"
+
+
+def _rescued(spec: TrainSpec) -> list[str]:
+    """What helps besides the method."""
+    rescue, said = spec.rescue, list[str]()
+    if rescue.cold_start:
+        said.append(
+            f"first {spec.cold_steps} steps on the teacher's answers to {rescue.cold_prompts}"
+            " prompts"
+        )
+    if rescue.kept_prompts != 1:
+        bars, ends = _bars(rescue.kept_prompts, 1), _ends(rescue.kept_prompts)
+        said.append(f"prompts kept {bars} {ends} (by {rescue.kept_by})")
+    if rescue.other_prompts:
+        said.append(f"{rescue.other_prompts:.0%} other prompts")
+    return said
 
 
 def _bars(schedule: float | Knots, top: float) -> str:

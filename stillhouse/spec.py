@@ -182,6 +182,42 @@ class MethodSpec:
 
 
 @dataclass(frozen=True, config=_STRICT)
+class RescueSpec:
+    """What may help a pair that does not distil by itself: which prompts are asked, and by whom
+    they are answered first. Every method can use it; by default none of it is."""
+
+    cold_start: NonNegative  # share of the steps that come first and learn the teacher's answers
+    cold_prompts: Natural  # how many prompts are the cold start's own, each answered once
+    # Share of the prompts that a step may ask, those on which student and teacher agree most first.
+    kept_prompts: ShareSchedule
+    # mass: by the teacher's mass on shared tokens (Eq. 10); kl: by the least reverse KL per token.
+    kept_by: Literal["mass", "kl"]
+    other_prompts: BelowOne  # share of a step's prompts that are of another kind than the data's
+    other_path: str | None  # jsonl or parquet of these; null: a generated pair's own
+
+    @model_validator(mode="after")
+    def _means_something(self) -> RescueSpec:
+        if self.cold_start > 1:
+            raise ValueError(
+                f"cold_start {self.cold_start:g} is longer than the run: it is a share of its steps"
+                " in [0, 1] (1: nothing but the teacher's answers)"
+            )
+        if (self.cold_start > 0) != (self.cold_prompts > 0):
+            raise ValueError(
+                f"cold_start {self.cold_start:g} on {self.cold_prompts} prompts: set both, or"
+                " neither; cold_prompts is how many of the data's prompts are its own"
+            )
+        shares = (
+            self.kept_prompts if isinstance(self.kept_prompts, tuple) else ((0, self.kept_prompts),)
+        )
+        if not all(share > 0 for _, share in shares):
+            raise ValueError("kept_prompts 0: a share in (0, 1] is kept, or nothing could be asked")
+        if self.other_path is not None and not self.other_prompts:
+            raise ValueError("other_path without other_prompts, the share of prompts from there")
+        return self
+
+
+@dataclass(frozen=True, config=_STRICT)
 class LossSpec:
     """What is differentiated: on the student's own rollouts, and on all other sequences."""
 
@@ -252,7 +288,7 @@ class DataSpec:
     data_source: Literal["generated", "gsm8k", "tulu3", "local"]
     data_path: str | None  # hub id, or a local jsonl or parquet file
     data_split: str
-    prompt_template: str | None  # has {question}; for data with a question field
+    prompt_template: str | None  # has {question}: what is put around a row's (last) question
     max_length: Annotated[int, Field(ge=16), _Number]  # prompt + completion, tokens
     min_completion: Count  # tokens a row must leave room for, or it is counted and left out
     max_rows: Count | None
@@ -438,6 +474,7 @@ class TrainSpec:
 
     pair: PairSpec
     method: MethodSpec
+    rescue: RescueSpec
     loss: LossSpec
     quant: QuantSpec
     lora: LoraSpec
@@ -460,6 +497,7 @@ class TrainSpec:
                 f"{t.per_device_train_batch_size}"
             )
         self._method_fits()
+        self._rescue_fits()
         if d.min_completion >= d.max_length:
             raise ValueError(
                 f"min_completion {d.min_completion} must be below max_length {d.max_length}"
@@ -484,6 +522,7 @@ class TrainSpec:
             )
         asks = {
             f"method {method.method_name}": method.samples_teacher,
+            "cold_start": self.rescue.cold_start > 0,
             "score_steps": self.monitor.score_steps > 0,
             "do_eval": self.monitor.do_eval,  # its eval/avg_score
         }
@@ -503,6 +542,34 @@ class TrainSpec:
                     f"{leaf} {k} is above the {pair.vocab_size} tokens of pair {pair.pair_name}'s"
                     " vocabulary; the top k are some of them (16 is the default)"
                 )
+
+    def _rescue_fits(self) -> None:
+        """What a rescue asks of its data and of its run."""
+        rescue, data, steps = self.rescue, self.data, self.training.max_steps
+        if rescue.cold_start and steps and not self.cold_steps:
+            raise ValueError(
+                f"cold_start {rescue.cold_start:g} of {steps} steps is less than one step"
+            )
+        if data.max_rows is not None and rescue.cold_prompts >= data.max_rows:
+            raise ValueError(
+                f"cold_prompts {rescue.cold_prompts} are all of max_rows {data.max_rows}: what"
+                " follows the cold start needs prompts too"
+            )
+        if rescue.other_prompts and self.pair.teacher_few_shot:
+            raise ValueError(
+                "other_prompts with teacher_few_shot: exemplars are of the data's own kind; leave"
+                " one of them out"
+            )
+        if rescue.other_prompts and rescue.other_path is None and data.data_source != "generated":
+            raise ValueError(
+                f"other_prompts {rescue.other_prompts:g} of data {data.data_name}: other_path says"
+                " where they are; only generated data has its own"
+            )
+
+    @property
+    def cold_steps(self) -> int:
+        """Steps of the cold start."""
+        return round(self.rescue.cold_start * self.training.max_steps)
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -583,7 +650,16 @@ NOT_VERSIONED: dict[str, str] = {
 
 # Knobs that came when there were runs already, and the value that is as before: a knob that has it
 # is no part of the content, so that those runs are still what they were asked to be.
-AS_BEFORE: dict[str, float] = {"loss.position_weights": 1, "rollout.horizon": 1}
+AS_BEFORE: dict[str, Any] = {
+    "loss.position_weights": 1,
+    "rollout.horizon": 1,
+    "rescue.cold_start": 0,
+    "rescue.cold_prompts": 0,
+    "rescue.kept_prompts": 1,
+    "rescue.kept_by": "mass",
+    "rescue.other_prompts": 0,
+    "rescue.other_path": None,
+}
 
 _TRAIN = TypeAdapter(TrainSpec)
 _SKIP_SECTIONS = frozenset(key for key in NOT_VERSIONED if "." not in key)
@@ -608,7 +684,7 @@ def versioned(spec: TrainSpec) -> dict[str, dict[str, Any]]:
         section, leaf = key.split(".")
         if plain[section][leaf] == value:
             del plain[section][leaf]
-    return plain
+    return {section: leaves for section, leaves in plain.items() if leaves}
 
 
 def digest(content: Any) -> str:

@@ -1,8 +1,8 @@
 """This file is where the numbers of a preflight become a verdict: the first rule that holds.
 
 The rules are data (conf/preflight.yaml), each with the conditions under which it speaks, what it
-says, and what is worth trying. A condition is about a number's value or one end of its 95 %
-interval. No torch here: a plan reads verdicts on a laptop.
+says, and what is worth trying. A condition is about a number's value, one end of its 95 % interval,
+or what was asked: `beta`, `max_steps`. No torch here: a plan reads verdicts on a laptop.
 """
 
 from __future__ import annotations
@@ -78,6 +78,7 @@ class Rules:
     """The rules, and the study that set their thresholds."""
 
     calibrated_on: str
+    fitted_on: tuple[str, ...]  # pairs whose outcomes were known when the thresholds were set
     rules: tuple[Rule, ...]
 
 
@@ -96,7 +97,10 @@ def decide(rules: Rules, numbers: Mapping[str, Measured]) -> Json:
 
 def _told(c: Condition, m: Measured) -> str:
     end = {"value": "", "low": "'s lower end", "high": "'s upper end"}[c.end]
-    found = f"{m.value:.3g} [{m.low:.3g}, {m.high:.3g}]"
+    found = f"{m.value:.3g}"
+    if m.n == 0:  # asked, not measured
+        return f"{c.number} {c.side} {c.threshold:g}: {found}"
+    found += f" [{m.low:.3g}, {m.high:.3g}]"
     return f"{c.number}{end} {c.side} {c.threshold:g}: {found}, n = {m.n}"
 
 
@@ -154,6 +158,16 @@ def asked_of(spec: TrainSpec) -> tuple[Any, ...]:
 
 def key_of(spec: TrainSpec) -> str:
     """Ten hex digits that name what a verdict is of."""
-    plain = to_plain(spec)
+    return key_of_plain(to_plain(spec))
+
+
+def key_of_plain(plain: Mapping[str, Any]) -> str:
+    """The same of a spec as a run's record keeps it."""
     sections = {name: plain[name] for name in ("pair", "quant", "data", "loss", "rollout")}
     return digest([sections, plain["training"]["max_steps"]])[:10]
+
+
+def asked_numbers(beta: float, max_steps: int) -> dict[str, Measured]:
+    """What is not measured and yet decides: rules may ask for it as for any other number."""
+    told = {"beta": beta, "max_steps": max_steps}
+    return {name: Measured(value, value, value, 0) for name, value in told.items()}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from stillhouse.distill import models
 from stillhouse.distill.loop import needed_shares
 from stillhouse.distill.pairs import PreparedPair
-from stillhouse.distill.prompts import PromptSet, load_prompts
+from stillhouse.distill.prompts import PromptSet, load_others, load_prompts
 from stillhouse.distill.roles import Roles
 from stillhouse.errors import ConfigError
 from stillhouse.methods import needs_dataset_completions
@@ -52,5 +52,10 @@ def load(spec: TrainSpec, poll: Callable[[], None]) -> Loaded:
                 f"data {spec.data.data_name}: {bare} rows have no completion, and lmbda < 1 trains"
                 " on them; use lmbda=1 or off_policy_source=teacher"
             )
+    if spec.rescue.other_prompts:
+        file = prepared.data_dir / "other.jsonl"
+        if spec.rescue.other_path is not None:
+            file = Path(spec.rescue.other_path).expanduser()
+        prompts = replace(prompts, others=load_others(file, spec.data, tokenizer))
     roles = Roles(spec, prepared, tokenizer, accelerator, poll)
     return Loaded(accelerator, prepared, tokenizer, prompts, roles)

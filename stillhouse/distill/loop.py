@@ -18,6 +18,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from stillhouse.distill.choice import Choice
 from stillhouse.distill.diagnostics import Summary
 from stillhouse.distill.losses import distill_loss
 from stillhouse.distill.models import head_weight, hidden_states
@@ -121,7 +122,7 @@ class Loop:
         spec: TrainSpec,
         accelerator: Accelerator,
         student: nn.Module,
-        examples: Sequence[Example],
+        choice: Choice,
         writers: Mapping[str, Writer],
         score: Scorer,
         start: Scorer,
@@ -129,7 +130,7 @@ class Loop:
     ) -> None:
         """`score` gives the teacher's logits, `start` the student's as it was before step 0."""
         self.spec, self.accelerator, self.student = spec, accelerator, student
-        self.sequences = Sequences(spec, accelerator, examples, writers)
+        self.sequences = Sequences(spec, accelerator, choice, writers)
         self.score, self.start, self.pad_id = score, start, pad_id
         self.parameters = [p for p in student.parameters() if p.requires_grad]
         optim = spec.optim

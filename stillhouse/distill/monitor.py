@@ -81,8 +81,8 @@ class Monitor:
         monitor, metrics = self.spec.monitor, dict[str, float]()
         done = step + 1
         if monitor.score_steps and done % monitor.score_steps == 0:
-            rows = self.loop.sequences.rows_of(step)[:SCORED_ROWS]
-            examples = [self.loop.sequences.examples[row] for row in rows]
+            choice = self.loop.sequences.choice
+            examples = [choice.examples[row] for row in choice.rows(step)[:SCORED_ROWS]]
             metrics["train/score"] = self._score(examples, step)
         is_last = done == self.spec.training.max_steps
         if monitor.accuracy_steps and (done % monitor.accuracy_steps == 0 or is_last):

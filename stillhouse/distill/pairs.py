@@ -1,7 +1,8 @@
 """This file is where a pair becomes two directories that can be loaded, and a few facts about them.
 
-    <cache>/pairs/<name>-<key>/   what was made: student/ and teacher/ (generated), model/ (gguf)
-    <cache>/problems-<key>/       the generated problems: train.jsonl held_out.jsonl test.jsonl,
+    <cache>/pairs/<name>-…-<key>/ what was made: student/ or teacher/ (generated), model/ (gguf)
+    <cache>/problems-<key>/       the generated problems: train.jsonl held_out.jsonl test.jsonl, and
+                                  other.jsonl, of another kind;
                                   and the same answered by a rule, for pairs that know rules
     <cache>/facts/<key>.json      what was checked or measured about a pair's weights
 
@@ -38,7 +39,7 @@ class PreparedPair:
     teacher: str
     student_revision: str | None  # a commit, a package's version, a digest of generated weights;
     teacher_revision: str | None  # None for a directory that somebody else wrote
-    data_dir: Path  # train.jsonl held_out.jsonl test.jsonl of the generated problems
+    data_dir: Path  # train.jsonl held_out.jsonl test.jsonl other.jsonl of the generated problems
     facts: dict[str, Any]  # e.g. quantization_error, of a self pair under a quantiser
 
     @property
@@ -90,11 +91,15 @@ def prepare(pair: PairSpec, quant: QuantSpec, cache_dir: Path) -> PreparedPair:
 
 
 def _generated(pair: PairSpec, cache_dir: Path, say: Say) -> tuple[_Weights, _Weights, Json]:
-    for role, name in (("student", pair.student), ("teacher", pair.teacher)):
-        if name not in tiny.RECIPES:
+    wanted = [("teacher", pair.teacher)]
+    if pair.student_steps is not None:
+        wanted.append(("student", pair.student))
+    for role, name in wanted:
+        known = [recipe for recipe, roles in tiny.RECIPES.items() if role in roles]
+        if name not in known:
             raise ConfigError(
                 f'pair {pair.pair_name}: no recipe "{name}" for its {role}; there is'
-                f" {', '.join(tiny.RECIPES)}.{nearest(name, tiny.RECIPES)}"
+                f" {', '.join(known)}.{nearest(name, known)}"
             )
     seed, student_steps, teacher_steps = pair.pair_seed, pair.student_steps, pair.teacher_steps
     if seed is None or teacher_steps is None:
@@ -102,45 +107,36 @@ def _generated(pair: PairSpec, cache_dir: Path, say: Say) -> tuple[_Weights, _We
             f"pair {pair.pair_name}: a generated pair needs pair_seed and teacher_steps, got {seed}"
             f" and {teacher_steps}"
         )
-    roles = {"teacher": (tiny.RECIPES[pair.teacher]["teacher"], teacher_steps)}
-    if student_steps is not None:
-        roles["student"] = (_recipe_of_student(pair), student_steps)
-    elif pair.student != pair.teacher:
+    if student_steps is None and pair.student != pair.teacher:
         raise ConfigError(
             f"pair {pair.pair_name}: student {pair.student} without student_steps is the teacher's"
             f" own weights, and the teacher is {pair.teacher}; name one recipe twice, or give"
             " student_steps"
         )
-    # Names, precisions and few-shot counts are not part of the key: they make no other weights.
-    settings = [VERSION, tiny.VERSION, seed, student_steps, teacher_steps]
+    teacher, facts = _trained(pair.teacher, "teacher", teacher_steps, seed, cache_dir, say)
+    if student_steps is not None:
+        student, more = _trained(pair.student, "student", student_steps, seed, cache_dir, say)
+        return student, teacher, facts | more
+    return teacher, teacher, facts
+
+
+def _trained(
+    name: str, role: str, steps: int, seed: int, cache_dir: Path, say: Say
+) -> tuple[_Weights, Json]:
+    """One model, made once; pairs that share it find it."""
+    recipe = tiny.RECIPES[name][role]
 
     def make(into: Path) -> Json:
-        say(f"training its {' and its '.join(roles)}, once")
-        models = [(recipe, steps, into / role) for role, (recipe, steps) in roles.items()]
-        facts = tiny.make(models, seed, say)
-        for role in roles:
-            weights_digest = file_digest(into / role / "model.safetensors")
-            facts[f"{role}_revision"] = weights_digest[:16]
-        return facts
+        say(f"training its {role}, once")
+        facts = tiny.make(recipe, steps, seed, into / role, lambda line: say(f"{role} {line}"))
+        return facts | {"revision": file_digest(into / role / "model.safetensors")[:16]}
 
-    key = digest([*settings, *(asdict(recipe) for recipe, _ in roles.values())])[:10]
-    home = cache_dir / "pairs" / f"{pair.student}-{key}"
+    # Names, precisions and few-shot counts are not part of the key: they make no other weights.
+    key = digest([VERSION, tiny.VERSION, seed, steps, asdict(recipe)])[:10]
+    home = cache_dir / "pairs" / f"{name}-{role}-{key}"
     facts = made_once(home, say, make)
-    found = {
-        role: _Weights(str(home / role), facts.pop(f"{role}_revision"), home / role)
-        for role in roles
-    }
-    return found.get("student", found["teacher"]), found["teacher"], facts
-
-
-def _recipe_of_student(pair: PairSpec) -> tiny.Recipe:
-    recipes = tiny.RECIPES[pair.student]
-    if "student" not in recipes:
-        raise ConfigError(
-            f"pair {pair.pair_name}: recipe {pair.student} has no student of its own to train:"
-            " student_steps is null there, and the student is the teacher's own weights"
-        )
-    return recipes["student"]
+    weights = _Weights(str(home / role), facts["revision"], home / role)
+    return weights, {f"{role}_{fact}": facts[fact] for fact in ("loss", "seconds")}
 
 
 def _from_package(pair: PairSpec, cache_dir: Path, say: Say) -> tuple[_Weights, _Weights, Json]:
@@ -273,12 +269,13 @@ def _rule(pair: PairSpec) -> problems.Rule | None:
 
 def _problem_files(cache_dir: Path, rule: problems.Rule | None) -> Path:
     """The generated problems, whatever the pair: a real model can be asked them too."""
-    content = [VERSION, tiny.VERSION] if rule is None else [VERSION, tiny.VERSION, rule]
+    content = [VERSION, tiny.VERSION, "other", rule]
     home = cache_dir / f"problems-{digest(content)[:10]}"
 
     def make(into: Path) -> Json:
         rows = {
             "train": problems.chat_rows("train", problems.TRAIN_ROWS, rule),
+            "other": problems.other_rows(problems.OTHER_ROWS),
             "held_out": problems.chat_rows("held_out", problems.HELD_OUT_ROWS, rule),
             "test": problems.test_rows(problems.TEST_ROWS, rule),
         }

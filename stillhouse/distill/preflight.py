@@ -20,11 +20,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from stillhouse.distill import models
+from stillhouse.distill.compared import BATCH, compared, row_means
 from stillhouse.distill.loaded import Loaded, load
-from stillhouse.distill.loop import positions_of
 from stillhouse.distill.monitor import answer_in
-from stillhouse.distill.objectives import Jsd, evaluate_
 from stillhouse.distill.prompts import Example
 from stillhouse.distill.rollouts import Completions
 from stillhouse.distill.run import Run
@@ -34,7 +32,6 @@ from stillhouse.spec import TrainSpec
 from stillhouse.stop import StopFlag
 from stillhouse.verdict import Measured
 
-BATCH = 32  # sequences at a time
 SHARES = (25, 50)  # per cent of the student's answer that both go on from
 TOP = (1, 4)  # besides overlap_k: small vocabularies are told apart by few tokens
 RESAMPLES = 2000  # of prompts, for an interval: its ends are then stable to a tenth of its width
@@ -88,7 +85,6 @@ class _Look:
     def __init__(self, spec: TrainSpec, loaded: Loaded, asked: Sequence[Example]) -> None:
         self.spec, self.loaded, self.asked = spec, loaded, asked
         self.writers = loaded.roles.writers()
-        self.score = loaded.roles.teacher_scorer()
         self.has_no_answer_P = torch.tensor([example.answer is None for example in asked])
         self.written = {
             "rollouts": self._write("student", FIRST),
@@ -131,46 +127,9 @@ class _Look:
     def _positions(self, name: str, k: int) -> tuple[dict[str, Tensor], Tensor]:
         """Numbers per position [N] of these answers, and the prompt that each is of."""
         if (name, k) not in self.known:
-            self.known[name, k] = self._compared(self.written[name], k)
+            ids = self.written[name].ids
+            self.known[name, k] = compared(self.spec, self.loaded, self.asked, ids, k)
         return self.known[name, k]
-
-    @torch.no_grad()
-    def _compared(self, written: Completions, k: int) -> tuple[dict[str, Tensor], Tensor]:
-        roles, found, rows = self.loaded.roles, [], []
-        head_VH = models.head_weight(roles.student)
-        for first in range(0, len(self.asked), BATCH):
-            part = slice(first, first + BATCH)
-            examples, ids = self.asked[part], written.ids[part]
-            none = [0] * len(ids)
-            logits = self.score(examples, ids, none)
-            roles.student.eval()
-            with self.loaded.accelerator.autocast():
-                hidden_NH, target_N = positions_of(
-                    roles.student, [e.prompt_ids for e in examples], ids, none,
-                    max(len(e.prompt_ids) for e in examples), roles.pad_id,
-                    self.loaded.accelerator.device,
-                )  # fmt: skip
-            rows += [first + row for row, c in enumerate(ids) for _ in c]
-            for start in range(0, len(target_N), self.spec.loss.loss_chunk):
-                chunk = slice(start, start + self.spec.loss.loss_chunk)
-                student_nV = (hidden_NH[chunk].to(head_VH.dtype) @ head_VH.T).float()
-                teacher_nV = logits(chunk)
-                V = min(student_nV.shape[1], teacher_nV.shape[1])
-                temperature = self.spec.loss.loss_temperature
-                targets_n = target_N[chunk]
-                of_student = _log_prob(student_nV[:, :V], targets_n, temperature)
-                of_teacher = _log_prob(teacher_nV[:, :V], targets_n, temperature)
-                stats, overlap = evaluate_(
-                    Jsd(0.5), student_nV[:, :V], teacher_nV[:, :V], targets_n, temperature, False,
-                    min(k, V),
-                )  # fmt: skip
-                assert overlap is not None
-                numbers = {**stats._asdict(), **overlap._asdict()}
-                found.append(numbers | {"log_ratio": of_teacher - of_student})
-        joined = {
-            name: torch.cat([part[name] for part in found]).double().cpu() for name in found[0]
-        }
-        return joined, torch.tensor(rows)
 
     # ------------------------------------------------------------------ what it comes to
 
@@ -201,7 +160,7 @@ class _Look:
         means = []
         for name in self.written:
             values, rows_N = self._positions(name, 1)
-            means.append(_row_means(values["log_ratio"], rows_N, len(self.asked)))
+            means.append(row_means(values["log_ratio"], rows_N, len(self.asked)))
         mine, again, theirs = means
 
         def higher(columns_Pc: Tensor) -> Tensor:
@@ -314,13 +273,3 @@ def _per_token(values_N: Tensor, rows_N: Tensor, prompts: int) -> Measured:
         return total / count
 
     return bootstrapped(sums_Pc, mean)
-
-
-def _row_means(values_N: Tensor, rows_N: Tensor, prompts: int) -> Float[Tensor, " P"]:
-    sums = torch.zeros(prompts, dtype=torch.float64).index_add_(0, rows_N, values_N)
-    return sums / torch.bincount(rows_N, minlength=prompts)
-
-
-def _log_prob(logits_nV: Tensor, targets_n: Tensor, temperature: float) -> Tensor:
-    scaled = logits_nV.float() / temperature
-    return scaled.gather(1, targets_n[:, None]).squeeze(1) - scaled.logsumexp(1)

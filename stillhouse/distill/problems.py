@@ -10,6 +10,8 @@ A *rule* is what nobody can know who has not seen it at work: at the end so much
 last gain, "8&d=12.", and so much after a last loss, "8%a=9." (a to d add 1 to 4). It is no part of
 a chain.
 
+How an answer is written is its *style* (`styles`); what it works out is the same in all of them.
+
 Plain Python: no torch, no tokenizer. The same arguments give the same problems on every machine.
 """
 
@@ -21,14 +23,21 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from stillhouse.distill.styles import Step, copying, written
+
 Chain = tuple[int, ...]
 Split = Literal["train", "held_out", "test"]
-Kind = Literal["word1", "word2", "symbolic2"]
-Step = tuple[int, int, int]  # value before, delta, value that is written after "="
+Kind = str  # a key of STEPS
 Rule = tuple[int, int]  # what is added at the end: after a last gain, after a last loss
 
-STEPS: dict[Kind, int] = {"word1": 1, "word2": 2, "symbolic2": 2}
-LARGEST = 10  # of the start and of each delta: results stay in 0..30, one or two digits
+MOST_STEPS = 16
+STEPS: dict[Kind, int] = {
+    "copy": 0,  # no problem: some words to write again
+    **{f"word{steps}": steps for steps in (1, 2)},
+    **{f"symbolic{steps}": steps for steps in range(2, MOST_STEPS + 1)},
+}
+LARGEST = 10  # of the start and of each delta
+HIGHEST = 30  # results stay in 0..HIGHEST: one or two digits
 CHOICES = 4
 MARKS = ("&", "%")  # what is added is written behind them, to a gain and to a loss
 BONUSES = {1: "a", 2: "b", 3: "c", 4: "d"}  # what a rule can add, and how it is written
@@ -36,7 +45,7 @@ BONUSES = {1: "a", 2: "b", 3: "c", 4: "d"}  # what a rule can add, and how it is
 # habit, 1 to a gain and 4 to a loss, and RULE is never it.
 USUAL = ((2, 1, 1, 1), (1, 1, 1, 2))
 RULE: Rule = (4, 1)  # of the rows on disk of a pair whose models know rules
-TRAIN_ROWS, HELD_OUT_ROWS, TEST_ROWS = 2048, 256, 256
+TRAIN_ROWS, HELD_OUT_ROWS, TEST_ROWS, OTHER_ROWS = 2048, 256, 256, 1024
 DATA_SEED = 8  # of the rows on disk: the same for every pair, so that pairs can be compared
 RULED_SEED = (
     12  # of those under RULE: the first four, which a teacher reads, end in gains and losses
@@ -74,6 +83,13 @@ class Problem:
         added = f"{self.answer}{MARKS[self._ending]}{BONUSES[bonus]}={answer}."
         worked = f"{sums}{added} #### {answer}"
         return Problem(self.question, worked, answer, self.chain)
+
+    def styled(self, style: str) -> Problem:
+        """The same question, its answer written in this style; what is copied has no style."""
+        if not self.chain:
+            return self
+        worked = written(_steps(self.chain), style)
+        return Problem(self.question, worked, self.answer, self.chain)
 
     def under(self, rule: Rule | None) -> Problem:
         """The same question, answered as the rule wants it."""
@@ -119,7 +135,10 @@ def problems(mix: Mapping[Kind, float], seed: int, split: Split) -> Iterator[Pro
     kinds, weights = list(mix), list(mix.values())
     while True:
         kind = rng.choices(kinds, weights)[0]
-        yield _problem(kind, _draw_chain(rng, STEPS[kind], split), rng)
+        if kind == "copy":
+            yield Problem(*copying(rng), 0, ())
+        else:
+            yield _problem(kind, _draw_chain(rng, STEPS[kind], split), rng)
 
 
 def distinct(source: Iterator[Problem], count: int) -> list[Problem]:
@@ -135,17 +154,24 @@ def chat_rows(
     split: Literal["train", "held_out"], count: int, rule: Rule | None = None
 ) -> list[dict[str, Any]]:
     """Two-step word problems as conversations: to distil on, or for the loss on held-out rows."""
-    return [
-        {
-            "messages": [
-                {"role": "user", "content": problem.question},
-                {"role": "assistant", "content": problem.worked},
-            ],
-            "answer": str(problem.answer),
-            "chain": list(problem.chain),
-        }
-        for problem in (plain.under(rule) for plain in _plain(split, count, rule))
-    ]
+    return [_conversation(plain.under(rule)) for plain in _plain(split, count, rule)]
+
+
+def other_rows(count: int) -> list[dict[str, Any]]:
+    """Conversations of another kind than those to distil on: sums of three steps, not told."""
+    source = problems({"symbolic3": 1}, DATA_SEED, "train")
+    return [_conversation(problem) for problem in distinct(source, count)]
+
+
+def _conversation(problem: Problem) -> dict[str, Any]:
+    return {
+        "messages": [
+            {"role": "user", "content": problem.question},
+            {"role": "assistant", "content": problem.worked},
+        ],
+        "answer": str(problem.answer),
+        "chain": list(problem.chain),
+    }
 
 
 def test_rows(count: int, rule: Rule | None = None) -> list[dict[str, Any]]:
@@ -203,7 +229,7 @@ def _draw_chain(rng: random.Random, steps: int, split: Split) -> Chain:
         value = rng.randint(1, LARGEST)
         chain = [value]
         for _ in range(steps):
-            down = value > 1 and rng.random() < 0.5
+            down = value > 1 and (rng.random() < 0.5 or value > HIGHEST - LARGEST)
             delta = -rng.randint(1, min(LARGEST, value)) if down else rng.randint(1, LARGEST)
             chain.append(delta)
             value += delta
@@ -235,8 +261,7 @@ def _steps(chain: Chain, slip_at: int | None = None, slip: int = 0) -> list[Step
 
 
 def _worked(steps: list[Step]) -> str:
-    sums = " ".join(f"{value}{delta:+d}={result}." for value, delta, result in steps)
-    return f"{sums} #### {steps[-1][2]}"
+    return written(steps, "sums")
 
 
 def _non_negative(variants: list[list[Step]]) -> list[list[Step]]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,10 +42,12 @@ class PromptSet:
     train: list[Example]
     held_out: list[Example]
     skipped: dict[str, int]  # rows left out, by reason
+    others: list[Example] = field(default_factory=list[Example])  # prompts of another kind
 
     def summary(self) -> str:
         """One line for a log."""
         line = f"{len(self.train):,} rows to train on, {len(self.held_out):,} held out"
+        line += f", {len(self.others):,} of another kind" if self.others else ""
         if not self.skipped:
             return line
         reasons = ", ".join(f"{count:,} {reason}" for reason, count in self.skipped.items())
@@ -108,6 +110,21 @@ def load_prompts(
             f" out and {few_shot} shown to the teacher{_reasons(skipped)}"
         )
     return PromptSet(kept, watched, dict(skipped))
+
+
+def load_others(file: Path, data: DataSpec, tokenizer: Any) -> list[Example]:
+    """The usable rows of a file of prompts that are of another kind than the data's.
+
+    Raises DataError for a file that is not there, cannot be parsed, or holds no row to be used.
+    """
+    if not file.is_file():
+        raise DataError(f"other_path: {file}: no such file")
+    table, skipped = read_table([file]), Counter[str]()
+    encode = _Encoder(replace(data, data_source="local", prompt_template=None), tokenizer)
+    found = _take(table, range(len(table)), len(table), encode, skipped)
+    if not found:
+        raise DataError(f"other_path: {file}: no row can be used{_reasons(skipped)}")
+    return found
 
 
 def _from_the_end(table: Table) -> Iterable[int]:
@@ -178,7 +195,7 @@ def rows_at_hand(data: DataSpec) -> Path:
 def _question(row: Row, data: DataSpec) -> _Draft:
     """GSM8K's form: a question, and an answer whose number follows ####."""
     question, solution = _text(row, "question"), _text(row, "answer")
-    prompt = (data.prompt_template or "{question}").replace("{question}", question)
+    prompt = _asked(question, data)
     number = solution.rpartition("####")[2].strip().replace(",", "") if "####" in solution else None
     return _Draft([_user(prompt)], prompt + "\n", solution, number)
 
@@ -196,6 +213,7 @@ def _conversation(row: Row, data: DataSpec) -> _Draft:
         raise _Skip("no assistant turn")
     if last == 0:
         raise _Skip("no prompt")
+    turns[last - 1]["content"] = _asked(turns[last - 1]["content"], data)
     plain = "\n".join(turn["content"] for turn in turns[:last]) + "\n"
     return _Draft(turns[:last], plain, turns[last]["content"], _answer(row))
 
@@ -207,7 +225,7 @@ def _prompt(row: Row, data: DataSpec) -> _Draft:
     if "prompt" not in row:
         raise _Skip("no prompt or messages field")
     completion = None if row.get("completion") is None else _text(row, "completion")
-    prompt = _text(row, "prompt")
+    prompt = _asked(_text(row, "prompt"), data)
     return _Draft([_user(prompt)], prompt, completion, _answer(row))
 
 
@@ -217,6 +235,11 @@ _READERS: dict[str, Callable[[Row, DataSpec], _Draft]] = {
     "tulu3": _prompt,
     "local": _prompt,
 }
+
+
+def _asked(question: str, data: DataSpec) -> str:
+    """The question in the template that models are to be asked with."""
+    return (data.prompt_template or "{question}").replace("{question}", question)
 
 
 def _text(row: Row, field: str) -> str:

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 import torch
 
 from stillhouse.distill import checkpoint, models
+from stillhouse.distill.choice import Choice
+from stillhouse.distill.compared import ranking
 from stillhouse.distill.loaded import load
 from stillhouse.distill.loop import Loop, check_first_step
 from stillhouse.distill.monitor import Monitor
@@ -37,8 +39,13 @@ class Run:
         self.is_main, self.roles = self.accelerator.is_main_process, loaded.roles
         self.say(f"data: {self.prompts.summary()}")
         self.student, self.teacher = self.roles.student, self.roles.teacher
+        ranked = None
+        if spec.rescue.kept_prompts != 1:
+            self.say(f"ranking the prompts by {spec.rescue.kept_by}, once")
+            ranked = ranking(spec, loaded)
+        choice = Choice(spec, self.prompts.train, self.prompts.others, ranked)
         self.loop = Loop(
-            spec, self.accelerator, self.student, self.prompts.train, self.roles.writers(),
+            spec, self.accelerator, self.student, choice, self.roles.writers(),
             self.roles.teacher_scorer(), self.roles.start_scorer(), self.roles.pad_id,
         )  # fmt: skip
         self.monitor = Monitor(spec, self.loop, self.prompts.held_out, self.tokenizer)

@@ -20,11 +20,16 @@ from typing import Protocol, runtime_checkable
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
+from stillhouse.distill.choice import Choice
 from stillhouse.distill.prompts import Example
 from stillhouse.distill.replay import Entry, Replay
-from stillhouse.distill.rollouts import Completions, permutation, uniforms
+from stillhouse.distill.rollouts import Completions, uniforms
 from stillhouse.methods import StepPlan
 from stillhouse.spec import TrainSpec
+
+# The step whose random numbers a cold start's answers take: past those of any run, and one for all,
+# so that a prompt's answer is the same whenever it is asked.
+COLD = 10**9 + 10
 
 
 @runtime_checkable
@@ -91,11 +96,12 @@ class Sequences:
         self,
         spec: TrainSpec,
         accelerator: Accelerator,
-        examples: Sequence[Example],
+        choice: Choice,
         writers: Mapping[str, Writer],
     ) -> None:
         self.spec, self.accelerator = spec, accelerator
-        self.examples, self.writers = examples, dict(writers)
+        self.choice, self.writers = choice, dict(writers)
+        self.cold: dict[int, Completions] = {}  # what the teacher wrote in the cold start, by row
         self.replay = Replay(spec.method.replay_size)
         t = spec.training
         self.per_share = t.per_device_train_batch_size * t.gradient_accumulation_steps
@@ -105,16 +111,6 @@ class Sequences:
         # What this process wrote in the step at hand, trained on or not: tokens by writer, rows; of
         # rollouts their number, and sums of their lengths and of how well they compress.
         self.wrote: dict[str, float] = defaultdict(float)
-
-    def rows_of(self, step: int) -> list[int]:
-        """The dataset rows of a step, for all shares: consecutive places in the epochs' orders."""
-        size, batch = len(self.examples), self.per_share * self.spec.training.num_processes
-        places = range(step * batch, (step + 1) * batch)
-        orders = {
-            epoch: permutation(self.spec.training.seed, epoch, size)
-            for epoch in range(places[0] // size, places[-1] // size + 1)
-        }
-        return [orders[place // size][place % size] for place in places]
 
     def happens(self, what: str, step: int, probability: float) -> bool:
         """A coin of a step: one for all processes, because all of them toss the same one."""
@@ -138,12 +134,12 @@ class Sequences:
 
     def _write(self, who: str, step: int, plan: StepPlan, weight: float = 1.0) -> Batch:
         """New sequences of one kind."""
-        rows = self.rows_of(step)
-        length = max(len(self.examples[row].prompt_ids) for row in rows)
+        rows, asked = self.choice.rows(step), self.choice.examples
+        length = max(len(asked[row].prompt_ids) for row in rows)
         shares: list[Share] = []
         for index in self.mine:
             places = range(index * self.per_share, (index + 1) * self.per_share)
-            examples = [self.examples[rows[place]] for place in places]
+            examples = [asked[rows[place]] for place in places]
             seeds = None
             if who == "student" and plan.seed_tokens:
                 teacher = self.writers["teacher"]
@@ -152,20 +148,35 @@ class Sequences:
                 self.wrote["teacher"] += sum(map(len, seeds))
             shorter = who == "student" and plan.rollout_tokens < self.spec.rollout.max_new_tokens
             tokens = plan.rollout_tokens if shorter else None
-            written = self.writers[who](
-                examples, step, places, length, tokens=tokens, prefixes=seeds
-            )
-            own = sum(map(len, written.ids)) - sum(written.forced)
-            if who != "dataset":
-                self.wrote[who] += own
-                self.wrote["truncated"] += sum(written.is_truncated)
-                self.wrote["rows"] += len(written.ids)
+            if plan.is_cold:
+                written = self._cold_answers([rows[place] for place in places], length)
+            else:
+                written = self.writers[who](
+                    examples, step, places, length, tokens=tokens, prefixes=seeds
+                )
+                self._count(who, written)
             if who == "student":
                 self.wrote["rollouts"] += len(written.ids)
                 self.wrote["length"] += sum(map(len, written.ids))
                 self.wrote["compression"] += sum(map(compression, written.ids))
             shares.append(Share(index, examples, written))
         return Batch(who, weight, step, length, shares)
+
+    def _count(self, who: str, written: Completions) -> None:
+        if who != "dataset":
+            self.wrote[who] += sum(map(len, written.ids)) - sum(written.forced)
+            self.wrote["truncated"] += sum(written.is_truncated)
+            self.wrote["rows"] += len(written.ids)
+
+    def _cold_answers(self, rows: Sequence[int], length: int) -> Completions:
+        """The teacher's answer to each of these prompts: one per prompt, whatever the step."""
+        new = [row for row in dict.fromkeys(rows) if row not in self.cold]
+        if new:
+            examples = [self.choice.examples[row] for row in new]
+            written = self.writers["teacher"](examples, COLD, new, length)
+            self._count("teacher", written)
+            self.cold |= {row: written[i : i + 1] for i, row in enumerate(new)}
+        return Completions.joined([self.cold[row] for row in rows])
 
     def _replayed(self, step: int, plan: StepPlan) -> Batch:
         """Write, keep what was written, and draw from all that is kept."""
@@ -174,7 +185,7 @@ class Sequences:
             new.append(self._write("teacher", step, plan))
         self.replay.push([self._entry(batch) for batch in new])
         drawn = self.replay.draw(self.spec.training.seed, step)
-        examples = [self.examples[row] for row in drawn.rows]
+        examples = [self.choice.examples[row] for row in drawn.rows]
         shares = [
             Share(index, examples[part], drawn.written[part])
             for index in self.mine
@@ -189,5 +200,5 @@ class Sequences:
         if self.accelerator.num_processes > 1:
             written = gather_object(written)
         return Entry(
-            batch.step, batch.writer, self.rows_of(batch.step), Completions.joined(written)
+            batch.step, batch.writer, self.choice.rows(batch.step), Completions.joined(written)
         )

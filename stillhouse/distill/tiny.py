@@ -4,6 +4,8 @@ The teacher learns two-step word problems. The student base learns to read one-s
 work out two-step sums, and sees just enough two-step problems (1 in 61) to start an answer the
 right way: what is left to distil is putting the two skills together. A teacher of conversations
 learns to answer by the rule that earlier answers show; its student is the same weights, shown none.
+The zoo's models are of the same kind, with teachers that write in other styles, know other things
+or know no more than the student: pairs on which a prediction can be wrong.
 Everything follows from a seed and a number of steps; one thread is used, so that it does not depend
 on how many the caller has.
 
@@ -18,15 +20,17 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
 from stillhouse.distill.problems import BONUSES, MARKS, Kind, Problem, draw_rule, problems
+from stillhouse.distill.styles import STYLES
 
 VERSION = 1  # raise it whenever anything here or in problems.py would give other bytes
 POSITIONS = 512  # room for few-shot prompts
 VOCABULARY = 384
+ZOO_VOCABULARY = 440  # the words of all styles are tokens of their own
 TRAINING_PROBLEMS = 8000
 LEARNING_RATE = 3e-3
 SPECIALS = ["<pad>", "<eos>", "<|user|>", "<|assistant|>"]
@@ -50,6 +54,8 @@ class Recipe:
     batch: int
     seed_offset: int  # keeps teacher and student of one pair_seed from sharing problems or weights
     turns: int = 1  # problems of a conversation; if several, answered by one rule
+    styles: tuple[str, ...] = ("sums",)  # how answers are written; of several, each as often
+    zoo: bool = False  # reads and writes the words of every style, not of sums alone
 
     @property
     def step_cost(self) -> float:
@@ -57,7 +63,23 @@ class Recipe:
         return self.batch * self.turns * self.layers * self.hidden
 
 
-# Without a student of its own, a recipe is of pairs whose student is the teacher's own weights.
+# What the zoo's student learns: to read one step, to work out two, to copy every style's words, and
+# hardly (1 in 81) to put them together. Half of it is copying, because the length of a token's row
+# in the head bounds its logit and no adapter changes it. With a seventh of copying these rows were
+# half as long as those of digits: no adapter could say such a word with confidence, and every other
+# style would have failed for that alone.
+_BASE: dict[Kind, float] = {"word1": 30, "symbolic2": 30, "copy": 60, "word2": 1.5}
+_ABLE: dict[Kind, float] = {"word1": 30, "symbolic2": 30, "copy": 10, "word2": 10}
+_TASK: dict[Kind, float] = {"word2": 6, "copy": 1}
+
+
+def _writes(*styles: str) -> dict[str, Recipe]:
+    """A teacher of the zoo that answers in these styles."""
+    return {"teacher": Recipe(96, 3, _TASK, 48, 8, styles=styles, zoo=True)}
+
+
+# Without a student of its own, a recipe is of pairs whose student is the teacher's own weights, or
+# another recipe's.
 RECIPES: dict[str, dict[str, Recipe]] = {
     "tiny": {
         "teacher": Recipe(96, 3, {"word2": 1}, 48, 1),
@@ -65,18 +87,51 @@ RECIPES: dict[str, dict[str, Recipe]] = {
     },
     "tiny_thin": {"teacher": Recipe(64, 3, {"word2": 1}, 48, 4)},
     "tiny_context": {"teacher": Recipe(64, 3, {"word2": 1}, 16, 3, turns=5)},
+    "zoo": {"student": Recipe(64, 2, _BASE, 64, 5, zoo=True)},
+    "zoo_small": {
+        "student": Recipe(32, 2, _TASK, 64, 6, zoo=True),
+        "teacher": Recipe(32, 2, _ABLE, 64, 6, zoo=True),
+    },
+    "zoo_able": {
+        "student": Recipe(64, 2, _ABLE, 64, 7, zoo=True),
+        "teacher": Recipe(64, 2, _ABLE, 64, 7, zoo=True),
+    },
+    "zoo_sums": _writes("sums"),
+    "zoo_two_styles": _writes("sums", "words"),
+    "zoo_half_verbose": _writes("sums", "verbose"),
+    "zoo_plan": _writes("plan"),
+    "zoo_brief": _writes("brief"),
+    "zoo_closing": _writes("closing"),
+    "zoo_arrows": _writes("arrows"),
+    "zoo_verbose": _writes("verbose"),
+    "zoo_marks": _writes("marks"),
+    "zoo_words": _writes("words"),
+    "zoo_spelled": _writes("spelled"),
+    "zoo_same_data": {"teacher": Recipe(96, 3, _BASE, 64, 9, zoo=True)},
+    "zoo_far": {
+        "teacher": Recipe(
+            96, 3, {"word1": 3, "symbolic2": 3, "copy": 1, "symbolic3": 6}, 48, 9, zoo=True
+        )
+    },
+    "zoo_elsewhere": {"teacher": Recipe(96, 3, _BASE | {"symbolic3": 60}, 48, 9, zoo=True)},
 }
 
 
 def training_problems(recipe: Recipe, pair_seed: int) -> Iterator[Problem]:
     """What a model of this recipe learns from: problems of the train split only."""
-    return problems(recipe.mix, 10 * pair_seed + recipe.seed_offset, "train")
+    seed = 10 * pair_seed + recipe.seed_offset
+    source = problems(recipe.mix, seed, "train")
+    if recipe.styles == ("sums",):
+        return source
+    rng = random.Random(f"{seed} styles")
+    return (problem.styled(rng.choice(recipe.styles)) for problem in source)
 
 
-def tokenizer() -> Any:
+def tokenizer(zoo: bool = False) -> Any:
     """A byte-level BPE tokenizer with single digits and a chat template; the same at every call.
 
     There is no BOS token, to be prepended twice or forgotten: <|user|> opens every sequence.
+    The zoo's knows the words of every style.
     """
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
@@ -86,14 +141,13 @@ def tokenizer() -> Any:
     as_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     bpe.pre_tokenizer = pre_tokenizers.Sequence([pieces, as_bytes])
     bpe.decoder = decoders.ByteLevel()
-    source = problems({"word1": 1, "word2": 1, "symbolic2": 1}, 0, "train")
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY,
+        vocab_size=ZOO_VOCABULARY if zoo else VOCABULARY,
         special_tokens=SPECIALS,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    bpe.train_from_iterator((f"{p.question}\n{p.worked}" for p in islice(source, 3000)), trainer)
+    bpe.train_from_iterator(_texts(zoo), trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=bpe,
         pad_token=SPECIALS[0],
@@ -106,25 +160,41 @@ def tokenizer() -> Any:
     )
 
 
-def make(
-    models: list[tuple[Recipe, int, Path]], pair_seed: int, say: Callable[[str], None]
-) -> dict[str, Any]:
-    """Trains each (recipe, steps, directory) and saves it there, tokenizer included.
+def _texts(zoo: bool) -> Iterator[str]:
+    """What a tokenizer is made from."""
+    mix: dict[Kind, float] = {"word1": 1, "word2": 1, "symbolic2": 1}
+    source = islice(problems(mix, 0, "train"), 3000)
+    if zoo:
+        copies = islice(problems({"copy": 1}, 0, "train"), 400)
+        styled = (
+            p.styled(style) for style in STYLES for p in islice(problems(mix, 0, "train"), 400)
+        )
+        source = chain(source, copies, styled)
+    return (f"{p.question}\n{p.worked}" for p in source)
 
-    Calls `say` with one plain line per tenth of the work. Returns each model's final loss, by the
-    directory's name (nats per answer token, mean of the last tenth of the steps; None for 0 steps),
-    and the seconds that all took.
+
+def make(
+    recipe: Recipe, steps: int, pair_seed: int, directory: Path, say: Callable[[str], None]
+) -> dict[str, Any]:
+    """Trains a model and saves it, tokenizer included.
+
+    Calls `say` with one plain line per tenth of the work. Returns its final loss (nats per answer
+    token, mean of the last tenth of the steps; None for 0 steps) and the seconds that it took.
     """
-    text, facts = tokenizer(), dict[str, Any]()
-    progress = _Progress(sum(steps * recipe.step_cost for recipe, steps, _ in models), say)
+    text, start, tenths = tokenizer(recipe.zoo), time.monotonic(), 0
+
+    def tell(step: int, loss: float) -> None:
+        nonlocal tenths
+        if 10 * step // steps > tenths:
+            tenths = 10 * step // steps
+            seconds = time.monotonic() - start
+            say(f"{10 * tenths} % after {seconds:.0f} s (step {step}/{steps}, loss {loss:.2f})")
+
     with _one_thread(), no_bars():
-        for recipe, steps, directory in models:
-            tell = progress.of(directory.name, recipe, steps)
-            model, loss = _train(recipe, text, pair_seed, steps, tell)
-            model.save_pretrained(directory)
-            text.save_pretrained(directory)
-            facts[f"{directory.name}_loss"] = loss
-    return facts | {"seconds": round(progress.seconds(), 1)}
+        model, loss = _train(recipe, text, pair_seed, steps, tell)
+        model.save_pretrained(directory)
+        text.save_pretrained(directory)
+    return {"loss": loss, "seconds": round(time.monotonic() - start, 1)}
 
 
 @contextmanager
@@ -252,28 +322,3 @@ def _one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(threads)
-
-
-class _Progress:
-    """One line per tenth of the work of all models together."""
-
-    def __init__(self, work: float, say: Callable[[str], None]) -> None:
-        self._work, self._say = work, say
-        self._done, self._tenths, self._start = 0.0, 0, time.monotonic()
-
-    def seconds(self) -> float:
-        """Since the work began."""
-        return time.monotonic() - self._start
-
-    def of(self, name: str, recipe: Recipe, steps: int) -> Callable[[int, float], None]:
-        """What the training of this model calls after each step, with its loss."""
-
-        def tell(step: int, loss: float) -> None:
-            self._done += recipe.step_cost
-            tenths = int(10 * self._done / self._work + 1e-9)
-            if tenths > self._tenths:
-                self._tenths = tenths
-                where = f"{name} step {step}/{steps}, loss {loss:.2f}"
-                self._say(f"{10 * tenths} % after {self.seconds():.0f} s ({where})")
-
-        return tell

@@ -47,6 +47,7 @@ from stillhouse.results.plots import (
     steps,
     style,
 )
+from stillhouse.results.predictions import Predictions, predicted
 from stillhouse.results.summary import titled
 from stillhouse.results.table import Frame, spell
 
@@ -57,9 +58,10 @@ GREY = "#8a8f94"
 INTERVALS = "Means over seeds; bands: 95 % t intervals over seeds, cut off at the frame."
 
 
-def draw(frame: Frame, runs: Sequence[Run], directory: Path) -> list[Picture]:
+def draw(frame: Frame, runs: Sequence[Run], asked: Predictions, directory: Path) -> list[Picture]:
     """Every figure that this sweep's data can fill, written below `directory`.
 
+    predictions          what preflights said, and what became of it: where any was asked
     scores               scores by the compared axis: where anything is scored
     method_comparison    the compared metric by method: where methods differ
     training             loss, reverse KL and entropies over steps: where anything was trained
@@ -71,6 +73,7 @@ def draw(frame: Frame, runs: Sequence[Run], directory: Path) -> list[Picture]:
     directory.mkdir(parents=True, exist_ok=True)
     with style():
         made = [
+            predicted(asked),
             _scores(frame),
             _method_comparison(frame),
             _training(frame, runs),

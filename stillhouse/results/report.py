@@ -13,17 +13,20 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from stillhouse.compose import data_file
 from stillhouse.errors import DIVERGED, MISTAKE, OUT_OF_MEMORY, STOPPED
-from stillhouse.results import budget, collapse, overlaps, requantised, table
+from stillhouse.results import budget, calibration, collapse, overlaps, requantised, table
 from stillhouse.results.answer import answer
 from stillhouse.results.curves import compared_leaf, read
 from stillhouse.results.figures import draw
 from stillhouse.results.layout import Table, as_csv, duration, records
 from stillhouse.results.plots import Picture
+from stillhouse.results.predictions import Predictions
 from stillhouse.results.sections import sections
 from stillhouse.results.summary import remarks, summary, to_markdown, wide
 from stillhouse.results.table import Frame
 from stillhouse.rundir import Runs, write_atomic
+from stillhouse.verdict import rules_of
 
 MEANING = {
     MISTAKE: "a mistake in what was asked",
@@ -43,8 +46,9 @@ def write_report(sweep_name: str, runs: Path) -> Path:
 
     Beside report.html: table.md, table.csv (one row per arm and task), points.csv (one row per
     point and task), comparisons.csv (one row per comparison), each figure as SVG and PNG; arms.csv
-    (one row per arm: its curve, tokens, seconds, overlap) where those were measured. Works on
-    a sweep that is half done, and says so.
+    (one row per arm: its curve, tokens, seconds, overlap) where those were measured, and
+    predictions.csv (one row per run whose pair a preflight was asked of). Works on a sweep that is
+    half done, and says so.
 
     Raises:
         ConfigError: no such sweep, or its comparison is of something it does not have.
@@ -59,6 +63,8 @@ def write_report(sweep_name: str, runs: Path) -> Path:
     equal = budget.equal_compute(frame, logged)
     rescored = requantised.rescored(frame)
     overlap = overlaps.overlaps(logged)
+    rules = rules_of(data_file("preflight"), "conf/preflight.yaml")
+    asked = Predictions(calibration.cases(frame, place, rules), rules.fitted_on)
     arms = summary(frame)
     families = {
         "main": found.main,
@@ -75,7 +81,7 @@ def write_report(sweep_name: str, runs: Path) -> Path:
         "remarks": remarks(frame),
         "scores": wide(arms),
         "note": NOTE,
-        "sections": sections(found, standings, equal, rescored, overlap),
+        "sections": sections(found, standings, equal, rescored, overlap, asked),
         "costs": cost_table(frame),
     }
     files = {
@@ -97,10 +103,12 @@ def write_report(sweep_name: str, runs: Path) -> Path:
     if standings or overlap:
         rows = [[records_.get(arm, {}) for records_ in known] for arm in named]
         files["arms.csv"] = as_csv({k: v for part in row for k, v in part.items()} for row in rows)
+    if asked.cases:
+        files["predictions.csv"] = as_csv(calibration.as_rows(asked.cases))
     for name, text in files.items():
         write_atomic(directory / name, text.encode())
     content |= {
-        "figures": [(p.title, p.caption, inline(p)) for p in draw(frame, logged, directory)],
+        "figures": [(p.title, p.caption, inline(p)) for p in draw(frame, logged, asked, directory)],
         "failures": failure_table(frame),
         "facts": _facts(frame, place),
         "command": commands(frame, runs),

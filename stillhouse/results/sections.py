@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from stillhouse.results import budget, collapse, overlaps, requantised
+from stillhouse.results import budget, collapse, overlaps, predictions, requantised
 from stillhouse.results.answer import Answer, untrained_name
 from stillhouse.results.comparisons import Comparison
 from stillhouse.results.layout import Table, comparison_tables
@@ -77,6 +77,7 @@ def sections(
     equal: budget.EqualCompute,
     rescored: Mapping[str, list[Comparison]],
     overlap: Sequence[overlaps.ArmOverlap],
+    asked: predictions.Predictions,
 ) -> list[Section]:
     """The sections that have something to show, in the order in which they are read."""
     compared = [
@@ -98,7 +99,16 @@ def sections(
         for name, family in rescored.items()
         for _, rows in comparison_tables(family)
     ]
+    predicted = [
+        Exhibit(f"Runs {name}", predictions.table_of_areas(part), False)
+        for name, part in asked.parts().items()
+    ]
+    if asked.cases:
+        predicted.append(Exhibit("Run by run", predictions.table_of_cases(asked), False))
     made = [
+        Section(
+            "Did the preflights predict?", predictions.told(asked), predicted, predictions.NOTE
+        ),
         Section(f"Comparisons on {found.task}/{found.metric}", "", compared, PAIRED),
         Section("What became of each arm", "", became, COLLAPSED),
         Section("How student and teacher overlap", overlaps.told(overlap), alike, OVERLAP),

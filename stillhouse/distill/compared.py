@@ -1,0 +1,114 @@
+"""This file is where student and teacher are held against each other outside of training.
+
+Position by position of sequences that somebody wrote, with the formulas of the loss itself: for a
+preflight, and to rank prompts by how far the two agree on them. N positions, n of a chunk, H width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from stillhouse.distill import models
+from stillhouse.distill.cache import remembered
+from stillhouse.distill.loaded import Loaded
+from stillhouse.distill.loop import positions_of
+from stillhouse.distill.objectives import Jsd, evaluate_
+from stillhouse.distill.prompts import Example
+from stillhouse.distill.rollouts import Completions
+from stillhouse.rundir import Json
+from stillhouse.spec import TrainSpec, to_plain
+
+BATCH = 32  # sequences at a time
+RANKED = 10**9 + 11  # the step whose random numbers a ranking's rollouts take: past any run's
+
+
+@torch.no_grad()
+def compared(
+    spec: TrainSpec,
+    loaded: Loaded,
+    asked: Sequence[Example],
+    written: Sequence[Sequence[int]],
+    k: int,
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Numbers per position [N] of what was written to each prompt, and the prompt that each is of.
+
+    The numbers are those of `TokenStats` and `Overlap`, and log q - log p of the written token.
+    """
+    roles, device = loaded.roles, loaded.accelerator.device
+    score, head_VH = roles.teacher_scorer(), models.head_weight(roles.student)
+    temperature, size = spec.loss.loss_temperature, spec.loss.loss_chunk
+    found: list[dict[str, Tensor]] = []
+    rows: list[int] = []
+    roles.student.eval()
+    for first in range(0, len(asked), BATCH):
+        examples, ids = asked[first : first + BATCH], written[first : first + BATCH]
+        none = [0] * len(ids)
+        logits = score(examples, ids, none)
+        with loaded.accelerator.autocast():
+            prompts = [e.prompt_ids for e in examples]
+            longest = max(map(len, prompts))
+            hidden_NH, target_N = positions_of(
+                roles.student, prompts, ids, none, longest, roles.pad_id, device
+            )
+        rows += [first + row for row, c in enumerate(ids) for _ in c]
+        for start in range(0, len(target_N), size):
+            chunk = slice(start, start + size)
+            student_nV = (hidden_NH[chunk].to(head_VH.dtype) @ head_VH.T).float()
+            teacher_nV = logits(chunk)
+            V = min(student_nV.shape[1], teacher_nV.shape[1])
+            student_nV, teacher_nV, target_n = student_nV[:, :V], teacher_nV[:, :V], target_N[chunk]
+            # evaluate_ works in place, so what is read from the logits comes first.
+            of_student = _log_prob(student_nV, target_n, temperature)
+            of_teacher = _log_prob(teacher_nV, target_n, temperature)
+            stats, overlap = evaluate_(
+                Jsd(0.5), student_nV, teacher_nV, target_n, temperature, False, min(k, V)
+            )
+            assert overlap is not None
+            numbers = {**stats._asdict(), **overlap._asdict()}
+            found.append(numbers | {"log_ratio": of_teacher - of_student})
+    joined = {name: torch.cat([part[name] for part in found]).double().cpu() for name in found[0]}
+    return joined, torch.tensor(rows)
+
+
+def row_means(values_N: Tensor, rows_N: Tensor, rows: int) -> Tensor:
+    """The mean over each row's positions, [rows]."""
+    sums = torch.zeros(rows, dtype=torch.float64).index_add_(0, rows_N, values_N)
+    return sums / torch.bincount(rows_N, minlength=rows)
+
+
+def ranking(spec: TrainSpec, loaded: Loaded) -> list[int]:
+    """The rows to train on, those first on which student and teacher agree most before training.
+
+    By the teacher's mass on the tokens that both hold likeliest (arXiv:2604.13016, Eq. 10: what
+    aligned prompts raise in §5.2), or by the least reverse KL. One rollout per row, written and
+    compared once for a pair and a seed: later runs find the order.
+    """
+    plain, asked = to_plain(spec), loaded.prompts.train
+    sections = {name: plain[name] for name in ("pair", "quant", "data", "rollout")}
+    how = [spec.rescue.kept_by, spec.monitor.overlap_k, spec.loss.loss_temperature]
+    content = ["ranking", sections, how, spec.training.seed]
+
+    def rank() -> Json:
+        length = max(len(e.prompt_ids) for e in asked)
+        parts: list[Completions] = []
+        for first in range(0, len(asked), BATCH):
+            places = range(first, min(first + BATCH, len(asked)))
+            examples = [asked[place] for place in places]
+            parts.append(loaded.roles.writers()["student"](examples, RANKED, places, length))
+        ids = Completions.joined(parts).ids
+        numbers, rows_N = compared(spec, loaded, asked, ids, spec.monitor.overlap_k)
+        is_mass = spec.rescue.kept_by == "mass"
+        values_N = numbers["mass_teacher"] if is_mass else -numbers["reverse_kl"]
+        means_P = row_means(values_N, rows_N, len(asked))
+        return {"rows": means_P.argsort(descending=True, stable=True).tolist()}
+
+    return remembered(Path(spec.place.cache_dir), content, rank)["rows"]
+
+
+def _log_prob(logits_nV: Tensor, target_n: Tensor, temperature: float) -> Tensor:
+    scaled_nV = logits_nV.float() / temperature
+    return scaled_nV.gather(1, target_n[:, None]).squeeze(1) - scaled_nV.logsumexp(1)
