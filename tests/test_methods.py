@@ -58,6 +58,7 @@ def test_a_methods_plan_is_its_row(method: str, family: str):
     planned = zip(STEPS, lmbda.split(), seeds.split(), CLIP, strict=True)
     for step, share, tokens, clip in planned:
         assert step_plan(asked, step * int(steps) // 100) == StepPlan(
+            is_cold=False,
             lmbda=float(share),
             lmbda_as=as_,
             off_policy_source=source,

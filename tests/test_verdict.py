@@ -72,7 +72,10 @@ def rule(**fields: Any) -> dict[str, Any]:
         (rule(verdict="maybe"), "rules.0.verdict: Input should be 'likely', 'unlikely' or"),
         (rule(wen=[]), "wen"),
         (rule(when=[{"number": "x", "end": "low", "side": "above", "threshold": 1}]), "last rule"),
-        ({"calibrated_on": "nothing", "rules": []}, "the last rule must always hold"),
+        (
+            {"calibrated_on": "nothing", "fitted_on": [], "rules": []},
+            "the last rule must always hold",
+        ),
     ],
 )
 def test_rules_that_are_none_are_refused(plain: dict[str, Any], said: str) -> None:

@@ -78,7 +78,7 @@ def prepare(pair: PairSpec, quant: QuantSpec, cache_dir: Path) -> PreparedPair:
         teacher.name,
         student.revision,
         teacher.revision,
-        _problem_files(cache_dir, _rule(pair)),
+        _problem_files(cache_dir, _rule(pair), _asks(pair)),
         dict(facts),
     )
     if prepared.is_self and quant.quant_type != "none":
@@ -131,8 +131,10 @@ def _trained(
         facts = tiny.make(recipe, steps, seed, into / role, lambda line: say(f"{role} {line}"))
         return facts | {"revision": file_digest(into / role / "model.safetensors")[:16]}
 
-    # Names, precisions and few-shot counts are not part of the key: they make no other weights.
-    key = digest([VERSION, tiny.VERSION, seed, steps, asdict(recipe)])[:10]
+    # Names, precisions, few-shot counts and what a pair asks are not part of the key: they make no
+    # other weights.
+    made_of = {key: value for key, value in asdict(recipe).items() if key != "asks"}
+    key = digest([VERSION, tiny.VERSION, seed, steps, made_of])[:10]
     home = cache_dir / "pairs" / f"{name}-{role}-{key}"
     facts = made_once(home, say, make)
     weights = _Weights(str(home / role), facts["revision"], home / role)
@@ -267,17 +269,25 @@ def _rule(pair: PairSpec) -> problems.Rule | None:
     return problems.RULE
 
 
-def _problem_files(cache_dir: Path, rule: problems.Rule | None) -> Path:
+def _asks(pair: PairSpec) -> tuple[problems.Kind, ...]:
+    if pair.pair_source != "generated":
+        return problems.ASKED
+    return tiny.RECIPES[pair.teacher]["teacher"].asks
+
+
+def _problem_files(
+    cache_dir: Path, rule: problems.Rule | None, kinds: tuple[problems.Kind, ...]
+) -> Path:
     """The generated problems, whatever the pair: a real model can be asked them too."""
-    content = [VERSION, tiny.VERSION, "other", rule]
+    content = [VERSION, tiny.VERSION, "other", rule, kinds]
     home = cache_dir / f"problems-{digest(content)[:10]}"
 
     def make(into: Path) -> Json:
         rows = {
-            "train": problems.chat_rows("train", problems.TRAIN_ROWS, rule),
+            "train": problems.chat_rows("train", problems.TRAIN_ROWS, rule, kinds),
             "other": problems.other_rows(problems.OTHER_ROWS),
-            "held_out": problems.chat_rows("held_out", problems.HELD_OUT_ROWS, rule),
-            "test": problems.test_rows(problems.TEST_ROWS, rule),
+            "held_out": problems.chat_rows("held_out", problems.HELD_OUT_ROWS, rule, kinds),
+            "test": problems.test_rows(problems.TEST_ROWS, rule, kinds),
         }
         for name, entries in rows.items():
             text = "".join(json.dumps(entry) + "\n" for entry in entries)

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import random
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -36,6 +36,7 @@ STEPS: dict[Kind, int] = {
     **{f"word{steps}": steps for steps in (1, 2)},
     **{f"symbolic{steps}": steps for steps in range(2, MOST_STEPS + 1)},
 }
+ASKED: tuple[Kind, ...] = ("word2",)  # what the rows on disk ask, if a pair asks nothing else
 LARGEST = 10  # of the start and of each delta
 HIGHEST = 30  # results stay in 0..HIGHEST: one or two digits
 CHOICES = 4
@@ -151,10 +152,13 @@ def distinct(source: Iterator[Problem], count: int) -> list[Problem]:
 
 
 def chat_rows(
-    split: Literal["train", "held_out"], count: int, rule: Rule | None = None
+    split: Literal["train", "held_out"],
+    count: int,
+    rule: Rule | None = None,
+    kinds: Sequence[Kind] = ASKED,
 ) -> list[dict[str, Any]]:
-    """Two-step word problems as conversations: to distil on, or for the loss on held-out rows."""
-    return [_conversation(plain.under(rule)) for plain in _plain(split, count, rule)]
+    """Problems as conversations: to distil on, or for the loss on held-out rows."""
+    return [_conversation(plain.under(rule)) for plain in _plain(split, count, rule, kinds)]
 
 
 def other_rows(count: int) -> list[dict[str, Any]]:
@@ -174,13 +178,15 @@ def _conversation(problem: Problem) -> dict[str, Any]:
     }
 
 
-def test_rows(count: int, rule: Rule | None = None) -> list[dict[str, Any]]:
-    """Two-step word problems for lm-eval: to answer freely, or by choosing a worked answer.
+def test_rows(
+    count: int, rule: Rule | None = None, kinds: Sequence[Kind] = ASKED
+) -> list[dict[str, Any]]:
+    """Problems for lm-eval: to answer freely, or by choosing a worked answer.
 
     Under a rule, the wrong choices are right but for the bonus: only the rule finds the answer.
     """
     rng, rows = random.Random(f"{DATA_SEED} choices"), []
-    for plain in _plain("test", count, rule):
+    for plain in _plain("test", count, rule, kinds):
         problem = plain.under(rule)
         if rule is None:
             choices = wrong_answers(problem.chain, rng)
@@ -201,9 +207,9 @@ def test_rows(count: int, rule: Rule | None = None) -> list[dict[str, Any]]:
     return rows
 
 
-def _plain(split: Split, count: int, rule: Rule | None) -> list[Problem]:
+def _plain(split: Split, count: int, rule: Rule | None, kinds: Sequence[Kind]) -> list[Problem]:
     seed = DATA_SEED if rule is None else RULED_SEED
-    return distinct(problems({"word2": 1}, seed, split), count)
+    return distinct(problems(dict.fromkeys(kinds, 1.0), seed, split), count)
 
 
 def wrong_answers(chain: Chain, rng: random.Random) -> list[str]:
@@ -225,6 +231,8 @@ def wrong_answers(chain: Chain, rng: random.Random) -> list[str]:
 
 
 def _draw_chain(rng: random.Random, steps: int, split: Split) -> Chain:
+    if steps > 3:
+        return _draw_long_chain(rng, steps, split)
     while True:
         value = rng.randint(1, LARGEST)
         chain = [value]
@@ -237,8 +245,25 @@ def _draw_chain(rng: random.Random, steps: int, split: Split) -> Chain:
             return tuple(chain)
 
 
+def _draw_long_chain(rng: random.Random, steps: int, split: Split) -> Chain:
+    """The same step by step: of whole chains of 16 steps, none in 10^12 would be of the test split."""
+    while True:
+        value = rng.randint(1, LARGEST)
+        chain = (value,)
+        while len(chain) <= steps:
+            deltas = [*range(-min(LARGEST, value), 0), *range(1, min(LARGEST, HIGHEST - value) + 1)]
+            window = (value - chain[-1], chain[-1]) if len(chain) > 1 else ()
+            if window:
+                deltas = [d for d in deltas if _split_of_window((*window, d)) == split]
+            if not deltas:
+                break  # a dead end: from the start
+            chain, value = (*chain, delta := rng.choice(deltas)), value + delta
+        else:
+            return chain
+
+
 def _problem(kind: Kind, chain: Chain, rng: random.Random) -> Problem:
-    if kind == "symbolic2":
+    if kind.startswith("symbolic"):
         question = f"Find {chain[0]}" + "".join(f"{delta:+d}" for delta in chain[1:]) + "."
     else:
         name, things = rng.choice(NAMES), rng.choice(THINGS)

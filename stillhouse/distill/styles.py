@@ -17,7 +17,7 @@ Step = tuple[int, int, int]  # value before, delta, value after
 DIGITS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 # What a copying task is made of: every word and mark of every style.
 WORDS = (
-    "start add drop plus minus is take that Let us work with care step by So the answer"
+    "start add drop plus minus is Let us work with care step by So the answer"
     f" + - = -> , . : #### {' '.join(DIGITS)} 0 1 2 3 4 5 6 7 8 9"
 ).split()
 
@@ -72,9 +72,11 @@ def _closing(steps: list[Step]) -> str:
     return f"{_sums(steps)} So the answer is"
 
 
-def _told(steps: list[Step]) -> str:
-    told = (f"take {v}, {_verb(d)} {abs(d)}, that is {r}." for v, d, r in steps)
-    return " ".join(told)
+def _rest(steps: list[Step]) -> str:
+    lines = [f"{steps[0][0]}" + "".join(f"{delta:+d}" for _, delta, _ in steps)]
+    for done, (_, _, result) in enumerate(steps, 1):
+        lines.append(f"{result}" + "".join(f"{delta:+d}" for _, delta, _ in steps[done:]))
+    return " = ".join(lines)
 
 
 STYLES: dict[str, Callable[[list[Step]], str]] = {
@@ -87,7 +89,7 @@ STYLES: dict[str, Callable[[list[Step]], str]] = {
     "brief": _brief,  # So: 7+3=10. 10-2=8.
     "verbose": _verbose,  # Let us work with care, step by step. 7+3=10. 10-2=8.
     "closing": _closing,  # 7+3=10. 10-2=8. So the answer is
-    "told": _told,  # take 7, add 3, that is 10. take 10, drop 2, that is 8.
+    "rest": _rest,  # 7+3-2 = 10-2 = 8: long for many steps, and each step looks at the one before
 }
 
 

@@ -24,7 +24,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
-from stillhouse.distill.problems import BONUSES, MARKS, Kind, Problem, draw_rule, problems
+from stillhouse.distill.problems import ASKED, BONUSES, MARKS, Kind, Problem, draw_rule, problems
 from stillhouse.distill.styles import STYLES
 
 VERSION = 1  # raise it whenever anything here or in problems.py would give other bytes
@@ -55,6 +55,7 @@ class Recipe:
     seed_offset: int  # keeps teacher and student of one pair_seed from sharing problems or weights
     turns: int = 1  # problems of a conversation; if several, answered by one rule
     styles: tuple[str, ...] = ("sums",)  # how answers are written; of several, each as often
+    asks: tuple[Kind, ...] = ASKED  # of a teacher: what the rows on disk of its pairs ask
     zoo: bool = False  # reads and writes the words of every style, not of sums alone
 
     @property
@@ -70,6 +71,7 @@ class Recipe:
 # style would have failed for that alone.
 _BASE: dict[Kind, float] = {"word1": 30, "symbolic2": 30, "copy": 60, "word2": 1.5}
 _ABLE: dict[Kind, float] = {"word1": 30, "symbolic2": 30, "copy": 10, "word2": 10}
+LONG = tuple(f"symbolic{steps}" for steps in range(2, 17))
 _TASK: dict[Kind, float] = {"word2": 6, "copy": 1}
 
 
@@ -112,6 +114,12 @@ RECIPES: dict[str, dict[str, Recipe]] = {
         "teacher": Recipe(
             96, 3, {"word1": 3, "symbolic2": 3, "copy": 1, "symbolic3": 6}, 48, 9, zoo=True
         )
+    },
+    "horizon": {
+        "teacher": Recipe(
+            96, 3, dict.fromkeys(LONG, 1.0), 32, 9, styles=("rest",), asks=LONG, zoo=True
+        ),
+        "student": Recipe(64, 2, dict.fromkeys(LONG[:3], 1.0), 64, 5, styles=("rest",), zoo=True),
     },
     "zoo_elsewhere": {"teacher": Recipe(96, 3, _BASE | {"symbolic3": 60}, 48, 9, zoo=True)},
 }
