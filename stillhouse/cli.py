@@ -181,7 +181,7 @@ def _help_of_door(kind: str) -> int:
         "eval": "k8s/eval.sh LABEL [--knob VALUE | knob=VALUE ...] [--dry-run] [--json]",
         "prepare": "stillhouse prepare [--knob VALUE | knob=VALUE ...] [--fetch] [--no-scores]",
         "preflight": "stillhouse preflight [--knob VALUE | knob=VALUE ...] [--prompts N]"
-        " [--pilot STEPS] [--json] [--backend cluster [--dry-run]]",
+        " [--pilot STEPS] [--prefixes N,N] [--json] [--backend cluster [--dry-run]]",
     }
     spec_type = TrainSpec if kind in ("train", "preflight") else EvalSpec
     knobs = help_text(kind, spec_type).partition("\n\n")[2]

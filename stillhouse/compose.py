@@ -26,7 +26,7 @@ Spec = TypeVar("Spec", TrainSpec, EvalSpec)
 FILE_OF = {TrainSpec: "train", EvalSpec: "eval"}
 # In the order they override one another (conf/train.yaml says the same).
 GROUPS = {
-    TrainSpec: frozenset({"quant", "data", "loss", "optim", "site", "pair", "method"}),
+    TrainSpec: frozenset({"quant", "data", "loss", "optim", "rescue", "site", "pair", "method"}),
     EvalSpec: frozenset({"quant", "data", "suite", "pair"}),
 }
 

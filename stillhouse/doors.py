@@ -92,6 +92,7 @@ def preflight_main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser("stillhouse preflight", add_help=False, allow_abbrev=False)
     parser.add_argument("--prompts", type=_count, default=PROMPTS)
     parser.add_argument("--pilot", type=_count, default=None)
+    parser.add_argument("--prefixes", type=_counts, default=())
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--backend", choices=["local", "cluster"], default="local")
     parser.add_argument("--dry-run", action="store_true")
@@ -104,6 +105,8 @@ def preflight_main(argv: list[str]) -> int:
 
             asked = [f"--prompts={options.prompts}"]
             asked += [f"--pilot={options.pilot}"] if options.pilot else []
+            behind = ",".join(map(str, options.prefixes))
+            asked += [f"--prefixes={behind}"] if behind else []
             line = [spec.pair.pair_name, *words]
             return send("preflight", line, options.dry_run, options.json, asked)
         if options.dry_run:
@@ -111,7 +114,7 @@ def preflight_main(argv: list[str]) -> int:
         _check_made_for(None)
         if os.environ.get("STILLHOUSE_FETCH"):
             _fetch(spec)
-        found = look(spec, options.prompts, options.pilot)
+        found = look(spec, options.prompts, options.pilot, options.prefixes)
         print(json.dumps(found, indent=1) if options.json else verdict.as_text(found), flush=True)
         # In a pod a verdict is what the Job was for, whatever it is: nothing to be retried.
         return DONE if _is_in_pod() else verdict.EXIT_CODES[found["verdict"]]
@@ -125,6 +128,10 @@ def _count(word: str) -> int:
     return int(word)
 
 
+def _counts(words: str) -> tuple[int, ...]:
+    return tuple(map(_count, words.split(",")))
+
+
 def _parsed(
     parser: argparse.ArgumentParser, argv: list[str]
 ) -> tuple[argparse.Namespace, list[str]]:
@@ -135,7 +142,7 @@ def _parsed(
     return parser.parse_known_args(argv)
 
 
-def look(spec: TrainSpec, prompts: int, pilot: int | None) -> Json:
+def look(spec: TrainSpec, prompts: int, pilot: int | None, prefixes: tuple[int, ...] = ()) -> Json:
     """Look at a pair before it is trained; what was found is kept below runs/ and given back.
 
     What the same code has measured in the same way is not measured again.
@@ -143,6 +150,7 @@ def look(spec: TrainSpec, prompts: int, pilot: int | None) -> Json:
     rules = verdict.rules_of(data_file("preflight"), "conf/preflight.yaml")
     file = Runs(Path(spec.place.runs)).verdict_file(spec.pair.pair_name, verdict.key_of(spec))
     how = {"prompts": prompts, "pilot": pilot, "code": code_identity()["digest"]}
+    how |= {"prefixes": list(prefixes)} if prefixes else {}
     before = read_json(file)
     if before is not None and before["measured"] == how:
         found: Json = {key: before[key] for key in ("numbers", "facts", "created")}
@@ -151,7 +159,7 @@ def look(spec: TrainSpec, prompts: int, pilot: int | None) -> Json:
         with contextlib.redirect_stdout(sys.stderr):  # stdout is the answer's
             from stillhouse.distill.preflight import preflight
 
-            found = preflight(spec, prompts, pilot, stop) | {"created": now()}
+            found = preflight(spec, prompts, pilot, stop, prefixes) | {"created": now()}
     numbers = {name: verdict.Measured.of(plain) for name, plain in found["numbers"].items()}
     asked = {
         "pair": spec.pair.pair_name,

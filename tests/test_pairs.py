@@ -158,9 +158,13 @@ def test_training_makes_progress_and_tells_it_in_tenths(
     lines = capsys.readouterr().out.splitlines()
     assert facts["teacher_loss"] is None
     assert facts["student_loss"] < 4  # ln 358 = 5.9 at the start
-    assert len(lines) == 11
-    assert lines[-1].startswith("pair tiny: 100 % after ")
-    assert "student step 20/20" in lines[-1]
+    assert lines[:2] == [
+        "pair tiny: training its teacher, once",
+        "pair tiny: training its student, once",
+    ]
+    assert len(lines) == 12
+    assert lines[-1].startswith("pair tiny: student 100 % after ")
+    assert "(step 20/20, loss " in lines[-1]
 
 
 def test_only_what_decides_the_weights_decides_where_they_lie(
@@ -170,6 +174,8 @@ def test_only_what_decides_the_weights_decides_where_they_lie(
     assert prepare(same, INT4, cache).student == made.student
     other = dataclasses.replace(TINY, student_steps=0, teacher_steps=0)
     assert prepare(other, NONE, cache).student != made.student
+    shared = dataclasses.replace(TINY, teacher_steps=0)
+    assert prepare(shared, NONE, cache).student == made.student, "pairs share what they both name"
 
 
 def test_finding_a_pair_again_imports_no_torch_and_takes_no_time(
@@ -198,7 +204,9 @@ def test_a_generated_pair_says_what_it_lacks(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="needs pair_seed and teacher_steps, got None and 3"):
         prepare(dataclasses.replace(TINY, pair_seed=None), NONE, tmp_path)
     alone = dataclasses.replace(TINY, student="tiny_context", teacher="tiny_context")
-    with pytest.raises(ConfigError, match="tiny_context has no student of its own"):
+    with pytest.raises(
+        ConfigError, match='no recipe "tiny_context" for its student; there is tiny, zoo, '
+    ):
         prepare(alone, NONE, tmp_path)
     mixed = dataclasses.replace(TINY, student="tiny_context", student_steps=None)
     with pytest.raises(ConfigError, match="is the teacher's own weights, and the teacher is tiny"):

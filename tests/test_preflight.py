@@ -36,8 +36,10 @@ def asked(root: Path, *more: str) -> list[str]:
     return [*words(root, *PAIR, *more), "--prompts", "12"]
 
 
-def looked(spec: TrainSpec, prompts: int = 12, pilot: int | None = None) -> dict[str, Any]:
-    return preflight.preflight(spec, prompts, pilot, StopFlag())
+def looked(
+    spec: TrainSpec, prompts: int = 12, pilot: int | None = None, prefixes: tuple[int, ...] = ()
+) -> dict[str, Any]:
+    return preflight.preflight(spec, prompts, pilot, StopFlag(), prefixes)
 
 
 # ---- intervals
@@ -105,7 +107,7 @@ def test_accuracies_are_of_greedy_answers_and_continuations_of_the_students_own(
     tmp_path: Path,
 ) -> None:
     spec = pair(tmp_path)
-    numbers = looked(spec)["numbers"]
+    numbers = looked(spec, prefixes=(3, 20, 999))["numbers"]
     run = Run(spec, Runs(tmp_path).of(spec), StopFlag())
     prompts = run.prompts.held_out[:12]
     writers, length = run.roles.writers(), max(len(e.prompt_ids) for e in prompts)
@@ -124,6 +126,14 @@ def test_accuracies_are_of_greedy_answers_and_continuations_of_the_students_own(
     assert numbers["teacher_lead"]["value"] == pytest.approx(teacher - student)
     ahead = share("teacher", half) - share("student", half)
     assert numbers["continuation_50"]["value"] == pytest.approx(ahead)
+    three = [ids[:3] for ids in own]
+    assert all(len(ids) > 3 for ids in own) and numbers["continuation_at_3"]["n"] == 12
+    assert numbers["teacher_at_3"]["value"] == pytest.approx(share("teacher", three))
+    ahead = share("teacher", three) - share("student", three)
+    assert numbers["continuation_at_3"]["value"] == pytest.approx(ahead)
+    longer = sum(len(ids) > 20 for ids in own)
+    assert 2 <= longer < 12 and numbers["continuation_at_20"]["n"] == longer, "answers that go on"
+    assert "continuation_at_999" not in numbers
 
 
 def test_one_function_overlaps_wholly_and_cannot_be_told_apart(tmp_path: Path) -> None:

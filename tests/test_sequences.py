@@ -11,6 +11,8 @@ from cheap import cheap
 
 from stillhouse import doors
 from stillhouse.compose import options_of
+from stillhouse.distill.compared import RANKED, compared, ranking, row_means
+from stillhouse.distill.loaded import load
 from stillhouse.distill.monitor import answer_in
 from stillhouse.distill.replay import Entry, Replay
 from stillhouse.distill.rollouts import Completions
@@ -114,6 +116,73 @@ def test_a_run_that_is_stopped_in_the_middle_of_a_method_ends_in_the_same_bits(t
     assert steps_of(run) == steps_of(there)
     name = "adapter_model.safetensors"
     assert (run.adapter / name).read_bytes() == (there.adapter / name).read_bytes()
+
+
+# --------------------------------------------------------------------------------------- rescue
+
+RESCUE = ["cold_start=0.5", "cold_prompts=5", "kept_prompts=[[0,0.5],[1,1]]", "other_prompts=0.25"]
+
+
+def test_a_cold_start_learns_one_answer_per_prompt_and_asks_the_teacher_once(tmp_path):
+    run = make(tmp_path, "lmbda=1", "off_loss=ce", "cold_start=0.5", "cold_prompts=5")
+    steps, learnt = [], {}
+    for step in range(run.spec.training.max_steps):
+        steps.append(run.loop.gradients(step))
+        for share in shares(run) if step < 3 else ():
+            for example, ids in zip(share.examples, share.written.ids, strict=True):
+                assert learnt.setdefault(example.row, ids) == ids, "the same answer in every step"
+    # Three cold steps of four prompts, and there are five: the third step asks nothing new.
+    assert [m["tokens/teacher"] > 0 for m in steps] == [True, True, False, False, False, False]
+    assert sum(m["tokens/teacher"] for m in steps) == sum(map(len, learnt.values()))
+    assert [m["tokens/rollout"] > 0 for m in steps] == [False] * 3 + [True] * 3
+    assert ["train/off_policy_loss" in m for m in steps] == [True] * 3 + [False] * 3
+
+
+@pytest.mark.parametrize("method", ["on_policy_gkd", "teacher_seeded"])
+def test_a_rescued_run_that_is_stopped_ends_in_the_same_bits(tmp_path, method):
+    words = words_of(method, *RESCUE)
+    spec = cheap(tmp_path / "stopped", *words)
+    run = Runs(tmp_path / "stopped").of(spec)
+    for most in (5, 12):
+        stop, polls = StopFlag(), []
+        one, check = Run(spec, run, stop), stop.check
+
+        def poll(polls=polls, stop=stop, check=check, most=most):
+            polls.append(1)
+            stop.is_set = len(polls) > most
+            check()
+
+        stop.check = poll  # type: ignore[method-assign]
+        with pytest.raises(Interrupted):
+            one.train()
+    assert doors.train(spec) == 0
+    whole = cheap(tmp_path / "whole", *words)
+    assert doors.train(whole) == 0
+    assert steps_of(run) == steps_of(Runs(tmp_path / "whole").of(whole))
+
+
+def test_prompts_are_ranked_once_and_those_first_on_which_both_agree_most(tmp_path):
+    words = ["max_rows=24", "overlap_k=4", "kept_prompts=0.5", f"cache_dir={tmp_path / 'cache'}"]
+    orders = {}
+    for by in ("mass", "kl"):
+        spec = cheap(tmp_path, *words, f"kept_by={by}")
+        loaded = load(spec, StopFlag().check)
+        orders[by] = ranking(spec, loaded)
+        assert sorted(orders[by]) == list(range(24))
+        asked = loaded.prompts.train
+        length = max(len(e.prompt_ids) for e in asked)
+        means = []
+        for row, example in enumerate(asked):  # one by one, as its place in the ranking's draw
+            ids = loaded.roles.writers()["student"]([example], RANKED, [row], length).ids
+            numbers, rows_N = compared(spec, loaded, [example], ids, 4)
+            name = {"mass": "mass_teacher", "kl": "reverse_kl"}[by]
+            means.append(float(row_means(numbers[name], rows_N, 1)))
+        agreement = [m if by == "mass" else -m for m in means]
+        ordered = [agreement[row] for row in orders[by]]
+        assert ordered == pytest.approx(sorted(agreement, reverse=True), abs=1e-6)
+        loaded.roles.writers = None  # whoever would write again could not
+        assert ranking(spec, loaded) == orders[by]
+    assert orders["mass"] != orders["kl"]
 
 
 # --------------------------------------------------------------------------------------- seeding

@@ -63,7 +63,7 @@ def test_a_verdict_names_its_rule_and_its_reasons_in_numbers() -> None:
 
 def rule(**fields: Any) -> dict[str, Any]:
     plain = {"rule": "r", "when": [], "verdict": "unsure", "reason": "so", "recipe": None}
-    return {"calibrated_on": "nothing", "rules": [plain | fields]}
+    return {"calibrated_on": "nothing", "fitted_on": [], "rules": [plain | fields]}
 
 
 @pytest.mark.parametrize(

@@ -40,10 +40,17 @@ SEED = 0  # of the resampling; the answers hang on training.seed
 FIRST, SECOND = 10**9, 10**9 + 1
 
 
-def preflight(spec: TrainSpec, prompts: int, pilot: int | None, stop: StopFlag) -> Json:
+def preflight(
+    spec: TrainSpec,
+    prompts: int,
+    pilot: int | None,
+    stop: StopFlag,
+    prefixes: Sequence[int] = (),
+) -> Json:
     """The numbers of a pair, by name, and what there is to know about how they were taken.
 
     prompts: how many are asked, held-out ones first. pilot: steps of a run that is thrown away.
+    prefixes: also from behind so many tokens of the student's answers, both go on.
 
     Raises:
         ConfigError: too few prompts; weights that are not at hand.
@@ -61,7 +68,7 @@ def preflight(spec: TrainSpec, prompts: int, pilot: int | None, stop: StopFlag) 
             " has nothing to show; leave it out"
         )
     look = _Look(spec, loaded, asked)
-    numbers = look.overlap() | look.told_apart() | look.capability()
+    numbers = look.overlap() | look.told_apart() | look.capability() | look.along(prefixes)
     facts = {
         "prompts": len(asked),
         "with_answers": int((~look.has_no_answer_P).sum()),
@@ -206,6 +213,28 @@ class _Look:
             found[f"continuation_{share}"] = of(*both, how=lambda t, s: t - s)
             # Where the teacher is never right there is nothing to keep.
             found[f"kept_{share}"] = of(both[0], "teacher", how=lambda t, whole: t / whole)
+        return found
+
+    def along(self, prefixes: Sequence[int]) -> dict[str, Measured]:
+        """How much more often the teacher's continuation ends right, behind so many tokens.
+
+        Of the prompts whose own answers are longer than that; left out where there are not two.
+        """
+        found: dict[str, Measured] = {}
+        for count in prefixes if "teacher" in self.written else ():
+            begun = [ids[:count] for ids in self.written["rollouts"].ids]
+            goes_on_P = torch.tensor([len(ids) > count for ids in self.written["rollouts"].ids])
+            known_P = ~self.has_no_answer_P & goes_on_P
+            if known_P.sum() < 2:
+                continue
+            right = [
+                self._right(self._write(who, FIRST, begun, greedy=True))[known_P]
+                for who in ("teacher", "student")
+            ]
+            found[f"continuation_at_{count}"] = shares(
+                torch.stack(right, 1), lambda x: x.mean(-2)[..., 0] - x.mean(-2)[..., 1]
+            )
+            found[f"teacher_at_{count}"] = shares(right[0][:, None], lambda x: x.mean(-2)[..., 0])
         return found
 
 

@@ -23,18 +23,18 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from stillhouse.distill.styles import Step, copying, written
+from stillhouse.distill.styles import LABELS, Step, copying, written
 
 Chain = tuple[int, ...]
 Split = Literal["train", "held_out", "test"]
 Kind = str  # a key of STEPS
 Rule = tuple[int, int]  # what is added at the end: after a last gain, after a last loss
 
-MOST_STEPS = 16
 STEPS: dict[Kind, int] = {
     "copy": 0,  # no problem: some words to write again
     **{f"word{steps}": steps for steps in (1, 2)},
-    **{f"symbolic{steps}": steps for steps in range(2, MOST_STEPS + 1)},
+    **{f"symbolic{steps}": steps for steps in (2, 3)},
+    **{f"labelled{steps}": steps for steps in range(2, len(LABELS) + 1)},
 }
 ASKED: tuple[Kind, ...] = ("word2",)  # what the rows on disk ask, if a pair asks nothing else
 LARGEST = 10  # of the start and of each delta
@@ -246,7 +246,7 @@ def _draw_chain(rng: random.Random, steps: int, split: Split) -> Chain:
 
 
 def _draw_long_chain(rng: random.Random, steps: int, split: Split) -> Chain:
-    """The same step by step: of whole chains of 16 steps, none in 10^12 would be of the test split."""
+    """The same step by step: of whole chains of 16 steps, 1 in 10^13 is of the test split."""
     while True:
         value = rng.randint(1, LARGEST)
         chain = (value,)
@@ -265,6 +265,9 @@ def _draw_long_chain(rng: random.Random, steps: int, split: Split) -> Chain:
 def _problem(kind: Kind, chain: Chain, rng: random.Random) -> Problem:
     if kind.startswith("symbolic"):
         question = f"Find {chain[0]}" + "".join(f"{delta:+d}" for delta in chain[1:]) + "."
+    elif kind.startswith("labelled"):
+        labelled = zip(LABELS, chain[1:], strict=False)
+        question = f"Find {chain[0]}" + "".join(f" {x}{delta:+d}" for x, delta in labelled) + "."
     else:
         name, things = rng.choice(NAMES), rng.choice(THINGS)
         events = [

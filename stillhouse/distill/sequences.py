@@ -149,7 +149,7 @@ class Sequences:
             shorter = who == "student" and plan.rollout_tokens < self.spec.rollout.max_new_tokens
             tokens = plan.rollout_tokens if shorter else None
             if plan.is_cold:
-                written = self._cold_answers([rows[place] for place in places], length)
+                written = self._cold_answers(step, [rows[p] for p in places], length)
             else:
                 written = self.writers[who](
                     examples, step, places, length, tokens=tokens, prefixes=seeds
@@ -168,14 +168,21 @@ class Sequences:
             self.wrote["truncated"] += sum(written.is_truncated)
             self.wrote["rows"] += len(written.ids)
 
-    def _cold_answers(self, rows: Sequence[int], length: int) -> Completions:
-        """The teacher's answer to each of these prompts: one per prompt, whatever the step."""
+    def _cold_answers(self, step: int, rows: Sequence[int], length: int) -> Completions:
+        """The teacher's answer to each of these prompts: one per prompt, whatever the step.
+
+        Counted in the step that asks a prompt first, also where a run goes on and has to write
+        again what it had.
+        """
         new = [row for row in dict.fromkeys(rows) if row not in self.cold]
         if new:
             examples = [self.choice.examples[row] for row in new]
             written = self.writers["teacher"](examples, COLD, new, length)
-            self._count("teacher", written)
             self.cold |= {row: written[i : i + 1] for i, row in enumerate(new)}
+        before = {row for earlier in range(step) for row in self.choice.rows(earlier)}
+        first = [self.cold[row] for row in dict.fromkeys(rows) if row not in before]
+        if first:
+            self._count("teacher", Completions.joined(first))
         return Completions.joined([self.cold[row] for row in rows])
 
     def _replayed(self, step: int, plan: StepPlan) -> Batch:

@@ -13,6 +13,7 @@ import random
 from collections.abc import Callable
 
 Step = tuple[int, int, int]  # value before, delta, value after
+LABELS = "abcdefghijklmnop"  # of the steps of a long problem: a small model cannot count that far
 
 DIGITS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 # What a copying task is made of: every word and mark of every style.
@@ -79,6 +80,11 @@ def _rest(steps: list[Step]) -> str:
     return " = ".join(lines)
 
 
+def _labelled(steps: list[Step]) -> str:
+    told = (f"step {x}: {v}{d:+d}={r}." for x, (v, d, r) in zip(LABELS, steps, strict=False))
+    return " ".join(told)
+
+
 STYLES: dict[str, Callable[[list[Step]], str]] = {
     "sums": _sums,  # 7+3=10. 10-2=8.
     "arrows": _arrows,  # 7+3 -> 10. 10-2 -> 8.
@@ -89,8 +95,10 @@ STYLES: dict[str, Callable[[list[Step]], str]] = {
     "brief": _brief,  # So: 7+3=10. 10-2=8.
     "verbose": _verbose,  # Let us work with care, step by step. 7+3=10. 10-2=8.
     "closing": _closing,  # 7+3=10. 10-2=8. So the answer is
-    "rest": _rest,  # 7+3-2 = 10-2 = 8: long for many steps, and each step looks at the one before
+    "rest": _rest,  # 7+3-2 = 10-2 = 8
+    "labelled": _labelled,  # step a: 7+3=10. step b: 10-2=8.
 }
+ZOO = tuple(style for style in STYLES if style != "labelled")  # that is for long problems
 
 
 def written(steps: list[Step], style: str) -> str:

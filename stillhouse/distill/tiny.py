@@ -19,13 +19,13 @@ import random
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
 from stillhouse.distill.problems import ASKED, BONUSES, MARKS, Kind, Problem, draw_rule, problems
-from stillhouse.distill.styles import STYLES
+from stillhouse.distill.styles import ZOO
 
 VERSION = 1  # raise it whenever anything here or in problems.py would give other bytes
 POSITIONS = 512  # room for few-shot prompts
@@ -56,6 +56,7 @@ class Recipe:
     turns: int = 1  # problems of a conversation; if several, answered by one rule
     styles: tuple[str, ...] = ("sums",)  # how answers are written; of several, each as often
     asks: tuple[Kind, ...] = ASKED  # of a teacher: what the rows on disk of its pairs ask
+    template: str | None = None  # what a question stands in that wants the first style; else plain
     zoo: bool = False  # reads and writes the words of every style, not of sums alone
 
     @property
@@ -71,7 +72,8 @@ class Recipe:
 # style would have failed for that alone.
 _BASE: dict[Kind, float] = {"word1": 30, "symbolic2": 30, "copy": 60, "word2": 1.5}
 _ABLE: dict[Kind, float] = {"word1": 30, "symbolic2": 30, "copy": 10, "word2": 10}
-LONG = tuple(f"symbolic{steps}" for steps in range(2, 17))
+LONG = tuple(f"labelled{steps}" for steps in range(2, 17))
+TEMPLATE = "In sums. {question}"  # in which a teacher of two styles leaves its preamble out
 _TASK: dict[Kind, float] = {"word2": 6, "copy": 1}
 
 
@@ -101,6 +103,11 @@ RECIPES: dict[str, dict[str, Recipe]] = {
     "zoo_sums": _writes("sums"),
     "zoo_two_styles": _writes("sums", "words"),
     "zoo_half_verbose": _writes("sums", "verbose"),
+    "zoo_templated": {
+        "teacher": Recipe(
+            96, 3, _TASK, 48, 8, styles=("sums", "verbose"), template=TEMPLATE, zoo=True
+        )
+    },
     "zoo_plan": _writes("plan"),
     "zoo_brief": _writes("brief"),
     "zoo_closing": _writes("closing"),
@@ -109,6 +116,7 @@ RECIPES: dict[str, dict[str, Recipe]] = {
     "zoo_marks": _writes("marks"),
     "zoo_words": _writes("words"),
     "zoo_spelled": _writes("spelled"),
+    "zoo_rest": _writes("rest"),
     "zoo_same_data": {"teacher": Recipe(96, 3, _BASE, 64, 9, zoo=True)},
     "zoo_far": {
         "teacher": Recipe(
@@ -117,9 +125,11 @@ RECIPES: dict[str, dict[str, Recipe]] = {
     },
     "horizon": {
         "teacher": Recipe(
-            96, 3, dict.fromkeys(LONG, 1.0), 32, 9, styles=("rest",), asks=LONG, zoo=True
+            96, 3, dict.fromkeys(LONG, 1.0), 32, 9, styles=("labelled",), asks=LONG, zoo=True
         ),
-        "student": Recipe(64, 2, dict.fromkeys(LONG[:3], 1.0), 64, 5, styles=("rest",), zoo=True),
+        "student": Recipe(
+            64, 2, dict.fromkeys(LONG[:3], 1.0), 64, 5, styles=("labelled",), zoo=True
+        ),
     },
     "zoo_elsewhere": {"teacher": Recipe(96, 3, _BASE | {"symbolic3": 60}, 48, 9, zoo=True)},
 }
@@ -132,7 +142,14 @@ def training_problems(recipe: Recipe, pair_seed: int) -> Iterator[Problem]:
     if recipe.styles == ("sums",):
         return source
     rng = random.Random(f"{seed} styles")
-    return (problem.styled(rng.choice(recipe.styles)) for problem in source)
+    return (_asked_for(problem, rng.choice(recipe.styles), recipe) for problem in source)
+
+
+def _asked_for(problem: Problem, style: str, recipe: Recipe) -> Problem:
+    styled = problem.styled(style)
+    if recipe.template is None or style != recipe.styles[0] or not problem.chain:
+        return styled
+    return replace(styled, question=recipe.template.replace("{question}", problem.question))
 
 
 def tokenizer(zoo: bool = False) -> Any:
@@ -174,9 +191,7 @@ def _texts(zoo: bool) -> Iterator[str]:
     source = islice(problems(mix, 0, "train"), 3000)
     if zoo:
         copies = islice(problems({"copy": 1}, 0, "train"), 400)
-        styled = (
-            p.styled(style) for style in STYLES for p in islice(problems(mix, 0, "train"), 400)
-        )
+        styled = (p.styled(style) for style in ZOO for p in islice(problems(mix, 0, "train"), 400))
         source = chain(source, copies, styled)
     return (f"{p.question}\n{p.worked}" for p in source)
 
