@@ -127,8 +127,15 @@ RECIPES: dict[str, dict[str, Recipe]] = {
         "teacher": Recipe(
             96, 3, dict.fromkeys(LONG, 1.0), 32, 9, styles=("labelled",), asks=LONG, zoo=True
         ),
+        # Problems of up to four steps, and of each longer kind 1 in 30.
         "student": Recipe(
-            64, 2, dict.fromkeys(LONG[:3], 1.0), 64, 5, styles=("labelled",), zoo=True
+            64,
+            2,
+            {k: 6.0 if k in LONG[:3] else 1.0 for k in LONG},
+            32,
+            5,
+            styles=("labelled",),
+            zoo=True,
         ),
     },
     "zoo_elsewhere": {"teacher": Recipe(96, 3, _BASE | {"symbolic3": 60}, 48, 9, zoo=True)},
