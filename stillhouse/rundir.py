@@ -311,9 +311,14 @@ class Runs:
         """Directory of a row that no run trained: teacher, student or ptq."""
         return self.root / "baselines" / f"{label}-{key}"
 
+    @property
+    def verdicts(self) -> Path:
+        """Where preflights leave what they found."""
+        return self.root / "preflight"
+
     def verdict_file(self, pair_name: str, key: str) -> Path:
         """What a preflight found of a pair; `verdict.key_of` gives the key."""
-        return self.root / "preflight" / f"{pair_name}-{key}.json"
+        return self.verdicts / f"{pair_name}-{key}.json"
 
     def report(self, name: str) -> Path:
         return self.root / "reports" / name

@@ -189,6 +189,20 @@ def test_adapters_come_on_request_and_once(lab: Lab):
     assert lab.run(0).is_trained()  # what it has of the same adapter stays
 
 
+def test_verdicts_of_preflights_come_home_unless_something_newer_is_known(lab: Lab):
+    there, here = Runs(lab.volume).verdicts, Runs(lab.home).verdicts
+    for name, created in {"new": 5, "newer": 7, "older": 3}.items():
+        write_json(there / f"{name}-0123456789.json", {"verdict": "likely", "created": created})
+    for name in ("newer", "older"):
+        write_json(here / f"{name}-0123456789.json", {"verdict": "unsure", "created": 5})
+    found = lab.collect()
+    assert found.verdicts == 2
+    assert "2 verdicts of preflights came" in " ".join(found.lines(lab.rows))
+    said = {path.name[:-16]: (read_json(path) or {})["verdict"] for path in here.glob("*.json")}
+    assert said == {"new": "likely", "newer": "likely", "older": "unsure"}
+    assert lab.collect().verdicts == 0
+
+
 def test_adapters_are_asked_for_by_size(lab: Lab, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(collecting, "BATCH_BYTES", 15)  # two of seven bytes
     lab.collect(adapters=True)
@@ -199,7 +213,8 @@ def test_adapters_are_asked_for_by_size(lab: Lab, monkeypatch: pytest.MonkeyPatc
 def test_thousands_of_runs_are_asked_for_in_batches(lab: Lab, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(collecting, "BATCH", 4)
     lab.collect()
-    assert [len(request["directories"]) for request in lab.asked] == [4, 4, 1]
+    asked = [r["directories"] for r in lab.asked if r["files"] == list(collecting.SMALL)]
+    assert [len(directories) for directories in asked] == [4, 4, 1]
     assert "8 of 9 directories" in " ".join(lab.said)
 
 
@@ -290,7 +305,9 @@ def test_two_collects_do_not_write_at_once(lab: Lab):
 def test_a_stream_that_is_cut_is_asked_for_again(lab: Lab):
     lab.spoil = lambda turn, stream: stream[: len(stream) * 2 // 3] if turn < 3 else stream
     assert len(lab.collect().came) == 8
-    assert len(lab.asked) == 3
+    assert [request["directories"] for request in lab.asked[:3]] == [
+        lab.asked[0]["directories"]
+    ] * 3
     assert "sending broke" in " ".join(lab.said)
 
 

@@ -25,40 +25,66 @@ def numbers(**values: float | tuple[float, float, float]) -> dict[str, Measured]
     return {name: Measured(*ends, 64) for name, ends in whole.items()}
 
 
-# What the first study found at step 0 (docs/log.md), and what became of such pairs.
+# What pairs of the zoo showed at step 0 (docs/results/zoo), and what became of them.
+BETA = {1: verdict.asked_numbers(1, 200), 0: verdict.asked_numbers(0, 200)}
+PLAN = numbers(reverse_kl=3, teacher_lead=0.7, kept_25=0.37, forward_kl=2.9)
 PAIRS = {
-    "succeeds": (numbers(reverse_kl=1, teacher_lead=0.5, kept_25=0.7), "likely"),
-    "another pattern": (numbers(reverse_kl=1, teacher_lead=0.6, kept_25=0.1), "unlikely"),
-    "in between": (numbers(reverse_kl=1, teacher_lead=0.5, kept_25=0.35), "unsure"),
-    "nothing new": (numbers(reverse_kl=0.1, teacher_lead=-0.2, kept_25=0.9), "unlikely"),
-    "the same function": (numbers(reverse_kl=(0, 0, 0), teacher_lead=0), "unlikely"),
-    "without answers": (numbers(reverse_kl=1, told_apart=0.6), "unsure"),
+    "the same style": (
+        BETA[1] | numbers(reverse_kl=1, teacher_lead=0.7, kept_25=0.74, forward_kl=0.4),
+        "likely",
+    ),
+    "other words": (
+        BETA[0] | numbers(reverse_kl=10, teacher_lead=0.8, kept_25=0.1, forward_kl=6),
+        "unlikely",
+    ),
+    "another mark": (
+        BETA[1] | numbers(reverse_kl=5, teacher_lead=0.6, kept_25=0.4, forward_kl=4),
+        "unlikely",
+    ),
+    "a plan first, forward KL": (BETA[0] | PLAN, "likely"),
+    "a plan first, reverse KL": (BETA[1] | PLAN, "unsure"),
+    "nothing new": (
+        BETA[1] | numbers(reverse_kl=1.6, teacher_lead=-0.2, kept_25=1, forward_kl=1.9),
+        "unlikely",
+    ),
+    "a student at its capacity": (
+        BETA[1] | numbers(reverse_kl=0.4, teacher_lead=0.3, kept_25=0.8, forward_kl=0.1),
+        "unlikely",
+    ),
+    "the same function": (BETA[1] | numbers(reverse_kl=(0, 0, 0), teacher_lead=0), "unlikely"),
+    "without answers": (BETA[1] | numbers(reverse_kl=1, told_apart=0.6), "unsure"),
     "a lead that may be none": (
-        numbers(reverse_kl=1, teacher_lead=(0.15, 0.02, 0.28), kept_25=0.9),
+        BETA[1] | numbers(reverse_kl=1, teacher_lead=(0.15, 0.02, 0.28), kept_25=0.9, forward_kl=1),
         "unsure",
     ),
 }
 
 
 @pytest.mark.parametrize("name", PAIRS)
-def test_the_shipped_rules_say_what_the_first_study_saw(name: str) -> None:
+def test_the_shipped_rules_say_what_was_seen_of_such_pairs(name: str) -> None:
     measured, expected = PAIRS[name]
     assert decide(RULES, measured)["verdict"] == expected
 
 
+def test_a_difference_of_patterns_says_nothing_of_a_run_that_is_much_longer() -> None:
+    measured, _ = PAIRS["other words"]
+    assert decide(RULES, measured | verdict.asked_numbers(0, 1000))["verdict"] == "unsure"
+
+
 def test_a_pilot_that_gains_settles_what_the_rest_leaves_unsure() -> None:
-    measured, _ = PAIRS["in between"]
+    measured, _ = PAIRS["a plan first, reverse KL"]
     assert decide(RULES, measured | numbers(pilot_gain=0.2))["verdict"] == "likely"
 
 
 def test_a_verdict_names_its_rule_and_its_reasons_in_numbers() -> None:
-    said = decide(RULES, PAIRS["another pattern"][0])
-    assert said["rule"] == "patterns_differ" and said["recipe"] == "method=cold_start"
+    said = decide(RULES, PAIRS["other words"][0])
+    assert said["rule"] == "patterns_differ" and said["recipe"] == "rescue=cold_start"
     assert said["reasons"] == [
         "the teacher cannot go on from what the student begins",
         "kept_25 below 0.3: 0.1 [0.09, 0.11], n = 64",
+        "max_steps below 300: 200",
     ]
-    assert "30 runs" in said["calibrated_on"]
+    assert "36 runs" in said["calibrated_on"]
 
 
 def rule(**fields: Any) -> dict[str, Any]:

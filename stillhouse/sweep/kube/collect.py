@@ -49,6 +49,7 @@ class Collected:
     unchanged: int = 0  # directories that were here already, as they are there
     missing: list[str] = field(default_factory=list[str])  # directories that are not there
     kept: dict[str, str] = field(default_factory=dict[str, str])  # left alone here, and why
+    verdicts: int = 0  # of preflights, that are new here or newer
 
     def lines(self, roster: Roster) -> list[str]:
         """The same as a person reads it."""
@@ -60,6 +61,10 @@ class Collected:
 
         said = f"{self.files} files ({size(self.bytes)}) of {len(self.came)} directories came"
         lines = [f"{said}, {self.unchanged} were here already"]
+        if self.verdicts:
+            lines.append(
+                f"  {self.verdicts} verdicts of preflights came; `stillhouse plan` shows them"
+            )
         if self.missing:
             lines.append(f"  {len(self.missing)} are not there yet [{some(self.missing)}]")
         reasons: dict[str, list[str]] = {}
@@ -88,6 +93,7 @@ def collect(
     with _alone(runs), Holder(cluster, site, roster.name, say) as holder:
         home = _Home(runs, f"{cluster.server} {cluster.namespace}/{site.runs_claim}", holder)
         home.fetch_small(directories)
+        home.fetch_verdicts()
         if adapters:
             home.fetch_weights(directories)
     return home.collected
@@ -152,6 +158,16 @@ class _Home:
             self._say(at + len(batch), len(wanted), "directories")
         for name, directory in self.names.items():
             self._link_name(name, directory)
+
+    def fetch_verdicts(self) -> None:
+        """What preflights found on the cluster, where nothing newer is known here."""
+        there = Runs(self.runs).verdicts
+        self.holder.ask({"directories": [there.name], "files": ["*.json"]}, self.stage)
+        for came in sorted((self.stage / there.name).glob("*.json")):
+            found, known = read_json(came), read_json(there / came.name)
+            if found and (known is None or known["created"] < found["created"]):
+                write_json(there / came.name, found)
+                self.collected.verdicts += 1
 
     def fetch_weights(self, directories: Sequence[str]) -> None:
         """The adapters of those that are trained; their small files are here."""
