@@ -193,7 +193,7 @@ class RescueSpec:
     # mass: by the teacher's mass on shared tokens (Eq. 10); kl: by the least reverse KL per token.
     kept_by: Literal["mass", "kl"]
     other_prompts: BelowOne  # share of a step's prompts that are of another kind than the data's
-    other_path: str | None  # jsonl or parquet of these; null: a generated pair's own
+    other_file: str | None  # jsonl or parquet of these; null: a generated pair's own
 
     @model_validator(mode="after")
     def _means_something(self) -> RescueSpec:
@@ -212,8 +212,8 @@ class RescueSpec:
         )
         if not all(share > 0 for _, share in shares):
             raise ValueError("kept_prompts 0: a share in (0, 1] is kept, or nothing could be asked")
-        if self.other_path is not None and not self.other_prompts:
-            raise ValueError("other_path without other_prompts, the share of prompts from there")
+        if self.other_file is not None and not self.other_prompts:
+            raise ValueError("other_file without other_prompts, the share of prompts from there")
         return self
 
 
@@ -560,9 +560,9 @@ class TrainSpec:
                 "other_prompts with teacher_few_shot: exemplars are of the data's own kind; leave"
                 " one of them out"
             )
-        if rescue.other_prompts and rescue.other_path is None and data.data_source != "generated":
+        if rescue.other_prompts and rescue.other_file is None and data.data_source != "generated":
             raise ValueError(
-                f"other_prompts {rescue.other_prompts:g} of data {data.data_name}: other_path says"
+                f"other_prompts {rescue.other_prompts:g} of data {data.data_name}: other_file says"
                 " where they are; only generated data has its own"
             )
 
@@ -658,7 +658,7 @@ AS_BEFORE: dict[str, Any] = {
     "rescue.kept_prompts": 1,
     "rescue.kept_by": "mass",
     "rescue.other_prompts": 0,
-    "rescue.other_path": None,
+    "rescue.other_file": None,
 }
 
 _TRAIN = TypeAdapter(TrainSpec)

@@ -87,9 +87,9 @@ def test_a_cold_start_of_less_than_a_step_or_of_no_prompts_is_refused() -> None:
         ("cold_start=0.5", "cold_prompts=9", "max_rows=9"): "are all of max_rows 9",
         ("kept_prompts=0",): r"a share in \(0, 1\] is kept",
         ("kept_prompts=1.2",): r"in \[0, 1\]",
-        ("other_prompts=0.2", "data=gsm8k"): "other_path says where they are",
+        ("other_prompts=0.2", "data=gsm8k"): "other_file says where they are",
         ("other_prompts=0.2", "teacher_few_shot=2"): "exemplars are of the data's own kind",
-        ("other_path=x",): "other_path without other_prompts",
+        ("other_file=x",): "other_file without other_prompts",
         ("cold_start=0.5", "cold_prompts=6", "teacher_samples=false"): "only scores",
     }.items():
         with pytest.raises(ConfigError, match=said):

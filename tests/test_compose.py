@@ -25,7 +25,11 @@ from stillhouse.spec import EvalSpec, TrainSpec
 CONF = Path(__file__).parent.parent / "conf"
 OPTIONS = [(path.parent.name, path.stem) for path in sorted(CONF.glob("*/*.yaml"))]
 SPEC_OF = {"train": TrainSpec, "eval": EvalSpec}
-NEEDS = {("data", "local"): {"data.data_path": "rows.jsonl"}}
+NEEDS = {
+    ("data", "local"): {"data.data_path": "rows.jsonl"},
+    ("rescue", "aligned_others"): {"rescue.other_file": "rows.jsonl"},
+    ("rescue", "cold_start_others"): {"rescue.other_file": "rows.jsonl"},
+}
 
 
 def whole_hydra(config: str, words: list[str]) -> Any:
@@ -148,6 +152,7 @@ LEAF_VALUES: dict[str, st.SearchStrategy[Any]] = {
 # Asked once: type checks of the package draw random numbers, which a strategy must not.
 KNOWN = {spec_type: leaves(spec_type) for spec_type in (TrainSpec, EvalSpec)}
 CHOICES = {group: options_of(group) for group, _ in OPTIONS}
+CHOICES["rescue"] = ["none", "aligned", "low_kl"]  # the others ask more of a pair and of its data
 
 
 @st.composite
@@ -275,7 +280,7 @@ def test_a_key_of_a_sweep_file_is_a_group_or_a_leaf():
 
 
 REFUSED = {
-    "pair=tyni": 'no "tyni" in conf/pair (context, llama_8b_70b,',
+    "pair=tyni": 'no "tyni" in conf/pair (context, horizon, llama_8b_70b,',
     "--quant-type int5": 'Did you mean "int4"?',
     "loss=nothing": 'no "nothing" in conf/loss (ce_pg, jsd)',
     "lmbda=0,1": "is a sweep; one run wants one value",

@@ -69,7 +69,7 @@ OTHER: dict[str, object] = {
     "kept_prompts": 0.5,
     "kept_by": "kl",
     "other_prompts": 0.25,
-    "other_path": "another",
+    "other_file": "another",
     "on_loss": "pg",
     "off_loss": "ce",
     "beta": 0.25,
@@ -167,12 +167,12 @@ OTHER: dict[str, object] = {
 
 
 # What some of them need before they mean anything.
-COLD, OTHERS = {"cold_start": 0.5, "cold_prompts": 64}, {"other_prompts": 0.5, "other_path": "x"}
+COLD, OTHERS = {"cold_start": 0.5, "cold_prompts": 64}, {"other_prompts": 0.5, "other_file": "x"}
 BESIDE: dict[str, dict[str, object]] = {
     "cold_start": COLD,
     "cold_prompts": COLD,
     "other_prompts": OTHERS,
-    "other_path": OTHERS,
+    "other_file": OTHERS,
     "double_quant": {"quant": "bnb_nf4"},
     "replay_size": {"off_policy_source": "teacher"},
     "replay_injection": {"off_policy_source": "teacher", "replay_size": 50},

@@ -54,8 +54,8 @@ def load(spec: TrainSpec, poll: Callable[[], None]) -> Loaded:
             )
     if spec.rescue.other_prompts:
         file = prepared.data_dir / "other.jsonl"
-        if spec.rescue.other_path is not None:
-            file = Path(spec.rescue.other_path).expanduser()
+        if spec.rescue.other_file is not None:
+            file = Path(spec.rescue.other_file).expanduser()
         prompts = replace(prompts, others=load_others(file, spec.data, tokenizer))
     roles = Roles(spec, prepared, tokenizer, accelerator, poll)
     return Loaded(accelerator, prepared, tokenizer, prompts, roles)

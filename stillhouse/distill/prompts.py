@@ -118,12 +118,12 @@ def load_others(file: Path, data: DataSpec, tokenizer: Any) -> list[Example]:
     Raises DataError for a file that is not there, cannot be parsed, or holds no row to be used.
     """
     if not file.is_file():
-        raise DataError(f"other_path: {file}: no such file")
+        raise DataError(f"other_file: {file}: no such file")
     table, skipped = read_table([file]), Counter[str]()
     encode = _Encoder(replace(data, data_source="local", prompt_template=None), tokenizer)
     found = _take(table, range(len(table)), len(table), encode, skipped)
     if not found:
-        raise DataError(f"other_path: {file}: no row can be used{_reasons(skipped)}")
+        raise DataError(f"other_file: {file}: no row can be used{_reasons(skipped)}")
     return found
 
 
