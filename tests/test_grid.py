@@ -42,7 +42,7 @@ GOLDEN = {  # points of each file: values of the axes × seeds
     "null_beta": 3 * 3 * 8,
     "null_rate": 2 * 2 * 4 * 3,
     "zoo": 19 * 2 * 2,
-    "rescue": (2 * 7 + 2) * 5,
+    "rescue": (3 * 7 + 2) * 5,
     "horizon": 6 * 4,
 }
 
