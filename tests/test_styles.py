@@ -24,6 +24,9 @@ WRITTEN = {
     "verbose": "Let us work with care, step by step. 7+3=10. 10-2=8. #### 8",
     "closing": "7+3=10. 10-2=8. So the answer is #### 8",
     "rest": "7+3-2 = 10-2 = 8 #### 8",
+    "colons": "7+3: 10. 10-2: 8. #### 8",
+    "preface": "step by step: 7+3=10. 10-2=8. #### 8",
+    "ending": "7+3=10. 10-2=8. So #### 8",
     "labelled": "step a: 7+3=10. step b: 10-2=8. #### 8",
 }
 
@@ -39,7 +42,7 @@ def test_a_style_writes_the_same_two_sums_in_its_own_way(style: str) -> None:
 
 def test_the_words_that_are_copied_are_all_that_the_zoos_styles_write() -> None:
     # "labelled" is of the horizon pair, which copies nothing; "1" and "0" of "10" are tokens alone.
-    texts = [WRITTEN[style] for style in styles.ZOO]
+    texts = [text for style, text in WRITTEN.items() if style != "labelled"]
     pieces = re.findall(r"[A-Za-z]+|\d|->|####|[^\sA-Za-z\d]", " ".join(texts))
     assert set(pieces) <= set(styles.WORDS)
     copied = " ".join(styles.copying(random.Random(n))[1] for n in range(300))
@@ -85,14 +88,14 @@ def test_the_zoos_tokenizer_knows_each_word_of_every_style() -> None:
 
 def test_every_pair_of_the_zoo_composes_and_says_who_it_is() -> None:
     names = [name for name in options_of("pair") if name.startswith("zoo_")]
-    assert len(names) == 20
+    assert len(names) == 26
     specs = {n: compose(from_command_line([f"pair={n}"], TrainSpec), TrainSpec) for n in names}
     assert all(spec.pair.pair_name == name for name, spec in specs.items())
     who = [
         (s.pair.student, s.pair.student_steps, s.pair.teacher, s.pair.teacher_steps)
         for s in specs.values()
     ]
-    assert len(set(who)) == 20, "no two pairs are of the same models"
+    assert len(set(who)) == 26, "no two pairs are of the same models"
     for spec in specs.values():
         assert spec.loss.on_loss == "jsd" and spec.training.max_steps == 200
         assert "teacher" in tiny.RECIPES[spec.pair.teacher]

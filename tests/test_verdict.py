@@ -37,6 +37,10 @@ PAIRS = {
         BETA[0] | numbers(reverse_kl=10, teacher_lead=0.8, kept_25=0.1, forward_kl=6),
         "unlikely",
     ),
+    "a long preamble": (
+        BETA[1] | numbers(reverse_kl=3, teacher_lead=0.6, kept_25=0.05, forward_kl=6.3),
+        "unlikely",
+    ),
     "another mark": (
         BETA[1] | numbers(reverse_kl=5, teacher_lead=0.6, kept_25=0.4, forward_kl=4),
         "unlikely",
@@ -77,14 +81,15 @@ def test_a_pilot_that_gains_settles_what_the_rest_leaves_unsure() -> None:
 
 
 def test_a_verdict_names_its_rule_and_its_reasons_in_numbers() -> None:
-    said = decide(RULES, PAIRS["other words"][0])
+    said = decide(RULES, PAIRS["a long preamble"][0])
     assert said["rule"] == "patterns_differ" and said["recipe"] == "rescue=cold_start"
     assert said["reasons"] == [
-        "the teacher cannot go on from what the student begins",
-        "kept_25 below 0.3: 0.1 [0.09, 0.11], n = 64",
+        "the teacher cannot go on from what the student begins, and writes what the student would not",
+        "kept_25 below 0.3: 0.05 [0.04, 0.06], n = 64",
+        "forward_kl above 5.3: 6.3 [6.29, 6.31], n = 64",
         "max_steps below 300: 200",
     ]
-    assert "36 runs" in said["calibrated_on"]
+    assert "76 runs" in said["calibrated_on"]
 
 
 def rule(**fields: Any) -> dict[str, Any]:

@@ -73,6 +73,18 @@ def _closing(steps: list[Step]) -> str:
     return f"{_sums(steps)} So the answer is"
 
 
+def _colons(steps: list[Step]) -> str:
+    return " ".join(f"{value}{delta:+d}: {result}." for value, delta, result in steps)
+
+
+def _preface(steps: list[Step]) -> str:
+    return f"step by step: {_sums(steps)}"
+
+
+def _ending(steps: list[Step]) -> str:
+    return f"{_sums(steps)} So"
+
+
 def _rest(steps: list[Step]) -> str:
     lines = [f"{steps[0][0]}" + "".join(f"{delta:+d}" for _, delta, _ in steps)]
     for done, (_, _, result) in enumerate(steps, 1):
@@ -96,9 +108,13 @@ STYLES: dict[str, Callable[[list[Step]], str]] = {
     "verbose": _verbose,  # Let us work with care, step by step. 7+3=10. 10-2=8.
     "closing": _closing,  # 7+3=10. 10-2=8. So the answer is
     "rest": _rest,  # 7+3-2 = 10-2 = 8
+    "colons": _colons,  # 7+3: 10. 10-2: 8.
+    "preface": _preface,  # step by step: 7+3=10. 10-2=8.
+    "ending": _ending,  # 7+3=10. 10-2=8. So
     "labelled": _labelled,  # step a: 7+3=10. step b: 10-2=8.
 }
-ZOO = tuple(style for style in STYLES if style != "labelled")  # that is for long problems
+# What the zoo's tokenizer is made from. The styles that came later write no other words.
+ZOO = tuple(STYLES)[:10]
 
 
 def written(steps: list[Step], style: str) -> str:

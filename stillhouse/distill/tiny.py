@@ -117,6 +117,12 @@ RECIPES: dict[str, dict[str, Recipe]] = {
     "zoo_words": _writes("words"),
     "zoo_spelled": _writes("spelled"),
     "zoo_rest": _writes("rest"),
+    "zoo_half_marks": _writes("sums", "marks"),
+    "zoo_colons": _writes("colons"),
+    "zoo_preface": _writes("preface"),
+    "zoo_ending": _writes("ending"),
+    "zoo_twin": {"teacher": Recipe(64, 2, _BASE, 64, 9, zoo=True)},
+    "zoo_narrow": {"student": Recipe(48, 2, _BASE, 64, 5, zoo=True)},
     "zoo_same_data": {"teacher": Recipe(96, 3, _BASE, 64, 9, zoo=True)},
     "zoo_far": {
         "teacher": Recipe(
