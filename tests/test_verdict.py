@@ -84,7 +84,7 @@ def test_a_verdict_names_its_rule_and_its_reasons_in_numbers() -> None:
     said = decide(RULES, PAIRS["a long preamble"][0])
     assert said["rule"] == "patterns_differ" and said["recipe"] == "rescue=cold_start"
     assert said["reasons"] == [
-        "the teacher cannot go on from what the student begins, and writes what the student would not",
+        "the teacher cannot go on from what the student begins, and itself writes otherwise",
         "kept_25 below 0.3: 0.05 [0.04, 0.06], n = 64",
         "forward_kl above 5.3: 6.3 [6.29, 6.31], n = 64",
         "max_steps below 300: 200",
