@@ -20,6 +20,7 @@ from stillhouse.results import plots
 from stillhouse.results.curves import Group, Run, grouped, jumps, named, over_steps, read, score_key
 from stillhouse.results.figures import draw
 from stillhouse.results.layout import duration, interval, probability, signed
+from stillhouse.results.predictions import Predictions
 from stillhouse.results.report import commands, cost_table, failure_table, write_report
 from stillhouse.results.table import load
 from stillhouse.rundir import Runs, read_json, write_json
@@ -218,7 +219,7 @@ def test_an_unknown_sweep_writes_no_report(runs: Path) -> None:
 
 def names(sweep: str, runs: Path, directory: Path) -> list[str]:
     frame = load(sweep, runs)
-    return [p.name for p in draw(frame, read(frame, Runs(runs)), directory)]
+    return [p.name for p in draw(frame, read(frame, Runs(runs)), Predictions([], []), directory)]
 
 
 def by_method(sweep: str, runs: Path) -> list[Group]:
@@ -321,3 +322,24 @@ def test_numbers_are_written_for_people() -> None:
     assert interval(-0.1, 0.2) == "[−0.100, +0.200]"
     assert interval(float("nan"), float("nan")) == "–"
     assert [probability(p) for p in (0.2, 1e-9, float("nan"))] == ["0.200", "< 0.001", "–"]
+
+
+def test_of_many_pairs_a_report_counts_what_it_cannot_name(tmp_path: Path) -> None:
+    """Nine pair seeds: eighteen models that nobody trained, and warnings of nine arms."""
+    sample = Sample(axes={"pair_seed": list(range(9))}, seeds=2, compare=None, baselines=())
+    made = write_sample(tmp_path, sample)
+    record = read_json(tmp_path / "sweeps" / "sample.json") or {}
+    for seed in range(9):
+        one = Sample(name=f"p{seed}", axes={}, base={"pair_seed": seed}, seeds=1, compare=None)
+        one = dataclasses.replace(one, baselines=("teacher", "student"))
+        write_sample(tmp_path, one)
+        record["baselines"] += (read_json(tmp_path / "sweeps" / f"p{seed}.json") or {})["baselines"]
+    write_json(tmp_path / "sweeps" / "sample.json", record)
+    for run in made:
+        run.update_status(warnings={"kl_runaway": {"step": 3}})
+    page = write_report("sample", tmp_path)
+    text = (page.parent / "table.md").read_text()
+    assert "Against 9 untrained students (" in text and "For comparison: 9 teachers 0." in text
+    assert "Watch rule kl_runaway warned in 18 of 18 runs: " in text
+    assert "and of 3 arms more." in text
+    assert "Against the untrained student" not in text, "nine tables are folded, on the page alone"

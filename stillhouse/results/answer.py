@@ -9,7 +9,7 @@ Three families of comparisons (see `comparisons`):
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -184,18 +184,30 @@ def _one(c: Comparison) -> str:
 def _learnt(scored: Frame, untrained: list[Comparison]) -> str:
     """Where the arms stand between the untrained student and the teacher."""
     said: list[str] = []
-    for student in dict.fromkeys(c.reference for c in untrained):
+    students = list(dict.fromkeys(c.reference for c in untrained))
+    if len(students) > SPELT_OUT:
+        means = [c.reference_mean for c in untrained]
+        ends = f"{number(min(means))} to {number(max(means))}"
+        said.append(f"Against {len(students)} untrained students ({ends}): {_counted(untrained)}.")
+        students = []
+    for student in students:
         family = [c for c in untrained if c.reference == student]
-        kinds = [c.verdict.kind for c in family]
-        counts = [f"{kinds.count(kind)} {kind}" for kind in KINDS_OF_VERDICT if kind in kinds]
-        told = ", ".join(counts)
-        if len(counts) == 1:
-            told = f"all {len(kinds)} arms {kinds[0]}" if kinds[1:] else f"the arm is {kinds[0]}"
         value = number(family[0].reference_mean)
-        said.append(f"Against {untrained_name(student)} ({value}): {told}.")
+        said.append(f"Against {untrained_name(student)} ({value}): {_counted(family)}.")
     teachers = scored[scored["kind"] == "teacher"]
     told = ", ".join(f"{row.arm} {number(row.value)}" for row in teachers.itertuples())
+    if len(teachers) > SPELT_OUT:
+        values = teachers["value"]
+        told = f"{len(teachers)} teachers {number(values.min())} to {number(values.max())}"
     return " ".join([*said, *([f"For comparison: {told}."] if told else [])])
+
+
+def _counted(family: Sequence[Comparison]) -> str:
+    kinds = [c.verdict.kind for c in family]
+    counts = [f"{kinds.count(kind)} {kind}" for kind in KINDS_OF_VERDICT if kind in kinds]
+    if len(counts) > 1:
+        return ", ".join(counts)
+    return f"all {len(kinds)} arms {kinds[0]}" if kinds[1:] else f"the arm is {kinds[0]}"
 
 
 def untrained_name(reference: str) -> str:

@@ -29,6 +29,7 @@ from stillhouse.results.plots import (
     COLOURS,
     INK,
     LINES,
+    MAX_BASELINES,
     MAX_GROUPS,
     MAX_LINES,
     MAX_ROWS,
@@ -112,7 +113,7 @@ def _scores(frame: Frame) -> Drawn | None:
     if len(others) > 1:
         averaged = ", ".join(leaf for leaf in others if leaf != series)
         caption += f" A mean is also over {averaged}."
-    if set(scored["kind"]) != {"point"}:
+    if 0 < (scored["kind"] != "point").sum() <= MAX_BASELINES * len(shown):
         caption += " Lines: models that nobody trained here."
     return figure, "scores", f"Scores by {by}", caption
 

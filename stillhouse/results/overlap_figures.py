@@ -26,7 +26,7 @@ CURVES = {  # what a panel shows, and its unit
     "ratio": ("shared part of the likeliest tokens", "overlap ratio"),
     "advantage": ("advantage on shared tokens", "nats"),
     "entropy_gap": ("entropy gap", "nats"),
-    "mass_student": ("mass on shared tokens, teacher's thin", "probability"),
+    "mass_student": ("mass on shared tokens", "probability"),
 }
 
 
@@ -44,12 +44,14 @@ def overlap_curves(frame: Frame, runs: Sequence[Run]) -> Drawn | None:
             steps(axis, title)
             axis.set_ylabel(unit)
         if row.name:
-            four[0].set_ylabel(f"{row.name}\n{CURVES['ratio'][1]}")
+            setting = row.name.replace(", ", "\n")
+            four[0].set_ylabel(f"{setting}\n{CURVES['ratio'][1]}")
     legend(figure, axes)
     k = seen[0].overlap_k
     caption = (
         f"On the student's own rollouts, the {k} likeliest tokens of either side; means over seeds,"
-        " bands: lowest to highest run. An arm without a line wrote no rollout."
+        " bands: lowest to highest run. Thin: the teacher's mass. An arm without a line wrote no"
+        " rollout."
     )
     return figure, "overlap", "How student and teacher overlap", caption + _left_out(laid)
 

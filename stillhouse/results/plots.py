@@ -29,6 +29,7 @@ LINES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (8, 2)))
 BASELINE_LINES = {"teacher": (0, (6, 2)), "student": (0, (1, 2)), "ptq": (0, (4, 1, 1, 1))}
 INK = "#1f2328"
 MAX_GROUPS = len(COLOURS)
+MAX_BASELINES = 8  # lines of models that nobody trained, in one panel
 MAX_ROWS = 3  # settings of a figure that has a row of panels for each
 MAX_LINES = 12  # arms in one of its panels
 RUNS = ("lowest", "highest")  # a band of all runs
@@ -137,7 +138,10 @@ def mark(
 
 def baselines(axis: Draw, part: Frame, flat: bool = False) -> None:
     line = axis.axvline if flat else axis.axhline
-    for row in part[part["kind"] != "point"].itertuples():
+    untrained_rows = part[part["kind"] != "point"]
+    if len(untrained_rows) > MAX_BASELINES:
+        return  # of as many pairs: lines that nobody could tell apart
+    for row in untrained_rows.itertuples():
         style = BASELINE_LINES[row.kind]
         untrained = {"student": "untrained student", "ptq": f"untrained in {row.quant_type}"}
         name = untrained.get(row.kind, row.name)

@@ -15,7 +15,15 @@ from typing import Any
 
 from stillhouse.compose import data_file
 from stillhouse.errors import DIVERGED, MISTAKE, OUT_OF_MEMORY, STOPPED
-from stillhouse.results import budget, calibration, collapse, overlaps, requantised, table
+from stillhouse.results import (
+    budget,
+    calibration,
+    collapse,
+    overlaps,
+    predictions,
+    requantised,
+    table,
+)
 from stillhouse.results.answer import answer
 from stillhouse.results.curves import compared_leaf, read
 from stillhouse.results.figures import draw
@@ -74,9 +82,10 @@ def write_report(sweep_name: str, runs: Path) -> Path:
         "equal compute, settings": equal.settings,
         **rescored,
     }
+    sweep = frame.attrs["sweep"]
     content: dict[str, Any] = {
-        "sweep": frame.attrs["sweep"],
-        "text": found.text,
+        "sweep": sweep,
+        "text": found.text if sweep["compare"] or not asked.cases else predictions.told(asked),
         "context": " ".join(filter(None, (found.context, collapse.told(standings)))),
         "remarks": remarks(frame),
         "scores": wide(arms),

@@ -14,6 +14,7 @@ from stillhouse.results.comparisons import Comparison
 from stillhouse.results.layout import Table, comparison_tables
 
 LONG = 8  # rows above which a table that is not the answer is folded away
+MANY = 8  # tables of one kind above which they are folded
 PAIRED = (
     "Paired by seed: each difference is between runs of one seed, and its 95 % interval is"
     " Student's t over seeds, on these documents. “Other documents too” adds the noise of a finite"
@@ -130,9 +131,13 @@ def _against(
     is_main: bool = False,
     gaps: Mapping[str, float] | None = None,
 ) -> list[Exhibit]:
+    tables = comparison_tables(family, gaps)
+    many = len(tables) > MANY
     return [
         Exhibit(
-            f"Against {untrained_name(reference)}{where}", rows, not is_main and len(rows[1]) > fold
+            f"Against {untrained_name(reference)}{where}",
+            rows,
+            not is_main and (many or len(rows[1]) > fold),
         )
-        for reference, rows in comparison_tables(family, gaps)
+        for reference, rows in tables
     ]

@@ -15,6 +15,7 @@ from stillhouse.results.stats import estimate, number
 from stillhouse.results.table import Frame, Json, is_set, is_unscored, points_of
 from stillhouse.spec import REQUANTISED
 
+WARNED = 6  # arms that a remark about a watch rule names
 KINDS = ("teacher", "student", "ptq", "point")  # in the order in which a table shows them
 
 
@@ -69,11 +70,15 @@ def _warnings(points: Frame) -> list[str]:
     for row in points.to_dict("records"):
         for rule in row["warnings"].split() if is_set(row["warnings"]) else ():
             rules.setdefault(rule, []).append(row["arm"])
-    return [
-        f"Watch rule {rule} warned in {len(arms)} of {len(points)} runs:"
-        f" {', '.join(f'{n} of {arm}' for arm, n in Counter(arms).items())}."
-        for rule, arms in rules.items()
-    ]
+    said: list[str] = []
+    for rule, arms in rules.items():
+        counts = Counter(arms).most_common()
+        named = [f"{n} of {arm}" for arm, n in counts[:WARNED]]
+        named += [f"and of {len(counts) - WARNED} arms more"] if counts[WARNED:] else []
+        said.append(
+            f"Watch rule {rule} warned in {len(arms)} of {len(points)} runs: {', '.join(named)}."
+        )
+    return said
 
 
 def _budgets(frame: Frame) -> list[str]:
