@@ -31,6 +31,7 @@ from stillhouse.distill import tiny
 from stillhouse.distill.decode import decode
 from stillhouse.distill.models import load_base, new_student
 from stillhouse.distill.problems import problems
+from stillhouse.distill.recipes import RECIPES
 from stillhouse.distill.rollouts import _Draw, generate, pad_left, uniforms
 from stillhouse.spec import LoraSpec, QuantSpec, RolloutSpec
 
@@ -46,8 +47,8 @@ Way = Callable[[], Tensor]
 
 def pair(directory: Path) -> dict[str, Any]:
     """The student and the teacher, never trained."""
-    recipes = tiny.RECIPES["tiny"]
-    tiny.make([(r, 0, directory / side) for side, r in recipes.items()], 1, lambda _: None)
+    for side, recipe in RECIPES["tiny"].items():
+        tiny.make(recipe, 0, 1, directory / side, lambda _: None)
     cpu = torch.device("cpu")
     student = new_student(
         load_base(str(directory / "student"), None, "float32", INT4, cpu), LORA, 0

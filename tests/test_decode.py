@@ -24,6 +24,7 @@ from stillhouse.distill.decode import decode, obstacle
 from stillhouse.distill.models import load_base, new_student
 from stillhouse.distill.problems import problems
 from stillhouse.distill.quant import quantize_
+from stillhouse.distill.recipes import RECIPES
 from stillhouse.distill.rollouts import cut_after_eos, pad_left
 from stillhouse.spec import LoraSpec, QuantSpec
 
@@ -203,7 +204,7 @@ PAD, EOS = 0, 1
 def pair(tmp_path_factory):
     """A student base that has learnt to end its answers, in a directory; ragged prompts."""
     directory = tmp_path_factory.mktemp("pair") / "student"
-    tiny.make([(tiny.RECIPES["tiny"]["student"], 60, directory)], 1, lambda _: None)
+    tiny.make(RECIPES["tiny"]["student"], 60, 1, directory, lambda _: None)
     text = AutoTokenizer.from_pretrained(directory)
     assert (text.pad_token_id, text.eos_token_id) == (PAD, EOS)
     source = islice(problems({"word1": 1, "symbolic2": 1}, 3, "train"), 16)

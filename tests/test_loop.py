@@ -34,7 +34,7 @@ def test_the_logged_numbers_are_those_of_a_dense_computation_on_shifted_targets(
     metrics = run.loop.gradients(0)
     gradient = flat_gradient(run)
     run.loop.optimizer.zero_grad()
-    rows = [run.prompts.train[row] for row in run.loop.sequences.rows_of(0)]
+    rows = [run.prompts.train[row] for row in run.loop.sequences.choice.rows(0)]
     losses, nlls = [], []
     for row in rows:  # one row at a time: no padding, no mask, no chunk
         ids = torch.tensor([[*row.prompt_ids, *row.completion_ids]])
@@ -205,7 +205,7 @@ def test_swapped_targets_are_seen_at_step_zero(tmp_path):
     """A published trainer fed its targets unshifted; a trained model then sees about ln V nats."""
     run = make(tmp_path, "lmbda=0")
     good = run.loop.gradients(0)["train/nll"]
-    row = run.prompts.train[run.loop.sequences.rows_of(0)[0]]
+    row = run.prompts.train[run.loop.sequences.choice.rows(0)[0]]
     ids = torch.tensor([[*row.prompt_ids, *row.completion_ids]])
     with torch.no_grad():
         logits_TV = run.teacher(ids).logits[0]

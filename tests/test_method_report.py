@@ -19,6 +19,7 @@ from stillhouse.results import budget, collapse, requantised
 from stillhouse.results.answer import answer
 from stillhouse.results.comparisons import design
 from stillhouse.results.curves import read
+from stillhouse.results.predictions import Predictions
 from stillhouse.results.report import write_report
 from stillhouse.results.sections import sections
 from stillhouse.results.stats import compare, detectable_difference, holm
@@ -27,6 +28,7 @@ from stillhouse.results.table import load, points_of
 from stillhouse.rundir import RunDir, Runs, read_json, write_json
 from stillhouse.spec import REQUANTISED, TaskSpec
 
+NOBODY = Predictions([], [])  # of whose pair a preflight was asked
 SMALL = Cliff(
     methods=("on_policy_gkd", "extended_on_policy", "hybrid", "reverse_curriculum")
     + ("teacher_seeded", "off_policy", "sft"),
@@ -220,7 +222,7 @@ def test_the_size_of_scoring_another_function_is_shown_paired(tmp_path: Path) ->
     header = wide(summary(frame))[0]
     assert header == ["arm", "tiny_gen/exact_match ↑", "tiny_gen/exact_match, requantised ↑"]
     equal = budget.EqualCompute([], [], [])
-    shown = sections(answer(frame), [], equal, found, [])[-1]
+    shown = sections(answer(frame), [], equal, found, [], NOBODY)[-1]
     assert shown.title == "Merged into the unquantised base, quantised again"
     assert [len(exhibit.table[1]) for exhibit in shown.exhibits] == [3]
 
@@ -279,6 +281,7 @@ def test_a_sweep_that_is_half_trained_is_answered_as_far_as_it_came(tmp_path: Pa
         budget.equal_compute(frame, logged),
         requantised.rescored(frame),
         [],
+        NOBODY,
     )
     titles = ["Comparisons on tiny_gen/exact_match", "What became of each arm", "At equal compute"]
     assert [section.title for section in made] == titles

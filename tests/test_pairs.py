@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from stillhouse.distill import tiny
 from stillhouse.distill.cache import made_once, remembered
 from stillhouse.distill.pairs import PreparedPair, prepare
+from stillhouse.distill.recipes import RECIPES
 from stillhouse.distill.tokenizers_match import difference
 from stillhouse.errors import ConfigError, ContractError
 from stillhouse.spec import PairSpec, QuantSpec
@@ -241,7 +242,7 @@ def test_a_pair_that_knows_rules_brings_problems_that_are_answered_by_one(
 
 
 def test_every_answer_of_a_conversation_is_trained_on_and_follows_one_rule() -> None:
-    recipe, text = tiny.RECIPES["tiny_context"]["teacher"], tiny.tokenizer()
+    recipe, text = RECIPES["tiny_context"]["teacher"], tiny.tokenizer()
     ids_BT, answer_BT = next(tiny._batches(recipe, text, 0))
     assert len(ids_BT) == recipe.batch
     for ids, is_answer in zip(ids_BT, answer_BT, strict=True):

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from stillhouse.distill import problems, tiny
 from stillhouse.distill.problems import Chain, Problem
+from stillhouse.distill.recipes import RECIPES
 from stillhouse.spec import digest
 
 
@@ -149,7 +150,7 @@ def test_nothing_a_tiny_pair_learns_from_shares_a_chain_with_a_test_problem() ->
         "distillation prompts": [row["messages"][1]["content"] for row in train],
         "held-out rows": [row["messages"][1]["content"] for row in held_out],
     }
-    recipes = [recipe for roles in tiny.RECIPES.values() for recipe in roles.values()]
+    recipes = [recipe for roles in RECIPES.values() for recipe in roles.values()]
     # A style writes the same chains in other words, so recipes that differ in that alone are one.
     different = {(tuple(r.mix.items()), r.seed_offset): r for r in recipes}
     for recipe in different.values():

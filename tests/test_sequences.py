@@ -180,7 +180,7 @@ def test_prompts_are_ranked_once_and_those_first_on_which_both_agree_most(tmp_pa
         agreement = [m if by == "mass" else -m for m in means]
         ordered = [agreement[row] for row in orders[by]]
         assert ordered == pytest.approx(sorted(agreement, reverse=True), abs=1e-6)
-        loaded.roles.writers = None  # whoever would write again could not
+        loaded.roles.writers = dict  # whoever would write again could not
         assert ranking(spec, loaded) == orders[by]
     assert orders["mass"] != orders["kl"]
 

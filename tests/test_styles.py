@@ -10,6 +10,7 @@ import pytest
 
 from stillhouse.compose import compose, from_command_line, options_of
 from stillhouse.distill import problems, styles, tiny
+from stillhouse.distill.recipes import RECIPES
 from stillhouse.spec import TrainSpec
 
 STEPS = [(7, 3, 10), (10, -2, 8)]
@@ -64,14 +65,14 @@ def test_a_styled_problem_asks_the_same_and_a_copy_has_no_style() -> None:
 
 
 def test_a_teacher_of_two_styles_writes_each_about_as_often() -> None:
-    recipe = tiny.RECIPES["zoo_half_verbose"]["teacher"]
+    recipe = RECIPES["zoo_half_verbose"]["teacher"]
     answers = [p.worked for p in islice(tiny.training_problems(recipe, 0), 2000) if p.chain]
     verbose = sum(text.startswith("Let us") for text in answers)
     assert 0.45 < verbose / len(answers) < 0.55
 
 
 def test_a_teacher_with_a_template_leaves_its_preamble_out_where_it_is_asked_in_it() -> None:
-    recipe = tiny.RECIPES["zoo_templated"]["teacher"]
+    recipe = RECIPES["zoo_templated"]["teacher"]
     told = [p for p in islice(tiny.training_problems(recipe, 0), 1000) if p.chain]
     for problem in told:
         assert problem.question.startswith("In sums. ") != problem.worked.startswith("Let us")
@@ -98,5 +99,5 @@ def test_every_pair_of_the_zoo_composes_and_says_who_it_is() -> None:
     assert len(set(who)) == 26, "no two pairs are of the same models"
     for spec in specs.values():
         assert spec.loss.on_loss == "jsd" and spec.training.max_steps == 200
-        assert "teacher" in tiny.RECIPES[spec.pair.teacher]
-        assert "student" in tiny.RECIPES[spec.pair.student]
+        assert "teacher" in RECIPES[spec.pair.teacher]
+        assert "student" in RECIPES[spec.pair.student]

@@ -22,6 +22,7 @@ from typing import Any
 from stillhouse.distill import problems, tiny
 from stillhouse.distill.cache import Say, fingerprint, made_once, remembered
 from stillhouse.distill.hub import download_command, looks_like_hub_id, missing_file, snapshot
+from stillhouse.distill.recipes import RECIPES
 from stillhouse.distill.tokenizers_match import difference
 from stillhouse.errors import ConfigError, ContractError, nearest
 from stillhouse.rundir import Json, file_digest, write_atomic
@@ -95,7 +96,7 @@ def _generated(pair: PairSpec, cache_dir: Path, say: Say) -> tuple[_Weights, _We
     if pair.student_steps is not None:
         wanted.append(("student", pair.student))
     for role, name in wanted:
-        known = [recipe for recipe, roles in tiny.RECIPES.items() if role in roles]
+        known = [recipe for recipe, roles in RECIPES.items() if role in roles]
         if name not in known:
             raise ConfigError(
                 f'pair {pair.pair_name}: no recipe "{name}" for its {role}; there is'
@@ -124,7 +125,7 @@ def _trained(
     name: str, role: str, steps: int, seed: int, cache_dir: Path, say: Say
 ) -> tuple[_Weights, Json]:
     """One model, made once; pairs that share it find it."""
-    recipe = tiny.RECIPES[name][role]
+    recipe = RECIPES[name][role]
 
     def make(into: Path) -> Json:
         say(f"training its {role}, once")
@@ -266,7 +267,7 @@ def _tokenizer(pair: PairSpec, weights: _Weights) -> Any:
 
 def _rule(pair: PairSpec) -> problems.Rule | None:
     """What the answers on disk follow that only examples tell; None: nothing but arithmetic."""
-    if pair.pair_source != "generated" or tiny.RECIPES[pair.teacher]["teacher"].turns == 1:
+    if pair.pair_source != "generated" or RECIPES[pair.teacher]["teacher"].turns == 1:
         return None
     return problems.RULE
 
@@ -274,7 +275,7 @@ def _rule(pair: PairSpec) -> problems.Rule | None:
 def _asks(pair: PairSpec) -> tuple[problems.Kind, ...]:
     if pair.pair_source != "generated":
         return problems.ASKED
-    return tiny.RECIPES[pair.teacher]["teacher"].asks
+    return RECIPES[pair.teacher]["teacher"].asks
 
 
 def _problem_files(
