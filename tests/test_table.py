@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -211,6 +212,7 @@ def test_values_are_spelt_as_a_person_writes_them() -> None:
     spelt = [spell(v) for v in (1, 1.0, 0.5, 1e-4, 5e-6, 1.5e-5, 0.001, "int4", True)]
     assert spelt == ["1", "1", "0.5", "1e-4", "5e-6", "1.5e-5", "0.001", "int4", "True"]
     assert label({"seed": 3}) == "base"
+    assert [spell(v) for v in (None, math.nan)] == ["null", "null"], "a null among words is NaN"
 
 
 def test_a_markdown_table_lines_up_and_escapes_bars() -> None:

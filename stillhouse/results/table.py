@@ -243,6 +243,8 @@ def _cell(value: Any) -> Any:
 
 def spell(value: Any) -> str:
     """An override's value as a person writes it; 1 and 1.0 are spelt alike."""
+    if value is None or value != value:  # pandas makes NaN of a null beside numbers or words
+        return "null"
     if isinstance(value, float):
         if value.is_integer() and abs(value) < 1e15:
             return str(int(value))
