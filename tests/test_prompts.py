@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from stillhouse.distill import problems, tiny
 from stillhouse.distill.pairs import PreparedPair
-from stillhouse.distill.prompts import Example, PromptSet, load_prompts
+from stillhouse.distill.prompts import Example, PromptSet, load_others, load_prompts
 from stillhouse.errors import ConfigError, DataError
 from stillhouse.spec import DataSpec
 
@@ -165,6 +165,39 @@ def test_a_hub_data_set_is_found_in_the_cache_or_named_with_its_command(
     name = "train-00000-of-00001.parquet"
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), folder / name)
     assert load("some/set", data_source="gsm8k").train[0].answer == "2"
+
+
+def test_a_template_goes_round_a_prompt_and_round_the_last_question_of_a_conversation(
+    tmp_path: Path,
+) -> None:
+    turns = [
+        ("user", "First?"),
+        ("assistant", "One."),
+        ("user", "And then?"),
+        ("assistant", "Two."),
+    ]
+    talk = [{"role": role, "content": content} for role, content in turns]
+    asked = {"prompt": "Now?", "completion": "Yes."}
+    file = lines(tmp_path / "a.jsonl", asked, {"messages": talk})
+    found = load(file, prompt_template="In sums. {question}", held_out_rows=0)
+    assert [prompt(example) for example in found.train] == [
+        "<|user|>In sums. Now?<|assistant|>",
+        "<|user|>First?<|assistant|>One.<eos><|user|>In sums. And then?<|assistant|>",
+    ]
+
+
+def test_prompts_of_another_kind_are_read_as_they_are_and_what_cannot_be_is_said(
+    tmp_path: Path,
+) -> None:
+    data = dataclasses.replace(LOCAL, prompt_template="In sums. {question}")
+    file = lines(tmp_path / "a.jsonl", {"prompt": "Other?"}, {"question": "no"})
+    found = load_others(file, data, TEXT)
+    assert [prompt(example) for example in found] == ["<|user|>Other?<|assistant|>"]
+    with pytest.raises(DataError, match=r"other_file: .*gone.jsonl: no such file"):
+        load_others(tmp_path / "gone.jsonl", data, TEXT)
+    file.write_text('{"question": "no"}\n')
+    with pytest.raises(DataError, match="no row can be used, 1 no prompt or messages field"):
+        load_others(file, data, TEXT)
 
 
 def test_a_tokenizer_without_a_chat_template_gets_plain_text(tmp_path: Path) -> None:
