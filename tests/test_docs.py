@@ -101,3 +101,8 @@ def test_no_page_or_source_names_a_registrys_host():
     hosts = r"pyp[i]\.org|pythonhoste[d]|prox[y]\.golan[g]|registr[y]\.np[m]|crate[s]\.io"
     done = subprocess.run(["git", "grep", "-nIiE", hosts], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout == ""
+
+
+def test_no_table_that_is_published_names_a_path_of_the_machine_that_made_it():
+    for file in (ROOT / "docs" / "results").glob("*/*.csv"):
+        assert ",/" not in file.read_text(), file
