@@ -20,6 +20,7 @@ import stillhouse
 from stillhouse.errors import ConfigError, ContractError
 from stillhouse.results.answer import answer
 from stillhouse.results.layout import comparison_tables
+from stillhouse.results.report import write_report
 from stillhouse.results.summary import remarks, summary, to_markdown, wide
 from stillhouse.results.table import is_unscored, label, load, points_of, spell
 from stillhouse.rundir import Runs, read_json, write_json
@@ -212,7 +213,7 @@ def test_values_are_spelt_as_a_person_writes_them() -> None:
     spelt = [spell(v) for v in (1, 1.0, 0.5, 1e-4, 5e-6, 1.5e-5, 0.001, "int4", True)]
     assert spelt == ["1", "1", "0.5", "1e-4", "5e-6", "1.5e-5", "0.001", "int4", "True"]
     assert label({"seed": 3}) == "base"
-    assert [spell(v) for v in (None, math.nan)] == ["null", "null"], "a null among words is NaN"
+    assert [spell(v) for v in (None, math.nan)] == ["null", "null"], "NaN: not set"
 
 
 def test_a_markdown_table_lines_up_and_escapes_bars() -> None:
@@ -354,3 +355,13 @@ def test_samples_of_one_seed_each_make_no_statement(tmp_path: Path) -> None:
     found = answer(load("sample", tmp_path))
     assert {c.verdict.text for c in found.main} == {"one seed: no statement"}
     assert "lmbda = 1, one seed: no statement (" in found.text
+
+
+def test_a_null_is_a_value_like_any_other(tmp_path: Path) -> None:
+    template = {"prompt_template": [None, "Sums. {question}"]}
+    write_sample(tmp_path, Sample(axes=template, compare=None))
+    frame = load("sample", tmp_path)
+    points = frame[frame["kind"] == "point"]
+    assert set(points["prompt_template"]) == {"null", "Sums. {question}"}
+    page = write_report("sample", tmp_path).read_text()
+    assert "prompt_template = null" in page and "prompt_template = Sums. {question}" in page

@@ -82,7 +82,8 @@ def test_a_pilot_that_gains_settles_what_the_rest_leaves_unsure() -> None:
 
 def test_a_verdict_names_its_rule_and_its_reasons_in_numbers() -> None:
     said = decide(RULES, PAIRS["a long preamble"][0])
-    assert said["rule"] == "patterns_differ" and said["recipe"] == "rescue=cold_start"
+    assert said["rule"] == "patterns_differ"
+    assert said["recipe"] == "rescue=cold_start, beside its control rescue=sft_alone"
     assert said["reasons"] == [
         "the teacher cannot go on from what the student begins, and itself writes otherwise",
         "kept_25 below 0.3: 0.05 [0.04, 0.06], n = 64",

@@ -237,13 +237,18 @@ def _arm(overrides: Mapping[str, Any]) -> Json:
 
 
 def _cell(value: Any) -> Any:
-    """A value that a frame can group by: a list (a λ schedule, say) becomes its JSON."""
+    """A value that a frame can group by: a list (a λ schedule, say) becomes its JSON, null a word.
+
+    NaN is for a point that does not set an override at all.
+    """
+    if value is None:
+        return "null"
     return json.dumps(value) if isinstance(value, list | dict) else value
 
 
 def spell(value: Any) -> str:
     """An override's value as a person writes it; 1 and 1.0 are spelt alike."""
-    if value is None or value != value:  # pandas makes NaN of a null beside numbers or words
+    if value is None or value != value:  # NaN: where a point does not set it
         return "null"
     if isinstance(value, float):
         if value.is_integer() and abs(value) < 1e15:
