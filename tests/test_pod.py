@@ -173,7 +173,7 @@ def test_a_mistake_in_the_manifest_is_exit_42(tmp_path: Path, line: list[str]) -
 
 def test_sigterm_reaches_the_child_and_85_comes_back(tmp_path: Path) -> None:
     one = pod_of(tmp_path, LISTEN)
-    one.wait_for("ready")
+    one.wait_for("ready\n")
     one.process.send_signal(signal.SIGTERM)
     assert one.ended() == 85
     assert one.printed == "ready\nsaved\n"
@@ -249,7 +249,7 @@ def test_a_launcher_that_returns_1_does_not_hide_the_85_of_its_rank(tmp_path: Pa
         '        \'{"code": 85, "rank": 0, "cause": "Interrupted: saved"}\')\n    sys.exit(85)',
     )
     one = pod_of(tmp_path, rank, "--processes=2")
-    one.wait_for("ready")
+    one.wait_for("ready\n")
     one.process.send_signal(signal.SIGTERM)
     assert one.ended() == 85, one.printed
     assert one.message()["cause"] == "Interrupted: saved"
@@ -324,7 +324,7 @@ def test_as_pid_1_it_buries_orphans(tmp_path: Path) -> None:
 def test_as_pid_1_it_passes_sigterm_on(tmp_path: Path) -> None:
     needs_new_pids()
     one = pod_of(tmp_path, LISTEN, before=NEW_PIDS)
-    one.wait_for("ready")
+    one.wait_for("ready\n")
     children = Path(f"/proc/{one.process.pid}/task/{one.process.pid}/children")
     os.kill(int(children.read_text()), signal.SIGTERM)
     assert one.ended() == 85

@@ -211,7 +211,7 @@ def test_the_same_in_words(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert code == {"likely": 0, "unlikely": 3, "unsure": 4}[verdict]
     assert "tiny in int4, with jsd, beta 1, 6 steps" in said
     assert "of 12 prompts, 12 with an answer:" in said
-    assert "thresholds: a first study of 30 runs" in said
+    assert "thresholds: sweeps/zoo.yaml" in said
 
 
 def test_in_a_pod_every_verdict_is_a_success(
