@@ -18,6 +18,7 @@ import sys
 import threading
 from collections.abc import Generator, Mapping
 from dataclasses import dataclass
+from http.client import HTTPException
 from pathlib import Path
 
 from tests.cluster import keys
@@ -73,7 +74,7 @@ class Seen:
         while not self._stop.is_set():
             try:
                 self._watch()
-            except (OSError, ValueError):  # no server, or a line that was cut
+            except (OSError, ValueError, HTTPException):  # no server, or a line that was cut
                 self._stop.wait(0.05)
             except BaseException as error:
                 self.error = error
