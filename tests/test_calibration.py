@@ -167,6 +167,18 @@ def test_a_case_is_a_scored_point_its_students_documents_and_what_was_said(runs:
     assert first.change.high - mean == pytest.approx(1.96 * sd / math.sqrt(200))
 
 
+def test_verdicts_are_not_held_against_runs_that_they_do_not_speak_of(tmp_path: Path) -> None:
+    rescued = {"cold_start": 0.5, "cold_prompts": 8}
+    for name, base in {"mixed": {"lmbda": 0.5}, "none": {"lmbda": 0}, "rescued": rescued}.items():
+        sample = Sample(name=name, compare=None, axes={}, seeds=1, base=base)
+        (run,) = write_sample(tmp_path, sample)
+        record = run.record()
+        assert record is not None
+        file = Runs(tmp_path).verdict_file("tiny", key_of_plain(record["spec"]))
+        write_json(file, {"numbers": {}, "verdict": "likely"})
+        assert cases(load(name, tmp_path), Runs(tmp_path), RULES) == []
+
+
 def _directories(runs: Path, point: str) -> tuple[str, str]:
     (run,) = (d.name for d in runs.iterdir() if d.name.endswith(point))
     (student,) = (d.name for d in (runs / "baselines").iterdir() if d.name.startswith("student"))

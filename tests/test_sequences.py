@@ -48,6 +48,22 @@ def steps_of(run):
     return [{k: v for k, v in m.items() if "time/" not in k} for m in run.metrics()]
 
 
+def stopped(spec, run, *polls_before):
+    """Train from checkpoint to checkpoint, each time until the run has polled so often."""
+    for most in polls_before:
+        stop, polls = StopFlag(), []
+        one, check = Run(spec, run, stop), stop.check
+
+        def poll(polls=polls, stop=stop, check=check, most=most):
+            polls.append(1)
+            stop.is_set = len(polls) > most
+            check()
+
+        stop.check = poll  # type: ignore[method-assign]
+        with pytest.raises(Interrupted):
+            one.train()
+
+
 def entry(step, writer="student"):
     written = Completions([[step, 2]], [False], [[math.log(1 / 3), -0.1 * step]], [0])
     return Entry(step, writer, [step], written)
@@ -97,18 +113,7 @@ def test_a_run_that_is_stopped_in_the_middle_of_a_method_ends_in_the_same_bits(t
     words = words_of(method, "loss=ce_pg", "lora_dropout=0.1", "save_steps=100")
     spec = cheap(tmp_path / "stopped", *words)
     run = Runs(tmp_path / "stopped").of(spec)
-    for most in (5, 9, 13):
-        stop, polls = StopFlag(), []
-        one, check = Run(spec, run, stop), stop.check
-
-        def poll(polls=polls, stop=stop, check=check, most=most):
-            polls.append(1)
-            stop.is_set = len(polls) > most
-            check()
-
-        stop.check = poll  # type: ignore[method-assign]
-        with pytest.raises(Interrupted):
-            one.train()
+    stopped(spec, run, 5, 9, 13)
     assert doors.train(spec) == 0
     whole = cheap(tmp_path / "whole", *words)
     assert doors.train(whole) == 0
@@ -143,18 +148,7 @@ def test_a_rescued_run_that_is_stopped_ends_in_the_same_bits(tmp_path, method):
     words = words_of(method, *RESCUE)
     spec = cheap(tmp_path / "stopped", *words)
     run = Runs(tmp_path / "stopped").of(spec)
-    for most in (5, 12):
-        stop, polls = StopFlag(), []
-        one, check = Run(spec, run, stop), stop.check
-
-        def poll(polls=polls, stop=stop, check=check, most=most):
-            polls.append(1)
-            stop.is_set = len(polls) > most
-            check()
-
-        stop.check = poll  # type: ignore[method-assign]
-        with pytest.raises(Interrupted):
-            one.train()
+    stopped(spec, run, 5, 12)
     assert doors.train(spec) == 0
     whole = cheap(tmp_path / "whole", *words)
     assert doors.train(whole) == 0

@@ -135,8 +135,6 @@ def _trained(
     # Names, precisions, few-shot counts and what a pair asks are not part of the key: they make no
     # other weights.
     made_of = {key: value for key, value in asdict(recipe).items() if key != "asks"}
-    if recipe.template is None:  # it came when there were models already
-        del made_of["template"]
     key = digest([VERSION, tiny.VERSION, seed, steps, made_of])[:10]
     home = cache_dir / "pairs" / f"{name}-{role}-{key}"
     facts = made_once(home, say, make)

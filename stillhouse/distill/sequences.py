@@ -101,7 +101,11 @@ class Sequences:
     ) -> None:
         self.spec, self.accelerator = spec, accelerator
         self.choice, self.writers = choice, dict(writers)
-        self.cold: dict[int, Completions] = {}  # what the teacher wrote in the cold start, by row
+        # Of the cold start: what the teacher wrote, by row; the step that asked a row first, known
+        # of all steps before `looked_at`.
+        self.cold: dict[int, Completions] = {}
+        self.asked_in: dict[int, int] = {}
+        self.looked_at = 0
         self.replay = Replay(spec.method.replay_size)
         t = spec.training
         self.per_share = t.per_device_train_batch_size * t.gradient_accumulation_steps
@@ -179,8 +183,11 @@ class Sequences:
             examples = [self.choice.examples[row] for row in new]
             written = self.writers["teacher"](examples, COLD, new, length)
             self.cold |= {row: written[i : i + 1] for i, row in enumerate(new)}
-        before = {row for earlier in range(step) for row in self.choice.rows(earlier)}
-        first = [self.cold[row] for row in dict.fromkeys(rows) if row not in before]
+        for earlier in range(self.looked_at, step + 1):
+            for row in self.choice.rows(earlier):
+                self.asked_in.setdefault(row, earlier)
+        self.looked_at = max(self.looked_at, step + 1)
+        first = [self.cold[row] for row in dict.fromkeys(rows) if self.asked_in[row] == step]
         if first:
             self._count("teacher", Completions.joined(first))
         return Completions.joined([self.cold[row] for row in rows])

@@ -1,6 +1,6 @@
 """This file is where preflights are held against what became of their pairs: did they predict?
 
-One case per trained point that somebody asked a preflight of. Its outcome is the change of its
+One case per trained point that somebody asked a preflight of, and that learnt from rollouts alone. Its outcome is the change of its
 accuracy on the documents of the suite, against its own untrained student, with a 95 % interval over
 documents; it is a success where the interval's lower end is above LEAST_GAIN. What is judged is the
 verdict of the rules as they stand now, and beside it single numbers: how well each ranks successes
@@ -83,6 +83,8 @@ def cases(frame: Frame, runs: Runs, rules: Rules) -> list[Case]:
         record = RunDir(runs.root / row["directory"]).record()
         assert record is not None  # it was scored
         spec = record["spec"]
+        if not _is_plain(spec):
+            continue
         told = read_json(runs.verdict_file(row["pair_name"], verdict.key_of_plain(spec)))
         if told is None:
             continue
@@ -106,6 +108,14 @@ def cases(frame: Frame, runs: Runs, rules: Rules) -> list[Case]:
             )
         )
     return found
+
+
+def _is_plain(spec: Json) -> bool:
+    """Whether a point is what a verdict speaks of: rollouts alone, and no rescue."""
+    rescue = spec.get("rescue", {})
+    is_rescued = rescue.get("cold_start", 0) > 0 or rescue.get("kept_prompts", 1) != 1
+    is_rescued = is_rescued or rescue.get("other_prompts", 0) > 0
+    return spec["method"]["lmbda"] == 1 and not is_rescued
 
 
 def _change(after: str, before: str) -> Measured:
