@@ -1,10 +1,11 @@
 """This file is where preflights are held against what became of their pairs: did they predict?
 
-One case per trained point that somebody asked a preflight of, and that learnt from rollouts alone. Its outcome is the change of its
-accuracy on the documents of the suite, against its own untrained student, with a 95 % interval over
-documents; it is a success where the interval's lower end is above LEAST_GAIN. What is judged is the
-verdict of the rules as they stand now, and beside it single numbers: how well each ranks successes
-above failures (the area under the curve). Cases of one pair are alike, so intervals resample pairs.
+One case per trained point that somebody asked a preflight of, and that learnt from rollouts alone.
+Its outcome is the change of its accuracy on the documents of the suite, against its own untrained
+student, with a 95 % interval over documents; it is a success where the interval's lower end is
+above LEAST_GAIN. What is judged is the verdict of the rules as they stand now, and beside it single
+numbers: how well each ranks successes above failures (the area under the curve). Cases of one pair
+are alike, so intervals resample pairs.
 """
 
 from __future__ import annotations
