@@ -3,9 +3,11 @@
 #   make quickstart   train, evaluate and report a small sweep on this machine (minutes; again: seconds)
 #   make test         the test suite, without what needs a GPU, a cluster or patience (-m gpu, cluster, slow)
 #   make test-cluster the tests that bring up a Kubernetes: needs Go; real pods too as root on Linux
+#   make test-gpu     the tests that need a CUDA device: the same numbers there, also after a kill
 #   make check        format, lint, types, import contracts, lock: what CI asks before it runs the tests
 #   make bench        measure the numbers in docs/benchmarks.md
 #   make bench-cluster the same of the cluster backend, on a real API server, at full size
+#   make bench-gpu    the same of the parts that a GPU changes, on one
 #   make parity       compare the loss, and whole steps, with TRL's GKD trainer (its own environment)
 #   make image        build the image of the pods: IMAGE=registry.example/team/stillhouse pushes it there
 
@@ -24,7 +26,7 @@ unexport VIRTUAL_ENV
 # Importing torch and its family from source files alone costs 13 s more, in every process.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help quickstart test test-cluster check bench bench-cluster parity image
+.PHONY: help quickstart test test-cluster test-gpu check bench bench-cluster bench-gpu parity image
 
 help:
 	@sed -n '1,/^$$/p' Makefile
@@ -43,6 +45,9 @@ test-cluster: $(READY)
 	$(BIN)/python -m tests.cluster.binaries
 	tests/cluster/alone $(BIN)/python -m pytest -q -m cluster tests/cluster
 
+test-gpu: $(READY)
+	$(BIN)/python -m pytest -q -m gpu tests/test_gpu.py
+
 check: $(READY)
 	$(BIN)/ruff format --check --quiet .
 	$(BIN)/ruff check --quiet .
@@ -56,6 +61,9 @@ bench: $(READY)
 bench-cluster: $(READY)
 	$(BIN)/python -m tests.cluster.binaries
 	tests/cluster/alone $(BIN)/python -m benchmarks.cluster --write
+
+bench-gpu: $(READY)
+	$(BIN)/python -m benchmarks.gpu --write
 
 # Offline, and so without the usage report that TRL sends; on the CPU, so that any machine can repeat it.
 parity: $(PARITY)/.ready

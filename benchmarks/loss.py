@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from stillhouse.distill.diagnostics import Summary
-from stillhouse.distill.losses import distill_loss
+from stillhouse.distill.losses import CHUNK, distill_loss
 from stillhouse.distill.objectives import CrossEntropy, Jsd, Objective, PolicyGradient, TopK
 
 BATCH, TIME, VOCABULARY, HIDDEN = 2, 512, 49_152, 576
@@ -76,7 +76,9 @@ BESIDE: dict[str, Callable[[Inputs], Objective]] = {
 }
 
 
-def ours(objective: Objective, x: Inputs, summary: Summary | None = None) -> Tensor:
+def ours(
+    objective: Objective, x: Inputs, summary: Summary | None = None, chunk: int = CHUNK
+) -> Tensor:
     total, _ = distill_loss(
         x.hidden_NH,
         x.head_VH,
@@ -84,7 +86,8 @@ def ours(objective: Objective, x: Inputs, summary: Summary | None = None) -> Ten
         x.targets_N,
         objective=objective,
         summary=summary,
-        places_N=torch.arange(TIME).repeat(BATCH)[: len(x.targets_N)],
+        places_N=torch.arange(len(x.targets_N), device=x.targets_N.device) % TIME,
+        chunk=chunk,
     )
     return total / len(x.targets_N)
 
@@ -102,9 +105,9 @@ def dense(beta: float, x: Inputs) -> Tensor:
 
     Left out in its favour: the division of both logits by a temperature of 1, the mask, statistics.
     """
-    logits_NV = x.hidden_NH @ x.head_VH.T
+    logits_NV = (x.hidden_NH @ x.head_VH.T).float()
     with torch.no_grad():
-        teacher_NV = x.teacher_hidden_NH @ x.teacher_head_VH.T
+        teacher_NV = (x.teacher_hidden_NH @ x.teacher_head_VH.T).float()
     log_p, log_q = F.log_softmax(logits_NV, -1), F.log_softmax(teacher_NV, -1)
 
     def kl(log_a: Tensor, log_b: Tensor) -> Tensor:
@@ -132,12 +135,19 @@ VARIANTS: dict[str, Callable[[float, Inputs], Tensor]] = {
 def step(of: Callable[[Inputs], Tensor], x: Inputs) -> tuple[float, float, Tensor]:
     """Seconds of forward and backward, the loss, and its gradient."""
     x.hidden_NH.grad = None
+    _wait(x)
     begin = time.perf_counter()
     loss = of(x)
     loss.backward()
+    _wait(x)
     seconds = time.perf_counter() - begin
     assert x.hidden_NH.grad is not None
     return seconds, loss.item(), x.hidden_NH.grad
+
+
+def _wait(x: Inputs) -> None:
+    if x.hidden_NH.is_cuda:
+        torch.cuda.synchronize()
 
 
 def timed(beta: float) -> list[float]:

@@ -39,7 +39,7 @@ def machine() -> str:
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     return (
         f"{model}, {len(os.sched_getaffinity(0))} cores, {memory:.0f} GiB,"
-        f" Python {platform.python_version()}, no GPU used"
+        f" Python {platform.python_version()}"
     )
 
 
@@ -59,12 +59,14 @@ def main(names: list[str]) -> int:
     return 0
 
 
-def put(name: str, table: str, title: str | None = None) -> None:
+def put(name: str, table: str, title: str | None = None, gpu: str = "no GPU used") -> None:
     """Replace one benchmark's section of the page, and leave the others as they were measured."""
     page = PAGE.read_text() if PAGE.exists() else "# Benchmarks\n\nMade by `make bench`.\n"
     begin, end = BEGIN.format(name), END.format(name)
     today = datetime.date.today().isoformat()
-    section = f"{begin}\n## {title or TITLES[name]}\n\n{today}, {machine()}.\n\n{table}\n{end}\n"
+    section = (
+        f"{begin}\n## {title or TITLES[name]}\n\n{today}, {machine()}, {gpu}.\n\n{table}\n{end}\n"
+    )
     before, found, rest = page.partition(begin)
     after = rest.partition(end)[2].lstrip("\n") if found else ""
     PAGE.write_text(before.rstrip() + "\n\n" + section + ("\n" + after if after else ""))

@@ -2,6 +2,7 @@
 
 import os
 
+import pytest
 from jaxtyping import install_import_hook
 
 # Whoever runs the tests: a composed configuration is remembered, and Jobs carry their owner's name.
@@ -11,3 +12,10 @@ os.environ["USER"] = "ada"
 # tower lets an int stand where a float is asked for, as type checkers do.
 CHECKER = "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"
 install_import_hook("stillhouse", CHECKER)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Also on a machine with a GPU the tests are of the CPU, and see the same numbers; but those
+    that are of a GPU see it."""
+    if config.option.markexpr != "gpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""

@@ -20,7 +20,7 @@ from stillhouse.results.calibration import (
     by_verdict,
     cases,
 )
-from stillhouse.results.predictions import Predictions, table_of_areas, told
+from stillhouse.results.predictions import Predictions, is_rankable, table_of_areas, told
 from stillhouse.results.report import write_report
 from stillhouse.results.table import load
 from stillhouse.rundir import Runs, read_json, write_json
@@ -119,9 +119,12 @@ def test_the_sentence_counts_verdicts_and_successes_and_tells_known_pairs_apart(
     )
     assert told(asked) == (
         "3 runs that were predicted: of 1 likely, 1 succeeded; of 1 unsure, 1 succeeded; of 1"
-        " unlikely, 0 succeeded; area under the curve 1.00 [1.00, 1.00]. 1 runs that set the"
+        " unlikely, 0 succeeded; area under the curve 1.00 [1.00, 1.00]. 1 run that set the"
         " thresholds: of 1 likely, 1 succeeded."
     )
+    assert is_rankable(asked.cases)
+    assert not is_rankable(asked.cases[:2]), "both succeeded"
+    assert not is_rankable([case("a", 0.9, 0.3), case("a", 0.1, 0.0)]), "one pair, two losses"
     header, rows = table_of_areas(asked.cases)
     assert header == ["ranked by", "area under the curve", "best cut"]
     assert [row[0] for row in rows] == [
@@ -189,6 +192,7 @@ def test_a_report_shows_predictions_where_preflights_were_asked(runs: Path) -> N
     page = write_report("sample", runs)
     text = page.read_text()
     assert "Did the preflights predict?" in text and "What preflights said" in text
+    assert "nan [" not in text and "ranked by" not in text, "one pair: there is nothing to rank"
     assert (page.parent / "predictions.png").stat().st_size > 10_000
     lines = (page.parent / "predictions.csv").read_text().splitlines()
     assert len(lines) == 5 and lines[0].startswith("pair,pair_seed,beta,max_steps,before,after")

@@ -80,9 +80,11 @@ def told(asked: Predictions) -> str:
         parts = [
             f"of {n} {verdict}, {good} succeeded" for verdict, (good, n) in counts.items() if n
         ]
-        area = area_of(part, by_verdict)
-        worth = "" if math.isnan(area.value) else f"; area under the curve {_area(area)}"
-        said.append(f"{len(part)} runs {name}: {'; '.join(parts)}{worth}.")
+        worth = ""
+        if is_rankable(part):
+            worth = f"; area under the curve {_area(area_of(part, by_verdict))}"
+        runs = f"{len(part)} run{'s' * (len(part) > 1)}"
+        said.append(f"{runs} {name}: {'; '.join(parts)}{worth}.")
     return " ".join(said)
 
 
@@ -118,6 +120,11 @@ def table_of_cases(asked: Predictions) -> Table:
     return [*header, "success", "gap recovered"], rows
 
 
+def is_rankable(found: Sequence[Case]) -> bool:
+    """Whether there are successes and failures to tell apart, of pairs to resample."""
+    return len({c.is_success for c in found}) == 2 and len({c.pair for c in found}) > 1
+
+
 def table_of_areas(found: Sequence[Case]) -> Table:
     """The verdict and single numbers, best first."""
     scores: dict[str, Score] = {"the verdict": by_verdict}
@@ -129,7 +136,7 @@ def table_of_areas(found: Sequence[Case]) -> Table:
         area, (cut, balanced) = area_of(found, score), best_split(found, score)
         best = "–" if math.isnan(cut) else f"{number(abs(cut))} ({balanced:.0%} balanced)"
         rows.append((area.value, [words, _area(area), best]))
-    rows.sort(key=lambda row: -row[0] if row[0] == row[0] else 1)
+    rows.sort(key=lambda row: -row[0])
     return ["ranked by", "area under the curve", "best cut"], [cells for _, cells in rows]
 
 

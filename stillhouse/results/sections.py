@@ -103,6 +103,7 @@ def sections(
     predicted = [
         Exhibit(f"Runs {name}", predictions.table_of_areas(part), False)
         for name, part in asked.parts().items()
+        if predictions.is_rankable(part)
     ]
     if asked.cases:
         predicted.append(Exhibit("Run by run", predictions.table_of_cases(asked), False))

@@ -1,0 +1,225 @@
+"""This file is where the parts that a GPU changes are measured, on one.
+
+    python -m benchmarks.gpu [--write]    prints Markdown; into docs/benchmarks.md; two minutes
+
+The loss at the shape of the 4B seeds' pair in bfloat16; rollouts of a float32 Llama; and train.py
+itself on a pair of that size, whose weights are as they are drawn (what is written does not matter
+to time and memory, and nothing has to be downloaded).
+Legend: N positions, H hidden width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+
+from benchmarks import loss, rollout
+from benchmarks.run import put
+from stillhouse.distill import tiny
+from stillhouse.distill.models import load_base, new_student
+from stillhouse.distill.objectives import CrossEntropy, Jsd, TopK
+from stillhouse.distill.rollouts import pad_left
+from stillhouse.spec import LoraSpec, QuantSpec
+
+GPU = torch.device("cuda")
+POSITIONS, VOCABULARY, HIDDEN = 2048, 151_936, 2560
+CHUNKS = (64, 128, 256, 512, 1024)
+PAIRS = 9  # alternating runs per row, after one that warms up
+# Qwen3-4B's shape, and SmolLM2-360M's.
+QWEN = Qwen3Config(
+    vocab_size=VOCABULARY, hidden_size=HIDDEN, intermediate_size=9728, num_hidden_layers=36,
+    num_attention_heads=32, num_key_value_heads=8, head_dim=128, tie_word_embeddings=True,
+    max_position_embeddings=4096, dtype="bfloat16", bos_token_id=None, eos_token_id=1,
+    pad_token_id=0,
+)  # fmt: skip
+LLAMA = LlamaConfig(
+    vocab_size=49_152, hidden_size=960, intermediate_size=2560, num_hidden_layers=32,
+    num_attention_heads=15, num_key_value_heads=5, tie_word_embeddings=True,
+    max_position_embeddings=2048, bos_token_id=None, eos_token_id=1, pad_token_id=0,
+)  # fmt: skip
+NF4 = QuantSpec(quant_type="bnb_nf4", quant_group_size=64, double_quant=True)
+LORA = LoraSpec(
+    lora_r=32, lora_alpha=64, lora_dropout=0.0, target_modules=rollout.TARGETS
+)  # as the pair's
+TRAINED_STEPS = 4
+
+
+def inputs() -> loss.Inputs:
+    torch.manual_seed(0)
+    bf16 = {"device": GPU, "dtype": torch.bfloat16}
+    hidden, teacher_hidden = (torch.randn(POSITIONS, HIDDEN, **bf16) for _ in range(2))
+    heads = (torch.randn(VOCABULARY, HIDDEN, **bf16).mul_(0.04) for _ in range(2))
+    targets = torch.randint(VOCABULARY, (POSITIONS,), device=GPU)
+    return loss.Inputs(hidden.requires_grad_(), next(heads), teacher_hidden, next(heads), targets)
+
+
+def extra_mib(of: Callable[[loss.Inputs], Tensor], x: loss.Inputs) -> float:
+    """What the allocator held at the peak of a step, above what it held before."""
+    x.hidden_NH.grad = None
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    of(x).backward()
+    return (torch.cuda.max_memory_allocated() - before) / 2**20
+
+
+def raced(first: Callable[[loss.Inputs], Tensor], second: Callable[[loss.Inputs], Tensor],
+          x: loss.Inputs) -> tuple[float, float, float]:  # fmt: skip
+    """Time of the first over the second's, and milliseconds of each: medians of pairs."""
+    for of in (first, second):
+        loss.step(of, x)
+    pairs = [[loss.step(of, x)[0] for of in (first, second)] for _ in range(PAIRS)]
+    ratio = statistics.median(a / b for a, b in pairs)
+    return ratio, *(1000 * statistics.median(column) for column in zip(*pairs, strict=True))
+
+
+def losses() -> list[str]:
+    x = inputs()
+    lines = [
+        f"**The loss.** {POSITIONS:,} positions, vocabulary {VOCABULARY:,}, hidden {HIDDEN:,},"
+        f" bfloat16 hidden states and heads, float32 after the product; {loss.CHUNK} positions a"
+        f" chunk unless said. Medians of {PAIRS} alternating pairs; memory is what the allocator"
+        " held at the peak above what it held before.\n",
+        "| of | over | time | ms | extra MiB | gradients differ by |",
+        "|---|---|---|---|---|---|",
+    ]
+    jsd = partial(loss.ours, Jsd(0.5))
+    races: list[tuple[str, str, Callable[..., Tensor], Callable[..., Tensor]]] = [
+        *(
+            (f"beta {beta:g}", "dense", partial(loss.ours, Jsd(beta)), partial(loss.dense, beta))
+            for beta in (0.0, 0.5, 1.0)
+        ),
+        *(
+            (f"beta 0.5, chunk {c}", f"chunk {loss.CHUNK}", partial(jsd, chunk=c), jsd)
+            for c in CHUNKS
+        ),
+        *(
+            (f"beta {beta:g}, diagnostics", "without", partial(loss.looked_at, beta),
+             partial(loss.ours, Jsd(beta)))
+            for beta in (0.0, 0.5, 1.0)
+        ),
+        ("cross-entropy", "beta 0.5", partial(loss.ours, CrossEntropy()), jsd),
+        ("top 16 of the student, beta 1", "beta 0.5",
+         partial(loss.ours, TopK(16, "student", 1.0)), jsd),
+    ]  # fmt: skip
+    for name, other, first, second in races:
+        gradients = []
+        for of in (first, second):
+            gradients.append(loss.step(of, x)[2].double())
+        off = float((gradients[0] - gradients[1]).norm() / gradients[1].norm())
+        memory = [extra_mib(of, x) for of in (first, second)]
+        ratio, first_ms, second_ms = raced(first, second, x)
+        is_same = "top" not in name and "entropy" not in name
+        lines.append(
+            f"| {name} | {other} | {ratio:.2f} | {first_ms:.1f} / {second_ms:.1f}"
+            f" | {memory[0]:.0f} / {memory[1]:.0f} | {f'{off:.0e}' if is_same else '–'} |"
+        )
+    return lines
+
+
+def drawn(of: type, config: object, directory: Path, dtype: torch.dtype) -> Path:
+    """A model of this shape with weights as they are drawn, and a tokenizer, to be loaded."""
+    torch.manual_seed(0)
+    torch.set_default_dtype(dtype)
+    with GPU:
+        model = of(config)
+    torch.set_default_dtype(torch.float32)
+    model.save_pretrained(directory)
+    tiny.tokenizer().save_pretrained(directory)
+    return directory
+
+
+def rollouts(directory: Path) -> list[str]:
+    path = str(drawn(LlamaForCausalLM, LLAMA, directory / "llama", torch.float32))
+    student = new_student(load_base(path, None, "float32", NF4, GPU), LORA, 0)
+    with torch.no_grad():
+        for name, parameter in student.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.02)
+    prompts = [[5 + (7 * row + place) % 300 for place in range(24)] for row in range(32)]
+    ids_BP, mask_BP = (t.to(GPU) for t in pad_left(prompts, 24, 0))
+    ways = rollout.greedy(student.eval(), ids_BP, mask_BP)
+    (_, ours), (_, theirs) = map(_timed, ways)
+    pairs = [[_timed(way)[0] for way in ways] for _ in range(3)]
+    ratio = statistics.median(b / a for a, b in pairs)
+    ms = [1000 * statistics.median(column) for column in zip(*pairs, strict=True)]
+    agreed = float((ours == theirs).float().mean())
+    return [
+        f"**Rollouts.** A float32 Llama of SmolLM2-360M's shape, bnb_nf4 + LoRA {LORA.lora_r},"
+        f" {len(prompts)} prompts, {rollout.NEW_TOKENS} new tokens each, the likeliest: the decoder"
+        f" is {ratio:.1f} times as fast as `generate` ({ms[0]:.0f} / {ms[1]:.0f} ms; medians of 3"
+        f" alternating pairs); {agreed:.1%} of the tokens are the same.",
+    ]
+
+
+def _timed(way: rollout.Way) -> tuple[float, Tensor]:
+    torch.cuda.synchronize()
+    begin = time.perf_counter()
+    out_BC = way()
+    torch.cuda.synchronize()
+    return time.perf_counter() - begin, out_BC
+
+
+def training(directory: Path) -> list[str]:
+    """train.py, as a pod would call it."""
+    path = drawn(Qwen3ForCausalLM, QWEN, directory / "qwen", torch.bfloat16)
+    torch.cuda.empty_cache()
+    line = [
+        "pair=qwen3_4b_self", f"pair.student={path}", f"pair.teacher={path}", "quant=bnb_nf4",
+        "data=generated", "method=on_policy_gkd", "beta=0.5", f"max_steps={TRAINED_STEPS}",
+        "num_processes=1", "per_device_train_batch_size=8", "gradient_accumulation_steps=1",
+        "max_new_tokens=64", "min_new_tokens=64", "sanity_max_nll=30", "overlap_steps=1",
+        f"runs={directory / 'runs'}", f"output_dir={directory / 'out'}",
+    ]  # fmt: skip
+    done = subprocess.run([sys.executable, "train.py", *line], text=True, capture_output=True)
+    if done.returncode:
+        sys.exit(f"train.py ended with {done.returncode}:\n{done.stdout[-4000:]}{done.stderr}")
+    metrics = (directory / "out" / "metrics.jsonl").read_text().splitlines()
+    steps = [json.loads(text) for text in metrics][1:]  # the first one warms up
+    rows = [
+        (phase, statistics.median(step[f"time/{phase}"] for step in steps))
+        for phase in ("rollout", "teacher", "train", "step")
+    ]
+    tokens = statistics.median(step["tokens/rollout"] for step in steps)
+    return [
+        f"**train.py.** A self pair of Qwen3-4B's shape in bfloat16, the student in bnb_nf4 with"
+        f" LoRA {LORA.lora_r}; medians of {len(steps)} steps after one that warms up. A step writes"
+        f" 8 rollouts of 64 tokens by `generate`, {tokens / rows[0][1]:.0f} tokens a second, and"
+        " looks at the overlap.\n",
+        "| phase | s a step | share |",
+        "|---|---|---|",
+        *(f"| {phase} | {value:.2f} | {value / rows[-1][1]:.0%} |" for phase, value in rows),
+    ]
+
+
+def main() -> None:
+    if not torch.cuda.is_available():
+        sys.exit("no GPU here: benchmarks.gpu measures what one changes")
+    home = "/dev/shm" if Path("/dev/shm").is_dir() else None
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    with tempfile.TemporaryDirectory(dir=home) as directory:
+        here = Path(directory)
+        said = list[str]()
+        for part in (losses, partial(rollouts, here), partial(training, here)):
+            lines = part()
+            print("\n".join(lines), flush=True)
+            said += [*lines, ""]
+    if sys.argv[1:] == ["--write"]:
+        gpu = f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
+        title = "On a GPU: the loss, rollouts, a step of a 4B pair"
+        put("gpu", "\n".join(said).strip(), title, gpu)
+
+
+if __name__ == "__main__":
+    main()
