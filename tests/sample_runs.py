@@ -180,6 +180,8 @@ def _metrics(
                 "overlap/ratio/0-7": 0.65 + 0.3 * fraction + noise,
                 "overlap/ratio/8-": 0.5 + 0.3 * fraction + noise,
                 "overlap/advantage": -0.1 + 0.08 * fraction + noise / 10,
+                "overlap/advantage/0-7": -0.05 + 0.04 * fraction + noise / 10,
+                "overlap/advantage/8-": -0.15 + 0.12 * fraction + noise / 10,
                 "overlap/entropy_gap": 0.2 - 0.1 * fraction + noise,
                 "overlap/mass_student": 0.98 + noise / 10,
                 "overlap/mass_teacher": 0.97 + noise / 10,

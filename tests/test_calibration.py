@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sample_runs import Sample, write_sample
 
+from stillhouse.results import prefixes
 from stillhouse.results.calibration import (
     Case,
     area,
@@ -134,6 +135,23 @@ def test_the_sentence_counts_verdicts_and_successes_and_tells_known_pairs_apart(
     assert by_verdict(asked.cases[2]) < by_verdict(asked.cases[3]) < by_verdict(asked.cases[0])
 
 
+def test_how_far_along_the_teacher_helps_is_told_from_prefixes() -> None:
+    lead = {8: (0.6, 0.5), 32: (0.1, 0.02), 128: (0.01, -0.05)}
+    asked = {f"continuation_at_{at}": Measured(v, low, 0.7, 64) for at, (v, low) in lead.items()}
+    asked |= {f"teacher_at_{at}": Measured(v + 0.1, v, 0.9, 64) for at, (v, _) in lead.items()}
+    seen = dataclasses.replace(case("a", 0.9, 0.3), numbers=asked)
+    found = prefixes.reaches([case("a", 0.9, 0.3), seen, seen])
+    assert prefixes.told(found) == (
+        "a: after 8 tokens of the student the teacher ends right 0.600 more often than the student;"
+        " after 128 no lead is seen."
+    )
+    _, rows = prefixes.table_of(found)
+    assert [row[2] for row in rows] == ["8", "32", "128"]
+    assert rows[1][3:7] == ["64", "0.200", "[0.100, 0.900]", "+0.100"]
+    del found[0].leads[128]
+    assert prefixes.told(found).endswith("after 32 it leads by 0.100.")
+
+
 # ---- from files
 
 
@@ -144,7 +162,10 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         compare=None, axes={"beta": [0, 1]}, seeds=2, ability=lambda o: 1.5 if o["beta"] else -1.0
     )
     for run in write_sample(root, sample):
-        told = {"kept_25": Measured(0.5, 0.4, 0.6, 64).as_json()}
+        told = {
+            name: Measured(0.5, 0.4, 0.6, 64).as_json()
+            for name in ("kept_25", "continuation_at_8", "teacher_at_8")
+        }
         record = run.record()
         assert record is not None
         file = Runs(root).verdict_file("tiny", key_of_plain(record["spec"]))
@@ -194,6 +215,8 @@ def test_a_report_shows_predictions_where_preflights_were_asked(runs: Path) -> N
     assert "Did the preflights predict?" in text and "What preflights said" in text
     assert "nan [" not in text and "ranked by" not in text, "one pair: there is nothing to rank"
     assert (page.parent / "predictions.png").stat().st_size > 10_000
+    assert "How far along does the teacher help?" in text
+    assert (page.parent / "prefixes.png").stat().st_size > 5_000
     lines = (page.parent / "predictions.csv").read_text().splitlines()
     assert len(lines) == 5 and lines[0].startswith("pair,pair_seed,beta,max_steps,before,after")
 
@@ -201,5 +224,5 @@ def test_a_report_shows_predictions_where_preflights_were_asked(runs: Path) -> N
 def test_where_nobody_asked_a_report_says_nothing_of_it(tmp_path: Path) -> None:
     write_sample(tmp_path)
     page = write_report("sample", tmp_path)
-    assert "preflights" not in page.read_text()
+    assert "preflights" not in page.read_text() and "How far along" not in page.read_text()
     assert not (page.parent / "predictions.csv").exists()

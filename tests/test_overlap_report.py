@@ -126,6 +126,7 @@ def test_the_page_tells_shows_and_draws_it(runs: Path, page: str) -> None:
     curves, mapped = ((directory / f"{n}.svg").read_text() for n in ("overlap", "overlap_map"))
     assert "<!-- advantage on shared tokens -->" in curves
     assert "<!-- 0–7 -->" in mapped and "<!-- 8– -->" in mapped
+    assert (directory / "advantage_map.svg").exists()
     assert "## How student and teacher overlap" in (directory / "table.md").read_text()
     row = pd.read_csv(directory / "arms.csv").iloc[0]
     assert row["arm"] == "lmbda = 1" and row["overlap_empty"] == pytest.approx(0.025)

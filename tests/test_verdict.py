@@ -51,9 +51,13 @@ PAIRS = {
         BETA[1] | numbers(reverse_kl=1.6, teacher_lead=-0.2, kept_25=1, forward_kl=1.9),
         "unlikely",
     ),
-    "a student at its capacity": (
+    "a student at its capacity, which fails": (
         BETA[1] | numbers(reverse_kl=0.4, teacher_lead=0.3, kept_25=0.8, forward_kl=0.1),
-        "unlikely",
+        "unsure",
+    ),
+    "long answers of which few tokens matter, which gain": (
+        BETA[1] | numbers(reverse_kl=0.7, teacher_lead=0.8, kept_25=0.45, forward_kl=0.14),
+        "unsure",
     ),
     "the same function": (BETA[1] | numbers(reverse_kl=(0, 0, 0), teacher_lead=0), "unlikely"),
     "without answers": (BETA[1] | numbers(reverse_kl=1, told_apart=0.6), "unsure"),

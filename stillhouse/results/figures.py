@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from stillhouse.results.comparisons import other_axes
+from stillhouse.results import prefixes
+from stillhouse.results.comparisons import other_axes, setting_of
 from stillhouse.results.curves import (
     ACCURACY,
     PAIR_LEAVES,
@@ -23,7 +24,7 @@ from stillhouse.results.curves import (
     settings_by,
     together,
 )
-from stillhouse.results.overlap_figures import overlap_curves, overlap_map
+from stillhouse.results.overlap_figures import MAPPED, overlap_curves, overlap_map
 from stillhouse.results.plots import (
     BASELINE_LINES,
     COLOURS,
@@ -67,7 +68,9 @@ def draw(frame: Frame, runs: Sequence[Run], asked: Predictions, directory: Path)
     method_comparison    the compared metric by method: where methods differ
     training             loss, reverse KL and entropies over steps: where anything was trained
     overlap              how student and teacher overlap over steps: where that was looked at
-    overlap_map          the same by where in an answer
+    overlap_map          the shared part by where in an answer
+    advantage_map        the advantage on shared tokens by where in an answer
+    prefixes             what the teacher makes of the student's first tokens: where that was asked
     distribution_cliff   score (or reverse KL) by method: where a schedule jumps during the run
     teacher_seeding      forced tokens and score over steps: where any run seeds
     """
@@ -79,7 +82,8 @@ def draw(frame: Frame, runs: Sequence[Run], asked: Predictions, directory: Path)
             _method_comparison(frame),
             _training(frame, runs),
             overlap_curves(frame, runs),
-            overlap_map(frame, runs),
+            *(overlap_map(frame, runs, measure) for measure in MAPPED),
+            prefixes.drawn(prefixes.reaches(asked.cases)),
             _cliff(frame, runs),
             _seeding(frame, runs),
         ]
@@ -94,6 +98,10 @@ def _scores(frame: Frame) -> Drawn | None:
     pairs = scored["pair_name"].nunique() > 1 and by not in PAIR_LEAVES
     others = [] if by == "arm" else other_axes(frame, by, *(PAIR_LEAVES if pairs else ()))
     series = max(others, key=lambda leaf: frame[leaf].nunique(), default=None)
+    if len(others) > 1:
+        settings = [setting_of(row, others) for row in scored.to_dict("records")]
+        if len({*settings}) <= MAX_GROUPS:
+            scored, others, series = scored.assign(setting=settings), ["setting"], "setting"
     parts = scored.groupby(["task", "metric", *(["pair_name"] if pairs else [])], sort=False)
     shown = list(parts)[:MAX_PANELS]
     ticks = ordered(scored[scored["kind"] == "point"][by])
@@ -128,7 +136,7 @@ def _score_panel(
         shift = 0.0 if len(names) == 1 else 0.5 * (place / (len(names) - 1) - 0.5)
         for at, tick in enumerate(ticks):
             values = mine[mine[by].map(spell) == tick].groupby("seed")["value"].mean().tolist()
-            named = f"{series} = {name}" if series and values else None
+            named = (name if series == "setting" else f"{series} = {name}") if series else None
             mark(axis, at + shift, values, place, named, flat)
     baselines(axis, part, flat)
     if flat:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Sequence
 
 from stillhouse.results.curves import Group, Rows, Run, over_steps, rows_of
@@ -21,7 +22,17 @@ from stillhouse.results.plots import (
 )
 from stillhouse.results.table import Frame
 
-MAPS = 6  # arms of the map
+MAPS = 6  # arms of a map
+WIDTH = 26  # characters of a map's title, above which it is broken
+MAPPED = {  # what is drawn along an answer: name, title, unit, and its value where the two agree
+    "ratio": ("overlap_map", "Where in an answer they overlap", "overlap ratio", 1.0),
+    "advantage": (
+        "advantage_map",
+        "Where in an answer there is something to learn",
+        "advantage on shared tokens, nats",
+        0.0,
+    ),
+}
 CURVES = {  # what a panel shows, and its unit
     "ratio": ("shared part of the likeliest tokens", "overlap ratio"),
     "advantage": ("advantage on shared tokens", "nats"),
@@ -70,11 +81,12 @@ def _left_out(laid: Rows) -> str:
     return f" The first {MAX_ROWS} of {len(laid.rows)} settings." if more > 0 else ""
 
 
-def overlap_map(frame: Frame, runs: Sequence[Run]) -> Drawn | None:
-    """Overlap ratio by step and place in the answer, a panel per arm, means over seeds."""
+def overlap_map(frame: Frame, runs: Sequence[Run], measure: str = "ratio") -> Drawn | None:
+    """A number of MAPPED by step and place in the answer, a panel per arm, means over seeds."""
     import pandas as pd
 
-    prefix = "overlap/ratio/"
+    name, title, unit, best = MAPPED[measure]
+    prefix = f"overlap/{measure}/"
     bins = {key for run in runs for key in run.metrics if key.startswith(prefix)}
     ordered = sorted(bins, key=lambda key: int(key.removeprefix(prefix).partition("-")[0]))
     laid = rows_of(frame, runs, MAX_GROUPS)
@@ -82,7 +94,7 @@ def overlap_map(frame: Frame, runs: Sequence[Run]) -> Drawn | None:
         Group(", ".join(filter(None, (row.name, group.name))), group.runs)
         for row in laid.rows
         for group in laid.lines(row)
-        if any("overlap/ratio" in run.metrics for run in group.runs)
+        if any(f"overlap/{measure}" in run.metrics for run in group.runs)
     ]
     if len(ordered) < 2 or not groups:
         return None
@@ -109,17 +121,17 @@ def overlap_map(frame: Frame, runs: Sequence[Run]) -> Drawn | None:
         ]
         image = axis.pcolormesh(
             edges, range(len(ordered) + 1), table.T.to_numpy(), vmin=math.floor(20 * low) / 20,
-            vmax=1, cmap="cividis", rasterized=True,
+            vmax=best, cmap="cividis", rasterized=True,
         )  # fmt: skip
-        steps(axis, group.name)
+        steps(axis, textwrap.fill(group.name, WIDTH, break_long_words=False))
         axis.grid(visible=False)
         axis.set_yticks(
             [place + 0.5 for place in range(len(ordered))],
             [key.removeprefix(prefix).replace("-", "–") for key in ordered],
         )
     axes[0].set_ylabel("token of the answer")
-    figure.colorbar(image, ax=axes, label="overlap ratio", shrink=0.8)
+    figure.colorbar(image, ax=axes, label=unit, shrink=0.8)
     caption = "Means over seeds; a blank: no rollout got there."
     if len(groups) > MAPS:
         caption += f" The first {MAPS} of {len(groups)} arms."
-    return figure, "overlap_map", "Where in an answer they overlap", caption
+    return figure, name, title, caption

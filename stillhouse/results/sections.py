@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from stillhouse.results import budget, collapse, overlaps, predictions, requantised
+from stillhouse.results import budget, collapse, overlaps, predictions, prefixes, requantised
 from stillhouse.results.answer import Answer, untrained_name
 from stillhouse.results.comparisons import Comparison
 from stillhouse.results.layout import Table, comparison_tables
@@ -107,6 +107,8 @@ def sections(
     ]
     if asked.cases:
         predicted.append(Exhibit("Run by run", predictions.table_of_cases(asked), False))
+    reached = prefixes.reaches(asked.cases)
+    along = [Exhibit("", prefixes.table_of(reached), False)] if reached else []
     made = [
         Section(
             "Did the preflights predict?", predictions.told(asked), predicted, predictions.NOTE
@@ -114,6 +116,9 @@ def sections(
         Section(f"Comparisons on {found.task}/{found.metric}", "", compared, PAIRED),
         Section("What became of each arm", "", became, COLLAPSED),
         Section("How student and teacher overlap", overlaps.told(overlap), alike, OVERLAP),
+        Section(
+            "How far along does the teacher help?", prefixes.told(reached), along, prefixes.NOTE
+        ),
         Section("At equal compute", budget.told(equal), at_budget, BUDGET),
         Section(
             "Merged into the unquantised base, quantised again",
