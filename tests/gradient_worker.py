@@ -24,3 +24,4 @@ if __name__ == "__main__":
         processes = torch.tensor(run.accelerator.num_processes)
         content = {"gradient": gradient, "tokens": torch.tensor(tokens), "processes": processes}
         save_file(content, file)
+    run.accelerator.end_training()  # as Run.train does

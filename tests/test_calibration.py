@@ -142,14 +142,22 @@ def test_how_far_along_the_teacher_helps_is_told_from_prefixes() -> None:
     seen = dataclasses.replace(case("a", 0.9, 0.3), numbers=asked)
     found = prefixes.reaches([case("a", 0.9, 0.3), seen, seen])
     assert prefixes.told(found) == (
-        "a: after 8 tokens of the student the teacher ends right 0.600 more often than the student;"
-        " after 128 no lead is seen."
+        "a, seed 0, point a0.9: the teacher leads most after 8 tokens of the student (+0.600), and"
+        " last after 32 (of 8, 32, 128)."
     )
     _, rows = prefixes.table_of(found)
-    assert [row[2] for row in rows] == ["8", "32", "128"]
-    assert rows[1][3:7] == ["64", "0.200", "[0.100, 0.900]", "+0.100"]
-    del found[0].leads[128]
-    assert prefixes.told(found).endswith("after 32 it leads by 0.100.")
+    assert [row[1] for row in rows] == ["8", "32", "128"]
+    assert rows[1][2:6] == ["64", "0.200", "[0.100, 0.900]", "+0.100"]
+    for at in (8, 32):
+        found[0].leads[at] = Measured(0.1, -0.1, 0.3, 64)
+    assert "nowhere for sure" in prefixes.told(found)
+
+
+def test_prefixes_of_two_answers_are_drawn_though_their_value_lies_beyond_its_interval() -> None:
+    asked = {"continuation_at_8": Measured(1, 0.2, 0.83, 2), "teacher_at_8": Measured(1, 0.4, 1, 2)}
+    found = prefixes.reaches([dataclasses.replace(case("a", 0.9, 0.3), numbers=asked)])
+    assert prefixes.drawn(found) is not None
+    assert prefixes.drawn([]) is None
 
 
 # ---- from files
@@ -193,7 +201,9 @@ def test_a_case_is_a_scored_point_its_students_documents_and_what_was_said(runs:
 
 def test_verdicts_are_not_held_against_runs_that_they_do_not_speak_of(tmp_path: Path) -> None:
     rescued = {"cold_start": 0.5, "cold_prompts": 8}
-    for name, base in {"mixed": {"lmbda": 0.5}, "none": {"lmbda": 0}, "rescued": rescued}.items():
+    bases = {"mixed": {"lmbda": 0.5}, "none": {"lmbda": 0}, "rescued": rescued}
+    bases["seeded"] = {"lmbda": 1, "seed_tokens": 4}
+    for name, base in bases.items():
         sample = Sample(name=name, compare=None, axes={}, seeds=1, base=base)
         (run,) = write_sample(tmp_path, sample)
         record = run.record()
@@ -218,7 +228,7 @@ def test_a_report_shows_predictions_where_preflights_were_asked(runs: Path) -> N
     assert "How far along does the teacher help?" in text
     assert (page.parent / "prefixes.png").stat().st_size > 5_000
     lines = (page.parent / "predictions.csv").read_text().splitlines()
-    assert len(lines) == 5 and lines[0].startswith("pair,pair_seed,beta,max_steps,before,after")
+    assert len(lines) == 5 and lines[0].startswith("point,pair,pair_seed,beta,max_steps,before")
 
 
 def test_where_nobody_asked_a_report_says_nothing_of_it(tmp_path: Path) -> None:

@@ -40,6 +40,11 @@ EVERY_QUANT = pytest.mark.parametrize("quant", QUANTS.values(), ids=QUANTS.keys(
 STEPS, SAVED_EVERY = 40, 5
 
 
+@pytest.fixture(scope="module", autouse=True)
+def device() -> None:
+    assert torch.cuda.is_available(), "these tests want a CUDA device, and there is none"
+
+
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A tiny student base, as a directory."""

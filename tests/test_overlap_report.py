@@ -77,7 +77,14 @@ def test_an_arm_that_was_looked_at_once_or_never_has_no_course() -> None:
 
 
 def test_one_seed_shows_no_movement() -> None:
-    assert only(overlaps([run_of("a", 0, ratio=(0.1, 0.9))])).moved("ratio") == 0
+    found = overlaps([run_of("a", 0, ratio=(0.1, 0.9)), *arm_of("b", ratio=(0.6, 0.4))])
+    assert found[0].moved("ratio") == 0
+    said = told(found)
+    assert "failing runs look: the one arm." in said, "of b alone"
+    assert said.endswith(
+        "Of 1 arms with one run each it is not said whether they moved: at the end the shared part"
+        " is larger in 1, the advantage on it closer to 0 in 0, the entropy gap smaller in 0."
+    )
 
 
 def test_runs_that_look_like_the_papers_successful_ones_are_said_to() -> None:

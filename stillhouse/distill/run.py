@@ -112,6 +112,9 @@ class Run:
                 tracker.close()
         if self.is_main:
             self._finish(step)
+        # Or a process that leaves while gloo's threads still run may abort, and a trained run be
+        # called broken (seen once in some hundred ends of two processes).
+        self.accelerator.end_training()
         return 0
 
     def _heed(self, found: Sequence[Finding]) -> None:

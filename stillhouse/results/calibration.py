@@ -116,7 +116,8 @@ def _is_plain(spec: Json) -> bool:
     rescue = spec.get("rescue", {})
     is_rescued = rescue.get("cold_start", 0) > 0 or rescue.get("kept_prompts", 1) != 1
     is_rescued = is_rescued or rescue.get("other_prompts", 0) > 0
-    return spec["method"]["lmbda"] == 1 and not is_rescued
+    method = spec["method"]
+    return method["lmbda"] == 1 and method["seed_tokens"] == 0 and not is_rescued
 
 
 def _change(after: str, before: str) -> Measured:
@@ -200,6 +201,7 @@ def as_rows(found: Sequence[Case]) -> list[Json]:
     names = list(dict.fromkeys(name for case in found for name in case.numbers))
     return [
         {
+            "point": c.point,
             "pair": c.pair,
             "pair_seed": c.pair_seed,
             "beta": c.beta,
@@ -215,7 +217,11 @@ def as_rows(found: Sequence[Case]) -> list[Json]:
             "gap_recovered": c.recovered,
             "verdict": c.verdict,
             "rule": c.rule,
-            **{name: c.numbers[name].value if name in c.numbers else NAN for name in names},
+            **{
+                name + end: getattr(c.numbers[name], part) if name in c.numbers else NAN
+                for name in names
+                for end, part in (("", "value"), ("_low", "low"), ("_high", "high"))
+            },
         }
         for c in found
     ]

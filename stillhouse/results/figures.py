@@ -100,7 +100,7 @@ def _scores(frame: Frame) -> Drawn | None:
     series = max(others, key=lambda leaf: frame[leaf].nunique(), default=None)
     if len(others) > 1:
         settings = [setting_of(row, others) for row in scored.to_dict("records")]
-        if len({*settings}) <= MAX_GROUPS:
+        if len({s for s in settings if s}) <= MAX_GROUPS:  # a baseline has none
             scored, others, series = scored.assign(setting=settings), ["setting"], "setting"
     parts = scored.groupby(["task", "metric", *(["pair_name"] if pairs else [])], sort=False)
     shown = list(parts)[:MAX_PANELS]

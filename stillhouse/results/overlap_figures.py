@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import re
 import textwrap
 from collections.abc import Sequence
+from typing import Any
 
 from stillhouse.results.curves import Group, Rows, Run, over_steps, rows_of
 from stillhouse.results.plots import (
@@ -23,16 +25,17 @@ from stillhouse.results.plots import (
 from stillhouse.results.table import Frame
 
 MAPS = 6  # arms of a map
-WIDTH = 26  # characters of a map's title, above which it is broken
-MAPPED = {  # what is drawn along an answer: name, title, unit, and its value where the two agree
-    "ratio": ("overlap_map", "Where in an answer they overlap", "overlap ratio", 1.0),
+WIDTH = 32  # characters of a line of a map's title
+AXIS = re.compile(r", (?=\w+ = )")  # where the name of an arm may be broken
+MAPPED = {  # what is drawn along an answer: name, title, unit
+    "ratio": ("overlap_map", "Where in an answer they overlap", "overlap ratio"),
     "advantage": (
         "advantage_map",
         "Where in an answer there is something to learn",
         "advantage on shared tokens, nats",
-        0.0,
     ),
 }
+EDGE = 0.02  # of a map's cells, on either side, that may lie beyond the ends of its colours
 CURVES = {  # what a panel shows, and its unit
     "ratio": ("shared part of the likeliest tokens", "overlap ratio"),
     "advantage": ("advantage on shared tokens", "nats"),
@@ -85,7 +88,7 @@ def overlap_map(frame: Frame, runs: Sequence[Run], measure: str = "ratio") -> Dr
     """A number of MAPPED by step and place in the answer, a panel per arm, means over seeds."""
     import pandas as pd
 
-    name, title, unit, best = MAPPED[measure]
+    name, title, unit = MAPPED[measure]
     prefix = f"overlap/{measure}/"
     bins = {key for run in runs for key in run.metrics if key.startswith(prefix)}
     ordered = sorted(bins, key=lambda key: int(key.removeprefix(prefix).partition("-")[0]))
@@ -110,7 +113,8 @@ def overlap_map(frame: Frame, runs: Sequence[Run], measure: str = "ratio") -> Dr
                 dtype=float,  # a bin that no run of this arm reaches is a column of nothing
             ).sort_index()
         )
-    low = min(float(table.min().min()) for table in tables)
+    cells: Any = pd.concat([table.melt()["value"] for table in tables]).dropna()
+    low, high = math.floor(20 * cells.quantile(EDGE)), math.ceil(20 * cells.quantile(1 - EDGE))
     image = None
     for axis, group, table in zip(axes, shown, tables, strict=True):
         at = list(table.index)
@@ -120,18 +124,24 @@ def overlap_map(frame: Frame, runs: Sequence[Run], measure: str = "ratio") -> Dr
             at[-1] + 0.5,
         ]
         image = axis.pcolormesh(
-            edges, range(len(ordered) + 1), table.T.to_numpy(), vmin=math.floor(20 * low) / 20,
-            vmax=best, cmap="cividis", rasterized=True,
+            edges, range(len(ordered) + 1), table.T.to_numpy(), vmin=low / 20, vmax=high / 20,
+            cmap="cividis", rasterized=True,
         )  # fmt: skip
-        steps(axis, textwrap.fill(group.name, WIDTH, break_long_words=False))
+        lines = (textwrap.fill(part, WIDTH) for part in AXIS.split(group.name))
+        steps(axis, "\n".join(lines))
         axis.grid(visible=False)
         axis.set_yticks(
             [place + 0.5 for place in range(len(ordered))],
             [key.removeprefix(prefix).replace("-", "–") for key in ordered],
         )
-    axes[0].set_ylabel("token of the answer")
+    for axis in axes:
+        if axis.get_subplotspec().is_first_col():
+            axis.set_ylabel("token of the answer")
     figure.colorbar(image, ax=axes, label=unit, shrink=0.8)
-    caption = "Means over seeds; a blank: no rollout got there."
+    caption = (
+        "Means over seeds; a blank: no rollout got there. Colours span all but the"
+        f" {EDGE:.0%} of cells with the lowest and with the highest values."
+    )
     if len(groups) > MAPS:
         caption += f" The first {MAPS} of {len(groups)} arms."
     return figure, name, title, caption

@@ -83,8 +83,27 @@ def overlaps(runs: Sequence[Run]) -> list[ArmOverlap]:
 
 def told(found: Sequence[ArmOverlap]) -> str:
     """What the numbers mean for these runs, in sentences."""
+    single = [a for a in found if a.courses["ratio"].change.n < 2]
+    found = [a for a in found if a not in single]
+    return " ".join(filter(None, (_of_seeds(found) if found else "", _of_single(single))))
+
+
+def _of_single(found: Sequence[ArmOverlap]) -> str:
+    """Of arms with one run each there is no interval: signs are counted, and nothing is claimed."""
     if not found:
         return ""
+    ways = {
+        name: sum(towards * a.courses[name].change.mean > 0 for a in found)
+        for name, (_, towards) in MEASURES.items()
+    }
+    return (
+        f"Of {len(found)} arms with one run each it is not said whether they moved: at the end the"
+        f" shared part is larger in {ways['ratio']}, the advantage on it closer to 0 in"
+        f" {ways['advantage']}, the entropy gap smaller in {ways['entropy_gap']}."
+    )
+
+
+def _of_seeds(found: Sequence[ArmOverlap]) -> str:
     said = [_shared(found)]
     for name, good, bad in (
         ("advantage", "came closer to 0", "moved away from 0"),

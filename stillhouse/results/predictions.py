@@ -114,10 +114,11 @@ def table_of_cases(asked: Predictions) -> Table:
             interval(c.change.low, c.change.high),
             "yes" if c.is_success else "no",
             "–" if math.isnan(c.recovered) else f"{c.recovered:.0%}",
+            c.point[:6],
         ]
         for c in asked.cases
     ]
-    return [*header, "success", "gap recovered"], rows
+    return [*header, "success", "gap recovered", "point"], rows
 
 
 def is_rankable(found: Sequence[Case]) -> bool:

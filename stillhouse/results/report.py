@@ -25,7 +25,7 @@ from stillhouse.results import (
     table,
 )
 from stillhouse.results.answer import answer
-from stillhouse.results.curves import compared_leaf, read
+from stillhouse.results.curves import PAIR_LEAVES, compared_leaf, read
 from stillhouse.results.figures import draw
 from stillhouse.results.layout import Table, as_csv, duration, records
 from stillhouse.results.plots import Picture
@@ -180,7 +180,8 @@ def cost_table(frame: Frame) -> Table:
     )
     trained = points[points["train_seconds"].notna()]
     by = "method_name" if points["method_name"].nunique() > 1 else compared_leaf(frame)
-    keys = ["pair_name", by] if points["pair_name"].nunique() > 1 else [by]
+    is_apart = points["pair_name"].nunique() > 1 and by not in PAIR_LEAVES
+    keys = ["pair_name", by] if is_apart else [by]
     rows: list[list[str]] = []
     for key, part in trained.groupby(keys, sort=False, dropna=False):
         values = [table.spell(v) if table.is_set(v) else "base" for v in key]

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from stillhouse import verdict
+from stillhouse.compose import data_file
 from stillhouse.rundir import Json, Runs, read_json
 from stillhouse.sweep.grid import Point
 
@@ -16,15 +17,20 @@ SHOWN = 6  # pairs (each with a loss and a number of steps) that a plan names
 
 def verdicts(points: Sequence[Point], runs: Path) -> list[Json]:
     """Each pair of these points, with its loss and steps, and its verdict; None: not asked."""
+    rules = verdict.rules_of(data_file("preflight"), "conf/preflight.yaml")
     alike: dict[Any, Point] = {}
     for point in points:  # a key takes long to make, and of 10,000 points few differ in it
         alike.setdefault(verdict.asked_of(point.spec), point)
-    return [_one(point, runs) for point in alike.values()]
+    return [_one(point, runs, rules) for point in alike.values()]
 
 
-def _one(point: Point, runs: Path) -> Json:
+def _one(point: Point, runs: Path, rules: verdict.Rules) -> Json:
     spec = point.spec
     found = read_json(Runs(runs).verdict_file(spec.pair.pair_name, verdict.key_of(spec)))
+    if found is not None:  # by the rules of now, whatever they were when it was asked
+        numbers = {name: verdict.Measured.of(plain) for name, plain in found["numbers"].items()}
+        asked = verdict.asked_numbers(spec.loss.beta, spec.training.max_steps)
+        found = verdict.decide(rules, numbers | asked)
     words = [w for w in point.words if not w.startswith(("seed=", "name=", "tags="))]
     where = [] if runs == Path("runs") else ["--runs", str(runs)]
     return {
@@ -33,6 +39,7 @@ def _one(point: Point, runs: Path) -> Json:
         "loss": spec.loss.on_loss,
         "beta": spec.loss.beta,
         "max_steps": spec.training.max_steps,
+        "max_new_tokens": spec.rollout.max_new_tokens,
         "verdict": found and found["verdict"],
         "reason": found and found["reasons"][0],
         "command": shlex.join(["stillhouse", "preflight", *words, *where]),
@@ -54,4 +61,5 @@ def verdict_lines(found: Sequence[Json]) -> list[str]:
 
 def _named(one: Json) -> str:
     how = f"{one['loss']}, beta {one['beta']:g}, {one['max_steps']} steps"
+    how += f" of {one['max_new_tokens']} tokens"
     return f"{one['pair']} in {one['quant']} ({how})"
