@@ -40,6 +40,7 @@ _ON_POLICY = [
     "train/kl_divergence",
     "rollout/staleness",
     "rollout/length",
+    "rollout/length_share",
     "rollout/compression",
 ]
 _OVERLAP = [

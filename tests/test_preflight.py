@@ -266,3 +266,26 @@ def test_what_cannot_be_asked_is_a_mistake(
 ) -> None:
     assert main(["preflight", *words(tmp_path), word]) == 42
     assert capsys.readouterr().err.startswith("ConfigError: ")
+
+
+# ---- pairs that this machine cannot hold
+
+REAL = ["qwen3_4b_self", "qwen3_4b_30b", "llama_8b_70b", "context", "smollm2_self"]
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_a_real_pair_is_asked_by_a_job_of_the_same_words(
+    name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = ["preflight", f"pair={name}", "--backend", "cluster", "--dry-run", "image=r.example/a:1"]
+    assert main([*line, "--pilot", "50", "--prefixes", "16,64"]) == 0
+    (words,) = [text for text in capsys.readouterr().out.splitlines() if "stillhouse/words" in text]
+    assert f"pair={name} " in words and "--prompts=64 --pilot=50 --prefixes=16,64" in words
+
+
+@pytest.mark.parametrize("prefixes", ["sixteen", "16;64", "0", "16,-1"])
+def test_prefixes_that_are_no_counts_are_a_mistake(
+    prefixes: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["preflight", *asked(tmp_path), f"--prefixes={prefixes}"]) == 42
+    assert "--prefixes" in capsys.readouterr().err

@@ -266,6 +266,14 @@ def test_no_packaged_rule_warns_of_a_run_that_learns(tmp_path: Path) -> None:
     assert trained(tmp_path) == set()
 
 
+def test_rollouts_that_grow_by_schedule_are_no_inflation(tmp_path: Path) -> None:
+    growing = ["horizon=[[0,0.2],[1,1]]"]
+    assert "length_inflation" not in trained(tmp_path, *growing)
+    (run,) = (p for p in tmp_path.iterdir() if (p / "metrics.jsonl").exists())
+    lengths = [m["rollout/length"] for m in RunDir(run).metrics()]
+    assert max(lengths) > 2 * min(lengths), "they do grow"
+
+
 # ---- stopping
 
 

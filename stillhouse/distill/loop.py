@@ -225,14 +225,24 @@ class Loop:
         """What writing took, of all processes; of old sequences, nothing is written."""
         wrote = self.sequences.wrote
         prompts = sum(len(e.prompt_ids) for b in self.batches for s in b.shares for e in s.examples)
-        kinds = ("student", "teacher", "truncated", "rows", "rollouts", "length", "compression")
+        kinds = (
+            "student",
+            "teacher",
+            "truncated",
+            "rows",
+            "rollouts",
+            "length",
+            "room",
+            "compression",
+        )
         summed = self._sum([float(prompts), *(float(wrote[kind]) for kind in kinds)])
-        prompt, student, teacher, truncated, rows, rollouts, length, compression = summed
+        prompt, student, teacher, truncated, rows, rollouts, length, room, compression = summed
         found = {"tokens/prompt": prompt, "tokens/rollout": student, "tokens/teacher": teacher}
         if rows:
             found["rollout/truncation_rate"] = truncated / rows
         if rollouts:
             found["rollout/length"] = length / rollouts
+            found["rollout/length_share"] = length / room  # of what they may have, at this step
             found["rollout/compression"] = compression / rollouts
         return found
 

@@ -162,6 +162,7 @@ class Sequences:
             if who == "student":
                 self.wrote["rollouts"] += len(written.ids)
                 self.wrote["length"] += sum(map(len, written.ids))
+                self.wrote["room"] += len(written.ids) * plan.rollout_tokens
                 self.wrote["compression"] += sum(map(compression, written.ids))
             shares.append(Share(index, examples, written))
         return Batch(who, weight, step, length, shares)
