@@ -127,7 +127,9 @@ def as_text(found: Mapping[str, Any]) -> str:
     numbers = {name: Measured.of(plain) for name, plain in found["numbers"].items()}
     width = max(map(len, numbers))
     lines += [
-        f"  {name:<{width}}  {m.value:>8.3g}  [{m.low:.3g}, {m.high:.3g}]"
+        f"  {name:<{width}}         –  not defined here"
+        if math.isnan(m.value)
+        else f"  {name:<{width}}  {m.value:>8.3g}  [{m.low:.3g}, {m.high:.3g}]"
         for name, m in numbers.items()
     ]
     return "\n".join(lines)

@@ -21,6 +21,7 @@ from stillhouse.distill.run import Run
 from stillhouse.rundir import Runs, read_json
 from stillhouse.spec import TrainSpec
 from stillhouse.stop import StopFlag
+from stillhouse.verdict import Measured
 
 # A teacher and a student of it with something to learn; tests/test_watch.py has them too.
 PAIR = ["teacher_steps=100", "student_steps=150", "max_new_tokens=24", "lmbda=1"]
@@ -167,12 +168,20 @@ def test_a_pilot_is_thrown_away_and_leaves_a_number(tmp_path: Path) -> None:
     assert not list(Runs(tmp_path).all())
 
 
-def test_two_ends_of_text_are_said(tmp_path: Path, found: dict[str, Any]) -> None:
+def test_two_ends_of_text_and_what_is_not_defined_are_said(
+    tmp_path: Path, found: dict[str, Any]
+) -> None:
     assert found["facts"]["end_of_text"] == {"student": [1], "teacher": [1]}
     asked = {"pair": "p", "quant": "none", "loss": "jsd", "beta": 1, "max_steps": 5}
     said = {"verdict": "unsure", "rule": "r", "reasons": [], "recipe": None, "calibrated_on": "x"}
     facts = found["facts"] | {"end_of_text": {"student": [1], "teacher": [2, 3]}}
-    text = verdict.as_text({**asked, **said, **found, "facts": facts})
+    nothing = dict.fromkeys(("value", "low", "high")) | {"n": 64}
+    numbers = {"numbers": {"reverse_kl": Measured(1, 0.5, 2, 9).as_json(), "kept_25": nothing}}
+    text = verdict.as_text({**asked, **said, **numbers, "facts": facts})
+    assert text.splitlines()[-2:] == [
+        "  reverse_kl         1  [0.5, 2]",
+        "  kept_25            –  not defined here",
+    ]
     assert "end of text: [1] for the student, [2, 3] for the teacher" in text
 
 
