@@ -71,15 +71,18 @@ def test_the_fake_names_the_right_that_lacks(fake, cluster):
     fake.deny("create", "jobs")
     fake.deny("get", "pods", sub="log")
     api_behaviour.who_lacks_a_right_is_told_which(cluster)
+    assert not cluster.may("list", "jobs", "batch") and cluster.may("list", "pods")
 
 
 def test_the_fake_keeps_to_a_quota(fake, cluster):
     fake.quota("jobs", 1)
     api_behaviour.beyond_the_quota_is_forbidden(cluster)
+    assert api_behaviour.listed(cluster, "jobs") == ["first"]
 
 
 def test_the_fake_forgets_history_when_it_is_told_to(fake, cluster):
     api_behaviour.a_watch_of_forgotten_history_is_gone(cluster, fake.forget)
+    assert {"first", "second"} <= {*api_behaviour.listed(cluster, "configmaps")}
 
 
 @pytest.mark.parametrize("how", api_behaviour.JOBS)

@@ -55,6 +55,7 @@ def test_a_real_server_keeps_to_a_quota(kube: Kubernetes, cluster: Cluster):
 
     until("the quota is counted", is_counted)
     api_behaviour.beyond_the_quota_is_forbidden(cluster)
+    assert api_behaviour.listed(cluster, "jobs") == ["first"]
 
 
 @pytest.mark.parametrize("how", api_behaviour.JOBS)
@@ -87,6 +88,7 @@ def test_jobs_and_pods_stand_on_a_real_server_as_on_the_fake(
 
     with kube.behave(namespace=cluster.namespace, **behaves):
         api_behaviour.a_job_comes_to_stand(cluster, how, act)
+    assert how in api_behaviour.listed(cluster, "jobs")
 
 
 def test_workloads_of_a_real_kueue_stand_as_those_of_the_fake(kube_kueue: Kubernetes, monkeypatch):
@@ -133,6 +135,7 @@ def test_a_real_server_that_restarted_has_forgotten_what_was(kube: Kubernetes, c
         kube.start_apiserver()
 
     api_behaviour.a_watch_of_forgotten_history_is_gone(cluster, forget)
+    assert {"first", "second"} <= {*api_behaviour.listed(cluster, "configmaps")}
 
 
 def test_a_server_that_restarts_in_mid_submission_gets_every_job_once(
