@@ -160,7 +160,7 @@ def look(spec: TrainSpec, prompts: int, pilot: int | None, prefixes: tuple[int, 
             from stillhouse.distill.preflight import preflight
 
             found = preflight(spec, prompts, pilot, stop, prefixes) | {"created": now()}
-    numbers = {name: verdict.Measured.of(plain) for name, plain in found["numbers"].items()}
+    numbers = verdict.numbers_of(found)
     asked = {
         "pair": spec.pair.pair_name,
         "quant": spec.quant.quant_type,

@@ -104,6 +104,11 @@ def _told(c: Condition, m: Measured) -> str:
     return f"{c.number}{end} {c.side} {c.threshold:g}: {found}, n = {m.n}"
 
 
+def numbers_of(found: Mapping[str, Any]) -> dict[str, Measured]:
+    """The numbers of a verdict as its file keeps them."""
+    return {name: Measured.of(plain) for name, plain in found["numbers"].items()}
+
+
 def as_text(found: Mapping[str, Any]) -> str:
     """A verdict and its numbers for a terminal."""
     asked = f"{found['loss']}, beta {found['beta']:g}, {found['max_steps']} steps"
@@ -124,7 +129,7 @@ def as_text(found: Mapping[str, Any]) -> str:
             f"  end of text: {ends['student']} for the student, {ends['teacher']} for the teacher:"
             " a student may learn never to stop"
         )
-    numbers = {name: Measured.of(plain) for name, plain in found["numbers"].items()}
+    numbers = numbers_of(found)
     width = max(map(len, numbers))
     lines += [
         f"  {name:<{width}}         –  not defined here"

@@ -82,7 +82,7 @@ def test_one_seed_shows_no_movement() -> None:
     said = told(found)
     assert "failing runs look: the one arm." in said, "of b alone"
     assert said.endswith(
-        "Of 1 arms with one run each it is not said whether they moved: at the end the shared part"
+        "Of 1 arm with one run each it is not said whether they moved: at the end the shared part"
         " is larger in 1, the advantage on it closer to 0 in 0, the entropy gap smaller in 0."
     )
 

@@ -89,7 +89,7 @@ def cases(frame: Frame, runs: Runs, rules: Rules) -> list[Case]:
         told = read_json(runs.verdict_file(row["pair_name"], verdict.key_of_plain(spec)))
         if told is None:
             continue
-        numbers = {name: Measured.of(plain) for name, plain in told["numbers"].items()}
+        numbers = verdict.numbers_of(told)
         beta, max_steps = spec["loss"]["beta"], spec["training"]["max_steps"]
         said = verdict.decide(rules, numbers | verdict.asked_numbers(beta, max_steps))
         found.append(

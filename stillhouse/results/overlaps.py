@@ -97,9 +97,9 @@ def _of_single(found: Sequence[ArmOverlap]) -> str:
         for name, (_, towards) in MEASURES.items()
     }
     return (
-        f"Of {len(found)} arms with one run each it is not said whether they moved: at the end the"
-        f" shared part is larger in {ways['ratio']}, the advantage on it closer to 0 in"
-        f" {ways['advantage']}, the entropy gap smaller in {ways['entropy_gap']}."
+        f"Of {len(found)} arm{'s' * (len(found) > 1)} with one run each it is not said whether they"
+        f" moved: at the end the shared part is larger in {ways['ratio']}, the advantage on it"
+        f" closer to 0 in {ways['advantage']}, the entropy gap smaller in {ways['entropy_gap']}."
     )
 
 

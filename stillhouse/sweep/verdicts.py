@@ -28,9 +28,8 @@ def _one(point: Point, runs: Path, rules: verdict.Rules) -> Json:
     spec = point.spec
     found = read_json(Runs(runs).verdict_file(spec.pair.pair_name, verdict.key_of(spec)))
     if found is not None:  # by the rules of now, whatever they were when it was asked
-        numbers = {name: verdict.Measured.of(plain) for name, plain in found["numbers"].items()}
         asked = verdict.asked_numbers(spec.loss.beta, spec.training.max_steps)
-        found = verdict.decide(rules, numbers | asked)
+        found = verdict.decide(rules, verdict.numbers_of(found) | asked)
     words = [w for w in point.words if not w.startswith(("seed=", "name=", "tags="))]
     where = [] if runs == Path("runs") else ["--runs", str(runs)]
     return {
