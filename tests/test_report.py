@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import re
 from html.parser import HTMLParser
@@ -343,3 +344,11 @@ def test_of_many_pairs_a_report_counts_what_it_cannot_name(tmp_path: Path) -> No
     assert "Watch rule kl_runaway warned in 18 of 18 runs: " in text
     assert "and of 3 arms more." in text
     assert "Against the untrained student" not in text, "nine tables are folded, on the page alone"
+
+
+def test_scores_are_drawn_by_setting_where_there_are_few(tmp_path: Path) -> None:
+    axes = {"lmbda": [0, 1], "beta": [0, 1], "lora_r": [4, 8]}
+    write_sample(tmp_path, Sample(axes=axes, seeds=2))
+    svg = (write_report("sample", tmp_path).parent / "scores.svg").read_text()
+    for beta, rank in itertools.product((0, 1), (4, 8)):
+        assert f"<!-- beta = {beta}, lora_r = {rank} -->" in svg

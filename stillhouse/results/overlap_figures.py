@@ -84,7 +84,7 @@ def _left_out(laid: Rows) -> str:
     return f" The first {MAX_ROWS} of {len(laid.rows)} settings." if more > 0 else ""
 
 
-def overlap_map(frame: Frame, runs: Sequence[Run], measure: str = "ratio") -> Drawn | None:
+def overlap_map(frame: Frame, runs: Sequence[Run], measure: str) -> Drawn | None:
     """A number of MAPPED by step and place in the answer, a panel per arm, means over seeds."""
     import pandas as pd
 
