@@ -649,7 +649,8 @@ NOT_VERSIONED: dict[str, str] = {
 }
 
 # Knobs that came when there were runs already, and the value that is as before: a knob that has it
-# is no part of the content, so that those runs are still what they were asked to be.
+# is no part of the content, so that those runs are still what they were asked to be. A key is a
+# section and its leaf; `task.LEAF` is a leaf of a suite's tasks.
 AS_BEFORE: dict[str, Any] = {
     "loss.position_weights": 1,
     "rollout.horizon": 1,
@@ -680,11 +681,28 @@ def versioned(spec: TrainSpec) -> dict[str, dict[str, Any]]:
         del plain[section]
     for section, leaf in _SKIP_LEAVES:
         del plain[section][leaf]
-    for key, value in AS_BEFORE.items():
-        section, leaf = key.split(".")
-        if plain[section][leaf] == value:
-            del plain[section][leaf]
+    plain = {section: as_before(section, leaves) for section, leaves in plain.items()}
     return {section: leaves for section, leaves in plain.items() if leaves}
+
+
+def as_before(section: str, leaves: dict[str, Any]) -> dict[str, Any]:
+    """A section in plain words, less the knobs that came later and have the value of before.
+
+    Two sections are the same content where this is equal, whichever version wrote them down.
+    """
+    return {
+        leaf: value
+        for leaf, value in leaves.items()
+        if (key := f"{section}.{leaf}") not in AS_BEFORE or value != AS_BEFORE[key]
+    }
+
+
+def _content(spec: TrainSpec | EvalSpec) -> dict[str, Any]:
+    """All of a spec, each of its sections as it was before."""
+    plain = {name: as_before(name, leaves) for name, leaves in to_plain(spec).items()}
+    if "suite" in plain:
+        plain["suite"]["tasks"] = [as_before("task", task) for task in plain["suite"]["tasks"]]
+    return plain
 
 
 def digest(content: Any) -> str:
@@ -716,7 +734,7 @@ def slug(spec: TrainSpec) -> str:
 
 def score_key(suite: SuiteSpec, task: TaskSpec) -> str:
     """What makes two scores of one adapter on one task the same question."""
-    asked = TypeAdapter(TaskSpec).dump_python(task, mode="json")
+    asked = as_before("task", TypeAdapter(TaskSpec).dump_python(task, mode="json"))
     settings = (suite.apply_chat_template, suite.limit, suite.max_gen_toks)
     return digest([asked, settings])[:ID_DIGITS]
 
@@ -728,7 +746,8 @@ def baseline_key(label: str, pair: PairSpec, quant: QuantSpec) -> str:
         if section == "pair":
             del plain[leaf]
     stored = TypeAdapter(QuantSpec).dump_python(quant, mode="json") if label == "ptq" else None
-    return digest([label, plain, stored])[:ID_DIGITS]
+    stored = stored and as_before("quant", stored)
+    return digest([label, as_before("pair", plain), stored])[:ID_DIGITS]
 
 
 def suite_key(suite: SuiteSpec) -> str:
@@ -738,6 +757,11 @@ def suite_key(suite: SuiteSpec) -> str:
 
 def eval_id(spec: EvalSpec) -> str:
     """Ten hex digits of what an evaluation asks: all of its spec but paths, names and threads."""
-    plain = to_plain(spec)
+    return eval_digest(spec)[:ID_DIGITS]
+
+
+def eval_digest(spec: EvalSpec) -> str:
+    """The whole hash that `eval_id` begins."""
+    plain = _content(spec)
     del plain["place"]
-    return digest(plain)[:ID_DIGITS]
+    return digest(plain)

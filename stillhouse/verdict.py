@@ -17,11 +17,13 @@ from pydantic.dataclasses import dataclass as checked
 
 from stillhouse.errors import ConfigError
 from stillhouse.rundir import Json
-from stillhouse.spec import TrainSpec, digest, to_plain
+from stillhouse.spec import TrainSpec, as_before, digest, to_plain
 
 LIKELY, UNLIKELY, UNSURE = 0, 3, 4  # exit codes
 EXIT_CODES = {"likely": LIKELY, "unlikely": UNLIKELY, "unsure": UNSURE}
 _STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
+# They came later than other knobs and before the first verdict: a key has them, whatever they are.
+_IN_KEYS = (("loss", "position_weights"), ("rollout", "horizon"))
 
 
 @dataclass(frozen=True)
@@ -170,7 +172,11 @@ def key_of(spec: TrainSpec) -> str:
 
 def key_of_plain(plain: Mapping[str, Any]) -> str:
     """The same of a spec as a run's record keeps it."""
-    sections = {name: plain[name] for name in ("pair", "quant", "data", "loss", "rollout")}
+    asked = ("pair", "quant", "data", "loss", "rollout")
+    sections = {name: as_before(name, plain[name]) for name in asked}
+    for name, leaf in _IN_KEYS:
+        if leaf in plain[name]:
+            sections[name] |= {leaf: plain[name][leaf]}
     return digest([sections, plain["training"]["max_steps"]])[:10]
 
 

@@ -20,7 +20,7 @@ from pydantic import TypeAdapter
 
 from stillhouse.errors import ConfigError, nearest
 from stillhouse.rundir import RunDir, Runs
-from stillhouse.spec import PairSpec
+from stillhouse.spec import PairSpec, as_before
 
 MARK = "adapter_config.json"  # PEFT writes it into every adapter
 
@@ -58,11 +58,12 @@ def typed(words: tuple[str, ...], runs: Runs) -> tuple[list[Found], int]:
 
 def trained(pair: PairSpec, runs: Runs) -> list[Found]:
     """Every run of exactly this pair whose adapter is there and whole."""
-    wanted, names = TypeAdapter(PairSpec).dump_python(pair, mode="json"), _names(runs)
+    names = _names(runs)
+    wanted = as_before("pair", TypeAdapter(PairSpec).dump_python(pair, mode="json"))
     return [
         _described(run.adapter, names)
         for run in runs.all()
-        if run.is_trained() and (run.contract() or {})["pair"] == wanted
+        if run.is_trained() and as_before("pair", (run.contract() or {})["pair"]) == wanted
     ]
 
 

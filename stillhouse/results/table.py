@@ -16,7 +16,7 @@ from pydantic import TypeAdapter
 from stillhouse.errors import ConfigError, ContractError, nearest
 from stillhouse.results.stats import NAN, binomial_se
 from stillhouse.rundir import FORMAT, RunDir, Runs, eval_file, read_json
-from stillhouse.spec import SuiteSpec, digest, score_key
+from stillhouse.spec import SuiteSpec, as_before, digest, score_key
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -167,9 +167,10 @@ def _baseline_facts(entry: Json, directory: Path) -> Json:
 
 
 def _pair_facts(pair: Json, quant: Json | None) -> Json:
-    facts = {"pair_name": pair["pair_name"], "pair_key": digest(pair)[:10]}
+    facts = {"pair_name": pair["pair_name"], "pair_key": digest(as_before("pair", pair))[:10]}
     if quant is not None:
-        facts |= {"quant_type": quant["quant_type"], "quant_key": digest(quant)[:10]}
+        key = digest(as_before("quant", quant))[:10]
+        facts |= {"quant_type": quant["quant_type"], "quant_key": key}
     return facts
 
 

@@ -29,9 +29,10 @@ from stillhouse.spec import (
     QuantSpec,
     SuiteSpec,
     TrainSpec,
+    as_before,
     baseline_key,
     digest,
-    eval_id,
+    eval_digest,
     suite_key,
     to_plain,
     versioned,
@@ -99,7 +100,11 @@ def prepare_step(point: Point, suite: SuiteSpec | None, sweep: Sweep) -> Step:
     words = (*_subject(spec.pair, spec.quant, spec.data, suite), *PLACES, "--fetch")
     plain = to_plain(spec)
     tasks = TypeAdapter(SuiteSpec).dump_python(suite, mode="json") if suite else None
-    content = digest(["prepare", plain["pair"], plain["quant"], plain["data"], tasks])
+    if tasks:
+        tasks["tasks"] = [as_before("task", task) for task in tasks["tasks"]]
+        tasks = as_before("suite", tasks)
+    parts = [as_before(name, plain[name]) for name in ("pair", "quant", "data")]
+    content = digest(["prepare", *parts, tasks])
     name = _name(f"prepare-{spec.pair.pair_name}", content)
     return Step(
         kind="prepare",
@@ -195,8 +200,7 @@ def preflight_step(name: str, overrides: Overrides, options: Sequence[str]) -> S
 
 
 def _eval_step(spec: EvalSpec, words: Sequence[str], sweep: str | None) -> Step:
-    content = digest({key: value for key, value in to_plain(spec).items() if key != "place"})
-    assert content[:ID_DIGITS] == eval_id(spec)
+    content = eval_digest(spec)
     name = _name(f"eval-{spec.pair.pair_name}-{spec.quant.quant_type}", content)
     return Step(
         kind="eval",
