@@ -115,6 +115,8 @@ def _plain(value: Any) -> Any:
     """Hydra's quoted strings and nested lists as plain Python."""
     if isinstance(value, list):
         return [_plain(item) for item in cast("list[Any]", value)]
+    if isinstance(value, dict):
+        return {str(_plain(key)): _plain(v) for key, v in cast("dict[Any, Any]", value).items()}
     return value.text if hasattr(value, "text") else value
 
 

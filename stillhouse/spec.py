@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from datetime import date
 from typing import Annotated, Any, Literal, cast
 
 from pydantic import (
@@ -43,6 +44,10 @@ NonNegative = Annotated[float, Field(ge=0), _Number]
 # It becomes a file name below runs/names, so it is one, and nothing else.
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=200)]
 Dtype = Literal["float32", "bfloat16", "float16"]
+# A chat template's variable, and what a command line can say about it.
+TemplateName = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
+TemplateScalar = str | bool | int | float | None
+TemplateValue = TemplateScalar | list[TemplateScalar]
 # Knots of a schedule: (fraction of the run, value), linear between, a repeated fraction is a jump.
 # A bare number is the constant schedule.
 Knots = tuple[tuple[float, float], ...]
@@ -289,6 +294,9 @@ class DataSpec:
     data_path: str | None  # hub id, or a local jsonl or parquet file
     data_split: str
     prompt_template: str | None  # has {question}: what is put around a row's (last) question
+    # Variables of the tokenizer's chat template, such as enable_thinking: false.
+    chat_template_kwargs: dict[TemplateName, TemplateValue]
+    template_date: str  # YYYY-MM-DD: today, for a template that asks what day it is
     max_length: Annotated[int, Field(ge=16), _Number]  # prompt + completion, tokens
     min_completion: Count  # tokens a row must leave room for, or it is counted and left out
     max_rows: Count | None
@@ -299,6 +307,18 @@ class DataSpec:
     def _has_slot(cls, value: str | None) -> str | None:
         if value is not None and "{question}" not in value:
             raise ValueError("a prompt_template must contain {question}")
+        return value
+
+    @field_validator("template_date", mode="before")
+    @classmethod
+    def _is_day(cls, value: Any) -> Any:
+        if isinstance(value, date):  # YAML makes one of 2026-01-01
+            return value.isoformat()
+        if isinstance(value, str):
+            try:
+                return date.fromisoformat(value).isoformat()
+            except ValueError as error:
+                raise ValueError(f"a day is written YYYY-MM-DD ({error})") from error
         return value
 
     @field_validator("data_path")
@@ -660,6 +680,8 @@ AS_BEFORE: dict[str, Any] = {
     "rescue.kept_by": "mass",
     "rescue.other_prompts": 0,
     "rescue.other_file": None,
+    "data.chat_template_kwargs": {},
+    "data.template_date": "2026-01-01",
 }
 
 _TRAIN = TypeAdapter(TrainSpec)

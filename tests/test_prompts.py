@@ -28,6 +28,8 @@ LOCAL = DataSpec(
     data_path=None,
     data_split="train",
     prompt_template=None,
+    chat_template_kwargs={},
+    template_date="2026-01-01",
     max_length=64,
     min_completion=8,
     max_rows=None,
@@ -250,7 +252,7 @@ def test_rows_that_cannot_be_used_are_counted_by_reason(tmp_path: Path) -> None:
         "no assistant turn": 1,
         "no prompt": 1,
         "messages that are no turns": 2,
-        "turns that the chat template refuses": 1,
+        "turns that the chat template refuses (the roles are user and assistant)": 1,
         "prompt too long": 1,
         "no room for a completion": 1,
     }

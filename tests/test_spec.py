@@ -91,6 +91,8 @@ OTHER: dict[str, object] = {
     "data_path": "another",
     "data_split": "test",
     "prompt_template": "Q: {question}",
+    "chat_template_kwargs": {"enable_thinking": False},
+    "template_date": "2026-06-01",
     "max_length": 512,
     "min_completion": 16,
     "max_rows": 100,

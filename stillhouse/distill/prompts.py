@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from stillhouse.distill.chat import Chat, Rendered, Skip
 from stillhouse.distill.hub import download_command, looks_like_hub_id, snapshot
 from stillhouse.distill.pairs import PreparedPair
 from stillhouse.distill.tables import Table, read_table, split_files
@@ -54,10 +55,6 @@ class PromptSet:
         return f"{line}, {sum(self.skipped.values()):,} left out: {reasons}"
 
 
-class _Skip(Exception):
-    """A row that cannot be used; its text is the reason that it is counted under."""
-
-
 @dataclass(frozen=True)
 class _Draft:
     """A row in the one form that all sources are brought to."""
@@ -78,8 +75,6 @@ def load_prompts(
     Raises DataError for a path that does not exist, a line that cannot be parsed, or when no row
     can be used; ConfigError where hub data is not on this machine.
     """
-    if tokenizer.eos_token_id is None:
-        raise ConfigError("the tokenizer names no EOS token, so a completion could never end")
     encode = _Encoder(data, tokenizer)
     train, held_out, where = _tables(data, prepared)
     skipped: Counter[str] = Counter()
@@ -144,7 +139,7 @@ def _take(
             break
         try:
             found.append(encode(table[row], row))
-        except _Skip as reason:
+        except Skip as reason:
             skipped[str(reason)] += 1
     return found
 
@@ -204,15 +199,15 @@ def _conversation(row: Row, data: DataSpec) -> _Draft:
     """Messages: the last assistant turn is the completion, all before it the prompt."""
     messages = row["messages"]
     if not isinstance(messages, list) or not all(_is_turn(m) for m in messages):
-        raise _Skip("messages that are no turns")
+        raise Skip("messages that are no turns")
     turns: list[Turn] = [{"role": m["role"], "content": m["content"]} for m in messages]
     if not turns or not all(turn["content"].strip() for turn in turns):
-        raise _Skip("empty")
+        raise Skip("empty")
     last = max((i for i, turn in enumerate(turns) if turn["role"] == "assistant"), default=None)
     if last is None:
-        raise _Skip("no assistant turn")
+        raise Skip("no assistant turn")
     if last == 0:
-        raise _Skip("no prompt")
+        raise Skip("no prompt")
     turns[last - 1]["content"] = _asked(turns[last - 1]["content"], data)
     plain = "\n".join(turn["content"] for turn in turns[:last]) + "\n"
     return _Draft(turns[:last], plain, turns[last]["content"], _answer(row))
@@ -223,7 +218,7 @@ def _prompt(row: Row, data: DataSpec) -> _Draft:
     if "messages" in row:
         return _conversation(row, data)
     if "prompt" not in row:
-        raise _Skip("no prompt or messages field")
+        raise Skip("no prompt or messages field")
     completion = None if row.get("completion") is None else _text(row, "completion")
     prompt = _asked(_text(row, "prompt"), data)
     return _Draft([_user(prompt)], prompt, completion, _answer(row))
@@ -245,11 +240,11 @@ def _asked(question: str, data: DataSpec) -> str:
 def _text(row: Row, field: str) -> str:
     value = row.get(field)
     if value is None:
-        raise _Skip(f"no {field} field")
+        raise Skip(f"no {field} field")
     if not isinstance(value, str):
-        raise _Skip(f"{field} that is no text")
+        raise Skip(f"{field} that is no text")
     if not value.strip():
-        raise _Skip("empty")
+        raise Skip("empty")
     return value
 
 
@@ -278,24 +273,21 @@ class _Encoder:
 
     def __init__(self, data: DataSpec, tokenizer: Any) -> None:
         self._data, self._tokenizer = data, tokenizer
+        self._chat = Chat(tokenizer, data)
         self._read = _READERS[data.data_source]
         self.refused: set[tuple[int, ...]] = set()  # prompts that are held out
 
     def __call__(self, row: Row, number: int) -> Example:
         draft = self._read(row, self._data)
-        prompt_ids = self._prompt_ids(draft, [])
+        prompt_ids, completion_ids = self._ids(draft, [])
         room = self._data.max_length - len(prompt_ids)
         if room <= 0:
-            raise _Skip("prompt too long")
+            raise Skip("prompt too long")
         if room < self._data.min_completion:
-            raise _Skip("no room for a completion")
+            raise Skip("no room for a completion")
         if prompt_ids in self.refused:
-            raise _Skip("same prompt as a held-out row")
-        completion_ids: tuple[int, ...] = ()
-        if draft.completion is not None:
-            text = self._ids(draft.completion, add_special_tokens=False)
-            completion_ids = (*text, self._tokenizer.eos_token_id)[:room]
-        return Example(prompt_ids, completion_ids, prompt_ids, number, draft.answer)
+            raise Skip("same prompt as a held-out row")
+        return Example(prompt_ids, completion_ids[:room], prompt_ids, number, draft.answer)
 
     def exemplar(self, row: Row, where: str) -> _Draft:
         """A solved row for the teacher to read first."""
@@ -317,7 +309,7 @@ class _Encoder:
         kept: list[Example] = []
         for example in examples:
             draft = self._read(table[example.row], self._data)
-            ids = self._prompt_ids(draft, exemplars)
+            ids, _ = self._ids(replace(draft, completion=None), exemplars)
             room = max(len(example.completion_ids), self._data.min_completion)
             # A tokenizer that knows no limit says 10^30.
             if len(ids) + room > self._tokenizer.model_max_length:
@@ -326,10 +318,14 @@ class _Encoder:
                 kept.append(replace(example, teacher_prompt_ids=ids))
         return kept
 
-    def _prompt_ids(self, draft: _Draft, exemplars: list[_Draft]) -> tuple[int, ...]:
-        if self._tokenizer.chat_template is None:
+    def _ids(self, draft: _Draft, exemplars: list[_Draft]) -> tuple[tuple[int, ...], ...]:
+        (encoded,) = self._chat.encode([self._text(draft, exemplars)])
+        return tuple(map(tuple, encoded))
+
+    def _text(self, draft: _Draft, exemplars: list[_Draft]) -> Rendered:
+        if not self._chat.has_template:
             solved = "".join(f"{e.plain}{e.completion}\n\n" for e in exemplars)
-            return self._ids(solved + draft.plain, add_special_tokens=True)
+            return self._chat.plain(solved + draft.plain, draft.completion)
         # A system turn must come first, and there can be one: the row's own.
         system = [turn for turn in draft.turns[:1] if turn["role"] == "system"]
         turns = [*system]
@@ -337,19 +333,4 @@ class _Encoder:
             turns += [turn for turn in exemplar.turns if turn["role"] != "system"]
             turns.append({"role": "assistant", "content": exemplar.completion or ""})
         turns += draft.turns[len(system) :]
-        return self._ids(self._chat(turns), add_special_tokens=False)
-
-    def _ids(self, text: str, add_special_tokens: bool) -> tuple[int, ...]:
-        # Not verbose: too long a row is counted, a warning for the first of them says less.
-        encoded = self._tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)
-        return tuple(encoded["input_ids"])
-
-    def _chat(self, turns: list[Turn]) -> str:
-        from jinja2 import TemplateError
-
-        try:
-            return self._tokenizer.apply_chat_template(
-                turns, tokenize=False, add_generation_prompt=True
-            )
-        except TemplateError as error:
-            raise _Skip("turns that the chat template refuses") from error
+        return self._chat.render(turns, draft.completion)

@@ -1,0 +1,319 @@
+"""This file is where turns become text: the tokenizer's chat template, on a day that stays one.
+
+A prompt is what the template writes up to where the assistant has to speak. An answer is cut out of
+the template's own rendering of the whole conversation, so that a student is trained on the white
+space, think blocks and turn ends that it will meet. It ends in the token that the template writes
+behind an assistant's turn, and there a rollout stops too. No torch here: the tokenizer is given.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import date, datetime, time
+from typing import Any
+
+from stillhouse.errors import ConfigError, nearest
+from stillhouse.spec import DataSpec
+
+Turn = Mapping[str, Any]  # as chat templates take it: role, content, and what else a template reads
+
+PROBE = "stillhouse"  # an answer that no template writes by itself
+# What a caller of a template gives it by other means than chat_template_kwargs.
+OURS = ("messages", "tools", "documents", "add_generation_prompt", "strftime_now")
+# Names under which templates take today's date from their caller, written as Llama 3 writes it.
+DATES = ("date_string", "date", "current_date")
+NO_PREFIX = "answer that the chat template does not write behind its own prompt"
+
+
+class Skip(Exception):
+    """A row that cannot be used; its text is the reason that it is counted under."""
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """A row as text."""
+
+    prompt: str
+    answer: str | None  # its end included; None: the row has none
+    add_special_tokens: bool  # of the prompt: a template writes its own
+
+
+class Chat:
+    """One tokenizer's way to write conversations, under one set of kwargs and on one day."""
+
+    def __init__(self, tokenizer: Any, data: DataSpec, declared: Iterable[int] = ()) -> None:
+        """`declared`: ids that a model's own configs name as an end (`declared_stop_ids`).
+
+        Raises ConfigError: a template that cannot be read, or has no variable of a kwarg's name;
+        nothing that says how an answer ends.
+        """
+        self.tokenizer, self.kwargs, self.date = tokenizer, data.chat_template_kwargs, _day(data)
+        self._compiled: dict[str, _Template] = {}
+        self.has_template = bool(tokenizer.chat_template)
+        if self.has_template:
+            for template in self._sources():
+                self._check_kwargs(self._template(template), data.data_name)
+        elif self.kwargs:
+            raise ConfigError(
+                f"data {data.data_name}: chat_template_kwargs {self.kwargs} are of a chat template,"
+                " and this pair's tokenizer has none"
+            )
+        eos = tokenizer.eos_token
+        end = self._usual(None).end if self.has_template else None
+        if end is None and eos is None:
+            raise ConfigError(
+                "nothing says where an answer ends: the tokenizer names no EOS token, and no chat"
+                " template writes one behind an assistant's turn"
+            )
+        self.end_token: str = end or eos
+        self.end_id: int = tokenizer.convert_tokens_to_ids(self.end_token)
+        self.stop_ids = sorted({self.end_id, tokenizer.eos_token_id, *declared} - {None})
+        self._ends = tuple(filter(None, tokenizer.convert_ids_to_tokens(self.stop_ids)))
+        self._is_separable = self._reads_apart()
+
+    # ------------------------------------------------------------ text
+
+    def render(
+        self,
+        turns: Sequence[Turn],
+        answer: str | Turn | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+    ) -> Rendered:
+        """The prompt of `turns`, and the assistant's `answer` to it (its text, or its whole turn).
+
+        Raises Skip: turns that the template refuses; an answer that it does not write behind the
+        prompt; a prompt that would end in end-of-text.
+        """
+        template = self._usual(tools)
+        prompt = self._write(template, turns, tools, True)
+        if prompt.endswith(self._ends):
+            raise Skip("prompt that the chat template ends in end-of-text")
+        if answer is None:
+            return Rendered(prompt, None, False)
+        said = {"role": "assistant", "content": answer} if isinstance(answer, str) else answer
+        whole = self._write(template, [*turns, said], tools, False)
+        if not whole.startswith(prompt):
+            raise Skip(NO_PREFIX)
+        return Rendered(prompt, self._cut(whole[len(prompt) :], template), False)
+
+    def plain(self, prompt: str, answer: str | None = None) -> Rendered:
+        """A prompt and its answer as they are, for a tokenizer without a chat template."""
+        bos = self.tokenizer.bos_token
+        has_bos = bos is not None and prompt.startswith(bos)
+        return Rendered(prompt, None if answer is None else answer + self.end_token, not has_bos)
+
+    def continued(self, turns: Sequence[Turn]) -> str:
+        """A conversation whose last turn the assistant has begun and goes on with.
+
+        Raises Skip: turns that the template refuses, or of which it does not write the last.
+        """
+        begun = str(turns[-1]["content"])
+        marked = [*turns[:-1], {**turns[-1], "content": begun + PROBE}]
+        before, mark, _ = self._write(self._usual(None), marked, None, False).rpartition(PROBE)
+        if not mark:
+            raise Skip("a begun turn that the chat template does not write")
+        return before
+
+    def _cut(self, written: str, template: _Template) -> str:
+        """What an assistant's turn is, of all that is written behind a prompt: up to its end."""
+        if written.endswith(template.tail):
+            said = written.removesuffix(template.tail)
+            if template.end is None:
+                return said + template.tail.rstrip() + self.end_token
+            return said + template.tail[: template.tail.index(template.end)] + template.end
+        said, end, _ = written.rpartition(template.end or self.end_token)
+        if not end:
+            raise Skip("answer that the chat template does not end")
+        return said + end
+
+    # ------------------------------------------------------------ ids
+
+    def encode(self, rows: Sequence[Rendered]) -> list[tuple[list[int], list[int]]]:
+        """(prompt, answer) as ids, for each row; an answer that is None has none.
+
+        The prompt is read alone, as it is when a model is asked. No prompt ends in end-of-text.
+        """
+        prompts = self._ids([(row.prompt, row.add_special_tokens) for row in rows])
+        for row, ids in zip(rows, prompts, strict=True):
+            # Some tokenizers put EOS behind every text; a model would be asked after its end.
+            while row.add_special_tokens and ids and ids[-1] in self.stop_ids:
+                ids.pop()
+        answers = self._ids([(row.answer or "", False) for row in rows])
+        found = list(zip(prompts, answers, strict=True))
+        if self._is_separable:
+            return found
+        texts = [(r.prompt + (r.answer or ""), r.add_special_tokens) for r in rows]
+        return [
+            (prompt, self._behind(prompt, whole, answer) if answer else [])
+            for (prompt, answer), whole in zip(found, self._ids(texts), strict=True)
+        ]
+
+    def _behind(self, prompt: list[int], whole: list[int], alone: list[int]) -> list[int]:
+        """The answer as it is read behind its prompt; alone, where the two share a token."""
+        while whole[-2:] == [self.end_id] * 2:  # of a tokenizer that puts EOS behind every text
+            whole.pop()
+        return whole[len(prompt) :] if whole[: len(prompt)] == prompt else alone
+
+    def _ids(self, texts: Sequence[tuple[str, bool]]) -> list[list[int]]:
+        found: list[list[int]] = [[]] * len(texts)
+        for special in {add for _, add in texts}:
+            rows = [i for i, (_, add) in enumerate(texts) if add is special]
+            # Not verbose: too long a row is counted, a warning for the first of them says less.
+            encoded = self.tokenizer(
+                [texts[i][0] for i in rows], add_special_tokens=special, verbose=False
+            )
+            for i, ids in zip(rows, encoded["input_ids"], strict=True):
+                found[i] = list(ids)
+        return found
+
+    def _reads_apart(self) -> bool:
+        """Whether text behind a prompt has the ids that it has alone.
+
+        Tokenizers of SentencePiece's kind put a space before the first word of what they are given.
+        """
+        newline, word, both, behind_end = self._ids(
+            [(text, False) for text in ("\n", "a", "\na", self.end_token + "a")]
+        )
+        return both == newline + word and behind_end == [self.end_id, *word]
+
+    # ------------------------------------------------------------ template
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What decides the ids of a conversation, beside the tokenizer itself."""
+        return {
+            "templates": [hashlib.sha256(t.encode()).hexdigest()[:16] for t in self._sources()],
+            "chat_template_kwargs": dict(self.kwargs),
+            "template_date": self.date.isoformat(),
+            "end_token": self.end_token,
+            "stop_ids": self.stop_ids,
+        }
+
+    def _sources(self) -> list[str]:
+        templates = self.tokenizer.chat_template or {}
+        return list(templates.values()) if isinstance(templates, dict) else [templates]
+
+    def _usual(self, tools: Sequence[Mapping[str, Any]] | None) -> _Template:
+        """The template that transformers would take."""
+        try:
+            return self._template(self.tokenizer.get_chat_template(tools=tools))
+        except ValueError as error:
+            raise ConfigError(f"the tokenizer's chat templates: {error}") from error
+
+    def _template(self, source: str) -> _Template:
+        if source not in self._compiled:
+            compiled = _Template(source, self.tokenizer)
+            self._compiled[source] = compiled
+            compiled.given = {
+                name: self._strftime("%d %b %Y")
+                for name in DATES
+                if name in compiled.reads and name not in compiled.guarded
+            } | dict(self.kwargs)
+            self._find_end(compiled)
+        return self._compiled[source]
+
+    def _find_end(self, template: _Template) -> None:
+        """Sets what the template writes behind an assistant's last turn, and the token in it."""
+        turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": PROBE}]
+        try:
+            _, said, tail = self._write(template, turns, None, False).rpartition(PROBE)
+        except Skip:
+            return
+        if not said:
+            return
+        known = {str(token) for token in self.tokenizer.added_tokens_decoder.values()}
+        known |= set(self.tokenizer.all_special_tokens)
+        # The first of them, and of those that begin there the longest. White space ends nothing.
+        places = [(tail.find(t), -len(t), t) for t in known if t.strip() and t in tail]
+        template.tail, template.end = tail, min(places)[2] if places else None
+
+    def _check_kwargs(self, template: _Template, data_name: str) -> None:
+        for name in self.kwargs:
+            if name not in template.reads and len(self._sources()) == 1 or name in OURS:
+                reads = sorted(template.reads - {*OURS, *self.tokenizer.special_tokens_map})
+                raise ConfigError(
+                    f"data {data_name}: chat_template_kwargs: the tokenizer's chat template has no"
+                    f" variable {name} to set; it reads {', '.join(reads) or 'none'}."
+                    f"{nearest(name, reads)}"
+                )
+
+    def _strftime(self, form: str) -> str:
+        return datetime.combine(self.date, time()).strftime(form)
+
+    def _write(
+        self,
+        template: _Template,
+        turns: Sequence[Turn],
+        tools: Sequence[Mapping[str, Any]] | None,
+        add_generation_prompt: bool,
+    ) -> str:
+        return template.render(
+            turns,
+            tools=None if tools is None else list(tools),
+            documents=None,
+            add_generation_prompt=add_generation_prompt,
+            strftime_now=self._strftime,
+        )
+
+
+class _Template:
+    """One chat template, compiled."""
+
+    def __init__(self, source: str, tokenizer: Any) -> None:
+        from jinja2 import TemplateError, meta, nodes
+
+        # The library's own environment: sandbox, filters, {% generation %}. Its public function
+        # takes no variable that can be called, and so always writes the day on which it is called.
+        from transformers.utils.chat_template_utils import _compile_jinja_template
+
+        try:
+            self._jinja: Any = _compile_jinja_template(source)
+        except TemplateError as error:
+            raise ConfigError(f"the tokenizer's chat template cannot be read: {error}") from error
+        tree = self._jinja.environment.parse(source)
+        self.reads = meta.find_undeclared_variables(tree) - {*self._jinja.globals}
+        tested = [t.node for t in tree.find_all(nodes.Test) if t.name in ("defined", "undefined")]
+        tested += [f.node for f in tree.find_all(nodes.Filter) if f.name in ("default", "d")]
+        tested += [n for n in tree.find_all(nodes.Name) if n.ctx == "store"]
+        # Variables that the template can do without, or has a value of its own for.
+        self.guarded = {node.name for node in tested if isinstance(node, nodes.Name)}
+        self.special = dict(tokenizer.special_tokens_map)
+        self.given: dict[str, Any] = {}
+        self.tail = ""
+        self.end: str | None = None
+
+    def render(self, turns: Sequence[Turn], **variables: Any) -> str:
+        """Raises Skip where the template refuses these turns, or breaks on them."""
+        from jinja2 import TemplateError
+        from transformers.utils.chat_template_utils import _alias_reasoning_fields
+
+        messages = [{k: v for k, v in turn.items() if v is not None} for turn in turns]
+        everything = {**self.special, **self.given, **variables}
+        try:
+            return self._jinja.render(messages=_alias_reasoning_fields(messages), **everything)
+        except TemplateError as error:
+            raise Skip(f"turns that the chat template refuses ({error.message})") from error
+        except (TypeError, ValueError, LookupError, AttributeError) as error:
+            raise Skip(f"turns that the chat template breaks on ({error})") from error
+
+
+def _day(data: DataSpec) -> date:
+    return date.fromisoformat(data.template_date)
+
+
+def declared_stop_ids(path: str, revision: str | None) -> list[int]:
+    """The ids that a model's config, its text config or its generation config call an end."""
+    from transformers import AutoConfig, GenerationConfig
+
+    where: dict[str, Any] = {"revision": revision, "local_files_only": True}
+    config: Any = AutoConfig.from_pretrained(path, **where)
+    sources = [config, config.get_text_config()]
+    with contextlib.suppress(OSError):  # many models come without one
+        sources.append(GenerationConfig.from_pretrained(path, **where))
+    found: set[int] = set()
+    for source in sources:
+        ids = getattr(source, "eos_token_id", None)
+        found.update(ids if isinstance(ids, list) else [] if ids is None else [ids])
+    return sorted(found)
