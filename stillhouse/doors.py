@@ -36,6 +36,7 @@ from stillhouse.errors import (
     exit_code_of,
 )
 from stillhouse.rundir import Json, Runs, code_identity, link_path, now, read_json, write_json
+from stillhouse.sources import differences, drift, refusal, sources_of
 from stillhouse.spec import EvalSpec, TrainSpec, eval_id, point_id
 from stillhouse.stop import StopFlag
 
@@ -145,15 +146,18 @@ def _parsed(
 def look(spec: TrainSpec, prompts: int, pilot: int | None, prefixes: tuple[int, ...] = ()) -> Json:
     """Look at a pair before it is trained; what was found is kept below runs/ and given back.
 
-    What the same code has measured in the same way is not measured again.
+    What the same code has measured in the same way, of the same weights and rows, is not measured
+    again.
     """
     rules = verdict.rules_of(data_file("preflight"), "conf/preflight.yaml")
+    cache_dir = Path(spec.place.cache_dir)
     file = Runs(Path(spec.place.runs)).verdict_file(spec.pair.pair_name, verdict.key_of(spec))
     how = {"prompts": prompts, "pilot": pilot, "code": code_identity()["digest"]}
     how |= {"prefixes": list(prefixes)} if prefixes else {}
     before = read_json(file)
-    if before is not None and before["measured"] == how:
-        found: Json = {key: before[key] for key in ("numbers", "facts", "created")}
+    is_known = before is not None and before["measured"] == how and "sources" in before
+    if before and is_known and not differences(before["sources"], sources_of(spec, cache_dir)):
+        found: Json = {key: before[key] for key in ("numbers", "facts", "created", "sources")}
     else:
         stop = _stop()
         with contextlib.redirect_stdout(sys.stderr):  # stdout is the answer's
@@ -227,7 +231,7 @@ def _fetch(spec: TrainSpec) -> None:
     from stillhouse.distill.hub import fetch, stay_offline
 
     if not Runs(Path(spec.place.runs)).of(spec).is_trained():
-        fetch(spec.pair, spec.data, Path(spec.place.cache_dir))
+        fetch(spec.pair, spec.data, Path(spec.place.cache_dir), spec.place.commits)
     stay_offline()
 
 
@@ -235,17 +239,23 @@ def train(spec: TrainSpec) -> int:
     """Train one point to its end, or go on with it; 0 when its adapter is there.
 
     Under `accelerate launch` only rank 0 touches the run's files; the others follow.
+
+    Raises:
+        ContractError: what lies there rests on other weights or rows than are here now.
     """
     rank = _rank()
     runs = Runs(Path(spec.place.runs))
     run = runs.of(spec)
-    run.record()  # refuses a directory of another version or content before anything is written
+    # Refuses a directory of another version or content before anything is written.
+    found = drift(run, spec, sources_of(spec, Path(spec.place.cache_dir)))
+    if found and spec.place.sources != "new":
+        raise ContractError(refusal(run, found))
     if rank == 0:
         if spec.place.name:
             runs.link_name(spec.place.name, run)
         if spec.place.output_dir:
             link_path(Path(spec.place.output_dir), run)
-    if run.is_trained():
+    if run.is_trained() and not found:
         if rank == 0:
             print(f"{run.path}: done already; nothing to do", flush=True)
         return 0
@@ -255,7 +265,10 @@ def train(spec: TrainSpec) -> int:
         return train_run(spec, run, _stop())
     try:
         with run.lock():
-            # Whoever held it while we waited may have finished the run.
+            # Whoever held it while we waited may have begun the run anew, or finished it.
+            if found and drift(run, spec, sources_of(spec, Path(spec.place.cache_dir))):
+                print(f"{'; '.join(found)}: {run.path} begins anew", flush=True)
+                print(f"what lay there is kept in {run.set_aside()}", flush=True)
             return 0 if run.is_trained() else _attempt(spec, run)
     except Timeout as error:
         said = f"{run.path}: another process trains this run now"
@@ -339,10 +352,10 @@ def prepare(spec: EvalSpec, fetches: bool, scores: bool) -> int:
 
     cache_dir = Path(spec.place.cache_dir)
     if fetches:
-        hub.fetch(spec.pair, spec.data, cache_dir)
-    prepared = pairs.prepare(spec.pair, spec.quant, cache_dir)
+        hub.fetch(spec.pair, spec.data, cache_dir, spec.place.commits)
+    prepared = pairs.prepare(spec.pair, spec.quant, cache_dir, spec.place.commits)
     if spec.data.data_source != "generated":
-        prompts.rows_at_hand(spec.data)
+        prompts.rows_at_hand(spec.data, spec.place.commits)
     if scores:
         from stillhouse.evals.harness import load_suite
 

@@ -8,6 +8,7 @@
     <runs>/baselines/<slug>-<id>/   baseline.json  eval/<task>.json: rows that no run trained
     <runs>/preflight/<pair>-<key>.json   what a preflight found
     <runs>/reports/NAME/       tables, plots and the page of a sweep
+    <runs>/.before/<slug>-<id>.N/   what lay in a run's directory before it began anew
 
 Every write is atomic: temporary file, fsync, rename. Kill a process at any moment and what is there
 is true.
@@ -16,6 +17,7 @@ is true.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -248,6 +250,24 @@ class RunDir:
             and (self.adapter / name).stat().st_size == entry["size"]
             for name, entry in sizes.items()
         )
+
+    @property
+    def set_aside_root(self) -> Path:
+        """Below it lies what was put aside; hidden, so that nobody takes it for runs."""
+        return self.path.parent / ".before"
+
+    def set_aside(self) -> Path:
+        """Put away all that lies here, so that the point begins anew; the caller holds the lock.
+
+        The lock stays, and spec.json goes last: until then the run is what it was.
+        """
+        names = (f"{self.path.name}.{number}" for number in itertools.count(1))
+        into = next(path for name in names if not (path := self.set_aside_root / name).exists())
+        into.mkdir(parents=True)
+        for entry in sorted(self.path.iterdir(), key=lambda path: path.name == "spec.json"):
+            if entry.name != "run.lock":
+                entry.rename(into / entry.name)
+        return into
 
     def was_trained(self) -> bool:
         """Whether the adapter is here, or, of a run that was fetched without it, lies there.

@@ -450,6 +450,11 @@ class PlaceSpec:
     output_dir: str | None  # this path shall lead to the run
     tags: tuple[str, ...]
     threads: Count | None  # of torch; null: what torch chooses
+    # [datasets/]OWNER/NAME[@BRANCH] of the hub -> the commit that is meant by it, wherever that
+    # branch has moved to: one for all points of a sweep.
+    commits: dict[str, Annotated[str, Field(pattern="^[0-9a-f]{40}$")]]
+    # new: a run whose weights, tokenizer or rows have changed since is put aside, and begins anew.
+    sources: Literal["same", "new"]
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -658,7 +663,7 @@ NOT_VERSIONED: dict[str, str] = {
     "monitor": "measures, does not train",
     "watch": "ends a run early, or says something; the steps it takes are the same",
     "tracking": "where metrics are copied to",
-    "place": "paths, names, tags and threads",
+    "place": "paths, names, tags, threads, and what an open revision means",
     "site": "where it runs",
     "pair.teacher_samples": "says what the teacher is asked for, not what it answers",
     "pair.vocab_size": "a fact about the weights, for checks",

@@ -13,7 +13,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub.constants
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -381,7 +380,7 @@ def test_a_self_pair_that_its_quantiser_does_not_change_is_refused(
 def test_weights_that_are_not_at_hand_are_one_sentence(
     made: PreparedPair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
     with pytest.raises(ConfigError) as caught:
         prepare(of_directories("Some/Student", made.teacher), NONE, tmp_path)
     assert str(caught.value) == (
@@ -404,7 +403,7 @@ def test_a_hub_id_that_is_at_hand_becomes_its_commit(
     shutil.copytree(made.student, snapshot)
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text(commit)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
     found = prepare(of_directories("Some/Model", "Some/Model"), NONE, tmp_path)
     assert (found.student, found.student_revision) == ("Some/Model", commit)
     pinned = of_directories("Some/Model", "Some/Model", student_revision=commit)

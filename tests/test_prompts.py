@@ -7,7 +7,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub.constants
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -151,7 +150,7 @@ def test_parquet_and_jsonl_of_the_same_rows_give_the_same_examples(tmp_path: Pat
 def test_a_hub_data_set_is_found_in_the_cache_or_named_with_its_command(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(ConfigError) as caught:
         load("some/set", data_source="gsm8k")
     assert str(caught.value) == (

@@ -137,6 +137,8 @@ OTHER: dict[str, object] = {
     "output_dir": "elsewhere",
     "tags": ["a"],
     "threads": 1,
+    "commits": {"owner/name@main": "1" * 40},
+    "sources": "new",
     "site_name": "another",
     "max_parallel": 64,
     "infra_retries": 0,

@@ -28,7 +28,7 @@ from stillhouse.rundir import FORMAT, Json, file_digest, publish, read_json, wri
 from stillhouse.spec import DataSpec, LoraSpec, PairSpec, QuantSpec, TrainSpec, digest, point_id
 
 CONTRACT = "stillhouse.json"
-LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate")
+LIBRARIES = ("torch", "transformers", "tokenizers", "peft", "bitsandbytes", "accelerate")
 
 
 def versions() -> Json:

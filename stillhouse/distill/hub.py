@@ -1,71 +1,28 @@
-"""This file is where repositories of the hub are found on this machine, and brought here if asked.
+"""This file is where repositories of the hub are brought to this machine.
 
-Nothing is downloaded unless a person or a Job said so (`fetch`); everything else only looks.
+Nothing is downloaded unless a person or a Job said so (`fetch`); what is here `at_hand` finds.
 """
 
 from __future__ import annotations
 
 import os
-import re
+from collections.abc import Mapping
 from pathlib import Path
 
+from stillhouse.at_hand import (
+    MODEL_FILES,
+    download_command,
+    looks_like_hub_id,
+    missing_file,
+    pinned,
+    snapshot,
+)
 from stillhouse.distill.cache import Say, alone
 from stillhouse.errors import ConfigError
-from stillhouse.rundir import read_json
 from stillhouse.spec import DataSpec, PairSpec, digest
 
-# What is used of a model: many repositories hold its weights two or three times.
-MODEL_FILES = ["*.json", "*.jinja", "*.model", "*.safetensors", "*.tiktoken", "*.txt"]
 
-
-def snapshot(repo: str, revision: str | None, repo_type: str) -> Path | None:
-    """The directory that holds a hub repository's files on this machine, None where there is none.
-
-    Never opens a connection. Its name is the commit.
-    """
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
-
-    try:
-        where = snapshot_download(
-            repo,
-            repo_type=repo_type,
-            revision=revision,
-            allow_patterns=_patterns(repo_type),
-            local_files_only=True,
-        )
-    except (LocalEntryNotFoundError, HFValidationError):
-        return None
-    return Path(str(where))
-
-
-def _patterns(repo_type: str) -> list[str] | None:
-    return MODEL_FILES if repo_type == "model" else None
-
-
-def missing_file(directory: Path) -> str | None:
-    """The first file that a model directory lacks; weights are safetensors, never pickles."""
-    if not (directory / "config.json").is_file():
-        return "config.json"
-    index = read_json(directory / "model.safetensors.index.json")
-    shards = sorted(set(index["weight_map"].values())) if index else ["model.safetensors"]
-    return next((shard for shard in shards if not (directory / shard).is_file()), None)
-
-
-def looks_like_hub_id(name: str) -> bool:
-    """Whether `name` has the form owner/name, and not that of a path."""
-    return re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) is not None
-
-
-def download_command(repo: str, revision: str | None, repo_type: str) -> str:
-    """The command that brings a hub repository to this machine."""
-    words = ["hf download", repo]
-    words += ["--repo-type dataset"] if repo_type == "dataset" else []
-    words += [f"--revision {revision}"] if revision else []
-    return f"`{' '.join(words)}`"
-
-
-def fetch(pair: PairSpec, data: DataSpec, cache_dir: Path) -> None:
+def fetch(pair: PairSpec, data: DataSpec, cache_dir: Path, commits: Mapping[str, str]) -> None:
     """Bring the weights of a pair and the rows it trains on to this machine, if they are not here.
 
     What is here is not looked up again, so a branch that moved on changes nothing. Of several
@@ -84,6 +41,7 @@ def fetch(pair: PairSpec, data: DataSpec, cache_dir: Path) -> None:
     if data.data_source not in ("generated", "local") and data.data_path:
         wanted += [(data.data_path, None, "dataset")]
     for repo, revision, repo_type in dict.fromkeys(wanted):
+        revision = pinned(commits, repo, revision, repo_type)
         if looks_like_hub_id(repo) and not Path(repo).expanduser().exists():
             lock = cache_dir / f"fetch-{digest([repo, revision, repo_type])[:10]}.lock"
             with alone(lock, say):
@@ -107,7 +65,10 @@ def _download(repo: str, revision: str | None, repo_type: str, say: Say) -> None
     disable_progress_bars()  # in a log each of their steps is a line
     try:
         snapshot_download(
-            repo, repo_type=repo_type, revision=revision, allow_patterns=_patterns(repo_type)
+            repo,
+            repo_type=repo_type,
+            revision=revision,
+            allow_patterns=[*MODEL_FILES] if repo_type == "model" else None,
         )
     except (HfHubHTTPError, LocalEntryNotFoundError) as error:
         answer = error if isinstance(error, HfHubHTTPError) else error.__cause__

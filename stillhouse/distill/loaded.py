@@ -15,8 +15,10 @@ from stillhouse.distill.loop import needed_shares
 from stillhouse.distill.pairs import PreparedPair
 from stillhouse.distill.prompts import PromptSet, load_others, load_prompts
 from stillhouse.distill.roles import Roles
-from stillhouse.errors import ConfigError
+from stillhouse.errors import ConfigError, ContractError
 from stillhouse.methods import needs_dataset_completions
+from stillhouse.rundir import Json
+from stillhouse.sources import differences, sources_of
 from stillhouse.spec import TrainSpec
 
 
@@ -29,22 +31,26 @@ class Loaded:
     tokenizer: Any
     prompts: PromptSet
     roles: Roles
+    sources: Json  # what it rests on, by digest or commit
 
 
 def load(spec: TrainSpec, poll: Callable[[], None]) -> Loaded:
     """Load it; `poll` is called while models write, and may raise.
 
     Raises:
-        ConfigError: weights or data that are not at hand. ContractError: tokenizers differ.
+        ConfigError: weights or data that are not at hand.
+        ContractError: tokenizers differ; weights or data changed while they were read.
     """
     models.use_threads(spec.place.threads)
     accelerator = Accelerator(
         mixed_precision=spec.training.mixed_precision, cpu=not torch.cuda.is_available()
     )
     needed_shares(spec, accelerator.num_processes)
-    prepared = models.prepare(spec.pair, spec.quant, Path(spec.place.cache_dir))
+    commits = spec.place.commits
+    prepared = models.prepare(spec.pair, spec.quant, Path(spec.place.cache_dir), commits)
+    sources = sources_of(spec, Path(spec.place.cache_dir))
     tokenizer = models.load_tokenizer(prepared.student, prepared.student_revision)
-    prompts = load_prompts(spec.data, prepared, tokenizer, spec.pair.teacher_few_shot)
+    prompts = load_prompts(spec.data, prepared, tokenizer, spec.pair.teacher_few_shot, commits)
     if needs_dataset_completions(spec.method):
         bare = sum(not e.completion_ids for e in prompts.train)
         if bare:
@@ -58,4 +64,6 @@ def load(spec: TrainSpec, poll: Callable[[], None]) -> Loaded:
             file = Path(spec.rescue.other_file).expanduser()
         prompts = replace(prompts, others=load_others(file, spec.data, tokenizer))
     roles = Roles(spec, prepared, tokenizer, accelerator, poll)
-    return Loaded(accelerator, prepared, tokenizer, prompts, roles)
+    if found := differences(sources, sources_of(spec, Path(spec.place.cache_dir))):
+        raise ContractError(f"{'; '.join(found)}: it changed while it was read; run again")
+    return Loaded(accelerator, prepared, tokenizer, prompts, roles, sources)

@@ -6,7 +6,9 @@ elsewhere can be had from here.
 
 from __future__ import annotations
 
+import contextlib
 import os
+import platform
 from pathlib import Path
 from typing import Any, cast
 
@@ -28,6 +30,7 @@ from stillhouse.distill.adapters import (
 from stillhouse.distill.pairs import PreparedPair, prepare
 from stillhouse.distill.quant import quantize_
 from stillhouse.errors import ContractError
+from stillhouse.rundir import Json
 from stillhouse.spec import QuantSpec
 
 __all__ = [
@@ -38,6 +41,7 @@ __all__ = [
     "hidden_states",
     "load_base",
     "load_tokenizer",
+    "machine",
     "new_student",
     "merged_and_requantised",
     "pick_device",
@@ -47,6 +51,24 @@ __all__ = [
     "use_threads",
     "versions",
 ]
+
+
+def machine() -> Json:
+    """What rounds as it does: the processor, the instructions that torch uses of it, the GPU."""
+    return {
+        "processor": _processor(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+    }
+
+
+def _processor() -> str:
+    """The processor's model where the kernel says it, else its architecture."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
 
 
 def pick_device() -> torch.device:

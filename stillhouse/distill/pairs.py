@@ -5,6 +5,7 @@
                                   other.jsonl, of another kind;
                                   and the same answered by a rule, for pairs that know rules
     <cache>/facts/<key>.json      what was checked or measured about a pair's weights
+    <cache>/prepared/<key>.json   where a pair's models and problems lie (`at_hand` reads it)
 
 A key is a hash of what decides the content, so a changed recipe is another directory. Nothing is
 downloaded here: weights are at hand (`hub` can fetch them before), or it is an error that says how
@@ -14,20 +15,29 @@ to get them. torch is imported only where something has to be made or measured.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from stillhouse import at_hand
+from stillhouse.at_hand import (
+    download_command,
+    looks_like_hub_id,
+    missing_file,
+    pinned,
+    snapshot,
+)
 from stillhouse.distill import problems, tiny
 from stillhouse.distill.cache import Say, fingerprint, made_once, remembered
-from stillhouse.distill.hub import download_command, looks_like_hub_id, missing_file, snapshot
 from stillhouse.distill.recipes import RECIPES
 from stillhouse.distill.tokenizers_match import difference
 from stillhouse.errors import ConfigError, ContractError, nearest
-from stillhouse.rundir import Json, file_digest, write_atomic
+from stillhouse.rundir import Json, file_digest, write_atomic, write_json
 from stillhouse.spec import PairSpec, QuantSpec, digest
 
+NO_COMMITS: Mapping[str, str] = {}
 VERSION = 1  # raise it whenever the same pair would give other files or other facts
 LEAST_QUANTIZATION_ERROR = 0.01  # below it a self pair's student is its teacher
 
@@ -56,9 +66,12 @@ class _Weights:
     directory: Path
 
 
-def prepare(pair: PairSpec, quant: QuantSpec, cache_dir: Path) -> PreparedPair:
+def prepare(
+    pair: PairSpec, quant: QuantSpec, cache_dir: Path, commits: Mapping[str, str] = NO_COMMITS
+) -> PreparedPair:
     """Makes or finds the pair's models; the second call is milliseconds for what was made here.
 
+    `commits`: what open revisions of the hub mean (`place.commits`).
     Safe to call from several processes at once: one works, the others wait and say so.
     Raises ConfigError where weights are not at hand or the quantiser does nothing to them, and
     ContractError where the tokenizers differ or the cache is damaged.
@@ -67,13 +80,17 @@ def prepare(pair: PairSpec, quant: QuantSpec, cache_dir: Path) -> PreparedPair:
     def say(line: str) -> None:
         print(f"pair {pair.pair_name}: {line}", flush=True)
 
-    find = {"generated": _generated, "gguf": _from_package, "hub": _at_hand_pair}[pair.pair_source]
-    student, teacher, facts = find(pair, cache_dir, say)
-    for role, pinned, weights in (
+    if pair.pair_source == "generated":
+        student, teacher, facts = _generated(pair, cache_dir, say)
+    elif pair.pair_source == "gguf":
+        student, teacher, facts = _from_package(pair, cache_dir, say)
+    else:
+        student, teacher, facts = _at_hand_pair(pair, cache_dir, commits)
+    for role, revision, weights in (
         ("student", pair.student_revision, student),
         ("teacher", pair.teacher_revision, teacher),
     ):
-        _check_revision(pair, role, pinned, weights)
+        _check_revision(pair, role, revision, weights)
     prepared = PreparedPair(
         student.name,
         teacher.name,
@@ -82,10 +99,31 @@ def prepare(pair: PairSpec, quant: QuantSpec, cache_dir: Path) -> PreparedPair:
         _problem_files(cache_dir, _rule(pair), _asks(pair)),
         dict(facts),
     )
+    _say_where(pair, student, teacher, prepared, cache_dir)
     if prepared.is_self and quant.quant_type != "none":
         error = _quantization_error(pair, quant, student, cache_dir, say)
         prepared.facts["quantization_error"] = error
     return prepared
+
+
+def _say_where(
+    pair: PairSpec, student: _Weights, teacher: _Weights, made: PreparedPair, cache_dir: Path
+) -> None:
+    """Leave a record of where things lie and of the facts about the weights, for `at_hand`."""
+
+    def place(path: Path) -> str:
+        here = path.absolute()
+        home = cache_dir.absolute()
+        return str(here.relative_to(home) if here.is_relative_to(home) else here)
+
+    said = {
+        "student": place(student.directory),
+        "teacher": place(teacher.directory),
+        "problems": place(made.data_dir),
+        "facts": made.facts,
+    }
+    if at_hand.prepared(pair, cache_dir) != said:
+        write_json(at_hand.prepared_file(pair, cache_dir), said)
 
 
 # ---------------------------------------------------------------- three sources
@@ -194,9 +232,11 @@ def _unpack_gguf(file: Path, into: Path) -> None:
         AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(into)
 
 
-def _at_hand_pair(pair: PairSpec, cache_dir: Path, say: Say) -> tuple[_Weights, _Weights, Json]:
-    student = _at_hand(pair, "student", pair.student, pair.student_revision)
-    teacher = _at_hand(pair, "teacher", pair.teacher, pair.teacher_revision)
+def _at_hand_pair(
+    pair: PairSpec, cache_dir: Path, commits: Mapping[str, str]
+) -> tuple[_Weights, _Weights, Json]:
+    student = _at_hand(pair, "student", pair.student, pair.student_revision, commits)
+    teacher = _at_hand(pair, "teacher", pair.teacher, pair.teacher_revision, commits)
     if student.directory == teacher.directory:
         return student, teacher, {}
     content = [VERSION, "tokenizers", *map(fingerprint, (student.directory, teacher.directory))]
@@ -214,7 +254,9 @@ def _at_hand_pair(pair: PairSpec, cache_dir: Path, say: Say) -> tuple[_Weights, 
     return student, teacher, remembered(cache_dir, content, compare)
 
 
-def _at_hand(pair: PairSpec, role: str, name: str, revision: str | None) -> _Weights:
+def _at_hand(
+    pair: PairSpec, role: str, name: str, revision: str | None, commits: Mapping[str, str]
+) -> _Weights:
     local = Path(name).expanduser()
     if local.is_dir():
         if missing := missing_file(local):
@@ -224,6 +266,7 @@ def _at_hand(pair: PairSpec, role: str, name: str, revision: str | None) -> _Wei
         raise ConfigError(
             f"pair {pair.pair_name}: {role} {name}: no such directory, and not an owner/name id"
         )
+    revision = pinned(commits, name, revision, "model")
     found = snapshot(name, revision, "model")
     if found is None or (missing := missing_file(found)):
         what = "its weights are" if found is None else f"{missing} is"

@@ -47,7 +47,8 @@ def preflight(
     stop: StopFlag,
     prefixes: Sequence[int] = (),
 ) -> Json:
-    """The numbers of a pair, by name, and what there is to know about how they were taken.
+    """The numbers of a pair, by name, and what there is to know about how they were taken, and of
+    which weights and rows.
 
     prompts: how many are asked, held-out ones first. pilot: steps of a run that is thrown away.
     prefixes: also from behind so many tokens of the student's answers, both go on.
@@ -83,7 +84,8 @@ def preflight(
     if pilot:
         numbers |= _pilot(spec, pilot, stop)
         facts["pilot_steps"] = pilot
-    return {"numbers": {name: m.as_json() for name, m in numbers.items()}, "facts": facts}
+    plain = {name: m.as_json() for name, m in numbers.items()}
+    return {"numbers": plain, "facts": facts, "sources": loaded.sources}
 
 
 class _Look:

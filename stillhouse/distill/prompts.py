@@ -9,15 +9,21 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from stillhouse.at_hand import (
+    download_command,
+    looks_like_hub_id,
+    pinned,
+    snapshot,
+    split_files,
+)
 from stillhouse.distill.chat import Chat, Rendered, Skip
-from stillhouse.distill.hub import download_command, looks_like_hub_id, snapshot
-from stillhouse.distill.pairs import PreparedPair
-from stillhouse.distill.tables import Table, read_table, split_files
+from stillhouse.distill.pairs import NO_COMMITS, PreparedPair
+from stillhouse.distill.tables import Table, read_table
 from stillhouse.errors import ConfigError, DataError
 from stillhouse.spec import DataSpec
 
@@ -66,17 +72,22 @@ class _Draft:
 
 
 def load_prompts(
-    data: DataSpec, prepared: PreparedPair, tokenizer: Any, few_shot: int
+    data: DataSpec,
+    prepared: PreparedPair,
+    tokenizer: Any,
+    few_shot: int,
+    commits: Mapping[str, str] = NO_COMMITS,
 ) -> PromptSet:
     """The rows of `data` as ids of `tokenizer`, in file order; the held-out ones apart.
 
+    `commits`: what open revisions of the hub mean (`place.commits`).
     With few_shot > 0 the teacher reads the first `few_shot` training rows, solved, before each
     prompt; these rows are themselves not trained on.
     Raises DataError for a path that does not exist, a line that cannot be parsed, or when no row
     can be used; ConfigError where hub data is not on this machine.
     """
     encode = _Encoder(data, tokenizer)
-    train, held_out, where = _tables(data, prepared)
+    train, held_out, where = _tables(data, prepared, commits)
     skipped: Counter[str] = Counter()
 
     candidates = range(len(held_out)) if held_out is not train else _from_the_end(train)
@@ -151,7 +162,9 @@ def _reasons(skipped: Counter[str]) -> str:
 # ---------------------------------------------------------------- sources
 
 
-def _tables(data: DataSpec, prepared: PreparedPair) -> tuple[Table, Table, str]:
+def _tables(
+    data: DataSpec, prepared: PreparedPair, commits: Mapping[str, str]
+) -> tuple[Table, Table, str]:
     """Training rows, held-out rows (the same table where they are drawn from it), and a name."""
     if data.data_source == "generated":
         if data.data_split != "train":
@@ -161,12 +174,12 @@ def _tables(data: DataSpec, prepared: PreparedPair) -> tuple[Table, Table, str]:
             )
         train = prepared.data_dir / "train.jsonl"
         return read_table([train]), read_table([prepared.data_dir / "held_out.jsonl"]), str(train)
-    root = rows_at_hand(data)
+    root = rows_at_hand(data, commits)
     table = read_table(split_files(root, data.data_split))
     return table, table, data.data_path or str(root)
 
 
-def rows_at_hand(data: DataSpec) -> Path:
+def rows_at_hand(data: DataSpec, commits: Mapping[str, str]) -> Path:
     """The file or directory of rows, of data that is not generated.
 
     Raises ConfigError where hub data is not on this machine, DataError where a path is not there.
@@ -178,11 +191,12 @@ def rows_at_hand(data: DataSpec) -> Path:
         return local
     if data.data_source == "local" or not looks_like_hub_id(data.data_path):
         raise DataError(f"data {data.data_name}: {data.data_path}: no such file or directory")
-    found = snapshot(data.data_path, None, "dataset")
+    revision = pinned(commits, data.data_path, None, "dataset")
+    found = snapshot(data.data_path, revision, "dataset")
     if found is None:
         raise ConfigError(
             f"data {data.data_name}: {data.data_path} is not on this machine; get it with"
-            f" {download_command(data.data_path, None, 'dataset')}"
+            f" {download_command(data.data_path, revision, 'dataset')}"
         )
     return found
 

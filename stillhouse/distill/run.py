@@ -16,8 +16,9 @@ from stillhouse.distill.loaded import load
 from stillhouse.distill.loop import Loop, check_first_step
 from stillhouse.distill.monitor import Monitor
 from stillhouse.distill.tracking import Tracker
-from stillhouse.errors import Diverged, Interrupted, OutOfMemory, Stopped
+from stillhouse.errors import ContractError, Diverged, Interrupted, OutOfMemory, Stopped
 from stillhouse.rundir import Json, RunDir, new_record, now, write_json
+from stillhouse.sources import drift, refusal
 from stillhouse.spec import TrainSpec
 from stillhouse.stop import StopFlag
 from stillhouse.watch import Finding, replayed, stops
@@ -34,6 +35,10 @@ class Run:
         self.spec, self.dir, self.stop = spec, run, stop
         started = time.perf_counter()
         loaded = load(spec, self._poll)
+        self.sources = loaded.sources
+        # What had to be made here first is known only now.
+        if found := drift(run, spec, self.sources):
+            raise ContractError(refusal(run, found))
         self.accelerator, self.prepared = loaded.accelerator, loaded.prepared
         self.tokenizer, self.prompts = loaded.tokenizer, loaded.prompts
         self.is_main, self.roles = self.accelerator.is_main_process, loaded.roles
@@ -186,8 +191,10 @@ class Run:
     def _record(self) -> None:
         if self.dir.record() is None:
             record = new_record(self.spec, models.versions())
+            record["sources"] = self.sources
             record["threads"] = torch.get_num_threads()
             record["device"] = str(self.accelerator.device)
+            record |= models.machine()
             record["prepared"] = {"facts": self.prepared.facts, "rows": len(self.prompts.train)}
             record["skipped_rows"] = self.prompts.skipped
             write_json(self.dir.spec_file, record)

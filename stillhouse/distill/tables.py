@@ -9,10 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from stillhouse.at_hand import SUFFIXES
 from stillhouse.errors import DataError
-
-SUFFIXES = (".jsonl", ".parquet")
-FOLDERS = (".", "data", "main")  # where hub data sets keep their files
 
 
 @dataclass(frozen=True)
@@ -27,25 +25,6 @@ class Table:
 
     def __getitem__(self, row: int) -> dict[str, Any]:
         return self.rows[row]
-
-
-def split_files(root: Path, split: str) -> list[Path]:
-    """A file itself; of a directory, SPLIT.jsonl, SPLIT.parquet or SPLIT-*.parquet, or below data/.
-
-    Raises DataError where there is none.
-    """
-    if root.is_file():
-        return [root]
-    for folder in FOLDERS:
-        for suffix in SUFFIXES:
-            found = [root / folder / f"{split}{suffix}"]
-            found = [f for f in found if f.is_file()] or [
-                *(root / folder).glob(f"{split}-*{suffix}")
-            ]
-            if found:
-                return sorted(found)
-    wanted = " or ".join(f"{split}{suffix}" for suffix in SUFFIXES)
-    raise DataError(f"{root}: holds no {wanted} (data_split is {split}), nor in data/ or main/")
 
 
 def read_table(files: list[Path]) -> Table:

@@ -85,7 +85,8 @@ def run_suite(spec: EvalSpec, stop: Stop) -> int:
         _say(f"eval: {untrained} runs found there are not trained yet and are left out")
     _stay_offline()
     models.use_threads(spec.place.threads)
-    prepared = models.prepare(spec.pair, spec.quant, Path(spec.place.cache_dir))
+    cache_dir = Path(spec.place.cache_dir)
+    prepared = models.prepare(spec.pair, spec.quant, cache_dir, spec.place.commits)
     rows = [*_baselines(spec, prepared, runs), *_adapters(spec, prepared, found)]
     missing = {(r, t) for r in rows for t in suite.tasks if r.finished(suite, t) is None}
     todo = f"{len(missing)} of {len(rows) * len(suite.tasks)} scores to find"

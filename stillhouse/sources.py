@@ -1,0 +1,218 @@
+"""This file is where it is said what a point rests on besides its own content, and whether it still
+is what it was: the weights, the tokenizer and the rows that its spec only names.
+
+    sources: {"student":       {"what": name, "kind": "model", "digest": of weights, "settings": …}
+              "teacher":       {"what": name, "kind": "model", "commit": of the hub}
+              "tokenizer":     {"what": name, "kind": "tokenizer", "digest": …}
+              "data":          {"what": name, "kind": "rows", "digest": …}
+              "other_prompts": {"what": name, "kind": "rows", "digest": …}}
+
+They are recorded when a point is first used, and compared whenever it is used again. What is not on
+this machine is not in them, and nothing is said of it. `what` is for people: a path is a place, and
+two machines keep one file in two places.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+from stillhouse import at_hand, fingerprints
+from stillhouse.errors import ContractError, DataError
+from stillhouse.rundir import Json, RunDir
+from stillhouse.spec import DataSpec, EvalSpec, PairSpec, RescueSpec, TrainSpec
+
+SETTINGS = ("config.json", "generation_config.json")  # of a model, beside its weights
+TOKENIZER = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "vocab.json", "vocab.txt", "merges.txt", "*.model", "*.tiktoken",
+    "chat_template.json", "chat_template.jinja", "additional_chat_templates/*.jinja",
+)  # fmt: skip
+PROBLEMS = ("train.jsonl", "held_out.jsonl")  # generated ones that are trained on, or watched
+# What a run of a pair, or on rows, that this project did not make may have done differently.
+NOT_RECORDED = (
+    "it was begun before a run recorded what it rests on: its weights and rows may have been others"
+    " than are here, and its turns may have ended elsewhere"
+)
+
+
+def rests_on(spec: TrainSpec | EvalSpec) -> tuple[Any, ...]:
+    """What decides the sources of a spec: two specs that are equal in it have the same ones."""
+    commits = tuple(sorted(spec.place.commits.items()))
+    if isinstance(spec, EvalSpec):
+        return spec.pair, commits
+    data, rescue = spec.data, spec.rescue
+    named = data.data_source, data.data_path, data.data_split
+    return spec.pair, named, bool(rescue.other_prompts), rescue.other_file, commits
+
+
+def sources_of(spec: TrainSpec | EvalSpec, cache_dir: Path) -> Json:
+    """What a point, or an evaluation of its pair, rests on as far as it is on this machine now.
+
+    Cheap where nothing changed: large files are read once (`fingerprints`). Never raises for what
+    cannot be read: whoever needs it will say why.
+    """
+    found = _of_pair(spec.pair, cache_dir, spec.place.commits)
+    if isinstance(spec, TrainSpec):
+        found |= _of_data(spec, cache_dir)
+    return found
+
+
+def differences(recorded: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
+    """A sentence for each source that is here and is not what was recorded."""
+    both = [(key, recorded[key], here[key]) for key in recorded if key in here]
+    return [said for key, then, now in both if (said := _difference(key, then, now))]
+
+
+def drift(run: RunDir, spec: TrainSpec, here: Mapping[str, Any]) -> list[str]:
+    """A sentence for each source of a run that is not what it was when the run began.
+
+    [] for one that nobody began. `here`: `sources_of` its spec. Of a run that recorded none, what
+    its adapter's contract and its record say of generated weights is compared; of other weights and
+    rows nobody knows, and that is said.
+
+    Raises:
+        ContractError: a run directory that another version wrote, or that is not what it says.
+    """
+    record = run.record()
+    if record is None:
+        return []
+    if "sources" in record:
+        return differences(record["sources"], here)
+    if spec.pair.pair_source != "generated" or spec.data.data_source != "generated":
+        return [NOT_RECORDED]
+    if spec.rescue.other_file is not None:
+        return [NOT_RECORDED]
+    return differences(_before_sources(spec, record, run.contract()), here)
+
+
+def refusal(run: RunDir, found: list[str]) -> str:
+    """What is said to whoever would go on with a run that rests on something else now."""
+    return (
+        f"{run.path}: {'; '.join(found)}. Restore that, or begin this point anew: the same command"
+        f" with --sources=new, which keeps what lies here in {run.set_aside_root}"
+    )
+
+
+# ------------------------------------------------------------------------- what is here
+
+
+def _of_pair(pair: PairSpec, cache_dir: Path, commits: Mapping[str, str]) -> Json:
+    found: Json = {}
+    for role, name in (("student", pair.student), ("teacher", pair.teacher)):
+        with contextlib.suppress(OSError, ContractError):
+            there = at_hand.model(pair, role, cache_dir, commits)
+            if there is not None:
+                found[role] = _model(pair, role, name, there, cache_dir)
+                if role == "student" and there.commit is None:
+                    files = [file for name in TOKENIZER for file in sorted(there.path.glob(name))]
+                    digest = fingerprints.of_settings(files, cache_dir)
+                    found["tokenizer"] = {"what": name, "kind": "tokenizer", "digest": digest}
+    return found
+
+
+def _model(pair: PairSpec, role: str, name: str, there: at_hand.AtHand, cache_dir: Path) -> Json:
+    entry: Json = {"what": name, "kind": "model"}
+    if there.commit is not None:
+        return entry | {"commit": there.commit}
+    settings = [file for name in SETTINGS if (file := there.path / name).is_file()]
+    entry["digest"] = fingerprints.of_weights(there.path, cache_dir)
+    entry["settings"] = fingerprints.of_settings(settings, cache_dir)
+    facts = cast("Json", at_hand.prepared(pair, cache_dir).get("facts") or {})
+    loss = facts.get(f"{role}_loss")
+    return entry if loss is None else entry | {"loss": loss}
+
+
+def _of_data(spec: TrainSpec, cache_dir: Path) -> Json:
+    found: Json = {}
+    with contextlib.suppress(OSError, DataError):
+        if (rows := _rows(spec, cache_dir)) is not None:
+            found["data"] = rows
+    with contextlib.suppress(OSError):
+        if spec.rescue.other_prompts and (file := _others(spec, spec.rescue, cache_dir)):
+            what = spec.rescue.other_file or "generated problems"
+            found["other_prompts"] = _entry(what, fingerprints.of_rows([file], cache_dir))
+    return found
+
+
+def _rows(spec: TrainSpec, cache_dir: Path) -> Json | None:
+    data: DataSpec = spec.data
+    if data.data_source == "generated":
+        problems = _problems(spec.pair, cache_dir)
+        files = [problems / name for name in PROBLEMS] if problems else []
+        digest = fingerprints.of_rows(files, cache_dir) if files else None
+        return _entry("generated problems", digest) if digest else None
+    if data.data_path is None:
+        return None
+    if data.data_source == "local" and not Path(data.data_path).expanduser().exists():
+        return None
+    there = at_hand.at_hand(data.data_path, None, "dataset", spec.place.commits)
+    if there is None:
+        return None
+    if there.commit is not None:
+        return {"what": data.data_path, "kind": "rows", "commit": there.commit}
+    files = at_hand.split_files(there.path, data.data_split)
+    return _entry(data.data_path, fingerprints.of_rows(files, cache_dir))
+
+
+def _others(spec: TrainSpec, rescue: RescueSpec, cache_dir: Path) -> Path | None:
+    if rescue.other_file is not None:
+        return Path(rescue.other_file).expanduser()
+    problems = _problems(spec.pair, cache_dir)
+    return problems / "other.jsonl" if problems else None
+
+
+def _problems(pair: PairSpec, cache_dir: Path) -> Path | None:
+    lies = at_hand.prepared(pair, cache_dir).get("problems")
+    return cache_dir / lies if lies else None
+
+
+def _entry(what: str, digest: str) -> Json:
+    return {"what": what, "kind": "rows", "digest": digest}
+
+
+# ------------------------------------------------------------------------- what was here
+
+
+def _before_sources(spec: TrainSpec, record: Json, contract: Json | None) -> Json:
+    """What a run that recorded no sources says of the generated weights that it rests on."""
+    prepared = cast("Json", record.get("prepared") or {})
+    facts = cast("Json", prepared.get("facts") or {})
+    found: Json = {}
+    for role, what in (("student", spec.pair.student), ("teacher", spec.pair.teacher)):
+        loss = facts.get(f"{role}_loss")
+        found[role] = {"what": what, "kind": "model"} | ({} if loss is None else {"loss": loss})
+    digest = contract and cast("Json", contract["base"]).get("digest")
+    if digest:
+        found["student"]["digest"] = digest
+    return found
+
+
+def _difference(key: str, then: Json, now: Json) -> str | None:
+    """How one source differs, None where it does not as far as both say something of it."""
+    what = {
+        "model": f"the weights of {now['what']} are not what they were",
+        "tokenizer": f"the tokenizer or the chat template of {now['what']} is not what it was",
+        "rows": f"{now['what']} is not what it was",
+    }[cast("str", now["kind"])]
+    pinned = {"commit", "digest"}
+    if pinned & then.keys() and pinned & now.keys() and not pinned & then.keys() & now.keys():
+        return f"{key}: {what}: {_spelled(then)} then, {_spelled(now)} now"
+    for field in ("commit", "digest"):
+        if then.get(field, now.get(field)) != now.get(field):
+            return f"{key}: {what}: {_spelled(then)} then, {_spelled(now)} now"
+    if then.get("settings", now.get("settings")) != now.get("settings"):
+        files = " or ".join(SETTINGS)
+        return f"{key}: {files} of {now['what']} is not what it was"
+    if not pinned & then.keys() and then.get("loss", now.get("loss")) != now.get("loss"):
+        losses = f"trained to a loss of {then['loss']:.6g} then, {now.get('loss')!s:.8} now"
+        return f"{key}: {what}: {losses}"
+    return None
+
+
+def _spelled(source: Json) -> str:
+    if "commit" in source:
+        return f"commit {source['commit'][:10]}"
+    return f"sha256 {source['digest'][:10]}…"
