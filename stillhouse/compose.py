@@ -24,6 +24,7 @@ from stillhouse.spec import EvalSpec, TrainSpec
 
 Spec = TypeVar("Spec", TrainSpec, EvalSpec)
 FILE_OF = {TrainSpec: "train", EvalSpec: "eval"}
+OWN_PAIR = "own"  # conf/pair/own.yaml
 # In the order they override one another (conf/train.yaml says the same).
 GROUPS = {
     TrainSpec: frozenset({"quant", "data", "loss", "optim", "rescue", "site", "pair", "method"}),
@@ -181,13 +182,20 @@ def compose(overrides: Overrides, spec_type: type[Spec], where: str = "command l
     Raises:
         ConfigError: an option that does not exist, a value of the wrong type or out of range.
     """
-    tree = _composed(FILE_OF[spec_type], tuple(sorted(overrides.groups.items())), where)
+    groups = tuple(sorted(_chosen(overrides).items()))
+    tree = _composed(FILE_OF[spec_type], groups, where)
     # A pair file brings settings for training too; a spec takes the sections it has.
     plain = {name: dict(tree[name]) for name in _sections(spec_type) if name in tree}
     for path, value in overrides.values.items():
         section, leaf = path.split(".")
         plain[section][leaf] = copy.copy(value)
     return check(plain, spec_type, where)
+
+
+def _chosen(overrides: Overrides) -> dict[str, str]:
+    """The groups: who names weights and no pair means a pair of their own."""
+    is_own = bool({"pair.student", "pair.teacher"} & overrides.values.keys())
+    return {**({"pair": OWN_PAIR} if is_own else {}), **overrides.groups}
 
 
 def check(plain: Mapping[str, Any], spec_type: type[Spec], where: str) -> Spec:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 from datetime import date
 from typing import Annotated, Any, Literal, cast
 
@@ -80,6 +81,8 @@ ID_DIGITS = (
 # At the end of a task's name: asked of an adapter merged into the unquantised base, which is then
 # quantised again. That is another function than was trained, and its scores have been published.
 REQUANTISED = "@requantised"
+MAX_PAIR_NAME = 30  # of one that nobody gave, so that a slug has room for the method
+MISSING = "???"  # OmegaConf's mark of a value that only the user can know
 MAX_NAME = 52  # a Job name becomes a label and a pod name: 63 minus what Kubernetes appends
 
 
@@ -87,7 +90,7 @@ MAX_NAME = 52  # a Job name becomes a label and a pod name: 63 minus what Kubern
 class PairSpec:
     """A student, a teacher, and where they come from."""
 
-    pair_name: str
+    pair_name: str  # null becomes what the student is called
     pair_source: Literal["generated", "hub", "gguf"]
     student: str  # hub id, local directory, or the recipe's name
     teacher: str
@@ -102,6 +105,30 @@ class PairSpec:
     # Generated pairs only: steps of the student base's training; null: it is the teacher's weights.
     student_steps: Natural | None
     teacher_steps: Natural | None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _is_of_two_and_has_a_name(cls, values: Any) -> Any:
+        if getattr(values, "args", None):
+            return values
+        kwargs = dict(values.kwargs if hasattr(values, "kwargs") else values)
+        missing = [role for role in ("student", "teacher") if kwargs.get(role) == MISSING]
+        if missing:
+            raise ValueError(
+                f"{' and '.join(missing)} not given; a pair of your own is student=DIR teacher=DIR"
+                " (directories or hub ids; one and the same with quant=int4 is a quantised student"
+                " of itself), any other is pair=NAME"
+            )
+        if kwargs.get("pair_name", "") is None and isinstance(kwargs.get("student"), str):
+            kwargs["pair_name"] = _named_after(kwargs["student"])
+        return kwargs
+
+
+def _named_after(student: str) -> str:
+    """A pair's name: the last part of its student's path or hub id, as a DNS label."""
+    last = student.rstrip("/").rpartition("/")[2].lower()
+    label = "-".join(re.findall("[a-z0-9]+", last))
+    return label[:MAX_PAIR_NAME].rstrip("-") or "own"
 
 
 def _is_list(value: Any) -> bool:
@@ -324,7 +351,7 @@ class DataSpec:
     @field_validator("data_path")
     @classmethod
     def _is_given(cls, value: str | None) -> str | None:
-        if value == "???":  # OmegaConf's mark of a value that only the user can know
+        if value == MISSING:
             raise ValueError("there is no default; give it as data_path=FILE")
         return value
 

@@ -20,12 +20,14 @@ from stillhouse.compose import (
 )
 from stillhouse.errors import ConfigError
 from stillhouse.flags import leaves
-from stillhouse.spec import EvalSpec, TrainSpec
+from stillhouse.spec import EvalSpec, TrainSpec, point_id
 
 CONF = Path(__file__).parent.parent / "conf"
 OPTIONS = [(path.parent.name, path.stem) for path in sorted(CONF.glob("*/*.yaml"))]
 SPEC_OF = {"train": TrainSpec, "eval": EvalSpec}
+OWN = {"pair.student": "models/own", "pair.teacher": "models/large"}
 NEEDS = {
+    ("pair", "own"): OWN,
     ("data", "local"): {"data.data_path": "rows.jsonl"},
     ("rescue", "aligned_others"): {"rescue.other_file": "rows.jsonl"},
     ("rescue", "cold_start_others"): {"rescue.other_file": "rows.jsonl"},
@@ -99,6 +101,49 @@ def test_pair_then_method_then_command_line_override_one_another():
     assert steps("max_steps=7", "method=extended_on_policy", "pair=context") == 7
 
 
+def own(*words: str, spec_type: Any = TrainSpec) -> Any:
+    return compose(from_command_line(list(words), spec_type), spec_type)
+
+
+def test_weights_that_are_named_without_a_pair_are_a_pair_of_ones_own():
+    both = ["student=models/Small v2", "teacher=owner/Large"]
+    for spec_type in (TrainSpec, EvalSpec):
+        for words in (both, ["--student", "models/Small v2", "--teacher=owner/Large"]):
+            spec = own(*words, spec_type=spec_type)
+            assert spec == own("pair=own", *words, spec_type=spec_type)
+            pair = spec.pair
+            assert (pair.student, pair.teacher) == ("models/Small v2", "owner/Large")
+            assert (pair.pair_name, pair.pair_source, pair.vocab_size) == ("small-v2", "hub", None)
+            assert spec.quant.quant_type == "none"
+    assert own(*both).training.num_processes == 1
+    assert own().pair.pair_name == own("pair_name=qwen3_4b_self").pair.pair_name, "nobody named one"
+    kept = own("pair=context", "teacher=other/model")
+    assert (kept.pair.pair_name, kept.pair.student) == ("context", "Qwen/Qwen3-4B-Instruct-2507")
+
+
+def test_a_pair_of_ones_own_is_two_models_or_a_sentence():
+    for word, lacks in (("student=a", "teacher"), ("teacher=a", "student")):
+        with pytest.raises(ConfigError, match=f"command line: pair: {lacks} not given; .*quant="):
+            own(word)
+    with pytest.raises(ConfigError, match="student and teacher not given"):
+        own("pair=own")
+
+
+def test_a_pair_is_called_as_its_student_in_letters_that_a_job_may_have():
+    names = {
+        "models/Small v2/": "small-v2",
+        "Qwen/Qwen3-4B-Instruct-2507": "qwen3-4b-instruct-2507",
+        "/data/größe": "gr-e",
+        "模型": "own",
+        "..": "own",
+        f"x/{'long-' * 20}": "long-long-long-long-long-long",
+    }
+    for student, name in names.items():
+        assert own(f"student='{student}'", "teacher=t").pair.pair_name == name, student
+    one, other = own("student=a/base", "teacher=t"), own("student=b/base", "teacher=t")
+    assert one.pair.pair_name == other.pair.pair_name and point_id(one) != point_id(other)
+
+
 def test_a_pair_brings_its_quantiser_and_the_command_line_may_choose_another():
     own = compose(Overrides({"pair": "smollm2_self"}, {}), TrainSpec)
     assert own.quant.quant_type == "bnb_nf4"
@@ -141,6 +186,7 @@ LEAF_VALUES: dict[str, st.SearchStrategy[Any]] = {
     "micro_batch": st.sampled_from([None, 1]),
     "lr_scheduler_type": st.sampled_from(["constant", "linear", "cosine"]),
     "student": st.sampled_from(["a/b", "./models/x", "Qwen/Qwen3-4B-Instruct-2507"]),
+    "teacher": st.sampled_from(["a/b", "/models/Y", "../z"]),
     "price_usd_per_hour": st.one_of(st.none(), st.floats(0, 1000)),
     "data_path": st.sampled_from(["rows.jsonl", "allenai/x", "/data/rows.parquet"]),
     "eval_teacher": st.booleans(),
@@ -168,6 +214,10 @@ def asked(draw: Any, spec_type: Any) -> tuple[dict[str, str], dict[str, Any]]:
         chosen.remove("lmbda")  # a buffer takes every rollout
     if groups.get("data") == "local" and "data_path" not in chosen:
         chosen.append("data_path")
+    if {"student", "teacher"} & {*chosen}:  # and no pair: Hydra is not told what that means
+        groups.setdefault("pair", "own")
+    if groups.get("pair") == "own":
+        chosen = [*{*chosen, "student", "teacher"}]
     return groups, {known[name].path: draw(LEAF_VALUES[name]) for name in chosen}
 
 
@@ -209,7 +259,8 @@ def test_every_pair_method_and_quantiser_equal_hydras_composition():
             "method": methods[i % len(methods)],
             "quant": quantisers[i % len(quantisers)],
         }
-        assert_equal_to_hydra(Overrides(groups, {"loss.beta": 0.5}), "train")
+        own = OWN if groups["pair"] == "own" else {}
+        assert_equal_to_hydra(Overrides(groups, {"loss.beta": 0.5, **own}), "train")
 
 
 def test_a_composed_point_leaves_no_trace_in_the_next():

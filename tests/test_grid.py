@@ -1,5 +1,6 @@
 """Sweep files, typed grids, and everything that can be wrong with them."""
 
+import dataclasses
 import itertools
 import re
 import subprocess
@@ -15,8 +16,9 @@ from hypothesis import strategies as st
 from stillhouse.cli import main
 from stillhouse.compose import compose, from_command_line, options_of
 from stillhouse.errors import ConfigError
-from stillhouse.spec import TrainSpec, point_id, to_plain
+from stillhouse.spec import EvalSpec, TrainSpec, point_id, to_plain
 from stillhouse.sweep.grid import Compare, Sweep, load_sweep
+from stillhouse.sweep.kube.steps import _subject as subject
 from tests.published import CLIFF, TRAIN, flags_of, lines, name_of
 
 SWEEPS = Path(__file__).parent.parent / "sweeps"
@@ -742,3 +744,30 @@ def test_specs_of_points_differ_from_one_another_only_in_what_their_overrides_sa
         for section, leaves in to_plain(point.spec).items():
             for leaf, value in leaves.items():
                 assert value == first[section][leaf] or leaf in {"lmbda", "beta", "seed"}
+
+
+# ---- a pair of one's own
+
+
+def test_a_sweep_may_name_weights_where_others_name_a_pair(tmp_path: Path):
+    base = "base: {student: models/small, teacher: models/large, data: local, data_path: a.jsonl}\n"
+    sweep = load(f"{base}grid: {{lmbda: [0, 1]}}\neval: {{suite: mcq5}}\n", tmp_path)
+    words = "student=models/small teacher=models/large data=local data_path=a.jsonl"
+    assert ids(sweep) == {id_of(f"{words} lmbda={lmbda}") for lmbda in (0, 1)}
+    assert {point.slug for point in sweep.points} == {"small-gkd"}
+    line = typed(f"{words} lmbda=0,1 seeds=1 suite=null")
+    assert line.name.startswith("small-lmbda-")
+    whole = load("grid: {student: [models/a, models/b]}\nbase: {teacher: models/t}\n", tmp_path)
+    assert [point.slug for point in whole.points] == ["a-gkd", "b-gkd"]
+
+
+def test_a_pod_is_told_of_a_pair_that_no_file_of_conf_describes(tmp_path: Path):
+    base = "{student: models/small, teacher: models/large, student_dtype: float32, vocab_size: 99}"
+    point = load(f"base: {base}\n", tmp_path).points[0]
+    assert id_of(" ".join(point.words)) == point.id
+    asked = compose(from_command_line(["suite=mcq5"], EvalSpec), EvalSpec)
+    spec = dataclasses.replace(
+        asked, pair=point.spec.pair, quant=point.spec.quant, data=point.spec.data
+    )
+    words = subject(spec.pair, spec.quant, spec.data, spec.suite)
+    assert compose(from_command_line(list(words), EvalSpec), EvalSpec).pair == spec.pair

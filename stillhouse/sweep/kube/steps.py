@@ -17,7 +17,14 @@ from typing import Any, Literal, cast
 
 from pydantic import TypeAdapter
 
-from stillhouse.compose import Overrides, as_command_line, compose, from_command_line, options_of
+from stillhouse.compose import (
+    OWN_PAIR,
+    Overrides,
+    as_command_line,
+    compose,
+    from_command_line,
+    options_of,
+)
 from stillhouse.errors import ConfigError
 from stillhouse.rundir import RunDir, Runs, directory_name
 from stillhouse.spec import (
@@ -324,8 +331,11 @@ def _subject(
     options = {"pair": pair.pair_name, "quant": quant.quant_type, "data": data.data_name}
     options |= {"suite": suite.suite_name} if suite else {}
     groups = {group: name for group, name in options.items() if name in options_of(group)}
-    # conf/data/local.yaml has no path of its own, so it does not compose without one.
+    groups.setdefault("pair", OWN_PAIR)
+    # Neither has a value of its own there, so without one it does not compose.
     values = {"data.data_path": data.data_path} if data.data_source == "local" else {}
+    if groups["pair"] == OWN_PAIR:
+        values |= {"pair.student": pair.student, "pair.teacher": pair.teacher}
     plain = compose(Overrides(groups, values), EvalSpec)
     for section, want in wanted.items():
         for field in dataclasses.fields(want):
