@@ -11,6 +11,7 @@ import hashlib
 import json
 import math
 import re
+from dataclasses import field
 from datetime import date
 from typing import Annotated, Any, Literal, cast
 
@@ -322,7 +323,7 @@ class DataSpec:
     data_split: str
     prompt_template: str | None  # has {question}: what is put around a row's (last) question
     # Variables of the tokenizer's chat template, such as enable_thinking: false.
-    chat_template_kwargs: dict[TemplateName, TemplateValue]
+    chat_template_kwargs: dict[TemplateName, TemplateValue] = field(hash=False)
     template_date: str  # YYYY-MM-DD: today, for a template that asks what day it is
     max_length: Annotated[int, Field(ge=16), _Number]  # prompt + completion, tokens
     min_completion: Count  # tokens a row must leave room for, or it is counted and left out
