@@ -22,7 +22,7 @@ from typing import Any, NoReturn
 
 from filelock import Timeout
 
-from stillhouse import verdict
+from stillhouse import fits, verdict
 from stillhouse.compose import compose, data_file, from_command_line, help_text
 from stillhouse.errors import (
     AGAIN,
@@ -159,6 +159,7 @@ def look(spec: TrainSpec, prompts: int, pilot: int | None, prefixes: tuple[int, 
     if before and is_known and not differences(before["sources"], sources_of(spec, cache_dir)):
         found: Json = {key: before[key] for key in ("numbers", "facts", "created", "sources")}
     else:
+        fits.check([spec])
         stop = _stop()
         with contextlib.redirect_stdout(sys.stderr):  # stdout is the answer's
             from stillhouse.distill.preflight import preflight
@@ -308,6 +309,7 @@ def _attempt(spec: TrainSpec, run: Any) -> int:
         pid=os.getpid(),
     )
     try:
+        fits.check([spec])
         from stillhouse.distill.run import train_run
 
         code = train_run(spec, run, stop)
@@ -335,6 +337,7 @@ def _attempt(spec: TrainSpec, run: Any) -> int:
 
 def evaluate(spec: EvalSpec) -> int:
     """Score what the spec asks for and print the table; finished scores are not computed again."""
+    fits.check([spec])
     stop = _stop()  # before the imports: they take ten seconds in which somebody may ask
     from stillhouse.evals.harness import run_suite
 
@@ -348,11 +351,13 @@ def prepare(spec: EvalSpec, fetches: bool, scores: bool) -> int:
         ConfigError: what is needed is not here, and is not to be had.
         ConnectionError: the hub cannot be reached; try again.
     """
+    fits.check([spec])
     from stillhouse.distill import hub, pairs, prompts
 
     cache_dir = Path(spec.place.cache_dir)
     if fetches:
         hub.fetch(spec.pair, spec.data, cache_dir, spec.place.commits)
+        fits.check([spec])
     prepared = pairs.prepare(spec.pair, spec.quant, cache_dir, spec.place.commits)
     if spec.data.data_source != "generated":
         prompts.rows_at_hand(spec.data, spec.place.commits)

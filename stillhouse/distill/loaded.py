@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
+from stillhouse import fits
+from stillhouse.at_hand import snapshot
 from stillhouse.distill import models
 from stillhouse.distill.loop import needed_shares
 from stillhouse.distill.pairs import PreparedPair
@@ -39,7 +41,8 @@ def load(spec: TrainSpec, poll: Callable[[], None]) -> Loaded:
 
     Raises:
         ConfigError: weights or data that are not at hand.
-        ContractError: tokenizers differ; weights or data changed while they were read.
+        ContractError: tokenizers differ; token ids of the data that a model has no embedding for;
+            weights or data changed while they were read.
     """
     models.use_threads(spec.place.threads)
     accelerator = Accelerator(
@@ -63,7 +66,31 @@ def load(spec: TrainSpec, poll: Callable[[], None]) -> Loaded:
         if spec.rescue.other_file is not None:
             file = Path(spec.rescue.other_file).expanduser()
         prompts = replace(prompts, others=load_others(file, spec.data, tokenizer))
+    _check_ids(prepared, prompts, tokenizer)
     roles = Roles(spec, prepared, tokenizer, accelerator, poll)
     if found := differences(sources, sources_of(spec, Path(spec.place.cache_dir))):
         raise ContractError(f"{'; '.join(found)}: it changed while it was read; run again")
     return Loaded(accelerator, prepared, tokenizer, prompts, roles, sources)
+
+
+def _check_ids(prepared: PreparedPair, prompts: PromptSet, tokenizer: Any) -> None:
+    """Refuse ids beyond an embedding before weights are loaded: some step would read them."""
+    largest = max(
+        (
+            id_
+            for examples in (prompts.train, prompts.held_out, prompts.others)
+            for e in examples
+            for ids in (e.prompt_ids, e.completion_ids, e.teacher_prompt_ids)
+            for id_ in ids
+        ),
+        default=-1,
+    )
+    # What fills a batch up is read, too.
+    largest = max(largest, -1 if tokenizer.pad_token_id is None else tokenizer.pad_token_id)
+    for role, name, revision in (
+        ("student", prepared.student, prepared.student_revision),
+        ("teacher", prepared.teacher, prepared.teacher_revision),
+    ):
+        directory = Path(name) if Path(name).is_dir() else snapshot(name, revision, "model")
+        if directory is not None:
+            fits.check_ids(largest, fits.read(directory), f"{role} {name}")

@@ -16,9 +16,10 @@ import torch
 from jaxtyping import Float, Int
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import GenerationConfig
 from transformers.utils import logging as transformers_logging
 
+from stillhouse.distill import loading
 from stillhouse.distill.adapters import (
     attach_adapter,
     check_contract,
@@ -86,7 +87,7 @@ def use_threads(threads: int | None) -> None:
 
 def load_tokenizer(path: str, revision: str | None) -> Any:
     """The tokenizer, padding on the left so that all prompts of a batch end at one position."""
-    tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, local_files_only=True)
+    tokenizer = loading.tokenizer(path, revision)
     tokenizer.padding_side = "left"
     return tokenizer
 
@@ -99,13 +100,7 @@ def load_base(
     Raises:
         ContractError: an architecture whose logits are not hidden @ head (soft caps, scales, bias).
     """
-    model: Any = AutoModelForCausalLM.from_pretrained(
-        path,
-        revision=revision,
-        dtype=getattr(torch, dtype),
-        use_safetensors=True,
-        local_files_only=True,
-    )
+    model = loading.causal_lm(path, revision, getattr(torch, dtype))
     config = model.config
     odd = [k for k in ("final_logit_softcapping", "logit_scale") if getattr(config, k, None)]
     if odd or getattr(model.lm_head, "bias", None) is not None:

@@ -292,15 +292,12 @@ def _check_revision(pair: PairSpec, role: str, pinned: str | None, weights: _Wei
 
 
 def _tokenizer(pair: PairSpec, weights: _Weights) -> Any:
-    from transformers import AutoTokenizer
+    from stillhouse.distill import loading
 
     try:
-        return AutoTokenizer.from_pretrained(weights.directory, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        raise ConfigError(
-            f"pair {pair.pair_name}: the tokenizer of {weights.name} cannot be loaded:"
-            f" {str(error).splitlines()[0]}"
-        ) from error
+        return loading.tokenizer(weights.directory)
+    except ContractError as error:
+        raise ContractError(f"pair {pair.pair_name}: {error}") from error
 
 
 # ---------------------------------------------------------------- what is kept
@@ -350,15 +347,13 @@ def _quantization_error(
 
     def measure() -> Json:
         import torch
-        from transformers import AutoModelForCausalLM
 
+        from stillhouse.distill import loading
         from stillhouse.distill.quant import quantization_error
 
         say(f"measuring what {quant.quant_type} does to its weights, once")
         with tiny.no_bars():
-            model = AutoModelForCausalLM.from_pretrained(
-                weights.directory, dtype=getattr(torch, pair.student_dtype), local_files_only=True
-            )
+            model = loading.causal_lm(weights.directory, None, getattr(torch, pair.student_dtype))
         return {"quantization_error": quantization_error(model, quant)}
 
     error = remembered(cache_dir, content, measure)["quantization_error"]

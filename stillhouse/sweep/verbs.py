@@ -15,13 +15,14 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 
+from stillhouse import fits
 from stillhouse.errors import AGAIN, DONE, MISTAKE
 from stillhouse.rundir import Json
 from stillhouse.sweep import listing, roster
 from stillhouse.sweep.call import Call
 from stillhouse.sweep.chosen import Condition, check_cause, is_caused_by
 from stillhouse.sweep.drive import SOME_FAILED, Backend, Drive
-from stillhouse.sweep.grid import Sweep
+from stillhouse.sweep.grid import Point, Sweep
 from stillhouse.sweep.ground import Ground
 from stillhouse.sweep.plan import STATES, Observation
 from stillhouse.sweep.roster import Roster, roster_of
@@ -49,6 +50,7 @@ def plan(call: Call) -> int:
     rows = roster.narrowed(roster_of(sweep), call.points)
     observations = ground.observe(rows, minds_code=True)
     points = _only(sweep, rows).points
+    _check_fit(points, observations)
     if call.is_json:
         more = {"methods": listing.methods(points), "preflight": verdicts(points, call.runs)}
         return _print_json(listing.as_json(rows, observations) | more)
@@ -108,6 +110,7 @@ def _run(call: Call, backend_for: Callable[[Sweep, Roster], Backend] | None) -> 
             " on with them under the code at hand, and the report will say so"
         )
         return SOME_FAILED
+    _check_fit(_only(sweep, rows).points, observations)
     is_idle = _is_nothing_left(ground, sweep, observations)
     if not is_idle and call.is_detached:
         call.away.require(sweep, rows, is_detached=True)
@@ -325,6 +328,11 @@ def _only(sweep: Sweep, rows: Roster) -> Sweep:
     """The sweep, narrowed to these points."""
     points = tuple(point for point in sweep.points if point.id in rows.by_id)
     return dataclasses.replace(sweep, points=points)
+
+
+def _check_fit(points: Sequence[Point], observations: Observations) -> None:
+    """Refuse models on this machine that the points still to be trained cannot be trained with."""
+    fits.check(point.spec for point in points if not observations[point.id].is_trained)
 
 
 def _print(lines: Sequence[str]) -> None:
