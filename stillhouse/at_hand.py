@@ -29,7 +29,7 @@ from stillhouse.spec import NOT_VERSIONED, PairSpec, digest
 RepoType = Literal["model", "dataset"]
 # What is used of a model: many repositories hold its weights two or three times.
 MODEL_FILES = ("*.json", "*.jinja", "*.model", "*.safetensors", "*.tiktoken", "*.txt")
-SUFFIXES = (".jsonl", ".parquet")  # of files of rows
+SUFFIXES = (".jsonl", ".parquet", ".json", ".jsonl.gz", ".json.gz")  # of files of rows
 FOLDERS = (".", "data", "main")  # where hub data sets keep their files
 COMMIT = re.compile("[0-9a-f]{40}")
 
@@ -153,7 +153,7 @@ def at_hand(
 
 
 def split_files(root: Path, split: str) -> list[Path]:
-    """A file itself; of a directory, SPLIT.jsonl, SPLIT.parquet or SPLIT-*.parquet, or below data/.
+    """A file itself; of a directory, SPLIT.jsonl or SPLIT-*.jsonl, another kind, or below data/.
 
     Raises DataError where there is none.
     """
@@ -167,8 +167,11 @@ def split_files(root: Path, split: str) -> list[Path]:
             ]
             if found:
                 return sorted(found)
-    wanted = " or ".join(f"{split}{suffix}" for suffix in SUFFIXES)
-    raise DataError(f"{root}: holds no {wanted} (data_split is {split}), nor in data/ or main/")
+    there = ", ".join(sorted(file.name for file in root.iterdir())[:5]) or "nothing"
+    raise DataError(
+        f"{root}: holds no {split}.jsonl and no {split}-*.jsonl (data_split is {split}), nor in"
+        f" data/ or main/; {', '.join(SUFFIXES[1:])} are read too; it has {there}"
+    )
 
 
 # ------------------------------------------------------------------------- what was prepared

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from stillhouse.spec import Knots, MethodSpec, TrainSpec
+from stillhouse.spec import Knots, TrainSpec
 
 BARS = "▁▂▃▄▅▆▇█"
 WIDTH = 20  # characters of a drawn schedule
@@ -73,9 +73,12 @@ def step_plan(spec: TrainSpec, step: int) -> StepPlan:
     )
 
 
-def needs_dataset_completions(method: MethodSpec) -> bool:
-    """Whether some step may read the dataset's completions."""
-    return method.off_policy_source == "dataset" and method.lmbda != 1.0
+def first_answered_step(spec: TrainSpec) -> int | None:
+    """The first step that may learn the dataset's own answers; None: prompts alone are enough."""
+    if spec.method.off_policy_source != "dataset" or spec.method.lmbda == 1:
+        return None
+    steps = range(spec.cold_steps, spec.training.max_steps)
+    return next((step for step in steps if step_plan(spec, step).lmbda < 1), None)
 
 
 def drawn(spec: TrainSpec) -> str:

@@ -226,7 +226,7 @@ class RescueSpec:
     # mass: by the teacher's mass on shared tokens (Eq. 10); kl: by the least reverse KL per token.
     kept_by: Literal["mass", "kl"]
     other_prompts: BelowOne  # share of a step's prompts that are of another kind than the data's
-    other_file: str | None  # jsonl or parquet of these; null: a generated pair's own
+    other_file: str | None  # rows of these, in a file; null: a generated pair's own
 
     @model_validator(mode="after")
     def _means_something(self) -> RescueSpec:
@@ -319,7 +319,7 @@ class DataSpec:
 
     data_name: str
     data_source: Literal["generated", "gsm8k", "tulu3", "local"]
-    data_path: str | None  # hub id, or a local jsonl or parquet file
+    data_path: str | None  # hub id, or a local file or directory of rows
     data_split: str
     prompt_template: str | None  # has {question}: what is put around a row's (last) question
     # Variables of the tokenizer's chat template, such as enable_thinking: false.

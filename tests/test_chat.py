@@ -50,7 +50,9 @@ def test_the_generated_problems_have_the_ids_they_always_had(tmp_path: Path) -> 
     lines(tmp_path / "held_out.jsonl", *problems.chat_rows("held_out", 20))
     generated = data(data_source="generated", held_out_rows=10, max_length=128)
     prepared = dataclasses.replace(NOWHERE, data_dir=tmp_path)
-    found = load_prompts(generated, prepared, tiny.tokenizer(), 2)
+    found = load_prompts(
+        generated, prepared, Chat(tiny.tokenizer(), generated), 2, tmp_path / "cache"
+    )
     ids = [
         [e.prompt_ids, e.completion_ids, e.teacher_prompt_ids]
         for e in (*found.train, *found.held_out)

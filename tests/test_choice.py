@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from stillhouse.compose import compose, from_command_line
 from stillhouse.distill.choice import Choice
-from stillhouse.distill.prompts import Example
+from stillhouse.distill.encoded import Example
 from stillhouse.distill.rollouts import permutation
 from stillhouse.errors import ConfigError
 from stillhouse.spec import TrainSpec

@@ -18,6 +18,7 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from stillhouse.compose import compose, from_command_line
 from stillhouse.distill import models, problems, tiny
+from stillhouse.distill.chat import Chat
 from stillhouse.distill.prompts import load_prompts
 from stillhouse.distill.quant import dequantized_weight, quantize_
 from stillhouse.errors import ConfigError, ContractError, DataError, Interrupted, exit_code_of
@@ -560,7 +561,8 @@ def test_lm_eval_feeds_exactly_the_prompts_of_training(place, tmp_path, make_tok
     file.write_text("".join(json.dumps({"messages": t}) + "\n" for t in turns))
     spec = point(place, tmp_path, "data=local", f"data_path={file}", "held_out_rows=0")
     prepared = models.prepare(spec.pair, spec.quant, place / "cache")
-    training = {e.prompt_ids for e in load_prompts(spec.data, prepared, text, 0).train}
+    asked = load_prompts(spec.data, prepared, Chat(text, spec.data), 0, place / "cache")
+    training = {e.prompt_ids for e in asked.train}
     assert len(training) == LIMIT
 
     model, seen = llama(len(text)), []
@@ -597,7 +599,8 @@ def test_a_teacher_of_few_shots_is_asked_exactly_what_it_reads_in_training(place
     spec = point(place, tmp_path, f"held_out_rows={LIMIT}", "teacher_few_shot=4")
     prepared = models.prepare(spec.pair, spec.quant, place / "cache")
     prepared = dataclasses.replace(prepared, data_dir=tmp_path)
-    read = {e.teacher_prompt_ids for e in load_prompts(spec.data, prepared, text, 4).held_out}
+    asked = load_prompts(spec.data, prepared, Chat(text, spec.data), 4, place / "cache")
+    read = {e.teacher_prompt_ids for e in asked.held_out}
     assert len(read) == LIMIT and all(len(ids) > 150 for ids in read)
 
     model, seen = llama(len(text), positions=512), []

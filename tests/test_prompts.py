@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import gzip
+import hashlib
 import json
+import re
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +17,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stillhouse.distill import problems, tiny
+from stillhouse.compose import compose, from_command_line
+from stillhouse.distill import problems, prompts, tiny
+from stillhouse.distill.chat import Chat
+from stillhouse.distill.encoded import Example, Joined
 from stillhouse.distill.pairs import PreparedPair
-from stillhouse.distill.prompts import Example, PromptSet, load_others, load_prompts
+from stillhouse.distill.prompts import PromptSet, check_answers, load_others, load_prompts
+from stillhouse.distill.tables import open_table
 from stillhouse.errors import ConfigError, DataError
-from stillhouse.spec import DataSpec
+from stillhouse.spec import DataSpec, TrainSpec
 
 TEXT = tiny.tokenizer()
 NOWHERE = PreparedPair("student", "teacher", None, None, Path("no-such-directory"), {})
@@ -50,7 +58,13 @@ def load(
 ) -> PromptSet:
     where = None if path is None else str(path)
     data = dataclasses.replace(LOCAL, data_path=where, **changes)
-    return load_prompts(data, NOWHERE, text, few_shot)
+    return encoded(data, NOWHERE, text, few_shot)
+
+
+def encoded(data: DataSpec, prepared: PreparedPair, text: Any, few_shot: int = 0) -> PromptSet:
+    """As a machine does that sees these rows for the first time."""
+    with tempfile.TemporaryDirectory() as cache:  # what is mapped stays mapped
+        return load_prompts(data, prepared, Chat(text, data), few_shot, Path(cache))
 
 
 def prompt(example: Example) -> str:
@@ -77,7 +91,7 @@ def test_generated_problems_come_with_their_worked_answers(tmp_path: Path) -> No
     lines(tmp_path / "held_out.jsonl", *problems.chat_rows("held_out", 10))
     data = dataclasses.replace(LOCAL, data_source="generated", held_out_rows=4)
     prepared = dataclasses.replace(NOWHERE, data_dir=tmp_path)
-    found = load_prompts(data, prepared, TEXT, 0)
+    found = encoded(data, prepared, TEXT)
     assert (len(found.train), len(found.held_out), found.skipped) == (20, 4, {})
     first = problems.chat_rows("train", 1)[0]
     question, worked = (message["content"] for message in first["messages"])
@@ -86,9 +100,9 @@ def test_generated_problems_come_with_their_worked_answers(tmp_path: Path) -> No
     assert found.train[0].answer == first["answer"]
     assert [example.row for example in found.held_out] == [0, 1, 2, 3]
     with pytest.raises(ConfigError, match="only train may be trained on"):
-        load_prompts(dataclasses.replace(data, data_split="test"), prepared, TEXT, 0)
+        encoded(dataclasses.replace(data, data_split="test"), prepared, TEXT)
     with pytest.raises(DataError, match="held_out_rows is 11, only 10 of 10 rows"):
-        load_prompts(dataclasses.replace(data, held_out_rows=11), prepared, TEXT, 0)
+        encoded(dataclasses.replace(data, held_out_rows=11), prepared, TEXT)
 
 
 def test_gsm8k_rows_fill_the_template(tmp_path: Path) -> None:
@@ -124,12 +138,15 @@ def test_local_rows_are_prompts_or_messages_with_or_without_a_completion(tmp_pat
     rows = [
         {"prompt": "a", "completion": "b", "answer": 7},
         {"prompt": "c"},
-        {"messages": [turn("user", "d"), turn("assistant", "e"), turn("user", "thanks")]},
+        {"messages": [turn("user", "d"), turn("assistant", "e")]},
+        {"messages": [turn("user", "d"), turn("assistant", "e"), turn("user", "f")]},
     ]
     found = load(lines(tmp_path / "a.jsonl", *rows)).train
-    assert [prompt(e) for e in found] == [f"<|user|>{c}<|assistant|>" for c in "acd"]
-    assert [completion(e) for e in found] == ["b<eos>", "", "e<eos>"]
-    assert [e.answer for e in found] == ["7", None, None]
+    alone = [f"<|user|>{c}<|assistant|>" for c in "acd"]
+    assert [prompt(e) for e in found] == [*alone, f"{alone[2]}e<eos><|user|>f<|assistant|>"]
+    assert [completion(e) for e in found] == ["b<eos>", "", "e<eos>", ""]
+    assert [e.answer for e in found] == ["7", None, None, None]
+    assert found.unanswered() == [1, 3]
     assert all(e.teacher_prompt_ids == e.prompt_ids for e in found)
 
 
@@ -142,9 +159,8 @@ def test_parquet_and_jsonl_of_the_same_rows_give_the_same_examples(tmp_path: Pat
         half = rows[:5] if "00000-of" in name else rows[5:]
         (tmp_path / "data").mkdir(exist_ok=True)
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(half), tmp_path / "data" / name)
-    jsonl = load(lines(tmp_path / "one" / "train.jsonl", *rows))
-    assert load(tmp_path).train == jsonl.train
-    assert load(tmp_path / "one").train == jsonl.train
+    jsonl = [*load(lines(tmp_path / "one" / "train.jsonl", *rows)).train]
+    assert [*load(tmp_path).train] == [*load(tmp_path / "one").train] == jsonl
 
 
 def test_a_hub_data_set_is_found_in_the_cache_or_named_with_its_command(
@@ -192,13 +208,14 @@ def test_prompts_of_another_kind_are_read_as_they_are_and_what_cannot_be_is_said
 ) -> None:
     data = dataclasses.replace(LOCAL, prompt_template="In sums. {question}")
     file = lines(tmp_path / "a.jsonl", {"prompt": "Other?"}, {"question": "no"})
-    found = load_others(file, data, TEXT)
+    chat = Chat(TEXT, data)
+    found = load_others(file, data, chat, tmp_path / "cache")
     assert [prompt(example) for example in found] == ["<|user|>Other?<|assistant|>"]
     with pytest.raises(DataError, match=r"other_file: .*gone.jsonl: no such file"):
-        load_others(tmp_path / "gone.jsonl", data, TEXT)
+        load_others(tmp_path / "gone.jsonl", data, chat, tmp_path / "cache")
     file.write_text('{"question": "no"}\n')
-    with pytest.raises(DataError, match="no row can be used, 1 no prompt or messages field"):
-        load_others(file, data, TEXT)
+    with pytest.raises(DataError, match=r"no row can be used, 1 no prompt, .*\(row 0: it has que"):
+        load_others(file, data, chat, tmp_path / "cache")
 
 
 def test_a_tokenizer_without_a_chat_template_gets_plain_text(tmp_path: Path) -> None:
@@ -233,7 +250,6 @@ def test_rows_that_cannot_be_used_are_counted_by_reason(tmp_path: Path) -> None:
         {"text": "no prompt here"},
         {"messages": []},
         {"messages": [turn("user", "x"), turn("assistant", "")]},
-        {"messages": [turn("user", "x")]},
         {"messages": [turn("assistant", "x")]},
         {"messages": [turn("user", None), turn("assistant", "x")]},
         {"messages": "x"},
@@ -243,26 +259,31 @@ def test_rows_that_cannot_be_used_are_counted_by_reason(tmp_path: Path) -> None:
         {"prompt": "9" * 54},
     ]
     found = load(lines(tmp_path / "a.jsonl", *rows))
-    assert [e.row for e in found.train] == [0, 14]
+    assert [e.row for e in found.train] == [0, 13]
     assert found.skipped == {
         "empty": 4,
         "prompt that is no text": 1,
-        "no prompt or messages field": 1,
-        "no assistant turn": 1,
+        "no prompt, messages, conversations or instruction": 1,
         "no prompt": 1,
         "messages that are no turns": 2,
         "turns that the chat template refuses (the roles are user and assistant)": 1,
         "prompt too long": 1,
         "no room for a completion": 1,
     }
-    assert found.summary().startswith("2 rows to train on, 0 held out, 13 left out: 4 empty, ")
+    assert found.seen["no prompt, messages, conversations or instruction"] == "row 4: it has text"
+    assert found.seen["prompt too long"] == "row 11: its prompt has 64 tokens"
+    assert found.summary().startswith(
+        '2 rows to train on, 0 held out, 12 left out: 4 empty (row 1: prompt is " "), '
+    )
 
 
 def test_a_file_without_a_usable_row_is_an_error_with_the_counts(tmp_path: Path) -> None:
     file = lines(
         tmp_path / "a.jsonl", {"prompt": ""}, {"prompt": ""}, {"messages": []}, {"text": "x"}
     )
-    with pytest.raises(DataError, match="none of its 4 rows.*, 3 empty, 1 no prompt or messages"):
+    with pytest.raises(
+        DataError, match=r"of its 4 rows.*, 3 empty \(.*1 no prompt.* it has text\); und"
+    ):
         load(file)
     with pytest.raises(DataError, match="held_out_rows is 1, only 0 of 4 rows.*, 3 empty"):
         load(file, held_out_rows=1)
@@ -271,6 +292,40 @@ def test_a_file_without_a_usable_row_is_an_error_with_the_counts(tmp_path: Path)
 
 
 # ---------------------------------------------------------------- files that are wrong
+
+
+def test_every_kind_of_file_gives_the_same_rows(tmp_path: Path) -> None:
+    rows = sums(7)
+    listed, text = json.dumps(rows, indent=1), "".join(json.dumps(row) + "\r\n" for row in rows)
+    contents = {
+        "a.jsonl": text.encode(),
+        "bom.jsonl": b"\xef\xbb\xbf" + text.encode(),
+        "lines.json": b"\n" + text.encode(),
+        "array.json": b"\xef\xbb\xbf " + listed.encode(),
+        "a.jsonl.gz": gzip.compress(text.encode()),
+        "array.json.gz": gzip.compress(listed.encode()),
+    }
+    for name, content in contents.items():
+        (tmp_path / name).write_bytes(content)
+        assert [prompt(e)[8:-13] for e in load(tmp_path / name).train] == [
+            row["prompt"] for row in rows
+        ]
+    shards = tmp_path / "shards" / "data"
+    shards.mkdir(parents=True)
+    for shard in (0, 1):
+        part = json.dumps(rows[shard * 4 : shard * 4 + 4]).encode()
+        (shards / f"train-{shard}-of-2.json.gz").write_bytes(gzip.compress(part))
+    assert [e.row for e in load(tmp_path / "shards").train] == [*range(7)]
+
+
+def test_rows_of_parquet_are_the_same_alone_and_together(tmp_path: Path) -> None:
+    rows = [{"prompt": f"Find {n}+1.", "answer": None if n % 2 else n} for n in range(9)]
+    file = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), file, row_group_size=4)
+    table = open_table([file], tmp_path)
+    for numbers in ([], [3], [2, 3, 4, 8], [8, 0, 1, 5, 4], [*range(9)]):
+        assert table.at(numbers) == [rows[number] for number in numbers]
+    assert len(table) == 9
 
 
 def test_a_line_that_cannot_be_parsed_is_named_by_its_number(tmp_path: Path) -> None:
@@ -290,14 +345,31 @@ def test_paths_and_files_that_hold_no_rows_are_said(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="some/where: no such file or directory"):
         load("some/where")
     with pytest.raises(
-        DataError, match=r"no train\.jsonl or train\.parquet \(data_split is train\)"
+        DataError, match=r"no train\.jsonl and no train-\*\.jsonl \(data_split is train\).*nothing$"
     ):
         load(tmp_path)
     with pytest.raises(ConfigError, match="data_path says where its rows are; it is null"):
         load(None)
     (tmp_path / "a.csv").write_text("prompt\nx\n")
-    with pytest.raises(DataError, match=r"a\.csv: not a \.jsonl or \.parquet file"):
+    with pytest.raises(DataError, match=r"a\.csv: not a \.jsonl, .* or \.json\.gz file"):
         load(tmp_path / "a.csv")
+    for name in ("a.jsonl.zst", "a.parquet.gz", "a.txt"):
+        (tmp_path / name).write_text("x")
+        with pytest.raises(DataError, match=r"not a \.jsonl, \.parquet, \.json, \.jsonl\.gz or"):
+            load(tmp_path / name)
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(b'{"prompt": "a"}')[:-9])
+    (tmp_path / "b.jsonl.gz").write_text("x")
+    for name in "ab":
+        with pytest.raises(DataError, match=rf"{name}\.jsonl\.gz: cannot be unpacked as gzip"):
+            load(tmp_path / f"{name}.jsonl.gz")
+    for content, wrong in {
+        '[{"prompt": "a"}': r"a\.json: not a JSON array \(.*line 1",
+        '[{"prompt": "a"}, 3]': r"a\.json: element 1 of the array is int, not an object",
+        '{\n"prompt": "a"}': r"a\.json, line 1: not JSON",
+    }.items():
+        (tmp_path / "a.json").write_text(content)
+        with pytest.raises(DataError, match=wrong):
+            load(tmp_path / "a.json")
     (tmp_path / "a.parquet").write_text("no parquet")
     with pytest.raises(DataError, match=r"a\.parquet: cannot be read as parquet"):
         load(tmp_path / "a.parquet")
@@ -325,8 +397,8 @@ def test_which_rows_are_held_out_follows_from_the_content(tmp_path: Path) -> Non
     same = load(lines(tmp_path / "b" / "c.jsonl", *sums(40)), held_out_rows=5)
     more = load(lines(tmp_path / "d.jsonl", *sums(40)), held_out_rows=8)
     other = load(lines(tmp_path / "e.jsonl", *sums(41)), held_out_rows=5)
-    assert one.held_out == same.held_out == more.held_out[:5]
-    assert one.held_out != other.held_out
+    assert one.held_out[:] == same.held_out[:] == more.held_out[:5]
+    assert one.held_out[:] != other.held_out[:]
 
 
 def test_a_prompt_that_is_held_out_is_not_trained_on_as_another_row(tmp_path: Path) -> None:
@@ -377,3 +449,140 @@ def test_a_prompt_that_the_teacher_cannot_hold_is_counted(tmp_path: Path) -> Non
     # Exemplar 12 ids, prompt 492 or 493, and min_completion 8: 512 is what the tiny models hold.
     assert [e.row for e in found.train] == [1, 2]
     assert found.skipped == {"few-shot prompt too long for the teacher": 1}
+
+
+# ---------------------------------------------------------------- the same rows, once
+
+
+def mixed() -> list[dict[str, Any]]:
+    """Rows of most kinds, a few of them twice, a few of no use."""
+    useless = ({"prompt": " "}, {"prompt": 3}, {"text": "x"}, {"messages": []})
+    rows: list[dict[str, Any]] = []
+    for n in range(0, 120, 8):
+        more = [turn("user", "Find 1+1."), turn("assistant", "2"), turn("user", f"And +{n}?")]
+        rows += [
+            {"prompt": f"Find {n}+1.", "completion": f"{n + 1}", "answer": n + 1},
+            {"prompt": f"Find {n}-1."},
+            {"messages": [turn("user", f"Ida has {n}."), turn("assistant", f"{n}")], "answer": "8"},
+            {"messages": [*more, turn("assistant", f"{2 + n}")]},
+            {"prompt": "9" * (n // 2 + 4), "completion": "8" * n},
+            {"prompt": f"Find {n % 16}+0.", "completion": f"{n % 16}"},
+            useless[n // 8 % 4],
+            {"prompt": "x", "messages": [turn("user", f"Say {n}."), turn("assistant", f"{n}!")]},
+        ]
+    return rows
+
+
+def test_rows_have_the_ids_and_the_places_that_they_had_before_they_were_encoded_in_batches(
+    tmp_path: Path,
+) -> None:
+    plain = tiny.tokenizer()
+    plain.chat_template = None
+    file = lines(tmp_path / "mixed.jsonl", *mixed())
+    before = {
+        (TEXT, 0, None, None): "9a68cfc2420d2fa7",
+        (TEXT, 0, 20, None): "f2e5133d211174fe",
+        (TEXT, 0, None, "Sum: {question}"): "cddc18a08f1d096e",
+        (TEXT, 1, None, None): "10083fe71ed25c2d",
+        (plain, 0, 20, None): "f5d6d6e4b524cadd",
+        (plain, 1, None, None): "5be695d8580cfc84",
+    }
+    for (text, few_shot, most, template), known in before.items():
+        found = load(
+            file, text=text, few_shot=few_shot, max_rows=most, prompt_template=template,
+            held_out_rows=12,
+        )  # fmt: skip
+        parts = [
+            [[e.prompt_ids, e.completion_ids, e.teacher_prompt_ids, e.row, e.answer] for e in part]
+            for part in (found.train, found.held_out)
+        ]
+        assert hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16] == known
+
+
+def test_the_same_bytes_tokenizer_template_and_limits_are_encoded_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prompts, "PROGRESS_S", 0.0)  # then each batch has its line
+    cache, day = tmp_path / "cache", "2026-07-26"
+    file = lines(tmp_path / "a.jsonl", *sums(40))
+
+    def at(path: Path, text: Any = TEXT, few_shot: int = 0, **changes: Any) -> tuple[str, str]:
+        data = dataclasses.replace(LOCAL, data_path=str(path), held_out_rows=2, **changes)
+        found = load_prompts(data, NOWHERE, Chat(text, data), few_shot, cache)
+        assert len(found.held_out) == 2 and found.skipped == {}
+        return found.key, capsys.readouterr().out
+
+    first, said = at(file)
+    assert re.search(r"^data mine: 38 of 38 rows encoded, [\d,]+ a second, 0 s left$", said, re.M)
+    again = lines(tmp_path / "b" / "other-name.jsonl", *sums(40))
+    assert at(file) == at(again) == (first, "")
+
+    changed = tiny.tokenizer()
+    changed.chat_template = changed.chat_template.replace("<|user|>", "<|user|> ")
+    shorter = tiny.tokenizer()
+    shorter.model_max_length = 128
+    others = [
+        at(file, changed),
+        at(file, shorter),
+        at(file, max_length=40),
+        at(file, max_rows=9),
+        at(file, prompt_template="Sum: {question}"),
+        at(file, template_date=day),
+        at(file, few_shot=2),
+        at(lines(tmp_path / "c.jsonl", *sums(41))),
+    ]
+    assert all(said for _, said in others)
+    assert len({first, *(key for key, _ in others)}) == 1 + len(others)
+
+
+def test_what_was_encoded_says_how_many_rows_and_the_largest_token_id(tmp_path: Path) -> None:
+    file = lines(tmp_path / "a.jsonl", *sums(9), {"text": "x"})
+    data = dataclasses.replace(LOCAL, data_path=str(file), held_out_rows=2)
+    found = load_prompts(data, NOWHERE, Chat(TEXT, data), 0, tmp_path / "cache")
+    made = tmp_path / "cache" / "rows" / found.key / "made.json"
+    facts = json.loads(made.read_text())["facts"]
+    assert facts["rows"] == {"train": 7, "held_out": 2}
+    ids = [i for e in (*found.train, *found.held_out) for i in e.prompt_ids + e.completion_ids]
+    assert facts["largest_token_id"] == found.largest_token_id == max(ids)
+    assert facts["skipped"] == {"no prompt, messages, conversations or instruction": 1}
+
+
+def test_no_row_behind_the_last_wanted_one_is_looked_at(tmp_path: Path) -> None:
+    file = lines(tmp_path / "a.jsonl", *sums(3), {"prompt": ""}, *sums(5)[4:], {"prompt": ""})
+    assert load(file, max_rows=3).skipped == {}
+    found = load(file, max_rows=4)
+    assert ([e.row for e in found.train], found.skipped) == ([0, 1, 2, 4], {"empty": 1})
+
+
+def test_examples_are_sequences_one_behind_the_other_too(tmp_path: Path) -> None:
+    found = load(lines(tmp_path / "a.jsonl", *sums(9)), held_out_rows=3)
+    both, listed = Joined(found.train, found.held_out), [*found.train, *found.held_out]
+    assert [*both] == listed and len(both) == 9
+    assert [both[i] for i in (0, 5, 6, 8, -1, -9)] == [listed[i] for i in (0, 5, 6, 8, -1, -9)]
+    assert both[4:8] == listed[4:8]
+    with pytest.raises(IndexError):
+        both[9]
+    assert [*Joined(found.train, ())] == found.train[:]
+
+
+def test_answers_are_asked_for_only_where_a_step_learns_them(tmp_path: Path) -> None:
+    rows = load(lines(tmp_path / "a.jsonl", *sums(3), {"prompt": "x"}, {"prompt": "y"})).train
+
+    def checked(*words: str) -> None:
+        spec = compose(
+            from_command_line(["pair=tiny", "max_steps=10", *words], TrainSpec), TrainSpec
+        )
+        check_answers(spec, "data mine", rows)
+
+    checked("lmbda=1")
+    checked("lmbda=0", "off_policy_source=teacher")
+    checked("lmbda=0", "cold_start=1", "cold_prompts=2")
+    checked("lmbda=[[0,0],[0.4,0],[0.4,1],[1,1]]", "cold_start=0.5", "cold_prompts=2")
+    for words, step in (
+        (["lmbda=0.5"], "lmbda is 0.5 at step 0"),
+        (["lmbda=[[0,1],[0.5,1],[1,0]]"], "lmbda is 0.8 at step 6"),
+        (["lmbda=0", "cold_start=0.5", "cold_prompts=2"], "lmbda is 0 at step 5"),
+    ):
+        with pytest.raises(ConfigError, match="2 of 5 rows have no answer .* is row 3") as caught:
+            checked(*words)
+        assert step in str(caught.value)

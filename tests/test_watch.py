@@ -16,8 +16,8 @@ from sample_runs import write_sample
 from stillhouse import doors
 from stillhouse.cli import main
 from stillhouse.compose import Overrides, as_command_line, compose, data_file, from_command_line
+from stillhouse.distill.encoded import Example
 from stillhouse.distill.loop import Logits, Scorer
-from stillhouse.distill.prompts import Example
 from stillhouse.distill.run import Run
 from stillhouse.errors import STOPPED, Stopped
 from stillhouse.rundir import RunDir, Runs

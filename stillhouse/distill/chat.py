@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from datetime import date, datetime, time
 from typing import Any
 
+from stillhouse.distill.formats import Skip
 from stillhouse.errors import ConfigError, nearest
 from stillhouse.spec import DataSpec
 
@@ -26,10 +27,6 @@ OURS = ("messages", "tools", "documents", "add_generation_prompt", "strftime_now
 # Names under which templates take today's date from their caller, written as Llama 3 writes it.
 DATES = ("date_string", "date", "current_date")
 NO_PREFIX = "answer that the chat template does not write behind its own prompt"
-
-
-class Skip(Exception):
-    """A row that cannot be used; its text is the reason that it is counted under."""
 
 
 @dataclass(frozen=True)

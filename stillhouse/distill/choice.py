@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import torch
 
-from stillhouse.distill.prompts import Example
+from stillhouse.distill.encoded import Example, Joined
 from stillhouse.distill.rollouts import counted_generator, permutation
 from stillhouse.errors import ConfigError
 from stillhouse.methods import value_at
@@ -34,7 +34,7 @@ class Choice:
         Raises:
             ConfigError: a cold start that leaves no prompt for the steps after it.
         """
-        self.spec, self.examples = spec, [*train, *others]
+        self.spec, self.examples = spec, Joined(train, others)
         self._train, self._others = len(train), len(others)
         t, cold = spec.training, spec.rescue.cold_prompts
         self._batch = (

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from stillhouse.distill import models
 from stillhouse.distill.cache import remembered
+from stillhouse.distill.encoded import Example
 from stillhouse.distill.loaded import Loaded
 from stillhouse.distill.loop import positions_of
 from stillhouse.distill.objectives import Jsd, evaluate_
-from stillhouse.distill.prompts import Example
 from stillhouse.distill.rollouts import Completions
 from stillhouse.rundir import Json
 from stillhouse.spec import TrainSpec, to_plain
@@ -90,7 +90,7 @@ def ranking(spec: TrainSpec, loaded: Loaded) -> list[int]:
     plain, asked = to_plain(spec), loaded.prompts.train
     sections = {name: plain[name] for name in ("pair", "quant", "data", "rollout")}
     how = [spec.rescue.kept_by, spec.monitor.overlap_k, spec.loss.loss_temperature]
-    content = ["ranking", sections, how, spec.training.seed]
+    content = ["ranking", sections, how, spec.training.seed, loaded.prompts.key]
 
     def rank() -> Json:
         length = max(len(e.prompt_ids) for e in asked)

@@ -13,12 +13,12 @@ from accelerate import Accelerator
 from stillhouse import fits
 from stillhouse.at_hand import snapshot
 from stillhouse.distill import models
+from stillhouse.distill.chat import Chat
 from stillhouse.distill.loop import needed_shares
 from stillhouse.distill.pairs import PreparedPair
-from stillhouse.distill.prompts import PromptSet, load_others, load_prompts
+from stillhouse.distill.prompts import PromptSet, check_answers, load_others, load_prompts
 from stillhouse.distill.roles import Roles
-from stillhouse.errors import ConfigError, ContractError
-from stillhouse.methods import needs_dataset_completions
+from stillhouse.errors import ContractError
 from stillhouse.rundir import Json
 from stillhouse.sources import differences, sources_of
 from stillhouse.spec import TrainSpec
@@ -49,44 +49,32 @@ def load(spec: TrainSpec, poll: Callable[[], None]) -> Loaded:
         mixed_precision=spec.training.mixed_precision, cpu=not torch.cuda.is_available()
     )
     needed_shares(spec, accelerator.num_processes)
-    commits = spec.place.commits
-    prepared = models.prepare(spec.pair, spec.quant, Path(spec.place.cache_dir), commits)
-    sources = sources_of(spec, Path(spec.place.cache_dir))
+    commits, cache_dir = spec.place.commits, Path(spec.place.cache_dir)
+    prepared = models.prepare(spec.pair, spec.quant, cache_dir, commits)
+    sources = sources_of(spec, cache_dir)
     tokenizer = models.load_tokenizer(prepared.student, prepared.student_revision)
-    prompts = load_prompts(spec.data, prepared, tokenizer, spec.pair.teacher_few_shot, commits)
-    if needs_dataset_completions(spec.method):
-        bare = sum(not e.completion_ids for e in prompts.train)
-        if bare:
-            raise ConfigError(
-                f"data {spec.data.data_name}: {bare} rows have no completion, and lmbda < 1 trains"
-                " on them; use lmbda=1 or off_policy_source=teacher"
-            )
+    chat, few_shot = Chat(tokenizer, spec.data), spec.pair.teacher_few_shot
+    prompts = load_prompts(spec.data, prepared, chat, few_shot, cache_dir, commits)
+    check_answers(spec, f"data {spec.data.data_name}", prompts.train)
     if spec.rescue.other_prompts:
         file = prepared.data_dir / "other.jsonl"
         if spec.rescue.other_file is not None:
             file = Path(spec.rescue.other_file).expanduser()
-        prompts = replace(prompts, others=load_others(file, spec.data, tokenizer))
+        others = load_others(file, spec.data, chat, cache_dir)
+        check_answers(spec, f"other_file {file}", others)
+        prompts = replace(prompts, others=others)
     _check_ids(prepared, prompts, tokenizer)
     roles = Roles(spec, prepared, tokenizer, accelerator, poll)
-    if found := differences(sources, sources_of(spec, Path(spec.place.cache_dir))):
+    if found := differences(sources, sources_of(spec, cache_dir)):
         raise ContractError(f"{'; '.join(found)}: it changed while it was read; run again")
     return Loaded(accelerator, prepared, tokenizer, prompts, roles, sources)
 
 
 def _check_ids(prepared: PreparedPair, prompts: PromptSet, tokenizer: Any) -> None:
     """Refuse ids beyond an embedding before weights are loaded: some step would read them."""
-    largest = max(
-        (
-            id_
-            for examples in (prompts.train, prompts.held_out, prompts.others)
-            for e in examples
-            for ids in (e.prompt_ids, e.completion_ids, e.teacher_prompt_ids)
-            for id_ in ids
-        ),
-        default=-1,
-    )
     # What fills a batch up is read, too.
-    largest = max(largest, -1 if tokenizer.pad_token_id is None else tokenizer.pad_token_id)
+    pad = -1 if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    largest = max(prompts.largest_token_id, pad)
     for role, name, revision in (
         ("student", prepared.student, prepared.student_revision),
         ("teacher", prepared.teacher, prepared.teacher_revision),

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from stillhouse.distill.choice import Choice
 from stillhouse.distill.diagnostics import Summary
+from stillhouse.distill.encoded import Example
 from stillhouse.distill.losses import distill_loss
 from stillhouse.distill.models import head_weight, hidden_states
 from stillhouse.distill.objectives import (
@@ -30,7 +31,6 @@ from stillhouse.distill.objectives import (
     TokenStats,
     TopK,
 )
-from stillhouse.distill.prompts import Example
 from stillhouse.distill.quant import assert_gradients_exact
 from stillhouse.distill.rollouts import Completions, counted_generator, pad_left
 from stillhouse.distill.sequences import Batch, Sequences, Share, Writer

@@ -16,11 +16,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from stillhouse.distill.encoded import Example
 from stillhouse.distill.loop import Loop, positions_of
 from stillhouse.distill.losses import distill_loss
 from stillhouse.distill.models import head_weight
 from stillhouse.distill.objectives import Jsd
-from stillhouse.distill.prompts import Example
 from stillhouse.errors import ConfigError
 from stillhouse.spec import TrainSpec
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from itertools import product
+from itertools import chain, islice, product
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from stillhouse.distill.compared import BATCH, compared, row_means
+from stillhouse.distill.encoded import Example
 from stillhouse.distill.loaded import Loaded, load
 from stillhouse.distill.monitor import answer_in
-from stillhouse.distill.prompts import Example
 from stillhouse.distill.rollouts import Completions
 from stillhouse.distill.run import Run
 from stillhouse.errors import ConfigError
@@ -58,7 +58,7 @@ def preflight(
         ContractError: tokenizers that differ.
     """
     loaded = load(spec, stop.check)
-    asked = [*loaded.prompts.held_out, *loaded.prompts.train][:prompts]
+    asked = [*islice(chain(loaded.prompts.held_out, loaded.prompts.train), prompts)]
     if len(asked) < 2:
         raise ConfigError(
             f"data {spec.data.data_name} has {len(asked)} rows to ask; a preflight needs two"

@@ -1,18 +1,30 @@
 """This file is where rows of data become token ids, and rows that cannot be used are counted.
 
-Every source is brought to one form, a conversation and perhaps the assistant's last answer. Which
-rows are held out follows from the content of the files alone, so every run of a sweep holds out the
-same ones. No torch here: the tokenizer is given.
+Every row is brought to one form (`formats`), written by the chat template (`chat`) and read by the
+tokenizer, a thousand rows at a time. What comes out is kept (`encoded`): that is done once for the
+same bytes, tokenizer, template and limits.
+
+    <cache>/rows/<key>/    train.… held_out.…, and made.json: how many, largest_token_id, left out
+
+Which rows are held out follows from the content of the files alone, so every run of a sweep holds
+out the same ones. No torch here: the tokenizer is given.
 """
 
 from __future__ import annotations
 
+import hashlib
 import random
+import tempfile
+import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from itertools import islice
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from stillhouse.at_hand import (
     download_command,
@@ -21,35 +33,42 @@ from stillhouse.at_hand import (
     snapshot,
     split_files,
 )
-from stillhouse.distill.chat import Chat, Rendered, Skip
+from stillhouse.distill.cache import Say, made_once
+from stillhouse.distill.chat import Chat, Rendered
+from stillhouse.distill.encoded import Draft, Examples, packed, write_examples
+from stillhouse.distill.formats import UNDERSTOOD, Conversation, Skip, Turn, read
 from stillhouse.distill.pairs import NO_COMMITS, PreparedPair
-from stillhouse.distill.tables import Table, read_table
+from stillhouse.distill.tables import Table, open_table
 from stillhouse.errors import ConfigError, DataError
-from stillhouse.spec import DataSpec
+from stillhouse.methods import first_answered_step, step_plan
+from stillhouse.rundir import Json, file_digest
+from stillhouse.spec import DataSpec, TrainSpec, digest
 
-Row = dict[str, Any]
-Turn = dict[str, str]
+VERSION = 1  # raise it whenever the same rows would give other ids
+BATCH = 1000  # rows that are encoded together
+PROGRESS_S = 5.0  # between two lines that say how far it is
+# Whose other versions may write or read the same row differently.
+LIBRARIES = ("jinja2", "tokenizers", "transformers")
 
-
-@dataclass(frozen=True)
-class Example:
-    """One prompt, as ids, and what the dataset answers to it."""
-
-    prompt_ids: tuple[int, ...]
-    completion_ids: tuple[int, ...]  # ends in EOS unless max_length cut it; () if the row has none
-    teacher_prompt_ids: tuple[int, ...]  # the same prompt, after the exemplars if there are any
-    row: int  # of the source, counted from 0
-    answer: str | None  # what a right completion ends in, where the source says so
+Parts = dict[str, list[Draft]]  # what is kept, by name
 
 
 @dataclass(frozen=True)
 class PromptSet:
     """What a run trains on, what it watches its loss on, and what had to be left out."""
 
-    train: list[Example]
-    held_out: list[Example]
+    train: Examples
+    held_out: Examples
     skipped: dict[str, int]  # rows left out, by reason
-    others: list[Example] = field(default_factory=list[Example])  # prompts of another kind
+    seen: dict[str, str]  # the first of them, by reason: which row, and what it has
+    key: str  # of all that decided the ids
+    others: Examples | None = None  # prompts of another kind
+
+    @property
+    def largest_token_id(self) -> int:
+        """Of all that a step, a teacher or a monitor may read; -1 where there is nothing."""
+        parts = [self.train, self.held_out, *([self.others] if self.others else [])]
+        return max(part.largest_token_id() for part in parts)
 
     def summary(self) -> str:
         """One line for a log."""
@@ -57,28 +76,19 @@ class PromptSet:
         line += f", {len(self.others):,} of another kind" if self.others else ""
         if not self.skipped:
             return line
-        reasons = ", ".join(f"{count:,} {reason}" for reason, count in self.skipped.items())
+        reasons = _reasons(self.skipped, self.seen)
         return f"{line}, {sum(self.skipped.values()):,} left out: {reasons}"
-
-
-@dataclass(frozen=True)
-class _Draft:
-    """A row in the one form that all sources are brought to."""
-
-    turns: list[Turn]  # ends where the assistant has to speak
-    plain: str  # the same prompt for a tokenizer without a chat template
-    completion: str | None
-    answer: str | None
 
 
 def load_prompts(
     data: DataSpec,
     prepared: PreparedPair,
-    tokenizer: Any,
+    chat: Chat,
     few_shot: int,
+    cache_dir: Path,
     commits: Mapping[str, str] = NO_COMMITS,
 ) -> PromptSet:
-    """The rows of `data` as ids of `tokenizer`, in file order; the held-out ones apart.
+    """The rows of `data` as ids of the chat's tokenizer, in file order; the held-out ones apart.
 
     `commits`: what open revisions of the hub mean (`place.commits`).
     With few_shot > 0 the teacher reads the first `few_shot` training rows, solved, before each
@@ -86,84 +96,61 @@ def load_prompts(
     Raises DataError for a path that does not exist, a line that cannot be parsed, or when no row
     can be used; ConfigError where hub data is not on this machine.
     """
-    encode = _Encoder(data, tokenizer)
-    train, held_out, where = _tables(data, prepared, commits)
-    skipped: Counter[str] = Counter()
+    train, held_out, where = _tables(data, prepared, cache_dir, commits)
 
-    candidates = range(len(held_out)) if held_out is not train else _from_the_end(train)
-    watched = _take(held_out, candidates, data.held_out_rows, encode, skipped)
-    if len(watched) < data.held_out_rows:
-        raise DataError(
-            f"{where}: held_out_rows is {data.held_out_rows}, only {len(watched)} of"
-            f" {len(held_out)} rows can be used{_reasons(skipped)}"
-        )
-    # Some data sets repeat a prompt: what is held out must not be trained on as another row.
-    encode.refused = {example.prompt_ids for example in watched}
+    encoder = _Encoder(data, chat)
 
-    apart = {example.row for example in watched} if held_out is train else set[int]()
-    rest = (row for row in range(len(train)) if row not in apart)
-    wanted = len(train) if data.max_rows is None else data.max_rows
-    kept = _take(train, rest, wanted + few_shot, encode, skipped)
-    if few_shot and len(kept) > few_shot:
-        exemplars = [encode.exemplar(train[example.row], where) for example in kept[:few_shot]]
-        watched = encode.for_teacher(held_out, watched, exemplars, skipped)
-        kept = encode.for_teacher(train, kept[few_shot:], exemplars, skipped)
-    elif few_shot:
-        kept = []
-    if not kept:
-        raise DataError(
-            f"{where}: none of its {len(train)} rows is left to train on, after {len(watched)} held"
-            f" out and {few_shot} shown to the teacher{_reasons(skipped)}"
-        )
-    return PromptSet(kept, watched, dict(skipped))
+    def choose() -> Parts:
+        kept, watched = encoder.chosen(train, held_out, where, few_shot)
+        return {"train": kept, "held_out": watched}
+
+    content = [train.digest, held_out.digest, held_out is train, few_shot]
+    home, facts = encoder.once(content, cache_dir, choose)
+    rows = Examples(home, "train"), Examples(home, "held_out")
+    return PromptSet(*rows, facts["skipped"], facts["seen"], home.name)
 
 
-def load_others(file: Path, data: DataSpec, tokenizer: Any) -> list[Example]:
+def load_others(file: Path, data: DataSpec, chat: Chat, cache_dir: Path) -> Examples:
     """The usable rows of a file of prompts that are of another kind than the data's.
 
     Raises DataError for a file that is not there, cannot be parsed, or holds no row to be used.
     """
     if not file.is_file():
         raise DataError(f"other_file: {file}: no such file")
-    table, skipped = read_table([file]), Counter[str]()
-    encode = _Encoder(replace(data, data_source="local", prompt_template=None), tokenizer)
-    found = _take(table, range(len(table)), len(table), encode, skipped)
-    if not found:
-        raise DataError(f"other_file: {file}: no row can be used{_reasons(skipped)}")
-    return found
+    table = open_table([file], cache_dir)
+    own = replace(data, data_source="local", prompt_template=None, max_rows=None, held_out_rows=0)
+
+    encoder = _Encoder(own, chat)
+
+    def choose() -> Parts:
+        found = encoder.take(table, range(len(table)), len(table))
+        if not found:
+            raise DataError(f"other_file: {file}: no row can be used{encoder.left_out()}")
+        return {"others": found}
+
+    home, _ = encoder.once([table.digest], cache_dir, choose)
+    return Examples(home, "others")
 
 
-def _from_the_end(table: Table) -> Iterable[int]:
-    """Row numbers, backwards through a permutation that follows from the files' content alone."""
-    order = list(range(len(table)))
-    random.Random(table.digest).shuffle(order)
-    return reversed(order)
-
-
-def _take(
-    table: Table, rows: Iterable[int], count: int, encode: _Encoder, skipped: Counter[str]
-) -> list[Example]:
-    """The first `count` usable rows; the ones passed over are counted."""
-    found: list[Example] = []
-    for row in rows:
-        if len(found) == count:
-            break
-        try:
-            found.append(encode(table[row], row))
-        except Skip as reason:
-            skipped[str(reason)] += 1
-    return found
-
-
-def _reasons(skipped: Counter[str]) -> str:
-    return "".join(f", {count} {reason}" for reason, count in skipped.items())
+def check_answers(spec: TrainSpec, where: str, examples: Examples) -> None:
+    """Raises ConfigError where a step learns the data's own answers and some rows have none."""
+    step, bare = first_answered_step(spec), examples.unanswered()
+    if step is None or not bare:
+        return
+    lmbda = step_plan(spec, step).lmbda
+    raise ConfigError(
+        f"{where}: {len(bare):,} of {len(examples):,} rows have no answer (the first is row"
+        f" {bare[0]}), and method {spec.method.method_name} learns the data's answers: lmbda is"
+        f" {lmbda:g} at step {step}, off_policy_source dataset. Leave these rows out, or take a"
+        " method that needs prompts alone: lmbda=1, or off_policy_source=teacher"
+    )
 
 
 # ---------------------------------------------------------------- sources
 
 
 def _tables(
-    data: DataSpec, prepared: PreparedPair, commits: Mapping[str, str]
+    data: DataSpec, prepared: PreparedPair, cache_dir: Path, commits: Mapping[str, str]
 ) -> tuple[Table, Table, str]:
     """Training rows, held-out rows (the same table where they are drawn from it), and a name."""
     if data.data_source == "generated":
@@ -172,10 +159,11 @@ def _tables(
                 f"data {data.data_name}: data_split is {data.data_split}; of the generated problems"
                 " only train may be trained on"
             )
-        train = prepared.data_dir / "train.jsonl"
-        return read_table([train]), read_table([prepared.data_dir / "held_out.jsonl"]), str(train)
+        files = [prepared.data_dir / f"{name}.jsonl" for name in ("train", "held_out")]
+        train, held_out = (open_table([file], cache_dir) for file in files)
+        return train, held_out, str(files[0])
     root = rows_at_hand(data, commits)
-    table = read_table(split_files(root, data.data_split))
+    table = open_table(split_files(root, data.data_split), cache_dir)
     return table, table, data.data_path or str(root)
 
 
@@ -201,82 +189,11 @@ def rows_at_hand(data: DataSpec, commits: Mapping[str, str]) -> Path:
     return found
 
 
-def _question(row: Row, data: DataSpec) -> _Draft:
-    """GSM8K's form: a question, and an answer whose number follows ####."""
-    question, solution = _text(row, "question"), _text(row, "answer")
-    prompt = _asked(question, data)
-    number = solution.rpartition("####")[2].strip().replace(",", "") if "####" in solution else None
-    return _Draft([_user(prompt)], prompt + "\n", solution, number)
-
-
-def _conversation(row: Row, data: DataSpec) -> _Draft:
-    """Messages: the last assistant turn is the completion, all before it the prompt."""
-    messages = row["messages"]
-    if not isinstance(messages, list) or not all(_is_turn(m) for m in messages):
-        raise Skip("messages that are no turns")
-    turns: list[Turn] = [{"role": m["role"], "content": m["content"]} for m in messages]
-    if not turns or not all(turn["content"].strip() for turn in turns):
-        raise Skip("empty")
-    last = max((i for i, turn in enumerate(turns) if turn["role"] == "assistant"), default=None)
-    if last is None:
-        raise Skip("no assistant turn")
-    if last == 0:
-        raise Skip("no prompt")
-    turns[last - 1]["content"] = _asked(turns[last - 1]["content"], data)
-    plain = "\n".join(turn["content"] for turn in turns[:last]) + "\n"
-    return _Draft(turns[:last], plain, turns[last]["content"], _answer(row))
-
-
-def _prompt(row: Row, data: DataSpec) -> _Draft:
-    """A prompt, and a completion if there is one."""
-    if "messages" in row:
-        return _conversation(row, data)
-    if "prompt" not in row:
-        raise Skip("no prompt or messages field")
-    completion = None if row.get("completion") is None else _text(row, "completion")
-    prompt = _asked(_text(row, "prompt"), data)
-    return _Draft([_user(prompt)], prompt, completion, _answer(row))
-
-
-_READERS: dict[str, Callable[[Row, DataSpec], _Draft]] = {
-    "generated": _prompt,
-    "gsm8k": _question,
-    "tulu3": _prompt,
-    "local": _prompt,
-}
-
-
-def _asked(question: str, data: DataSpec) -> str:
-    """The question in the template that models are to be asked with."""
-    return (data.prompt_template or "{question}").replace("{question}", question)
-
-
-def _text(row: Row, field: str) -> str:
-    value = row.get(field)
-    if value is None:
-        raise Skip(f"no {field} field")
-    if not isinstance(value, str):
-        raise Skip(f"{field} that is no text")
-    if not value.strip():
-        raise Skip("empty")
-    return value
-
-
-def _answer(row: Row) -> str | None:
-    value = row.get("answer")
-    return str(value) if isinstance(value, str | int) else None
-
-
-def _is_turn(message: Any) -> bool:
-    return (
-        isinstance(message, dict)
-        and isinstance(message.get("role"), str)
-        and isinstance(message.get("content"), str)
-    )
-
-
-def _user(text: str) -> Turn:
-    return {"role": "user", "content": text}
+def _from_the_end(table: Table) -> Sequence[int]:
+    """Row numbers, backwards through a permutation that follows from the files' content alone."""
+    order = list(range(len(table)))
+    random.Random(table.digest).shuffle(order)
+    return order[::-1]
 
 
 # ---------------------------------------------------------------- ids
@@ -285,66 +202,223 @@ def _user(text: str) -> Turn:
 class _Encoder:
     """Rows to ids, with one tokenizer and one set of limits."""
 
-    def __init__(self, data: DataSpec, tokenizer: Any) -> None:
-        self._data, self._tokenizer = data, tokenizer
-        self._chat = Chat(tokenizer, data)
-        self._read = _READERS[data.data_source]
-        self.refused: set[tuple[int, ...]] = set()  # prompts that are held out
+    def __init__(self, data: DataSpec, chat: Chat) -> None:
+        self._data, self._chat = data, chat
+        self._skipped: Counter[str] = Counter()
+        self._seen: dict[str, str] = {}
+        self._refused: set[bytes] = set()  # prompts that are held out
 
-    def __call__(self, row: Row, number: int) -> Example:
-        draft = self._read(row, self._data)
-        prompt_ids, completion_ids = self._ids(draft, [])
-        room = self._data.max_length - len(prompt_ids)
+    def once(self, content: Any, cache_dir: Path, choose: Callable[[], Parts]) -> tuple[Path, Json]:
+        """Where the rows lie that `choose` gave, now or in an earlier process, and facts of them.
+
+        content: what they follow from beside tokenizer, template and limits.
+        """
+        limits = [self._data.data_source, self._data.prompt_template, self._data.max_length]
+        limits += [self._data.min_completion, self._data.max_rows, self._data.held_out_rows]
+        read_by = [_identity(self._chat.tokenizer), self._chat.fingerprint()]
+        home = cache_dir / "rows" / digest([VERSION, content, limits, *read_by])[:16]
+
+        def make(into: Path) -> Json:
+            parts = choose()
+            largest = [write_examples(into, name, drafts) for name, drafts in parts.items()]
+            return {
+                "rows": {name: len(drafts) for name, drafts in parts.items()},
+                "largest_token_id": max(largest),
+                "skipped": dict(self._skipped),
+                "seen": self._seen,
+            }
+
+        return home, made_once(home, self._say, make)
+
+    def _say(self, line: str) -> None:
+        print(f"data {self._data.data_name}: {line}", flush=True)
+
+    # ------------------------------------------------------------ which rows
+
+    def chosen(
+        self, train: Table, held_out: Table, where: str, few_shot: int
+    ) -> tuple[list[Draft], list[Draft]]:
+        """Rows to train on, and held-out ones."""
+        data = self._data
+        candidates = range(len(held_out)) if held_out is not train else _from_the_end(train)
+        watched = self.take(held_out, candidates, data.held_out_rows)
+        if len(watched) < data.held_out_rows:
+            raise DataError(
+                f"{where}: held_out_rows is {data.held_out_rows}, only {len(watched)} of"
+                f" {len(held_out)} rows can be used{self.left_out()}"
+            )
+        # Some data sets repeat a prompt: what is held out must not be trained on as another row.
+        self._refused = {draft.prompt.tobytes() for draft in watched}
+        apart = {draft.row for draft in watched} if held_out is train else set[int]()
+        rest = [row for row in range(len(train)) if row not in apart]
+        wanted = len(train) if data.max_rows is None else data.max_rows
+        kept = self.take(train, rest, wanted + few_shot)
+        if few_shot and len(kept) > few_shot:
+            exemplars = self._exemplars(train, kept[:few_shot], where)
+            watched = self._for_teacher(held_out, watched, exemplars)
+            kept = self._for_teacher(train, kept[few_shot:], exemplars)
+        elif few_shot:
+            kept = []
+        if not kept:
+            raise DataError(
+                f"{where}: none of its {len(train)} rows is left to train on, after {len(watched)}"
+                f" held out and {few_shot} shown to the teacher{self.left_out()}"
+            )
+        return kept, watched
+
+    def take(self, table: Table, rows: Sequence[int], count: int) -> list[Draft]:
+        """The first `count` usable rows; the ones passed over are counted."""
+        found: list[Draft] = []
+        coming, progress = iter(rows), _Progress(self._say, min(count, len(rows)))
+        # Never more than are wanted: a row behind the last one is not looked at.
+        while batch := list(islice(coming, min(BATCH, count - len(found)))):
+            found += self._drafts(table, batch)
+            progress.at(len(found))
+        return found
+
+    def left_out(self) -> str:
+        """What was left out and what is understood, for the end of an error."""
+        reasons = _reasons(self._skipped, self._seen)
+        return f", {reasons}; understood are {UNDERSTOOD}" if reasons else ""
+
+    def _leave_out(self, row: int, skip: Skip) -> None:
+        self._skipped[skip.reason] += 1
+        self._seen.setdefault(skip.reason, f"row {row}" + (f": {skip.seen}" if skip.seen else ""))
+
+    # ------------------------------------------------------------ rows to ids
+
+    def _drafts(self, table: Table, numbers: Sequence[int]) -> list[Draft]:
+        """Those of these rows that can be used."""
+        known: list[tuple[int, str | None]] = []
+        texts: list[Rendered] = []
+        for number, row in zip(numbers, table.at(numbers), strict=True):
+            try:
+                conversation = read(row, self._data)
+                texts.append(self._text(conversation, conversation.completion))
+            except Skip as skip:
+                self._leave_out(number, skip)
+            else:
+                known.append((number, conversation.answer))
+        found: list[Draft] = []
+        for (number, answer), ids in zip(known, self._chat.encode(texts), strict=True):
+            prompt, completion = map(packed, ids)
+            room = self._data.max_length - len(prompt)
+            if (reason := self._unfit(prompt, room)) is not None:
+                self._leave_out(number, Skip(reason, f"its prompt has {len(prompt)} tokens"))
+            else:
+                found.append(Draft(prompt, completion[:room], number, answer))
+        return found
+
+    def _unfit(self, prompt: np.ndarray, room: int) -> str | None:
         if room <= 0:
-            raise Skip("prompt too long")
+            return "prompt too long"
         if room < self._data.min_completion:
-            raise Skip("no room for a completion")
-        if prompt_ids in self.refused:
-            raise Skip("same prompt as a held-out row")
-        return Example(prompt_ids, completion_ids[:room], prompt_ids, number, draft.answer)
+            return "no room for a completion"
+        return "same prompt as a held-out row" if prompt.tobytes() in self._refused else None
 
-    def exemplar(self, row: Row, where: str) -> _Draft:
-        """A solved row for the teacher to read first."""
-        draft = self._read(row, self._data)
-        if draft.completion is None:
+    def _exemplars(self, table: Table, drafts: Sequence[Draft], where: str) -> list[Conversation]:
+        """Solved rows for the teacher to read first."""
+        found = [read(row, self._data) for row in table.at([draft.row for draft in drafts])]
+        if any(exemplar.completion is None for exemplar in found):
             raise DataError(
                 f"{where}: teacher_few_shot needs rows with a completion, its first rows have none"
             )
-        return draft
+        return found
 
-    def for_teacher(
-        self,
-        table: Table,
-        examples: list[Example],
-        exemplars: list[_Draft],
-        skipped: Counter[str],
-    ) -> list[Example]:
-        """The examples with the exemplars before the teacher's prompt; too long ones counted."""
-        kept: list[Example] = []
-        for example in examples:
-            draft = self._read(table[example.row], self._data)
-            ids, _ = self._ids(replace(draft, completion=None), exemplars)
-            room = max(len(example.completion_ids), self._data.min_completion)
-            # A tokenizer that knows no limit says 10^30.
-            if len(ids) + room > self._tokenizer.model_max_length:
-                skipped["few-shot prompt too long for the teacher"] += 1
-            else:
-                kept.append(replace(example, teacher_prompt_ids=ids))
+    def _for_teacher(
+        self, table: Table, drafts: list[Draft], exemplars: list[Conversation]
+    ) -> list[Draft]:
+        """The drafts with the exemplars before the teacher's prompt; too long ones counted."""
+        kept: list[Draft] = []
+        progress = _Progress(self._say, len(drafts))
+        for first in range(0, len(drafts), BATCH):
+            batch = drafts[first : first + BATCH]
+            texts: list[Rendered] = []
+            written: list[Draft] = []
+            for draft, row in zip(batch, table.at([d.row for d in batch]), strict=True):
+                try:
+                    texts.append(self._text(read(row, self._data), None, exemplars))
+                except Skip as skip:
+                    self._leave_out(draft.row, skip)
+                else:
+                    written.append(draft)
+            for draft, (ids, _) in zip(written, self._chat.encode(texts), strict=True):
+                room = max(len(draft.completion), self._data.min_completion)
+                # A tokenizer that knows no limit says 10^30.
+                if len(ids) + room > self._chat.tokenizer.model_max_length:
+                    reason = "few-shot prompt too long for the teacher"
+                    self._leave_out(draft.row, Skip(reason, f"it has {len(ids)} tokens"))
+                else:
+                    kept.append(replace(draft, teacher=packed(ids)))
+            progress.at(first + len(batch))
         return kept
 
-    def _ids(self, draft: _Draft, exemplars: list[_Draft]) -> tuple[tuple[int, ...], ...]:
-        (encoded,) = self._chat.encode([self._text(draft, exemplars)])
-        return tuple(map(tuple, encoded))
-
-    def _text(self, draft: _Draft, exemplars: list[_Draft]) -> Rendered:
+    def _text(
+        self,
+        conversation: Conversation,
+        completion: Turn | None,
+        exemplars: Sequence[Conversation] = (),
+    ) -> Rendered:
+        """Raises Skip: turns that cannot be written with this tokenizer."""
         if not self._chat.has_template:
-            solved = "".join(f"{e.plain}{e.completion}\n\n" for e in exemplars)
-            return self._chat.plain(solved + draft.plain, draft.completion)
+            return self._plain(conversation, completion, exemplars)
         # A system turn must come first, and there can be one: the row's own.
-        system = [turn for turn in draft.turns[:1] if turn["role"] == "system"]
+        system = [turn for turn in conversation.turns[:1] if turn["role"] == "system"]
         turns = [*system]
         for exemplar in exemplars:
             turns += [turn for turn in exemplar.turns if turn["role"] != "system"]
-            turns.append({"role": "assistant", "content": exemplar.completion or ""})
-        turns += draft.turns[len(system) :]
-        return self._chat.render(turns, draft.completion)
+            turns += [exemplar.completion] if exemplar.completion else []
+        turns += conversation.turns[len(system) :]
+        return self._chat.render(turns, completion, conversation.tools)
+
+    def _plain(
+        self,
+        conversation: Conversation,
+        completion: Turn | None,
+        exemplars: Sequence[Conversation],
+    ) -> Rendered:
+        every = [*conversation.turns, completion or {}]
+        if conversation.tools or any("tool_calls" in turn for turn in every):
+            raise Skip("tools, and the tokenizer has no chat template to write them")
+        solved = "".join(f"{e.plain}{(e.completion or {})['content']}\n\n" for e in exemplars)
+        answer = None if completion is None else completion["content"]
+        return self._chat.plain(solved + conversation.plain, answer)
+
+
+class _Progress:
+    """A line every few seconds: rows done, how many a second, how long it takes."""
+
+    def __init__(self, say: Say, total: int) -> None:
+        self._say, self._total = say, total
+        self._start = self._told = time.monotonic()
+
+    def at(self, done: int) -> None:
+        now = time.monotonic()
+        if done and now - self._told >= PROGRESS_S:
+            rate = done / (now - self._start)
+            left = (self._total - done) / rate
+            done_of = f"{done:,} of {self._total:,} rows encoded"
+            self._say(f"{done_of}, {rate:,.0f} a second, {left:,.0f} s left")
+            self._told = now
+
+
+def _reasons(skipped: dict[str, int], seen: dict[str, str]) -> str:
+    return ", ".join(f"{count:,} {reason} ({seen[reason]})" for reason, count in skipped.items())
+
+
+def _identity(tokenizer: Any) -> Json:
+    """What decides the ids that a tokenizer gives a text, by content."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        model = hashlib.sha256(backend.to_str().encode()).hexdigest()
+    else:  # written in Python: what it would save is all that it is
+        with tempfile.TemporaryDirectory() as folder:
+            tokenizer.save_pretrained(folder)
+            model = digest({f.name: file_digest(f) for f in Path(folder).iterdir()})
+    return {
+        "class": type(tokenizer).__name__,
+        "model": model,
+        "special": {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
+        "most": tokenizer.model_max_length,
+        "versions": [version(library) for library in LIBRARIES],
+    }

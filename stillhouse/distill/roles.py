@@ -16,9 +16,9 @@ from accelerate import Accelerator
 from torch import nn
 
 from stillhouse.distill import models
+from stillhouse.distill.encoded import Example
 from stillhouse.distill.loop import Logits, Scorer, positions_of
 from stillhouse.distill.pairs import PreparedPair
-from stillhouse.distill.prompts import Example
 from stillhouse.distill.rollouts import Completions, how, uniforms, write
 from stillhouse.distill.sequences import Writer
 from stillhouse.spec import TrainSpec

@@ -48,7 +48,7 @@ class Run:
         if spec.rescue.kept_prompts != 1:
             self.say(f"ranking the prompts by {spec.rescue.kept_by}, once")
             ranked = ranking(spec, loaded)
-        choice = Choice(spec, self.prompts.train, self.prompts.others, ranked)
+        choice = Choice(spec, self.prompts.train, self.prompts.others or (), ranked)
         self.loop = Loop(
             spec, self.accelerator, self.student, choice, self.roles.writers(),
             self.roles.teacher_scorer(), self.roles.start_scorer(), self.roles.pad_id,

@@ -21,7 +21,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from stillhouse.distill.choice import Choice
-from stillhouse.distill.prompts import Example
+from stillhouse.distill.encoded import Example
 from stillhouse.distill.replay import Entry, Replay
 from stillhouse.distill.rollouts import Completions, uniforms
 from stillhouse.methods import StepPlan
