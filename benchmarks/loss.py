@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from stillhouse.distill.diagnostics import Summary
+from stillhouse.distill.head import Head
 from stillhouse.distill.losses import CHUNK, distill_loss
 from stillhouse.distill.objectives import CrossEntropy, Jsd, Objective, PolicyGradient, TopK
 
@@ -81,7 +82,7 @@ def ours(
 ) -> Tensor:
     total, _ = distill_loss(
         x.hidden_NH,
-        x.head_VH,
+        Head(x.head_VH),
         lambda rows: x.teacher_hidden_NH[rows] @ x.teacher_head_VH.T,
         x.targets_N,
         objective=objective,

@@ -35,6 +35,7 @@ from trl.experimental.gkd import (  # pyright: ignore[reportMissingImports]
 )
 
 from stillhouse.compose import compose, from_command_line
+from stillhouse.distill.head import Head
 from stillhouse.distill.losses import distill_loss
 from stillhouse.distill.objectives import Jsd
 from stillhouse.distill.run import Run
@@ -100,7 +101,7 @@ def our_loss(x: Logits, beta: float, temperature: float) -> tuple[Tensor, Tensor
     teacher_NV = x.teacher_BTV[is_trained_BT]
     total, stats = distill_loss(
         x.student_BTV[is_trained_BT],
-        torch.eye(VOCABULARY, dtype=x.student_BTV.dtype),
+        Head(torch.eye(VOCABULARY, dtype=x.student_BTV.dtype)),
         lambda rows: teacher_NV[rows],
         x.labels_BT[is_trained_BT],
         objective=Jsd(beta),

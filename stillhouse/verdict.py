@@ -36,8 +36,8 @@ class Measured:
     n: int  # prompts
 
     def as_json(self) -> Json:
-        """The fields; what is not defined is null, for NaN is no JSON."""
-        return {k: None if v != v else v for k, v in asdict(self).items()}
+        """The fields; what is not defined or infinite is null, for neither is JSON."""
+        return {k: v if math.isfinite(v) else None for k, v in asdict(self).items()}
 
     @classmethod
     def of(cls, plain: Mapping[str, Any]) -> Measured:

@@ -8,6 +8,7 @@ checked at plan time, on a laptop.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from statistics import fmean
@@ -147,8 +148,10 @@ class Watch:
         """The rules that a step's metrics fulfil for the first time."""
         step = int(metrics["step"])
         for metric, values in self.seen.items():
-            if metric in metrics:
-                values[step] = metrics[metric]
+            value = metrics.get(metric)
+            # The file of a run that goes on says null where the run that wrote it had infinity.
+            if value is not None and math.isfinite(value):
+                values[step] = value
         found: list[Finding] = []
         for name, rule in self.rules.items():
             said = self._said(name, rule, step)

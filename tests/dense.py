@@ -7,6 +7,7 @@ from math import log
 import torch
 from torch import Tensor
 
+from stillhouse.distill.head import Head
 from stillhouse.distill.losses import distill_loss
 from stillhouse.distill.objectives import (
     CrossEntropy,
@@ -107,7 +108,7 @@ def on_logits(
         targets_N = torch.zeros(len(hidden), dtype=torch.long)
     loss, stats = distill_loss(
         hidden,
-        torch.eye(hidden.shape[1], dtype=hidden.dtype),
+        Head(torch.eye(hidden.shape[1], dtype=hidden.dtype)),
         lambda rows: teacher_NV[rows],
         targets_N,
         objective=objective,

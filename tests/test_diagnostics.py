@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from stillhouse.distill.diagnostics import Bins, Overlap, Summary
+from stillhouse.distill.head import Head
 from stillhouse.distill.loop import Loop
 from stillhouse.distill.losses import distill_loss
 from stillhouse.distill.objectives import Jsd, evaluate_
@@ -131,11 +132,11 @@ def test_among_thousands_of_tokens_the_right_sixteen_are_compared() -> None:
 def summarised(summary: Summary, chunk: int, places: list[int]) -> dict[str, float]:
     hidden, head, teacher, targets = some(len(places), 6, 30)
     loss, _ = distill_loss(
-        hidden.requires_grad_(), head, lambda rows: teacher[rows], targets, objective=Jsd(0.5),
-        chunk=chunk, summary=summary, places_N=torch.tensor(places),
+        hidden.requires_grad_(), Head(head), lambda rows: teacher[rows], targets,
+        objective=Jsd(0.5), chunk=chunk, summary=summary, places_N=torch.tensor(places),
     )  # fmt: skip
     plain, _ = distill_loss(
-        hidden, head, lambda rows: teacher[rows], targets, objective=Jsd(0.5), chunk=chunk
+        hidden, Head(head), lambda rows: teacher[rows], targets, objective=Jsd(0.5), chunk=chunk
     )
     assert torch.equal(loss, plain)  # to look is not to change
     return summary.metrics(summary.numbers())
@@ -187,7 +188,7 @@ def test_more_tokens_than_the_shared_vocabulary_has_are_refused() -> None:
     hidden, head, teacher, targets = some(3, 4, 12)
     with pytest.raises(ContractError, match="the top 11 tokens of 10 .* lower overlap_k"):
         distill_loss(
-            hidden, head, lambda rows: teacher[rows, :10], targets.clamp(max=9),
+            hidden, Head(head), lambda rows: teacher[rows, :10], targets.clamp(max=9),
             objective=Jsd(0.5), summary=Summary(11, ANYWHERE), places_N=targets,
         )  # fmt: skip
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from stillhouse.distill.decode import decode
 from stillhouse.distill.diagnostics import Summary
+from stillhouse.distill.head import Head
 from stillhouse.distill.losses import distill_loss
 from stillhouse.distill.models import load_base, new_student
 from stillhouse.distill.objectives import CrossEntropy, Jsd, Objective, TopK
@@ -73,7 +74,7 @@ def test_a_loss_its_gradient_and_the_overlap_are_those_of_a_cpu(objective: Objec
         teacher_NV = (taught @ teacher_head.T).to(device)
         summary = Summary(16, [(0, 50), (50, None)])
         loss, _ = distill_loss(
-            hidden_NH, head.to(device), lambda rows: teacher_NV[rows], targets.to(device),
+            hidden_NH, Head(head.to(device)), lambda rows: teacher_NV[rows], targets.to(device),
             objective=objective, summary=summary, places_N=torch.arange(N, device=device) % 100,
         )  # fmt: skip
         loss.backward()

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from stillhouse.distill import objectives
+from stillhouse.distill.head import Head
 from stillhouse.distill.losses import distill_loss
 from stillhouse.distill.objectives import (
     CrossEntropy,
@@ -105,7 +106,7 @@ def test_gradient_agrees_with_finite_differences(beta: float) -> None:
 
     def loss(hidden: Tensor) -> Tensor:
         return distill_loss(
-            hidden, head, lambda rows: teacher[rows], targets,
+            hidden, Head(head), lambda rows: teacher[rows], targets,
             objective=Jsd(beta), temperature=1.7, chunk=2, weights_N=weights,
         )[0]  # fmt: skip
 
@@ -131,7 +132,7 @@ def test_float32_equals_a_dense_float64_computation(
     hidden = (scale * hidden).requires_grad_()
     weights = torch.linspace(0.5, 1.5, N)
     loss, stats = distill_loss(
-        hidden, head, lambda rows: teacher[rows], targets,
+        hidden, Head(head), lambda rows: teacher[rows], targets,
         objective=Jsd(beta), temperature=temperature, chunk=chunk, weights_N=weights,
     )  # fmt: skip
     (gradient,) = torch.autograd.grad(loss, hidden)
@@ -174,7 +175,7 @@ def test_a_teacher_that_is_the_student_gives_exactly_zero(beta: float, dtype: to
     hidden = (5 * hidden).requires_grad_()
     teacher = (hidden @ head.T).detach()
     loss, stats = distill_loss(
-        hidden, head, lambda rows: teacher[rows], targets, objective=Jsd(beta)
+        hidden, Head(head), lambda rows: teacher[rows], targets, objective=Jsd(beta)
     )
     (gradient,) = torch.autograd.grad(loss, hidden)
     assert loss.item() == 0
@@ -189,7 +190,7 @@ def test_the_chunk_and_the_block_do_not_change_the_numbers(monkeypatch: pytest.M
 
     def everything(chunk: int) -> list[Tensor]:
         loss, stats = distill_loss(
-            hidden, head, lambda rows: teacher[rows], targets, objective=Jsd(0.3), chunk=chunk
+            hidden, Head(head), lambda rows: teacher[rows], targets, objective=Jsd(0.3), chunk=chunk
         )
         return [loss.detach(), *torch.autograd.grad(loss, hidden), *stats]
 
@@ -211,7 +212,7 @@ def test_the_teacher_is_asked_once_per_chunk_in_order_without_gradient() -> None
 
     loss, _ = distill_loss(
         hidden.requires_grad_(),
-        head,
+        Head(head),
         teacher_logits,
         targets,
         objective=Jsd(0.5),
@@ -243,7 +244,7 @@ def test_padding_rows_of_either_vocabulary_are_cut_not_filled(beta: float) -> No
         h = hidden.clone().requires_grad_()
         loss, stats = distill_loss(
             h,
-            head[:student_V],
+            Head(head[:student_V]),
             lambda rows: teacher[rows, :teacher_V],
             targets,
             objective=Jsd(beta),
@@ -262,7 +263,9 @@ def test_a_target_outside_the_shared_vocabulary_is_refused(target: int) -> None:
     hidden, head, teacher, targets = some(3, 4, 12)
     targets = torch.tensor([0, 9, target])
     with pytest.raises(ContractError, match=f"{target}.*share 0 to 9"):
-        distill_loss(hidden, head, lambda rows: teacher[rows, :10], targets, objective=Jsd(0.5))
+        distill_loss(
+            hidden, Head(head), lambda rows: teacher[rows, :10], targets, objective=Jsd(0.5)
+        )
 
 
 @pytest.mark.parametrize("beta", BETAS)
@@ -289,7 +292,7 @@ def test_weights_scale_positions_and_leave_the_statistics_alone() -> None:
     def of(weights_N: Tensor | None) -> tuple[Tensor, TokenStats, Tensor]:
         loss, stats = distill_loss(
             hidden,
-            head,
+            Head(head),
             lambda rows: teacher[rows],
             targets,
             objective=Jsd(0.5),
@@ -312,7 +315,7 @@ def test_no_positions_give_zero_with_a_gradient_path() -> None:
         raise AssertionError("the teacher has nothing to say")
 
     loss, stats = distill_loss(
-        hidden, torch.ones(5, 4), nobody, torch.empty(0, dtype=torch.long), objective=Jsd(0.5)
+        hidden, Head(torch.ones(5, 4)), nobody, torch.empty(0, dtype=torch.long), objective=Jsd(0.5)
     )
     loss.backward()
     assert loss.item() == 0
@@ -366,8 +369,8 @@ def test_no_tensor_has_all_positions_and_the_vocabulary(
     teacher_hidden = teacher_hidden[:, :H]
     with Largest() as seen:
         loss, _ = distill_loss(
-            hidden.requires_grad_(), head, lambda rows: teacher_hidden[rows] @ head.T, targets,
-            objective=objective, chunk=chunk,
+            hidden.requires_grad_(), Head(head), lambda rows: teacher_hidden[rows] @ head.T,
+            targets, objective=objective, chunk=chunk,
         )  # fmt: skip
         loss.backward()
     assert seen.numel <= 5 * chunk * V  # the scratch of a chunk; [N, V] would be 8 * chunk * V
@@ -379,7 +382,7 @@ def test_no_gradient_is_formed_where_none_is_wanted() -> None:
     def products(hidden: Tensor) -> tuple[int, Tensor]:
         with Largest() as seen:
             loss, _ = distill_loss(
-                hidden, head, lambda rows: teacher[rows], targets, objective=Jsd(0.5), chunk=3
+                hidden, Head(head), lambda rows: teacher[rows], targets, objective=Jsd(0.5), chunk=3
             )
         return seen.products, loss
 
@@ -396,7 +399,7 @@ def test_bfloat16_rounds_where_the_model_itself_would(objective: Objective) -> N
     hidden, head, teacher, targets = some(64, 16, 50, torch.bfloat16)
     hidden.requires_grad_()
     loss, _ = distill_loss(
-        hidden, head, lambda rows: teacher[rows], targets, objective=objective, chunk=30
+        hidden, Head(head), lambda rows: teacher[rows], targets, objective=objective, chunk=30
     )
     dense = dense_values(objective, (hidden @ head.T).float(), teacher, targets).sum()
     (got,) = torch.autograd.grad(loss, hidden)
@@ -411,7 +414,9 @@ def test_autocast_does_not_lower_the_precision() -> None:
 
     def of() -> list[Tensor]:
         h = hidden.clone().requires_grad_()
-        loss, stats = distill_loss(h, head, lambda rows: teacher[rows], targets, objective=Jsd(0.3))
+        loss, stats = distill_loss(
+            h, Head(head), lambda rows: teacher[rows], targets, objective=Jsd(0.3)
+        )
         loss.backward()
         assert h.grad is not None
         return [loss.detach(), h.grad, *stats]
@@ -427,15 +432,20 @@ def test_autocast_does_not_lower_the_precision() -> None:
     [
         ({"temperature": 0.0}, ValueError),
         ({"chunk": 0}, ValueError),
-        ({"head_VH": torch.ones(5, 4)}, TypeError),
-        ({"head_VH": torch.ones(5, 4, dtype=F64, requires_grad=True)}, ValueError),
-        ({"head_VH": torch.ones(5, 3, dtype=F64)}, TypeCheckError),
+        ({"head": Head(torch.ones(5, 4))}, TypeError),
+        ({"head": Head(torch.ones(5, 4, dtype=F64, requires_grad=True))}, ValueError),
+        ({"head": torch.ones(5, 4, dtype=F64)}, TypeCheckError),
         ({"targets_N": torch.zeros(2, dtype=torch.long)}, TypeCheckError),
         ({"weights_N": torch.ones(3, 1)}, TypeCheckError),
     ],
 )
 def test_arguments_that_mean_nothing_are_refused(change: dict, error: type[Exception]) -> None:
     hidden, head, teacher, targets = some(3, 4, 5)
-    arguments = {"hidden_NH": hidden, "head_VH": head, "targets_N": targets, "objective": Jsd(0.5)}
+    arguments = {
+        "hidden_NH": hidden,
+        "head": Head(head),
+        "targets_N": targets,
+        "objective": Jsd(0.5),
+    }
     with pytest.raises(error):
         distill_loss(teacher_logits=lambda rows: teacher[rows], **(arguments | change))

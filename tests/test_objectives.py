@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from stillhouse.distill import objectives
+from stillhouse.distill.head import Head
 from stillhouse.distill.losses import distill_loss
 from stillhouse.distill.objectives import CrossEntropy, Jsd, Objective, PolicyGradient, TopK
 from stillhouse.errors import ContractError
@@ -194,7 +195,7 @@ def test_top_k_of_a_teacher_that_is_the_student_is_exactly_zero(
     teacher = (hidden @ head.T).detach()
     objective = TopK(16, support, beta)  # type: ignore[arg-type]
     loss, stats = distill_loss(
-        hidden, head, lambda rows: teacher[rows], targets, objective=objective
+        hidden, Head(head), lambda rows: teacher[rows], targets, objective=objective
     )
     (gradient,) = torch.autograd.grad(loss, hidden)
     assert loss.item() == 0 and not stats.loss.any()
@@ -282,7 +283,9 @@ def test_more_tokens_than_the_two_share_are_refused() -> None:
 
     def of(k: int) -> None:
         objective = TopK(k, "student", 0.5)
-        distill_loss(hidden, head, lambda rows: teacher[rows, :10], targets, objective=objective)
+        distill_loss(
+            hidden, Head(head), lambda rows: teacher[rows, :10], targets, objective=objective
+        )
 
     of(10)
     with pytest.raises(ContractError, match="top 11 .* 10"):
@@ -314,7 +317,7 @@ def test_float32_equals_dense_autograd_in_float64(
     hidden = (scale * hidden).requires_grad_()
     weights = torch.linspace(-0.5, 1.5, N)
     loss, stats = distill_loss(
-        hidden, head, lambda rows: teacher[rows], targets,
+        hidden, Head(head), lambda rows: teacher[rows], targets,
         objective=objective, temperature=temperature, chunk=chunk, weights_N=weights,
     )  # fmt: skip
     (gradient,) = torch.autograd.grad(loss, hidden)
@@ -339,8 +342,9 @@ def test_gradient_agrees_with_finite_differences(name: str) -> None:
 
     def loss(hidden: Tensor) -> Tensor:
         return distill_loss(
-            hidden, head, lambda rows: teacher[rows], targets, objective=objective_of(name, 3),
-            temperature=a_temperature(name), chunk=2, weights_N=weights,
+            hidden, Head(head), lambda rows: teacher[rows], targets,
+            objective=objective_of(name, 3), temperature=a_temperature(name), chunk=2,
+            weights_N=weights,
         )[0]  # fmt: skip
 
     assert torch.autograd.gradcheck(loss, (hidden.requires_grad_(),))
@@ -355,7 +359,7 @@ def test_the_chunk_and_the_block_do_not_change_the_numbers(
 
     def everything(chunk: int) -> list[Tensor]:
         loss, stats = distill_loss(
-            hidden, head, lambda rows: teacher[rows], targets,
+            hidden, Head(head), lambda rows: teacher[rows], targets,
             objective=objective_of(name, 13), temperature=a_temperature(name), chunk=chunk,
         )  # fmt: skip
         return [loss.detach(), *torch.autograd.grad(loss, hidden), *stats]
@@ -441,4 +445,6 @@ def test_an_objective_that_does_not_fit_is_refused_before_the_teacher_is_asked(
 ) -> None:
     hidden, head, _, targets = some(3, 4, 5)
     with pytest.raises(ValueError, match=words):
-        distill_loss(hidden, head, _anything, targets, objective=objective, temperature=temperature)
+        distill_loss(
+            hidden, Head(head), _anything, targets, objective=objective, temperature=temperature
+        )

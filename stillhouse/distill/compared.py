@@ -12,9 +12,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from stillhouse.distill import models
 from stillhouse.distill.cache import remembered
 from stillhouse.distill.encoded import Example
+from stillhouse.distill.head import head_of
 from stillhouse.distill.loaded import Loaded
 from stillhouse.distill.loop import positions_of
 from stillhouse.distill.objectives import Jsd, evaluate_
@@ -39,7 +39,7 @@ def compared(
     The numbers are those of `TokenStats` and `Overlap`, and log q - log p of the written token.
     """
     roles, device = loaded.roles, loaded.accelerator.device
-    score, head_VH = roles.teacher_scorer(), models.head_weight(roles.student)
+    score, head = roles.teacher_scorer(), head_of(roles.student)
     temperature, size = spec.loss.loss_temperature, spec.loss.loss_chunk
     found: list[dict[str, Tensor]] = []
     rows: list[int] = []
@@ -57,7 +57,7 @@ def compared(
         rows += [first + row for row, c in enumerate(ids) for _ in c]
         for start in range(0, len(target_N), size):
             chunk = slice(start, start + size)
-            student_nV = (hidden_NH[chunk].to(head_VH.dtype) @ head_VH.T).float()
+            student_nV = head.logits(hidden_NH[chunk].to(head.weight_VH.dtype)).float()
             teacher_nV = logits(chunk)
             V = min(student_nV.shape[1], teacher_nV.shape[1])
             student_nV, teacher_nV, target_n = student_nV[:, :V], teacher_nV[:, :V], target_N[chunk]

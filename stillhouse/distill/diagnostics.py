@@ -87,13 +87,16 @@ class Summary:
     def add(self, found: Overlap, places_N: Int[Tensor, " N"]) -> None:
         """Count these positions; `places_N` is how many tokens of the answer stand before each."""
         values_fN = torch.stack(found).double()
-        counts_fN = ~values_fN.isnan()
+        counts_fN, infinite_fN = ~values_fN.isnan(), values_fN.isinf()
         inside = [torch.ones_like(places_N, dtype=torch.bool)]
         for first, end in self.bins:
             inside.append((places_N >= first) & (places_N < (end or torch.inf)))
         inside_Nb = torch.stack(inside, 1).double()
         self.sums = self.sums.to(values_fN.device)
-        self.sums[:, :, 0] += values_fN.masked_fill(~counts_fN, 0) @ inside_Nb
+        self.sums[:, :, 0] += values_fN.masked_fill(~counts_fN | infinite_fN, 0) @ inside_Nb
+        # Where it stands, and nowhere else: in a product, 0 times infinity would be NaN.
+        signs_fb = (values_fN.sign() * infinite_fN) @ inside_Nb
+        self.sums[:, :, 0] += (signs_fb * torch.inf).masked_fill_(signs_fb == 0, 0)
         self.sums[:, :, 1] += counts_fN.double() @ inside_Nb
 
     def numbers(self) -> list[float]:
@@ -123,8 +126,12 @@ def label(first: int, end: int | None) -> str:
 
 
 def _reward(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """p (log q - log p): how a step of reverse KL would move a token, and how much it counts."""
-    return log_p.exp() * (log_q - log_p)
+    """p (log q - log p): how a step of reverse KL would move a token, and how much it counts.
+
+    Minus infinity for what q never gives, whose log is a large negative number (`objectives`).
+    """
+    log_ratio = log_q - log_p
+    return (log_p.exp() * log_ratio).masked_fill_(log_ratio < -1e20, -torch.inf)
 
 
 def _mean(values_nk: Tensor, counts_nk: Tensor) -> Tensor:

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from stillhouse.distill.choice import Choice
 from stillhouse.distill.diagnostics import Summary
 from stillhouse.distill.encoded import Example
+from stillhouse.distill.head import head_of, hidden_states
 from stillhouse.distill.losses import distill_loss
-from stillhouse.distill.models import head_weight, hidden_states
 from stillhouse.distill.objectives import (
     CrossEntropy,
     Jsd,
@@ -256,7 +256,7 @@ class Loop:
             logits = self.score(*sequences)
             start = self.start(*sequences) if plan.anchor_weight else None
         with self.clock.phase("train"):
-            head_VH = head_weight(self.student)
+            head = head_of(self.student)
             with self.accelerator.autocast():
                 hidden_NH, target_N = positions_of(
                     self.student,
@@ -267,7 +267,7 @@ class Loop:
                     self.pad_id,
                     self.accelerator.device,
                 )
-            hidden_NH = hidden_NH.to(head_VH.dtype)
+            hidden_NH = hidden_NH.to(head.weight_VH.dtype)
             how = {"temperature": loss_spec.loss_temperature, "chunk": loss_spec.loss_chunk}
             objective = self._objective(batch, written, plan)
             places_N = places_of(written.ids, written.forced).to(hidden_NH.device)
@@ -277,7 +277,7 @@ class Loop:
                 seen = {"summary": self.summary, "places_N": places_N}
             loss, stats = distill_loss(
                 hidden_NH,
-                head_VH,
+                head,
                 logits,
                 target_N,
                 objective=objective,
@@ -290,9 +290,7 @@ class Loop:
                 sums[0] = loss.detach().double()
             held = loss.new_zeros(())
             if start is not None:
-                held, _ = distill_loss(
-                    hidden_NH, head_VH, start, target_N, objective=Jsd(1.0), **how
-                )
+                held, _ = distill_loss(hidden_NH, head, start, target_N, objective=Jsd(1.0), **how)
             ((loss + plan.anchor_weight * held) * scale).backward()
         return torch.stack([*sums, held.detach().double()]).cpu()
 

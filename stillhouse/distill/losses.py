@@ -4,7 +4,7 @@ Legend: N positions (the completion tokens of a batch, flattened), n positions o
 H hidden width, V vocabulary.
 
 A loss is one function of a chunk's logits: it returns a value per position and d value / d logits
-(`objectives.py`). `_SumOverPositions` does the rest: head product, sum, chain to the hidden states.
+(`objectives.py`). `_SumOverPositions` does the rest: head, sum, chain to the hidden states.
 The gradient is formed in the forward pass and only d loss / d hidden, [N, H], is kept. The head is
 frozen, so nothing else is wanted, and a backward pass that formed the logits again would pay for
 them twice.
@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from stillhouse.distill.diagnostics import Summary
+from stillhouse.distill.head import Head, work_dtype
 from stillhouse.distill.objectives import (
     CrossEntropy,
     Objective,
@@ -40,7 +41,7 @@ CHUNK = 128
 
 def distill_loss(
     hidden_NH: Float[Tensor, "N H"],
-    head_VH: Float[Tensor, "V H"],
+    head: Head,
     teacher_logits: Callable[[slice], Tensor],
     targets_N: Int[Tensor, " N"],
     *,
@@ -59,10 +60,10 @@ def distill_loss(
 
     `teacher_logits(rows)` gives the logits [n, V_t] of those positions; it is called once per
     chunk, in order, without gradient, and what it returns is not written to. Where V_t is not V,
-    the difference is padding: both are cut to the shorter. `hidden_NH` and `head_VH` share a dtype;
-    the logits are their product in it, as the model itself would form them, and what follows is
-    float32 (float64 for float64). A NaN that the objective reads makes the loss NaN. N = 0 gives 0,
-    with a gradient path.
+    the difference is padding: both are cut to the shorter. `hidden_NH` and the head share a dtype;
+    their product, bias included, is in it, as the model itself would form it, and what follows, a
+    scale and a soft cap among it, is float32 (float64 for float64). A NaN that the objective reads
+    makes the loss NaN. N = 0 gives 0, with a gradient path.
 
     A `summary` is told how student and teacher overlap at each position, and with `places_N` how
     many tokens of its answer stand before it; what it is told is not weighted.
@@ -70,7 +71,7 @@ def distill_loss(
     Raises ContractError if a target or a top k lies outside the shared vocabulary; ValueError or
     TypeError for arguments that mean nothing.
     """
-    _refuse_nonsense(hidden_NH, head_VH, temperature, chunk)
+    _refuse_nonsense(hidden_NH, head, temperature, chunk)
     _refuse_misfit(objective, len(targets_N), temperature)
     wants_gradient = hidden_NH.requires_grad and torch.is_grad_enabled()
     seen: list[TokenStats] = []
@@ -92,9 +93,7 @@ def distill_loss(
             summary.add(overlap, places_N[rows])
         return stats.loss, shared_nV if wants_gradient else None
 
-    loss = _SumOverPositions.apply(
-        hidden_NH, head_VH, weights_N, chunk, wants_gradient, position_loss
-    )
+    loss = _SumOverPositions.apply(hidden_NH, head, weights_N, chunk, wants_gradient, position_loss)
     if not seen:
         nothing = torch.empty(0, dtype=loss.dtype, device=loss.device)
         seen.append(TokenStats(*[nothing] * len(TokenStats._fields)))
@@ -108,7 +107,7 @@ class _SumOverPositions(torch.autograd.Function):
     def forward(
         ctx: Any,
         hidden_NH: Tensor,
-        head_VH: Tensor,
+        head: Head,
         weights_N: Tensor | None,
         chunk: int,
         wants_gradient: bool,
@@ -116,30 +115,38 @@ class _SumOverPositions(torch.autograd.Function):
     ) -> Tensor:
         """`position_loss(rows, logits_nV)` may write over the logits; it returns values [n] and the
         gradient [n, V'] with respect to the first V' logits, None where it is not wanted."""
-        product_cV = hidden_NH.new_empty(min(chunk, len(hidden_NH)), len(head_VH))
-        logits_cV = product_cV.to(_work_dtype(hidden_NH))  # a second buffer if, say, bfloat16
+        product_cV = hidden_NH.new_empty(min(chunk, len(hidden_NH)), len(head.weight_VH))
+        logits_cV = product_cV.to(work_dtype(hidden_NH))  # a second buffer if, say, bfloat16
+        slope_cV = torch.empty_like(logits_cV) if head.cap and wants_gradient else None
         gradient_NH = torch.empty_like(hidden_NH) if wants_gradient else None
         loss = logits_cV.new_zeros(())
         for start in range(0, len(hidden_NH), chunk):
             rows = slice(start, min(start + chunk, len(hidden_NH)))
             product_nV, logits_nV = (b[: rows.stop - start] for b in (product_cV, logits_cV))
             # out= allocates nothing, and autocast leaves it alone: the dtype is the one promised.
-            torch.mm(hidden_NH[rows], head_VH.T, out=product_nV)
+            head.product(hidden_NH[rows], out=product_nV)
             if logits_cV is not product_cV:
                 logits_nV.copy_(product_nV)
+            slope_nV = None if slope_cV is None else slope_cV[: rows.stop - start]
+            head.bend_(logits_nV, slope_nV)
             value_n, dz_nV = position_loss(rows, logits_nV)
             if weights_N is not None:
-                value_n = value_n * weights_N[rows]
+                # What does not count does not count, though its KL be infinite.
+                value_n = torch.where(weights_N[rows] == 0, 0, value_n * weights_N[rows])
             loss += value_n.sum()
             if gradient_NH is None or dz_nV is None:
                 continue
             if weights_N is not None:
                 dz_nV.mul_(weights_N[rows, None])
             V = dz_nV.shape[1]
+            if slope_nV is not None:
+                dz_nV.mul_(slope_nV[:, :V])
             if dz_nV.dtype != product_nV.dtype:
                 dz_nV = product_nV[:, :V].copy_(dz_nV)
-            torch.mm(dz_nV, head_VH[:V], out=gradient_NH[rows])
+            torch.mm(dz_nV, head.weight_VH[:V], out=gradient_NH[rows])
         if gradient_NH is not None:
+            if head.scale != 1:
+                gradient_NH.mul_(head.scale)
             ctx.save_for_backward(gradient_NH)
         return loss
 
@@ -150,25 +157,22 @@ class _SumOverPositions(torch.autograd.Function):
         return gradient_NH * upstream, None, None, None, None, None
 
 
-def _work_dtype(hidden_NH: Tensor) -> torch.dtype:
-    return torch.float64 if hidden_NH.dtype == torch.float64 else torch.float32
-
-
-def _refuse_nonsense(hidden_NH: Tensor, head_VH: Tensor, temperature: float, chunk: int) -> None:
+def _refuse_nonsense(hidden_NH: Tensor, head: Head, temperature: float, chunk: int) -> None:
     if not (temperature > 0 and chunk >= 1):
         raise ValueError(
             f"distill_loss: temperature ({temperature}) must lie above 0, chunk ({chunk}) at or "
             "above 1"
         )
-    if hidden_NH.dtype != head_VH.dtype:
+    weight_VH = head.weight_VH
+    if hidden_NH.dtype != weight_VH.dtype:
         raise TypeError(
-            f"distill_loss: hidden states are {hidden_NH.dtype}, the head is {head_VH.dtype}; cast "
-            "one of them, so that the precision of the logits is somebody's choice"
+            f"distill_loss: hidden states are {hidden_NH.dtype}, the head is {weight_VH.dtype};"
+            " cast one of them, so that the precision of the logits is somebody's choice"
         )
-    if head_VH.requires_grad:
+    if weight_VH.requires_grad or (head.bias_V is not None and head.bias_V.requires_grad):
         raise ValueError(
-            "distill_loss: the head asks for a gradient and would get none; if it is frozen, pass "
-            "head.detach()"
+            "distill_loss: the head asks for a gradient and would get none; if it is frozen, pass"
+            " it detached"
         )
 
 

@@ -13,9 +13,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from jaxtyping import Float, Int
-from peft import PeftModel
-from torch import Tensor, nn
+from torch import nn
 from transformers import GenerationConfig
 from transformers.utils import logging as transformers_logging
 
@@ -28,6 +26,7 @@ from stillhouse.distill.adapters import (
     save_adapter,
     versions,
 )
+from stillhouse.distill.head import head_of, hidden_states
 from stillhouse.distill.pairs import PreparedPair, prepare
 from stillhouse.distill.quant import quantize_
 from stillhouse.errors import ContractError
@@ -38,7 +37,7 @@ __all__ = [
     "PreparedPair",
     "attach_adapter",
     "check_contract",
-    "head_weight",
+    "head_of",
     "hidden_states",
     "load_base",
     "load_tokenizer",
@@ -98,41 +97,19 @@ def load_base(
     """A causal LM in eval mode, frozen, quantised in place if asked, with no sampling habits.
 
     Raises:
-        ContractError: an architecture whose logits are not hidden @ head (soft caps, scales, bias).
+        ContractError: a model whose logits the loss could not form (see `head_of`).
     """
     model = loading.causal_lm(path, revision, getattr(torch, dtype))
-    config = model.config
-    odd = [k for k in ("final_logit_softcapping", "logit_scale") if getattr(config, k, None)]
-    if odd or getattr(model.lm_head, "bias", None) is not None:
-        raise ContractError(
-            f"{path}: its logits are not hidden @ head ({', '.join(odd) or 'head bias'});"
-            " the chunked loss would train another function"
-        )
     # Whatever the model's makers like to sample with is not ours: every field is set at the call.
     model.generation_config = GenerationConfig()
     model.to(device)
+    try:
+        head_of(model)  # before it is quantised: what a head is does not hang on that
+    except ContractError as error:
+        raise ContractError(f"{path}: {error}") from error
     if quant is not None:
         quantize_(model, quant)
     return model.requires_grad_(False).eval()
-
-
-def hidden_states(
-    model: nn.Module, ids_BT: Int[Tensor, "B T"], mask_BT: Int[Tensor, "B T"]
-) -> Float[Tensor, "B T H"]:
-    """Last hidden states, after the final norm, before the head; padding on either side."""
-    causal_lm = model.get_base_model() if isinstance(model, PeftModel) else model
-    position_BT = (mask_BT.cumsum(1) - 1).clamp_min(0)
-    decoder = cast("Any", causal_lm).model
-    output = decoder(
-        input_ids=ids_BT, attention_mask=mask_BT, position_ids=position_BT, use_cache=False
-    )
-    return output.last_hidden_state
-
-
-def head_weight(model: nn.Module) -> Float[Tensor, "V H"]:
-    """The frozen matrix that turns hidden states into logits."""
-    causal_lm = model.get_base_model() if isinstance(model, PeftModel) else model
-    return cast("Any", causal_lm).lm_head.weight
 
 
 def merged_and_requantised(

@@ -17,9 +17,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from stillhouse.distill.encoded import Example
+from stillhouse.distill.head import head_of
 from stillhouse.distill.loop import Loop, positions_of
 from stillhouse.distill.losses import distill_loss
-from stillhouse.distill.models import head_weight
 from stillhouse.distill.objectives import Jsd
 from stillhouse.errors import ConfigError
 from stillhouse.spec import TrainSpec
@@ -123,7 +123,7 @@ class Monitor:
         loop, sums = self.loop, torch.zeros(3, dtype=torch.float64)
         was_training = loop.student.training
         loop.student.eval()
-        head_VH = head_weight(loop.student)
+        head = head_of(loop.student)
         for start in range(0, len(self.held_out), EVAL_BATCH):
             part = self.held_out[start : start + EVAL_BATCH]
             completions = [list(e.completion_ids) for e in part]
@@ -135,7 +135,7 @@ class Monitor:
                     loop.pad_id, loop.accelerator.device,
                 )  # fmt: skip
             loss, stats = distill_loss(
-                hidden_NH.to(head_VH.dtype), head_VH, logits, target_N,
+                hidden_NH.to(head.weight_VH.dtype), head, logits, target_N,
                 objective=Jsd(self.spec.loss.beta), temperature=self.spec.loss.loss_temperature,
                 chunk=self.spec.loss.loss_chunk,
             )  # fmt: skip

@@ -21,6 +21,9 @@ from stillhouse.distill.diagnostics import Overlap, compare
 # cores, but threads meet four times as often, and where they wait passively that costs 28 %; eight
 # times as much leaves the caches and costs a quarter. A GPU wants few large kernels instead.
 BLOCK = 800_000
+# The log of a probability that is 0, as masked vocabularies have it: finite, so that 0 times it is
+# not NaN, and not so low that what is added to a probability (below) would show in a sum.
+NEVER = -1e25
 FOLD = 16  # of a vocabulary, to find its top k; 8 to 64 are much alike for k of 1 to 256
 
 
@@ -53,7 +56,7 @@ class PolicyGradient:
 
     `sampled_N` holds log p_sample(y), under the very distribution that y was drawn from. On policy
     (p_sample = p, nothing clipped) the expected gradient over y is that of KL(p || q). The ratio is
-    not bounded: where it overflows, neither loss nor gradient is finite, whatever the weight.
+    not bounded: where it overflows, the gradient is not finite, whatever the weight.
     Source: sampled-token form, Eq. 3 of arXiv:2604.13016, with tinker-cookbook's
     `importance_sampling` and the cliff seeds' clip.
     """
@@ -100,6 +103,7 @@ def at_rows(objective: Objective, rows: slice) -> Objective:
 class TokenStats(NamedTuple):
     """One number per position, in nats, detached; float32, or float64 where the hidden states are.
 
+    A KL is infinite where its first side gives a token a probability that is 0 on its other side.
     All but `nll` are of the distributions that the loss compares: at the loss temperature, on the
     shared vocabulary. `nll` is at temperature 1, so that runs can be compared. None is weighted.
     """
@@ -175,8 +179,8 @@ def _evaluate_block_(
     # Where p and q both underflow, p / m must not be 0 / 0. The smallest normal number changes no
     # probability above 1e-30 and adds less than 1e-30 to any sum.
     tiny = torch.finfo(p.dtype).tiny
-    torch.exp(log_p, out=p).add_(tiny)
-    torch.exp(log_q, out=q).add_(tiny)
+    torch.exp(log_p.clamp_(min=NEVER), out=p).add_(tiny)
+    torch.exp(log_q.clamp_(min=NEVER), out=q).add_(tiny)
 
     spare = logits_nV
     student_entropy, teacher_entropy = -_dot(p, log_p, spare), -_dot(q, log_q, spare)
@@ -189,7 +193,7 @@ def _evaluate_block_(
         log_ratio = mixture = torch.sub(log_p, log_q, out=more[0])
     else:
         log_ratio, mixture = log_p.sub_(log_q), log_q
-    forward_kl, reverse_kl = -_dot(q, log_ratio, spare), _dot(p, log_ratio, spare)
+    forward_kl, reverse_kl = _kls(p, q, log_ratio, spare)
     beta = objective.beta if isinstance(objective, Jsd) else None
     keeps = log_ratio if beta == 0.5 else spare
     jsd_half, centre = _jsd(0.5, p, q, mixture, keeps, spare)
@@ -202,7 +206,7 @@ def _evaluate_block_(
                 torch.sub(p, q, out=logits_nV)
         case Jsd():
             if objective.beta == 1:
-                loss = centre = reverse_kl
+                loss, centre = reverse_kl, reverse_kl.clamp(max=-NEVER)
             elif objective.beta == 0.5:
                 loss = jsd_half
             else:
@@ -216,8 +220,11 @@ def _evaluate_block_(
         case PolicyGradient():
             sampled_n = objective.sampled_N.to(log_p_y.dtype)
             advantage = (log_q_y - sampled_n).clamp(-objective.clip, objective.clip)
-            push = advantage * torch.exp(log_p_y - sampled_n)
-            loss = -push
+            ratio = torch.exp(log_p_y - sampled_n)
+            push = advantage * ratio
+            # Of a token that the teacher never writes, the advantage is -clip, be that infinite.
+            is_never = (log_q_y <= NEVER) & (ratio > 0)
+            loss = torch.where(is_never, objective.clip * ratio, -push)
             _towards_target_(logits_nV, p, targets_n, push)
         case TopK():
             loss = _top_k_(objective, log_p, log_q, logits_nV)
@@ -227,6 +234,15 @@ def _evaluate_block_(
         loss, forward_kl, reverse_kl, jsd_half, nll, student_entropy, teacher_entropy
     )
     return stats, overlap
+
+
+def _kls(p: Tensor, q: Tensor, log_ratio: Tensor, spare: Tensor) -> tuple[Tensor, Tensor]:
+    """KL(q || p) and KL(p || q), both [n], of log p - log q, which is NEVER where p alone is 0."""
+    forward, reverse = -_dot(q, log_ratio, spare), _dot(p, log_ratio, spare)
+    return (
+        forward.masked_fill_(log_ratio.amin(-1) < NEVER / 2, torch.inf),
+        reverse.masked_fill_(log_ratio.amax(-1) > -NEVER / 2, torch.inf),
+    )
 
 
 def _jsd(
@@ -337,10 +353,11 @@ def _divergence(beta: float, log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tens
     tiny = torch.finfo(log_p.dtype).tiny
     p, q = log_p.exp().add_(tiny), log_q.exp().add_(tiny)
     log_ratio = log_p - log_q
+    forward, reverse = _kls(p, q, log_ratio, torch.empty_like(p))
     if beta == 0:
-        return -(q * log_ratio).sum(-1), p - q
+        return forward, p - q
     if beta == 1:
-        value = centre = (p * log_ratio).sum(-1)
+        value, centre = reverse, reverse.clamp(max=-NEVER)
     else:
         value, centre = _jsd(beta, p, q, torch.empty_like(p), log_ratio, torch.empty_like(p))
     share = 1 if beta == 1 else 1 - beta

@@ -105,9 +105,9 @@ class Roles:
                     model, prompts, completions, forced, max(map(len, prompts)), self.pad_id,
                     self.accelerator.device,
                 )  # fmt: skip
-            head_VH = models.head_weight(model)
-            hidden_NH = hidden_NH.to(head_VH.dtype)
-            return lambda rows: hidden_NH[rows] @ head_VH.T
+            head = models.head_of(model)
+            hidden_NH = hidden_NH.to(head.weight_VH.dtype)
+            return lambda rows: head.logits(hidden_NH[rows])
 
         return score
 

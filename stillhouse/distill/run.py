@@ -15,7 +15,7 @@ from stillhouse.distill.compared import ranking
 from stillhouse.distill.loaded import load
 from stillhouse.distill.loop import Loop, check_first_step
 from stillhouse.distill.monitor import Monitor
-from stillhouse.distill.tracking import Tracker
+from stillhouse.distill.tracking import Tracker, finite
 from stillhouse.errors import ContractError, Diverged, Interrupted, OutOfMemory, Stopped
 from stillhouse.rundir import Json, RunDir, new_record, now, write_json
 from stillhouse.sources import drift, refusal
@@ -212,7 +212,8 @@ class Run:
         started = time.perf_counter()
         # An update that is not measured yet has its metrics kept: a resume measures, then logs.
         replay = self.loop.sequences.replay.state()
-        state = {"cost": self.cost, "pending": self.pending, "replay": replay}
+        pending = self.pending and finite(self.pending)
+        state = {"cost": self.cost, "pending": pending, "replay": replay}
         checkpoint.save(self.dir, step, self.student, self.loop.optimizer, state)
         for name in ("save", "total"):
             self._count("seconds", name, time.perf_counter() - started)

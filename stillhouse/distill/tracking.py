@@ -19,17 +19,22 @@ class Tracker:
         self._wandb = _wandb_run(spec, run) if spec.tracking.tracker == "wandb" else None
 
     def log(self, metrics: Json) -> None:
-        """Write one step. Numbers that are not finite become null: NaN is not JSON."""
-        clean = {k: v if math.isfinite(v) else None for k, v in metrics.items()}
-        self._file.write(json.dumps(clean) + "\n")
+        """Write one step."""
+        self._file.write(json.dumps(finite(metrics)) + "\n")
         self._file.flush()
         if self._wandb is not None:
-            self._wandb.log(metrics, step=int(metrics["step"]))
+            known = {k: v for k, v in metrics.items() if v is not None}
+            self._wandb.log(known, step=int(metrics["step"]))
 
     def close(self) -> None:
         self._file.close()
         if self._wandb is not None:
             self._wandb.finish()
+
+
+def finite(metrics: Json) -> Json:
+    """The metrics with null for what is not finite: neither NaN nor infinity is JSON."""
+    return {k: None if v is None or not math.isfinite(v) else v for k, v in metrics.items()}
 
 
 def _wandb_run(spec: TrainSpec, run: RunDir) -> Any:

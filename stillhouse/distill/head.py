@@ -1,0 +1,320 @@
+"""This file is where a model's own logits are formed from its last hidden states, and proven to be.
+
+The loss needs hidden states and the map from them to logits apart. What that map is, architectures
+decide in code: Granite divides, Cohere multiplies, Gemma caps, Phi adds a bias. So nothing is
+looked up by name. A few tokens are read, the form is solved from what comes out, and a model whose
+logits it does not give is refused (docs/decisions/0006-logits-are-proven.md).
+
+Legend: B rows, T positions, N real ones of them, n some of those, H hidden width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
+
+import torch
+from jaxtyping import Float, Int
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from stillhouse.errors import ContractError
+
+# The probe: a row, and a shorter one that begins as it does, padded on the left.
+LONG, SHORT = 8, 5
+# Differences are of the largest logit. In float32 and float64, forming the logits is one product:
+# EXACT. A row in a batch goes through all layers in another order of sums: at most 8e-6 measured,
+# over 60 chaotic layers; wrong positions, or padding that is read, cost 1e-2 and more.
+EXACT, IN_A_BATCH = 1e-5, 1e-4
+# The same in bfloat16 and float16, where such a net's own rounding comes to 0.25.
+IN_A_BATCH_HALF = 0.3
+LOUD = 1000.0  # what the probe turns logits up to: caps are of 10 to 100, and show themselves there
+
+
+@dataclass(frozen=True, eq=False)
+class Head:
+    """The frozen map from last hidden states to logits.
+
+        z = scale * (W h + b);  with a soft cap: cap * tanh(z / cap)
+
+    `scale` multiplies what the matrix gives: 1 / logits_scaling of Granite, logit_scale of Cohere.
+    """
+
+    weight_VH: Float[Tensor, "V H"]
+    bias_V: Float[Tensor, " V"] | None = None
+    scale: float = 1.0
+    cap: float | None = None
+
+    def logits(self, hidden_nH: Float[Tensor, "n H"]) -> Float[Tensor, "n V"]:
+        """New logits [n, V], in the dtype of both; float32 where half a precision is then scaled or
+        capped, as in the loss."""
+        logits_nV = self.product(hidden_nH)
+        if self.is_product:
+            return logits_nV
+        logits_nV = logits_nV.to(work_dtype(logits_nV))
+        self.bend_(logits_nV)
+        return logits_nV
+
+    @property
+    def is_product(self) -> bool:
+        """Whether nothing follows the matrix and its bias."""
+        return self.scale == 1 and self.cap is None
+
+    def product(self, hidden_nH: Tensor, out: Tensor | None = None) -> Tensor:
+        """W h + b in the dtype of h and W."""
+        if self.bias_V is None:
+            return torch.mm(hidden_nH, self.weight_VH.T, out=out)
+        return torch.addmm(self.bias_V, hidden_nH, self.weight_VH.T, out=out)
+
+    def bend_(self, logits_nV: Tensor, slope_nV: Tensor | None = None) -> None:
+        """What follows the product, in place; the cap's slope, d capped / d z, into `slope_nV`."""
+        if self.scale != 1:
+            logits_nV.mul_(self.scale)
+        if self.cap is None:
+            return
+        logits_nV.div_(self.cap).tanh_()
+        if slope_nV is not None:
+            torch.mul(logits_nV, logits_nV, out=slope_nV).neg_().add_(1)
+        logits_nV.mul_(self.cap)
+
+
+def work_dtype(of: Tensor) -> torch.dtype:
+    """What a loss is computed in: float32, or float64 where the hidden states are."""
+    return torch.float64 if of.dtype == torch.float64 else torch.float32
+
+
+def hidden_states(
+    model: nn.Module, ids_BT: Int[Tensor, "B T"], mask_BT: Int[Tensor, "B T"]
+) -> Float[Tensor, "B T H"]:
+    """What the head reads: last hidden states, after the final norm; padding on either side."""
+    decoder = _decoder(_causal_lm(model))
+    positions = _positions(decoder, mask_BT)
+    output = decoder(input_ids=ids_BT, attention_mask=mask_BT, use_cache=False, **positions)
+    return output.last_hidden_state
+
+
+def head_of(model: nn.Module) -> Head:
+    """The model's head. It is found and proven when it is first asked for, and then remembered.
+
+    Raises:
+        ContractError: the model's logits are not of that form, its rows read their padding or what
+            comes after, it has no head or decoder to take apart, or its head is adapted.
+    """
+    causal_lm = _causal_lm(model)
+    if causal_lm not in _FORMS:
+        _FORMS[causal_lm] = _proven(causal_lm)
+    return _head(causal_lm, _FORMS[causal_lm])
+
+
+class _Form(NamedTuple):
+    """All of a head but its parameters."""
+
+    vocabulary: int  # rows of the matrix that become logits
+    scale: float = 1.0
+    cap: float | None = None
+
+
+_FORMS: WeakKeyDictionary[nn.Module, _Form] = WeakKeyDictionary()
+
+
+def _causal_lm(model: Any) -> Any:
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def _decoder(causal_lm: Any) -> Any:
+    find = getattr(causal_lm, "get_decoder", lambda: None)
+    decoder = find()
+    if decoder is None or decoder is causal_lm:
+        raise ContractError(
+            f"{type(causal_lm).__name__} has no decoder (get_decoder()) to be called without its"
+            " head, so the loss cannot go chunk by chunk; choose another architecture"
+        )
+    return decoder
+
+
+def _positions(module: Any, mask_BT: Tensor) -> dict[str, Tensor]:
+    """Where each token stands in its row, for what asks to be told."""
+    if not _asks_for_positions(type(module)):
+        return {}
+    return {"position_ids": (mask_BT.cumsum(1) - 1).clamp_min(0)}
+
+
+@functools.cache
+def _asks_for_positions(of: type[nn.Module]) -> bool:
+    return "position_ids" in inspect.signature(of.forward).parameters
+
+
+def _head(causal_lm: Any, form: _Form) -> Head:
+    output: Any = causal_lm.get_output_embeddings()
+    bias = getattr(output, "bias", None)
+    V = form.vocabulary
+    bias_V = None if bias is None else bias.detach()[:V]
+    return Head(output.weight.detach()[:V], bias_V, form.scale, form.cap)
+
+
+def _refuse_no_head(causal_lm: Any) -> None:
+    """The head's type, where it is no matrix that can be taken as it is."""
+    name = type(causal_lm).__name__
+    output = getattr(causal_lm, "get_output_embeddings", lambda: None)()
+    if isinstance(output, BaseTunerLayer):
+        raise ContractError(
+            f"{name}: its head is adapted; the loss takes the head as frozen, so leave it out of"
+            " lora.target_modules"
+        )
+    if getattr(output, "weight", None) is None or output.weight.dim() != 2:
+        raise ContractError(
+            f"{name} has no head (get_output_embeddings()) that is a matrix from hidden states to"
+            " logits, so the loss cannot go chunk by chunk; choose another architecture"
+        )
+
+
+# ---------------------------------------------------------------------- the probe
+
+
+def _proven(causal_lm: Any) -> _Form:
+    _refuse_no_head(causal_lm)
+    was_training = causal_lm.training
+    causal_lm.eval()
+    try:
+        with torch.no_grad():
+            return _Probe(causal_lm).form()
+    except (ContractError, torch.OutOfMemoryError):
+        raise
+    except (ArithmeticError, AttributeError, LookupError, NotImplementedError, RuntimeError,
+            TypeError, ValueError) as error:  # fmt: skip
+        raise ContractError(
+            f"{type(causal_lm).__name__} cannot be asked as the loss asks it, for hidden states of"
+            f" a batch that is padded on the left: {type(error).__name__}: {error}"
+        ) from error
+    finally:
+        causal_lm.train(was_training)
+
+
+class _Probe:
+    """A few tokens that a model reads, as itself and as the loss reads it."""
+
+    def __init__(self, causal_lm: Any) -> None:
+        self.causal_lm, self.name = causal_lm, type(causal_lm).__name__
+        weight = causal_lm.get_output_embeddings().weight
+        # Of the lower half: an end that is reserved for images or tools asks for more than tokens.
+        rows = causal_lm.get_input_embeddings().weight.shape[0]
+        ids_T = torch.arange(1, LONG + 1) * rows // (2 * LONG + 2)
+        ids_BT = torch.stack([ids_T, ids_T.roll(LONG - SHORT)])
+        mask_BT = torch.ones_like(ids_BT)
+        mask_BT[1, : LONG - SHORT] = 0
+        self.ids_BT, self.mask_BT = ids_BT.to(weight.device), mask_BT.to(weight.device)
+        self.is_real_BT = self.mask_BT.bool()
+        eps = torch.finfo(weight.dtype).eps
+        self.is_half = eps > torch.finfo(torch.float32).eps
+        self.eps = eps
+
+    def form(self) -> _Form:
+        """The head's form.
+
+        Raises:
+            ContractError: says what differs, and by how much.
+        """
+        alone_NV = torch.cat([self._asked(self.ids_BT[:1]), self._asked(self.ids_BT[1:, -SHORT:])])
+        batch_NV = self._asked(self.ids_BT, self.mask_BT)
+        own = _off(batch_NV, alone_NV)
+        may_be_off = IN_A_BATCH_HALF if self.is_half else IN_A_BATCH
+        ahead = _off(alone_NV[:SHORT], alone_NV[LONG:])
+        if not ahead <= may_be_off:
+            raise ContractError(
+                f"{self.name} is no causal language model: what follows a token changes the logits"
+                f" before it, by {ahead:.2g} of the largest"
+            )
+        if not own <= may_be_off:
+            raise ContractError(
+                f"{self.name} gives a row other logits in a batch that is padded on the left than"
+                f" alone, by {own:.2g} of the largest (allowed: {may_be_off:g}); prompts are"
+                " batched like that, so another function would be trained; choose another"
+                " architecture"
+            )
+        limit = max(2 * own, 2 * self.eps) if self.is_half else EXACT
+        hidden_NH = hidden_states(self.causal_lm, self.ids_BT, self.mask_BT)[self.is_real_BT]
+        return self._solved(hidden_NH, batch_NV, limit)
+
+    def _asked(self, ids_BT: Tensor, mask_BT: Tensor | None = None) -> Tensor:
+        """The model's own logits of the real positions, [N, V]."""
+        positions = {}
+        if mask_BT is None:
+            mask_BT = torch.ones_like(ids_BT)
+        else:
+            positions = _positions(self.causal_lm, mask_BT)
+        output = self.causal_lm(
+            input_ids=ids_BT, attention_mask=mask_BT, use_cache=False, **positions
+        )
+        return output.logits[mask_BT.bool()].double()
+
+    def _loud(self, times: float) -> Tensor:
+        """The same of the whole batch, its hidden states multiplied on their way to the head."""
+
+        def turn_up(module: nn.Module, args: Any, output: Any) -> Any:
+            output.last_hidden_state = output.last_hidden_state * times
+            return output
+
+        hook = _decoder(self.causal_lm).register_forward_hook(turn_up)
+        try:
+            return self._asked(self.ids_BT, self.mask_BT)
+        finally:
+            hook.remove()
+
+    def _solved(self, hidden_NH: Tensor, logits_NV: Tensor, limit: float) -> _Form:
+        """The first form, of those from plain to capped, that gives what the model gives: as it is,
+        and so loud that a cap would show."""
+        V, top = logits_NV.shape[1], logits_NV.abs().max().item()
+        plain = _head(self.causal_lm, _Form(V))
+        hidden_NH = hidden_NH.to(plain.weight_VH.dtype)
+        raw_NV = plain.logits(hidden_NH).double()
+        if not 0 < top < torch.inf:
+            raise ContractError(
+                f"{self.name}: its logits are 0, NaN or infinite; load the weights again"
+            )
+        most = 0.1 * torch.finfo(hidden_NH.dtype).max / hidden_NH.abs().max().item()
+        times = min(LOUD / top, most)
+        loud_NV = self._loud(times)
+        forms = [_Form(V), _Form(V, _slope(raw_NV, logits_NV)), _capped(raw_NV, logits_NV, loud_NV)]
+        offs: list[float] = []
+        for form in forms:
+            head = _head(self.causal_lm, form)
+            off = _off(head.logits(hidden_NH), logits_NV)
+            # Rounding before a cap is in proportion to what is capped.
+            uncapped = max(times * top, loud_NV.abs().max().item())
+            difference = head.logits(hidden_NH * times).double() - loud_NV
+            offs.append(max(off, difference.abs().max().item() / uncapped))
+            if offs[-1] <= limit:
+                return form
+        raise ContractError(
+            f"{self.name}: its logits are not what the loss would form of its hidden states and its"
+            f" head; they differ by {offs[0]:.2g} of the largest, and by {min(offs[1:]):.2g} with a"
+            f" scale or a soft cap (allowed: {limit:.2g}). The loss would train another function;"
+            " choose another architecture"
+        )
+
+
+def _off(got: Tensor, want: Tensor) -> float:
+    """The largest difference, of the largest logit."""
+    largest = want.abs().max().clamp_min(torch.finfo(want.dtype).tiny)
+    return ((got.double() - want).abs().max() / largest).item()
+
+
+def _slope(raw: Tensor, logits: Tensor) -> float:
+    """The scale between two sets of logits, by least squares; a simple fraction where it is one, as
+    makers write them, so that rounding has no part in it."""
+    slope = ((raw * logits).sum() / (raw * raw).sum()).item()
+    simple = float(Fraction(slope).limit_denominator(4096))
+    return simple if abs(simple - slope) <= 1e-6 * abs(slope) else slope
+
+
+def _capped(raw_NV: Tensor, logits_NV: Tensor, loud_NV: Tensor) -> _Form:
+    """The cap is where loud logits end; the scale, what the rest says with the cap taken off."""
+    cap = loud_NV.abs().max().item()
+    below = logits_NV.abs() < cap / 2
+    before = torch.atanh(logits_NV[below] / cap) * cap
+    return _Form(logits_NV.shape[1], _slope(raw_NV[below], before), cap)
