@@ -160,7 +160,7 @@ def _head(causal_lm: Any, form: _Form) -> Head:
 def _refuse_no_head(causal_lm: Any) -> None:
     """The head's type, where it is no matrix that can be taken as it is."""
     name = type(causal_lm).__name__
-    output = getattr(causal_lm, "get_output_embeddings", lambda: None)()
+    output: Any = getattr(causal_lm, "get_output_embeddings", lambda: None)()
     if isinstance(output, BaseTunerLayer):
         raise ContractError(
             f"{name}: its head is adapted; the loss takes the head as frozen, so leave it out of"
@@ -183,10 +183,11 @@ def _proven(causal_lm: Any) -> _Form:
     try:
         with torch.no_grad():
             return _Probe(causal_lm).form()
-    except (ContractError, torch.OutOfMemoryError):
+    except (ContractError, MemoryError, torch.OutOfMemoryError, torch.AcceleratorError):
         raise
-    except (ArithmeticError, AttributeError, LookupError, NotImplementedError, RuntimeError,
-            TypeError, ValueError) as error:  # fmt: skip
+    except Exception as error:  # any of a model's own code
+        if "allocate memory" in str(error):
+            raise
         raise ContractError(
             f"{type(causal_lm).__name__} cannot be asked as the loss asks it, for hidden states of"
             f" a batch that is padded on the left: {type(error).__name__}: {error}"
