@@ -2,7 +2,10 @@
 
 import sys
 
-from stillhouse.doors import train_main
+from stillhouse.errors import explained_imports
+
+with explained_imports():
+    from stillhouse.doors import train_main
 
 if __name__ == "__main__":
     sys.exit(train_main(sys.argv[1:]))

@@ -13,6 +13,7 @@ What of a pair was made on this machine is said by the record that `prepare` lea
 from __future__ import annotations
 
 import fnmatch
+import importlib.util
 import os
 import re
 from collections.abc import Mapping
@@ -22,7 +23,7 @@ from typing import Any, Literal, cast
 
 from pydantic import TypeAdapter
 
-from stillhouse.errors import ContractError, DataError
+from stillhouse.errors import ConfigError, ContractError, DataError
 from stillhouse.rundir import Json, read_json
 from stillhouse.spec import NOT_VERSIONED, PairSpec, digest
 
@@ -40,6 +41,15 @@ class AtHand:
 
     path: Path
     commit: str | None  # None: a path that somebody filled, not a snapshot of the hub's
+
+
+def require_torch() -> None:
+    """Raises ConfigError where this environment only launches and reads."""
+    if importlib.util.find_spec("torch") is None:
+        raise ConfigError(
+            "this environment only launches and reads: training and scoring here need torch and its"
+            " family (`uv sync`, or `pip install 'stillhouse[train,eval]'`)"
+        )
 
 
 # ------------------------------------------------------------------------- repositories

@@ -23,6 +23,7 @@ from typing import Any, NoReturn
 from filelock import Timeout
 
 from stillhouse import fits, verdict
+from stillhouse.at_hand import require_torch
 from stillhouse.compose import compose, data_file, from_command_line, help_text
 from stillhouse.errors import (
     AGAIN,
@@ -159,9 +160,10 @@ def look(spec: TrainSpec, prompts: int, pilot: int | None, prefixes: tuple[int, 
     if before and is_known and not differences(before["sources"], sources_of(spec, cache_dir)):
         found: Json = {key: before[key] for key in ("numbers", "facts", "created", "sources")}
     else:
-        fits.check([spec])
+        _look_first(spec)
         stop = _stop()
         with contextlib.redirect_stdout(sys.stderr):  # stdout is the answer's
+            _say_what_takes_long()
             from stillhouse.distill.preflight import preflight
 
             found = preflight(spec, prompts, pilot, stop, prefixes) | {"created": now()}
@@ -251,15 +253,19 @@ def train(spec: TrainSpec) -> int:
     found = drift(run, spec, sources_of(spec, Path(spec.place.cache_dir)))
     if found and spec.place.sources != "new":
         raise ContractError(refusal(run, found))
+    is_done = run.is_trained() and not found
+    if not is_done:
+        _look_first(spec)
     if rank == 0:
         if spec.place.name:
             runs.link_name(spec.place.name, run)
         if spec.place.output_dir:
             link_path(Path(spec.place.output_dir), run)
-    if run.is_trained() and not found:
+    if is_done:
         if rank == 0:
             print(f"{run.path}: done already; nothing to do", flush=True)
         return 0
+    _say_what_takes_long()
     if rank != 0:
         from stillhouse.distill.run import train_run
 
@@ -275,6 +281,27 @@ def train(spec: TrainSpec) -> int:
         said = f"{run.path}: another process trains this run now"
         # On a volume it may be one whose node is lost, and it will not have the lock for ever.
         raise (Interrupted if _is_in_pod() else ContractError)(said) from error
+
+
+def _look_first(spec: TrainSpec | EvalSpec) -> None:
+    """Say what is not here before anything that takes long is loaded, or anything is written.
+
+    Raises:
+        ConfigError: libraries, weights or a data set that are not here. DataError: no such rows.
+        ContractError: halves that do not fit one another.
+    """
+    require_torch()
+    from stillhouse.distill import pairs, prompts
+
+    pairs.require(spec.pair, spec.place.commits)
+    fits.check([spec])
+    if isinstance(spec, TrainSpec) and spec.data.data_source != "generated":
+        prompts.rows_at_hand(spec.data, spec.place.commits)
+
+
+def _say_what_takes_long() -> None:
+    if "torch" not in sys.modules and _rank() == 0:
+        print("loading torch …", flush=True)
 
 
 def _stop() -> StopFlag:
@@ -309,7 +336,6 @@ def _attempt(spec: TrainSpec, run: Any) -> int:
         pid=os.getpid(),
     )
     try:
-        fits.check([spec])
         from stillhouse.distill.run import train_run
 
         code = train_run(spec, run, stop)
@@ -337,8 +363,12 @@ def _attempt(spec: TrainSpec, run: Any) -> int:
 
 def evaluate(spec: EvalSpec) -> int:
     """Score what the spec asks for and print the table; finished scores are not computed again."""
-    fits.check([spec])
+    from stillhouse.evals import find
+
+    find.typed(spec.evaluation.lora_paths, Runs(Path(spec.place.runs)))
+    _look_first(spec)
     stop = _stop()  # before the imports: they take ten seconds in which somebody may ask
+    _say_what_takes_long()
     from stillhouse.evals.harness import run_suite
 
     return run_suite(spec, stop)

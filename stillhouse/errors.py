@@ -14,9 +14,10 @@ Anything else that ends a process is infrastructure and may be retried.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 DONE = 0
 MISTAKE = 42
@@ -84,3 +85,23 @@ def exit_code_of(action: Callable[[], int | None]) -> int:
     except StillhouseError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return error.exit_code
+
+
+@contextlib.contextmanager
+def explained_imports() -> Iterator[None]:
+    """Where a package cannot be imported in here, a sentence says so, and the process ends with 42.
+
+    For train.py and eval.py, which people start with whatever Python comes first.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if str(error.name).partition(".")[0] == "stillhouse":
+            raise
+        print(
+            f"this Python ({sys.executable}) has no package {error.name}, which `uv sync` and `make"
+            " quickstart` install into .venv: start the line with `uv run python`, or with"
+            " .venv/bin/python, or activate that first (`. .venv/bin/activate`)",
+            file=sys.stderr,
+        )
+        raise SystemExit(MISTAKE) from error

@@ -17,10 +17,11 @@ from stillhouse.cli import DOORS, VERBS, main
 from stillhouse.rundir import RunDir, Runs
 from stillhouse.sweep import verbs
 from stillhouse.sweep.grid import Sweep, load_sweep
-from stillhouse.sweep.listing import counted, duration
+from stillhouse.sweep.listing import counted
 from stillhouse.sweep.plan import Observation, observe
 from stillhouse.sweep.progress import Board, Steps, steps_of, watcher
 from stillhouse.sweep.roster import roster_of
+from stillhouse.words import Pace, duration
 
 GRID = ["pair=tiny", "lmbda=0,0.5", "beta=0,1", "seeds=2"]
 HEAVY = "{'torch', 'transformers', 'hydra', 'pandas', 'rich', 'kubernetes', 'matplotlib'}"
@@ -302,6 +303,39 @@ def test_times_and_counts_are_said_as_people_say_them() -> None:
     said = [duration(s) for s in (0.44, 12.3, 99, 100, 3600, 3600 * 3 + 20 * 60)]
     assert said == ["0.4 s", "12 s", "99 s", "2 min", "60 min", "3 h 20 min"]
     assert counted({"new": 2, "done": 1, "failed": 0, "trained": 3}) == "1 done, 3 trained, 2 new"
+
+
+def test_a_pace_says_the_time_that_is_left_once_it_saw_a_step() -> None:
+    pace = Pace()
+    said = [pace.told(done, 10, clock) for done, clock in ((4, 100.0), (4, 103.0), (6, 110.0))]
+    assert said == ["step 4/10", "step 4/10", "step 6/10, about 20 s left"], "5 s a step, 4 to go"
+    assert (pace.told(10, 10, 130.0), pace.told(7, None, 130.0)) == ("step 10/10", "step 7")
+
+
+def test_lines_say_now_and_then_how_far_what_trains_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from stillhouse.sweep import progress
+    from stillhouse.sweep.drive import Picture
+    from stillhouse.sweep.plan import Action
+
+    sweep = load_sweep(None, [*behaving.words(tmp_path, points=3)], tmp_path)
+    rows, said = roster_of(sweep), list[str]()
+    first, second, third = (point.id for point in sweep.points)
+    rows.run(first).update_status(max_steps=10)
+    rows.run(first).metrics_file.write_text('{"step": 4}\n')
+    seen = {id_: Observation("running") for id_ in (first, second, third)}
+    live = [Action("train", "tiny/int4", (first,)), Action("eval", "tiny/int4", (second,))]
+    lines = progress.Lines(rows, said.append)
+    lines.sees(Picture(rows, seen, live, False))
+    monkeypatch.setattr(progress, "STEPS_S", 0.0)
+    lines.sees(Picture(rows, seen, live, False))
+    rows.run(first).metrics_file.write_text('{"step": 5}\n')
+    lines.sees(Picture(rows, seen, live, False))
+    about = f"trains lmbda=0 seed=42 ({first[:6]}): step"
+    assert [line.split(" ", 1)[1] for line in said][0] == f"{about} 5/10"
+    assert said[1].split(" ", 1)[1].startswith(f"{about} 6/10, about ")
+    assert len(said) == 2
 
 
 def test_of_a_cluster_lines_say_once_what_lasts_and_no_job_that_waits_is_running(

@@ -6,6 +6,8 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -22,6 +24,7 @@ from stillhouse.evals import find
 from stillhouse.rundir import RunDir, Runs, code_identity
 from stillhouse.spec import EvalSpec, eval_id, point_id, suite_key
 
+ROOT = Path(__file__).parent.parent
 SHORT = ["max_steps=1", "lmbda=0"]
 
 
@@ -112,6 +115,62 @@ def test_an_evaluation_knows_what_it_is_about() -> None:
     renamed = asked("suite_name=mine")
     assert suite_key(renamed.suite) == suite_key(one.suite)
     assert suite_key(asked("limit=4").suite) != suite_key(one.suite)
+
+
+# ---------------------------------------------------------------- before anything is loaded
+
+
+def door(script: str, place: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    """A script of the checkout as somebody starts it in `place`, and which libraries it loaded."""
+    program = (
+        "import atexit, runpy, sys\n"
+        "heavy = {'torch', 'transformers', 'datasets', 'lm_eval', 'huggingface_hub'}\n"
+        "atexit.register(lambda: print('loaded', sorted(heavy & {*sys.modules})))\n"
+        f"sys.argv = {[script, *words]!r}\n"
+        f"runpy.run_path({str(ROOT / script)!r}, run_name='__main__')"
+    )
+    return subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=place,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "HF_HOME": str(place / "hf")},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize(
+    ("script", "words", "says"),
+    [
+        (
+            "train.py",
+            [],
+            "student Qwen/Qwen3-4B-Instruct-2507: its weights are not on this machine",
+        ),
+        ("train.py", ["name=a", "output_dir=out"], "`hf download Qwen/Qwen3-4B-Instruct-2507`"),
+        ("train.py", ["student=here", "teacher=there"], "student here: no such directory"),
+        ("train.py", ["pair=tiny", "data=local", "data_path=no.jsonl"], "no.jsonl: no such file"),
+        ("train.py", ["pair=tiny", "data=gsm8k"], "openai/gsm8k is not on this machine"),
+        ("eval.py", [], "its weights are not on this machine"),
+        ("eval.py", ["pair=tiny", "lora_paths=[nowhere]"], "nowhere: no such directory"),
+    ],
+)
+def test_what_is_not_here_is_said_before_anything_is_loaded_or_written(
+    script: str, words: list[str], says: str, tmp_path: Path
+) -> None:
+    done = door(script, tmp_path, *words)
+    assert (done.returncode, done.stdout) == (42, "loaded []\n")
+    assert says in done.stderr and len(done.stderr.splitlines()) == 1
+    assert list(tmp_path.iterdir()) == [], "nothing is left"
+
+
+def test_a_python_without_the_packages_is_told_which_one_has_them(tmp_path: Path) -> None:
+    for script in ("train.py", "eval.py"):
+        line = [sys.executable, "-S", "-E", str(ROOT / script)]  # -S: no site-packages
+        done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert done.returncode == 42
+        assert "has no package" in done.stderr and "`uv run python`" in done.stderr
+        assert "Traceback" not in done.stderr
 
 
 # ---------------------------------------------------------------- attempts

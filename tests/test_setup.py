@@ -323,6 +323,13 @@ def test_the_launcher_answers_without_torch(
     assert said in answer.stdout + answer.stderr
 
 
+def test_training_and_scoring_without_torch_are_a_sentence(light: Path, tmp_path: Path) -> None:
+    for script in ("train.py", "eval.py"):
+        answer = run(light / "python", str(ROOT / script), "pair=tiny", cwd=tmp_path)
+        assert answer.returncode == 42 and "only launches and reads" in answer.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
 # Who may import whom ------------------------------------------------------------------------------
 
 PLANTED = {

@@ -106,6 +106,18 @@ def prepare(
     return prepared
 
 
+def require(pair: PairSpec, commits: Mapping[str, str]) -> None:
+    """See that the pair's weights are on this machine, or can be made here; loads nothing.
+
+    Raises ConfigError where they are not, with the command that gets them.
+    """
+    if pair.pair_source == "hub":
+        _at_hand(pair, "student", pair.student, pair.student_revision, commits)
+        _at_hand(pair, "teacher", pair.teacher, pair.teacher_revision, commits)
+    elif pair.pair_source == "gguf":
+        _package(pair)
+
+
 def _say_where(
     pair: PairSpec, student: _Weights, teacher: _Weights, made: PreparedPair, cache_dir: Path
 ) -> None:
@@ -180,7 +192,8 @@ def _trained(
     return weights, {f"{role}_{fact}": facts[fact] for fact in ("loss", "seconds")}
 
 
-def _from_package(pair: PairSpec, cache_dir: Path, say: Say) -> tuple[_Weights, _Weights, Json]:
+def _package(pair: PairSpec) -> tuple[str, Path]:
+    """The version of the package that brings a gguf pair's weights, and the file in it."""
     if pair.student != pair.teacher:
         raise ConfigError(
             f"pair {pair.pair_name}: a gguf pair is one model against itself, got student"
@@ -200,8 +213,12 @@ def _from_package(pair: PairSpec, cache_dir: Path, say: Say) -> tuple[_Weights, 
             f"pair {pair.pair_name}: package {pair.student} {package.version} holds"
             f" {len(files)} gguf files, expected one"
         )
-    file = Path(str(files[0]))
-    content = [VERSION, pair.student, package.version, file.name, file.stat().st_size]
+    return package.version, Path(str(files[0]))
+
+
+def _from_package(pair: PairSpec, cache_dir: Path, say: Say) -> tuple[_Weights, _Weights, Json]:
+    version, file = _package(pair)
+    content = [VERSION, pair.student, version, file.name, file.stat().st_size]
     home = cache_dir / "pairs" / f"{pair.student}-{digest(content)[:10]}"
 
     def make(into: Path) -> Json:
@@ -210,7 +227,7 @@ def _from_package(pair: PairSpec, cache_dir: Path, say: Say) -> tuple[_Weights, 
         return {}
 
     facts = made_once(home, say, make)
-    weights = _Weights(str(home / "model"), package.version, home / "model")
+    weights = _Weights(str(home / "model"), version, home / "model")
     return weights, weights, facts
 
 

@@ -22,7 +22,9 @@ from stillhouse.sources import drift, refusal
 from stillhouse.spec import TrainSpec
 from stillhouse.stop import StopFlag
 from stillhouse.watch import Finding, replayed, stops
+from stillhouse.words import Pace
 
+TELL_SECONDS = 15.0  # how often whoever looks on is told how far it is
 STATUS_SECONDS = (
     1.0  # how often status.json says the step: often enough to watch, rare enough to be free
 )
@@ -59,6 +61,7 @@ class Run:
         loading = time.perf_counter() - started
         self.cost: Json = {"seconds": {"load": loading, "total": loading}, "tokens": {}}
         self.said = 0.0
+        self.pace, self.told = Pace(), time.monotonic()
         self.pending: Json | None = None  # metrics of an update that is not measured and logged yet
 
     def say(self, text: str) -> None:
@@ -202,6 +205,10 @@ class Run:
 
     def _status(self, step: int, best: int) -> None:
         """Say the step now and then; at once when this attempt gets further than any before it."""
+        told = self.pace.told(step, self.spec.training.max_steps)
+        if time.monotonic() - self.told >= TELL_SECONDS:
+            self.told = time.monotonic()
+            self.say(told)
         is_progress = step == best + 1
         if is_progress or now() - self.said > STATUS_SECONDS:
             self.said = now()

@@ -6,7 +6,6 @@ below `runs/`. `away.Away` is a cluster: its answers are Jobs and what is writte
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import signal
 import sys
@@ -15,7 +14,7 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
-from stillhouse.errors import ConfigError
+from stillhouse.at_hand import require_torch
 from stillhouse.rundir import RunDir
 from stillhouse.sweep import cost, listing, logs, roster, spent
 from stillhouse.sweep.drive import Backend, adopt_code
@@ -204,11 +203,7 @@ class Here:
         return logs.texts(rows)
 
     def require(self, sweep: Sweep, rows: Roster) -> None:
-        if importlib.util.find_spec("torch") is None:
-            raise ConfigError(
-                "this environment only launches and reads: training here needs torch and its family"
-                " (`uv sync`, or `pip install 'stillhouse[train,eval]'`)"
-            )
+        require_torch()
 
     def write(self, sweep: Sweep) -> None:
         roster.write(sweep)

@@ -17,6 +17,7 @@ from stillhouse.sweep.asked import text
 from stillhouse.sweep.grid import Point, Sweep
 from stillhouse.sweep.plan import STATES, Observation
 from stillhouse.sweep.roster import Roster, Row
+from stillhouse.words import duration
 
 SHOWN = 20  # points, or values of an axis, that a list names before it only counts them
 MANY = 12  # points above which a status says them by axis, too
@@ -30,18 +31,6 @@ def counted(states: Mapping[str, int]) -> str:
     """`5 done, 2 running`, in one fixed order and without the zeros."""
     order = [STATES[0], "trained", *STATES[1:]]
     return ", ".join(f"{states[state]} {state}" for state in order if states.get(state))
-
-
-def duration(seconds: float) -> str:
-    """A time as a person says it: 0.4 s, 42 s, 7 min, 3 h 20 min."""
-    if seconds < 9.95:
-        return f"{seconds:.1f} s"
-    if seconds < 99.5:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    if minutes < 100:
-        return f"{minutes} min"
-    return f"{minutes // 60} h {minutes % 60} min"
 
 
 def as_json(roster: Roster, observations: Mapping[str, Observation]) -> Json:

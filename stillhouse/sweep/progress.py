@@ -23,13 +23,15 @@ from rich.text import Text
 from stillhouse.errors import AGAIN, DONE
 from stillhouse.rundir import RunDir
 from stillhouse.sweep.drive import Finished, Picture
-from stillhouse.sweep.listing import counted, duration, fingerprint
+from stillhouse.sweep.listing import counted, fingerprint
 from stillhouse.sweep.plan import Action, Observation
 from stillhouse.sweep.roster import Roster
+from stillhouse.words import Pace, duration
 
 TAIL_BYTES = 16_384  # of metrics.jsonl: more than a line, less than a page of disk reads
 LIVE_ROWS = 12  # tasks at work that the board lists; a laptop has fewer
 BAR_WIDTH = 60
+STEPS_S = 30.0  # between two lines on how far what trains is
 LASTING_S = 20.0  # a reason to wait that lasts so long is worth a line
 TROUBLE = "trouble"  # kind of reason: whoever is to answer us does not
 DOING = {"prepare": "prepares", "train": "trains", "eval": "scores"}
@@ -98,6 +100,8 @@ class Lines:
         self.states: Counter[str] = Counter()
         self.since: dict[str, float] = {}  # a reason to wait -> when it was first seen
         self.told: set[str] = set()  # the reasons that were said
+        self.paces: dict[str, Pace] = {}  # of the points that train
+        self.counted = time.monotonic()  # when somebody was last told how far they are
 
     def __enter__(self) -> Lines:
         return self
@@ -121,6 +125,16 @@ class Lines:
         self.states = states
         if not self.has_files:
             self._say_why(picture)
+        elif time.monotonic() - self.counted >= STEPS_S:
+            self.counted = time.monotonic()
+            self._say_how_far(picture)
+
+    def _say_how_far(self, picture: Picture) -> None:
+        for action in picture.live:
+            if action.kind == "train":
+                at = steps_of(self.roster.run(action.points[0]))
+                pace = self.paces.setdefault(action.points[0], Pace())
+                self.says(f"trains {about(action, self.roster)}: {pace.told(at.done, at.of)}")
 
     def _say_why(self, picture: Picture) -> None:
         """Say once what keeps points, or us, waiting, of what lasts."""
@@ -169,6 +183,7 @@ class Board:
         self.has_files, self.trouble = has_files, trouble
         self.live = Live(console=console, auto_refresh=False, transient=True)
         self.began: dict[Action, float] = {}
+        self.paces: dict[str, Pace] = {}  # of the points that train
         self.first: tuple[float, float] | None = None  # when training began, and points' worth then
 
     def __enter__(self) -> Board:
@@ -229,8 +244,8 @@ class Board:
         for action in live[:LIVE_ROWS]:
             said = [duration(clock - self.began[action])] if action in self.began else []
             if action.kind == "train" and self.has_files:
-                at = steps[action.points[0]]
-                said.insert(0, f"step {at.done}{f'/{at.of}' if at.of else ''}")
+                at, pace = steps[action.points[0]], self.paces.setdefault(action.points[0], Pace())
+                said.insert(0, pace.told(at.done, at.of, clock))
             elif why := _waits(action, picture):
                 said.insert(0, why)
             rows.add_row(f"  {DOING[action.kind]}", about(action, self.roster), ", ".join(said))

@@ -27,6 +27,7 @@ from stillhouse.sweep.ground import Ground
 from stillhouse.sweep.plan import STATES, Observation
 from stillhouse.sweep.roster import Roster, roster_of
 from stillhouse.sweep.verdicts import verdict_lines, verdicts
+from stillhouse.words import duration
 
 __all__ = [
     "Call",
@@ -136,7 +137,7 @@ def _run(call: Call, backend_for: Callable[[Sweep, Roster], Backend] | None) -> 
     with at_work as backend, watcher(rows, ground.has_files, ground.trouble) as watch:
         drive = Drive(sweep, backend, watch, rows)
         code = drive.run()
-    print(f"after {listing.duration(time.monotonic() - started)}:")
+    print(f"after {duration(time.monotonic() - started)}:")
     _summary(call, rows, drive.observations, drive.given_up())
     if code == AGAIN:
         print(ground.parting)

@@ -30,27 +30,27 @@ MAX_BYTES = 2**20 - 4096  # a ConfigMap holds 1 MiB, its keys and labels include
 SHOWN = 3  # of the largest files, where it is too much
 KEY_DIGITS = 8
 # The checkout's train.py and eval.py, which an installed package does not bring.
+_DOOR = '''"""{what}."""
+
+import sys
+
+from stillhouse.errors import explained_imports
+
+with explained_imports():
+    from stillhouse.doors import {main}
+
+if __name__ == "__main__":
+    sys.exit({main}(sys.argv[1:]))
+'''
+_TRAINS = (
+    "Train one point: `python train.py --pair tiny --lmbda 0.5`, or `accelerate launch train.py …`"
+)
+_SCORES = (
+    "Score adapters and baselines: `python eval.py --pair tiny --suite tiny --lora-paths runs/`"
+)
 DOORS = {
-    "train.py": '''"""Train one point: `python train.py --pair tiny --lmbda 0.5`, or `accelerate \
-launch train.py …`."""
-
-import sys
-
-from stillhouse.doors import train_main
-
-if __name__ == "__main__":
-    sys.exit(train_main(sys.argv[1:]))
-''',
-    "eval.py": '''"""Score adapters and baselines: `python eval.py --pair tiny --suite tiny \
---lora-paths runs/`."""
-
-import sys
-
-from stillhouse.doors import eval_main
-
-if __name__ == "__main__":
-    sys.exit(eval_main(sys.argv[1:]))
-''',
+    "train.py": _DOOR.format(what=_TRAINS, main="train_main"),
+    "eval.py": _DOOR.format(what=_SCORES, main="eval_main"),
 }
 
 

@@ -37,8 +37,8 @@ from stillhouse.sweep.kube.steps import (
     preflight_step,
     train_step,
 )
-from stillhouse.sweep.listing import duration
 from stillhouse.sweep.site import CLUSTER, site_of
+from stillhouse.words import duration
 
 Kind = Literal["train", "eval", "preflight"]
 DOORS: dict[Kind, str] = {

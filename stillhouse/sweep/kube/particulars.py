@@ -11,7 +11,7 @@ from stillhouse.sweep.kube.reasons import by_age, end_of_pod
 from stillhouse.sweep.kube.scene import Scene
 from stillhouse.sweep.kube.settle import attempts
 from stillhouse.sweep.kube.views import JobView, PodView
-from stillhouse.sweep.listing import duration
+from stillhouse.words import duration
 
 
 def particulars(

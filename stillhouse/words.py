@@ -1,0 +1,35 @@
+"""This file is where times, and how far something is, are said as people say them."""
+
+from __future__ import annotations
+
+import time
+
+
+def duration(seconds: float) -> str:
+    """A time as a person says it: 0.4 s, 42 s, 7 min, 3 h 20 min."""
+    if seconds < 9.95:
+        return f"{seconds:.1f} s"
+    if seconds < 99.5:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    if minutes < 100:
+        return f"{minutes} min"
+    return f"{minutes // 60} h {minutes % 60} min"
+
+
+class Pace:
+    """How far something is that goes step by step, and how long the rest takes at its pace."""
+
+    def __init__(self) -> None:
+        self._first: tuple[int, float] | None = None  # a count of steps, and when it was seen
+
+    def told(self, done: int, of: int | None, clock: float | None = None) -> str:
+        """`step 12/100, about 3 min left`; no time before a second count of steps is seen."""
+        clock = time.monotonic() if clock is None else clock
+        first, since = self._first = self._first or (done, clock)
+        if of is None:
+            return f"step {done}"
+        if not first < done < of:
+            return f"step {done}/{of}"
+        left = (clock - since) / (done - first) * (of - done)
+        return f"step {done}/{of}, about {duration(left)} left"
