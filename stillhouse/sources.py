@@ -54,7 +54,7 @@ def sources_of(spec: TrainSpec | EvalSpec, cache_dir: Path) -> Json:
     Cheap where nothing changed: large files are read once (`fingerprints`). Never raises for what
     cannot be read: whoever needs it will say why.
     """
-    found = _of_pair(spec.pair, cache_dir, spec.place.commits)
+    found = of_pair(spec.pair, cache_dir, spec.place.commits)
     if isinstance(spec, TrainSpec):
         found |= _of_data(spec, cache_dir)
     return found
@@ -77,8 +77,11 @@ def drift(run: RunDir, spec: TrainSpec, here: Mapping[str, Any]) -> list[str]:
         ContractError: a run directory that another version wrote, or that is not what it says.
     """
     record = run.record()
-    if record is None:
-        return []
+    return [] if record is None else drift_of(run, record, spec, here)
+
+
+def drift_of(run: RunDir, record: Json, spec: TrainSpec, here: Mapping[str, Any]) -> list[str]:
+    """The same, of a record that was read already."""
     if "sources" in record:
         return differences(record["sources"], here)
     if spec.pair.pair_source != "generated" or spec.data.data_source != "generated":
@@ -99,7 +102,8 @@ def refusal(run: RunDir, found: list[str]) -> str:
 # ------------------------------------------------------------------------- what is here
 
 
-def _of_pair(pair: PairSpec, cache_dir: Path, commits: Mapping[str, str]) -> Json:
+def of_pair(pair: PairSpec, cache_dir: Path, commits: Mapping[str, str]) -> Json:
+    """The sources of a pair alone: student, teacher and tokenizer."""
     found: Json = {}
     for role, name in (("student", pair.student), ("teacher", pair.teacher)):
         with contextlib.suppress(OSError, ContractError):
@@ -184,7 +188,7 @@ def _before_sources(spec: TrainSpec, record: Json, contract: Json | None) -> Jso
     for role, what in (("student", spec.pair.student), ("teacher", spec.pair.teacher)):
         loss = facts.get(f"{role}_loss")
         found[role] = {"what": what, "kind": "model"} | ({} if loss is None else {"loss": loss})
-    digest = contract and cast("Json", contract["base"]).get("digest")
+    digest = cast("Json", (contract or {}).get("base") or {}).get("digest")
     if digest:
         found["student"]["digest"] = digest
     return found

@@ -7,10 +7,12 @@ names are unique over the whole tree, so that `lmbda` on a command line can only
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import field
 from datetime import date
 from typing import Annotated, Any, Literal, cast
@@ -483,6 +485,7 @@ class PlaceSpec:
     commits: dict[str, Annotated[str, Field(pattern="^[0-9a-f]{40}$")]]
     # new: a run whose weights, tokenizer or rows have changed since is put aside, and begins anew.
     sources: Literal["same", "new"]
+    sweep: str | None  # whose point it is here: Weights & Biases groups runs by it
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -691,7 +694,7 @@ NOT_VERSIONED: dict[str, str] = {
     "monitor": "measures, does not train",
     "watch": "ends a run early, or says something; the steps it takes are the same",
     "tracking": "where metrics are copied to",
-    "place": "paths, names, tags, threads, and what an open revision means",
+    "place": "paths, names, tags, threads, sweeps, and what an open revision means",
     "site": "where it runs",
     "pair.teacher_samples": "says what the teacher is asked for, not what it answers",
     "pair.vocab_size": "a fact about the weights, for checks",
@@ -717,6 +720,10 @@ AS_BEFORE: dict[str, Any] = {
     "data.template_date": "2026-01-01",
 }
 
+# Knobs that are no part of the content and came when there were records already, and what a record
+# without them means.
+ADDED: dict[str, Any] = {"place.commits": {}, "place.sources": "same", "place.sweep": None}
+
 _TRAIN = TypeAdapter(TrainSpec)
 _SKIP_SECTIONS = frozenset(key for key in NOT_VERSIONED if "." not in key)
 _SKIP_LEAVES = [key.split(".") for key in NOT_VERSIONED if "." in key]
@@ -727,6 +734,22 @@ def to_plain(spec: TrainSpec | EvalSpec) -> dict[str, Any]:
     if isinstance(spec, TrainSpec):
         return _TRAIN.dump_python(spec, mode="json")
     return TypeAdapter(EvalSpec).dump_python(spec, mode="json")
+
+
+def from_plain(plain: Mapping[str, Any]) -> TrainSpec:
+    """The spec that a record keeps; a knob that came later than the record has the value of before.
+
+    Raises:
+        ValidationError: it is no spec of this version.
+    """
+    sections = [field.name for field in dataclasses.fields(TrainSpec)]
+    return _TRAIN.validate_python({name: filled(name, plain.get(name, {})) for name in sections})
+
+
+def filled(section: str, leaves: Mapping[str, Any]) -> dict[str, Any]:
+    """A section as a record keeps it, with the knobs that came later at the value of before."""
+    keys = [(*key.split("."), value) for key, value in (AS_BEFORE | ADDED).items()]
+    return {leaf: value for name, leaf, value in keys if name == section} | {**leaves}
 
 
 def versioned(spec: TrainSpec) -> dict[str, dict[str, Any]]:

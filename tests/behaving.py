@@ -27,6 +27,7 @@ from stillhouse.errors import (
     StillhouseError,
 )
 from stillhouse.rundir import RunDir, Runs, eval_file, new_record, now, read_json, write_json
+from stillhouse.sources import sources_of
 from stillhouse.spec import EvalSpec, PairSpec, QuantSpec, TrainSpec, baseline_key, score_key
 from stillhouse.stop import StopFlag
 from stillhouse.sweep.backends.local import LocalBackend
@@ -103,7 +104,7 @@ def _behaviour(runs: Path, id_: str) -> dict[str, Any]:
     return {"steps": 3, "step_s": 0.0, **said.get("*", {}), **said.get(id_, {})}
 
 
-def prepare(pair: PairSpec, quant: QuantSpec, cache_dir: Path) -> object:
+def prepare(pair: PairSpec, quant: QuantSpec, cache_dir: Path, commits: dict[str, str]) -> object:
     _begin(cache_dir, "prepare", f"{pair.pair_name}/{quant.quant_type}")
     if (cache_dir / "no-weights").exists():
         raise ConfigError("pair tiny: its weights are not at hand; fetch them")
@@ -135,7 +136,9 @@ def _attempt(spec: TrainSpec, run: RunDir, how: dict[str, Any]) -> int:
     if how.get("deaf"):
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
     if run.record() is None:
-        write_json(run.spec_file, new_record(spec, {}) | {"threads": spec.place.threads})
+        here = {"sources": sources_of(spec, Path(spec.place.cache_dir))}
+        record = new_record(spec, {}) | here | {"threads": spec.place.threads}
+        write_json(run.spec_file, record)
     run.update_status(phase="training", max_steps=how["steps"])
     print(f"training {run.id} with {spec.place.threads} threads", flush=True)
     try:

@@ -49,8 +49,8 @@ def test_nothing_on_disk_is_new() -> None:
 
 
 def test_a_trained_point_is_done_only_when_every_task_is_scored() -> None:
-    assert state(is_trained=True, unscored=("gsm8k",)) == "waiting"
-    assert state(is_trained=True, unscored=()) == "done"
+    assert state(is_trained=True, unscored={"gsm8k": []}) == "waiting"
+    assert state(is_trained=True, unscored={}) == "done"
 
 
 @pytest.mark.parametrize("exit_code", [42, 43, 44])
@@ -91,7 +91,7 @@ def test_unfinished_work_of_other_code_has_drifted_and_done_work_has_not() -> No
     assert state(status={"phase": "training"}, code=THEIRS) == "drifted"
     assert state(status={"phase": "training"}, code=THEIRS, is_locked=True) == "running"
     assert state(code=THEIRS, is_trained=True) == "done"
-    assert state(code=THEIRS, is_trained=True, unscored=("gsm8k",)) == "waiting"
+    assert state(code=THEIRS, is_trained=True, unscored={"gsm8k": []}) == "waiting"
 
 
 def test_a_point_whose_adapter_was_lost_waits_to_be_trained_again() -> None:
@@ -131,7 +131,7 @@ def test_a_score_counts_only_under_the_question_that_is_asked(tmp_path: Path) ->
         write_json(eval_file(run.path, task.task), {"key": score_key(suite(), task)})
     assert observe(roster)[run.id].state == "done"
     other = replace(suite(), limit=5)
-    assert unscored(run.path, other) == tuple(task.task for task in tasks)
+    assert unscored(run.path, other, None) == {task.task: [] for task in tasks}
     assert observe(replace(roster, suite=other))[run.id].state == "waiting"
 
 
@@ -173,7 +173,7 @@ def test_a_poisoned_pack_is_scored_one_by_one_before_anybody_is_blamed(tmp_path:
     finish_training(run)
     baseline = tmp_path / "baselines" / "teacher-0"
     write_ending(task_of(run, "eval", (baseline,)), Ending(42, "ContractError: no", 2, False))
-    seen = look(run, suite())
+    seen = look(run, suite(), roster.beneath())
     assert (seen.state, seen.goes_alone, seen.cause) == ("waiting", True, "ContractError: no")
     assert RunDir(baseline).status()["eval_alone"]
     write_ending(task_of(run, "eval"), Ending(42, "ContractError: no", 2, False))

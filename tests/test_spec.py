@@ -139,6 +139,7 @@ OTHER: dict[str, object] = {
     "threads": 1,
     "commits": {"owner/name@main": "1" * 40},
     "sources": "new",
+    "sweep": "another",
     "site_name": "another",
     "max_parallel": 64,
     "infra_retries": 0,

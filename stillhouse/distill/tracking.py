@@ -44,6 +44,7 @@ def _wandb_run(spec: TrainSpec, run: RunDir) -> Any:
         project=spec.tracking.wandb_project,
         id=run.id,
         name=spec.place.name or run.path.name,
+        group=spec.place.sweep,
         tags=list(spec.place.tags),
         config=to_plain(spec),
         dir=str(run.path),

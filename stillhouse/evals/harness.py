@@ -3,7 +3,8 @@
 Every adapter is scored as the function it was trained as, Q(W)x + BAx under its own quantiser (its
 contract says which), and as Q(W + BA) only for a task that says so by its name, in a column of its
 own. A teacher is scored as the function that teaches: after the examples that it reads, if any.
-A score is written as soon as it is known and never computed twice.
+A score is written as soon as it is known and never computed twice, unless what it rests on is
+another now (`scores`): then it is said, computed anew, and keeps a note of what it replaces.
 """
 
 from __future__ import annotations
@@ -11,19 +12,22 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
+from stillhouse import scores
 from stillhouse.distill import models
 from stillhouse.errors import ContractError, OutOfMemory
 from stillhouse.evals import find
 from stillhouse.evals.suite import Asked, Scorer, Stop, clear_torch_cache, load_tasks
 from stillhouse.rundir import Json, Runs, eval_file, now, read_json, write_json
+from stillhouse.sources import sources_of
 from stillhouse.spec import (
     EvalSpec,
+    PairSpec,
     QuantSpec,
     SuiteSpec,
     TaskSpec,
@@ -51,18 +55,40 @@ class Row:
     """One line of the table: a base, with or without an adapter."""
 
     label: str
+    kind: str  # adapter, teacher, student or ptq
     home: Path  # its scores are eval_file(home, task)
     base: Base
     adapter: Path | None
     adapter_digest: str | None  # of its contract, which holds the digests of its files
+    pair: PairSpec
+    cache_dir: Path
+    sources: Json = field(compare=False)  # of the pair, as they are now
     examples: int = 0  # solved problems that only this row reads before each question
+
+    @property
+    def rests_on(self) -> Json:
+        """Of the sources, those that this row's scores rest on."""
+        return scores.rests_on(self.kind, self.sources)
+
+    def drift(self, suite: SuiteSpec, task: TaskSpec) -> list[str]:
+        """Why the score on disk counts no more though it answers this question; [] where it does,
+        or there is none."""
+        score = read_json(eval_file(self.home, task.task)) or {}
+        if score.get("key") != score_key(suite, task):
+            return []
+        found = scores.changes(
+            score, task, self.kind, self.pair, self.sources, self.cache_dir, self.adapter_digest
+        )
+        if not found and score.get("base_revision", self.base.revision) != self.base.revision:
+            found = [f"its base was {score['base_revision']} and is {self.base.revision} here"]
+        return found
 
     def finished(self, suite: SuiteSpec, task: TaskSpec) -> Json | None:
         """The score on disk, if it answers this question about these very weights."""
         score = read_json(eval_file(self.home, task.task)) or {}
-        asked = (score_key(suite, task), self.adapter_digest, self.base.revision)
-        kept = tuple(score.get(k) for k in ("key", "adapter_digest", "base_revision"))
-        return score if kept == asked else None
+        asked = (score_key(suite, task), self.adapter_digest)
+        is_asked = (score.get("key"), score.get("adapter_digest")) == asked
+        return score if is_asked and not self.drift(suite, task) else None
 
 
 def run_suite(spec: EvalSpec, stop: Stop) -> int:
@@ -87,10 +113,15 @@ def run_suite(spec: EvalSpec, stop: Stop) -> int:
     models.use_threads(spec.place.threads)
     cache_dir = Path(spec.place.cache_dir)
     prepared = models.prepare(spec.pair, spec.quant, cache_dir, spec.place.commits)
-    rows = [*_baselines(spec, prepared, runs), *_adapters(spec, prepared, found)]
+    sources = sources_of(spec, cache_dir)
+    rows = [
+        *_baselines(spec, prepared, sources, runs),
+        *_adapters(spec, prepared, sources, found),
+    ]
     missing = {(r, t) for r in rows for t in suite.tasks if r.finished(suite, t) is None}
     todo = f"{len(missing)} of {len(rows) * len(suite.tasks)} scores to find"
     _say(f"eval: {len(rows)} rows, suite {suite.suite_name}: {todo}")
+    _say_what_drifted(rows, suite)
     if missing:
         _score_all(spec, prepared, rows, missing, stop)
     _say(table(rows, suite))
@@ -122,10 +153,19 @@ def _stay_offline() -> None:
             vars(sys.modules[name])["HF_HUB_OFFLINE"] = True
 
 
+def _say_what_drifted(rows: list[Row], suite: SuiteSpec) -> None:
+    for row in rows:
+        for task in suite.tasks:
+            if why := row.drift(suite, task):
+                _say(f"eval: {row.label} {task.task} drifted, scored anew: {'; '.join(why)}")
+
+
 # ---------------------------------------------------------------- rows
 
 
-def _baselines(spec: EvalSpec, prepared: models.PreparedPair, runs: Runs) -> list[Row]:
+def _baselines(
+    spec: EvalSpec, prepared: models.PreparedPair, sources: Json, runs: Runs
+) -> list[Row]:
     pair, asked = spec.pair, spec.evaluation
     teacher = Base(prepared.teacher, prepared.teacher_revision, pair.teacher_dtype, None)
     student = Base(prepared.student, prepared.student_revision, pair.student_dtype, None)
@@ -146,12 +186,13 @@ def _baselines(spec: EvalSpec, prepared: models.PreparedPair, runs: Runs) -> lis
         if read_json(home / "baseline.json") != about:
             write_json(home / "baseline.json", about)
         examples = pair.teacher_few_shot if kind == "teacher" else 0
-        rows.append(Row(label, home, base, None, None, examples))
+        cache_dir = Path(spec.place.cache_dir)
+        rows.append(Row(label, kind, home, base, None, None, pair, cache_dir, sources, examples))
     return rows
 
 
 def _adapters(
-    spec: EvalSpec, prepared: models.PreparedPair, found: Iterable[find.Found]
+    spec: EvalSpec, prepared: models.PreparedPair, sources: Json, found: Iterable[find.Found]
 ) -> list[Row]:
     rows, elsewhere = [], []
     checked: set[str] = set()
@@ -170,7 +211,9 @@ def _adapters(
             None if quant.quant_type == "none" else quant,
         )
         label = _label(quant.quant_type, each)
-        rows.append(Row(label, each.home, base, each.adapter, digest(contract)[:16]))
+        place = (each.home, base, each.adapter, digest(contract)[:16])
+        cache_dir = Path(spec.place.cache_dir)
+        rows.append(Row(label, "adapter", *place, spec.pair, cache_dir, sources))
         if quant != spec.quant:
             elsewhere.append(f"{label} ({_words(quant)})")
     if elsewhere:
@@ -322,12 +365,16 @@ def _probe(model: Any, tokenizer: Any) -> Any:
 
 def _write(row: Row, task: TaskSpec, suite: SuiteSpec, score: Json) -> None:
     ours = {name: models.versions()[name] for name in ("transformers", "torch", "peft")}
+    before, why = read_json(eval_file(row.home, task.task)), row.drift(suite, task)
     score = score | {
         "task": task.task,
         "examples": row.examples,
         "key": score_key(suite, task),
         "adapter_digest": row.adapter_digest,
         "base_revision": row.base.revision,
+        "sources": row.rests_on,
+        "machine": models.machine(),
+        "before": scores.replaced(before, why or ["another question"]),
         "quant_type": row.base.quant.quant_type if row.base.quant else "none",
         "versions": score["versions"] | ours,
         "finished": now(),

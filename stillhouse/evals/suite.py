@@ -24,11 +24,12 @@ from lm_eval.tasks import TaskManager
 from stillhouse.errors import ConfigError, ContractError, DataError, nearest
 from stillhouse.evals.lm import LOG, Lm, ProgressLines
 from stillhouse.rundir import Json
+from stillhouse.scores import TASK_VERSIONS
 from stillhouse.spec import SuiteSpec, TaskSpec
 
 __all__ = ["Asked", "Scorer", "Stop", "clear_torch_cache", "load_tasks"]
 
-TINY = ("tiny_gen", "tiny_mc")
+TINY = tuple(TASK_VERSIONS)
 FEWSHOT_SEED = 1234  # lm-eval's own default: every row sees the same examples
 
 
@@ -180,7 +181,7 @@ def _tiny_task(name: str, data_dir: Path) -> Json:
             "doc_to_target": "{{worked}}",
             "doc_to_choice": None,
         },
-        "metadata": {"version": 1},
+        "metadata": {"version": TASK_VERSIONS[name]},
     }
 
     def metrics(*names: str) -> list[Json]:

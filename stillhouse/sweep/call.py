@@ -104,7 +104,7 @@ class Call:
     def find(self) -> Roster:
         """The points that a verb which looks or mends is about."""
         if self.is_file:
-            found = roster_of(self.sweep())
+            found = roster_of(self.ground.pinned(self.sweep()))
         elif self.target is None:
             known = ", ".join(self.ground.names()) or "none yet"
             raise ConfigError(f"which sweep? A file, a sweep ({known}), a run's name or id")

@@ -19,6 +19,7 @@ from stillhouse.compose import Overrides, compose
 from stillhouse.errors import AGAIN, DONE, POISON
 from stillhouse.rundir import RunDir, code_identity, now, write_json
 from stillhouse.spec import EvalSpec
+from stillhouse.sweep.commits import placed
 from stillhouse.sweep.grid import Point, Sweep
 from stillhouse.sweep.plan import (
     Action,
@@ -301,12 +302,15 @@ class Drive:
         runs = tuple(self.roster.run(id_) for id_ in action.points)
         log = log_file(self.sweep.runs, self.sweep.name)
         if action.kind == "train":
-            return Task(action, (self.points[action.points[0]].spec,), runs, None, runs[0].log_file)
+            spec = placed(self.points[action.points[0]].spec, self.sweep)
+            return Task(action, (spec,), runs, None, runs[0].log_file)
         if action.kind == "eval":
             spec = self._eval_spec(action)
             return Task(action, (spec,), runs, spec, log)
         first = next(self.points[id_] for id_, g in self.groups.items() if g == action.group).spec
-        return Task(action, (first.pair, first.quant, Path(first.place.cache_dir)), (), None, log)
+        cache_dir = Path(first.place.cache_dir)
+        subject = (first.pair, first.quant, cache_dir, {**self.sweep.commits})
+        return Task(action, subject, (), None, log)
 
     def _eval_spec(self, action: Action) -> EvalSpec:
         point, defaults = self.points[action.points[0]].spec, self._eval_defaults
@@ -325,7 +329,9 @@ class Drive:
             data=point.data,
             suite=self.sweep.suite,
             evaluation=evaluation,
-            place=dataclasses.replace(point.place, name=None, output_dir=None, tags=()),
+            place=dataclasses.replace(
+                point.place, name=None, output_dir=None, tags=(), commits={**self.sweep.commits}
+            ),
         )
 
     @functools.cached_property
@@ -338,7 +344,11 @@ def adopt_code(roster: Roster, observations: Mapping[str, Observation]) -> list[
 
     spec.json keeps every digest that had a part in a run: the report names mixed code.
     """
-    drifted = [id_ for id_, seen in observations.items() if seen.state == "drifted"]
+    drifted = [
+        id_
+        for id_, seen in observations.items()
+        if seen.state == "drifted" and not seen.must_begin_anew
+    ]
     for id_ in drifted:
         run = roster.run(id_)
         record = run.record()

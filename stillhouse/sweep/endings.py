@@ -11,6 +11,7 @@ from pathlib import Path
 
 from stillhouse.errors import AGAIN, DONE, POISON, STOPPED
 from stillhouse.rundir import Json, RunDir, now
+from stillhouse.sweep.beneath import Beneath
 from stillhouse.sweep.drive import Task
 from stillhouse.sweep.plan import unscored
 
@@ -58,7 +59,9 @@ def _without_scores(task: Task) -> list[Path]:
     if task.suite_spec is None:
         return []
     directories = [*(run.path for run in task.runs), *task.action.baselines]
-    return [d for d in directories if unscored(d, task.suite_spec.suite)]
+    place = task.suite_spec.place
+    beneath = Beneath(Path(place.cache_dir), place.commits)
+    return [d for d in directories if unscored(d, task.suite_spec.suite, beneath.under(d))]
 
 
 def write_ending(task: Task, ending: Ending) -> None:

@@ -70,6 +70,8 @@ class Sweep:
     runs: Path
     baselines: tuple[str, ...]  # of "teacher", "student", "ptq"
     words: tuple[str, ...] = ()  # of the command line, as typed: what repeats it
+    # Open revisions of the hub -> the commit that all of its points use (`commits`).
+    commits: Mapping[str, str] = dataclasses.field(default_factory=dict[str, str])
 
 
 def load_sweep(target: str | None, words: list[str], runs: Path, site: str = "local") -> Sweep:

@@ -9,14 +9,14 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 from stillhouse.at_hand import require_torch
 from stillhouse.rundir import RunDir
-from stillhouse.sweep import cost, listing, logs, roster, spent
+from stillhouse.sweep import commits, cost, listing, logs, roster, spent
 from stillhouse.sweep.drive import Backend, adopt_code
 from stillhouse.sweep.endings import forget_failures
 from stillhouse.sweep.grid import Sweep
@@ -85,6 +85,21 @@ class Ground(Protocol):
 
     def given_up(self, rows: Roster) -> dict[str, str]:
         """What no point tells: the rows and pairs that cannot be had, and why."""
+        ...
+
+    def pinned(self, sweep: Sweep, begins: bool = False) -> Sweep:
+        """The sweep with open revisions at the commits that it first ran with there.
+
+        `begins`: it is about to run, so what is not known yet is found out.
+        """
+        ...
+
+    def drifted_rows(self, sweep: Sweep) -> list[str]:
+        """Which rows that no run trains have scores that count no more, and why."""
+        ...
+
+    def begin_anew(self, rows: Roster, ids: Sequence[str]) -> list[str]:
+        """Put aside what these points left, so that they are new; where it is kept, a line each."""
         ...
 
     def remarks(self, rows: Roster | None) -> list[str]:
@@ -182,6 +197,25 @@ class Here:
             for name, status in statuses.items()
             if status.get("eval_gave_up")
         }
+
+    def pinned(self, sweep: Sweep, begins: bool = False) -> Sweep:
+        # What lies here is what a run would take, so a plan says what it would say.
+        return commits.pinned(sweep, roster.recorded_commits(self.runs, sweep.name), commits.here)
+
+    def drifted_rows(self, sweep: Sweep) -> list[str]:
+        return [
+            f"baseline {one.directory.name}: {'; '.join(one.rests_on_other)}; to be scored anew"
+            for one in self.baselines(sweep)
+            if one.rests_on_other
+        ]
+
+    def begin_anew(self, rows: Roster, ids: Sequence[str]) -> list[str]:
+        said: list[str] = []
+        for id_ in ids:
+            run = rows.run(id_)
+            with run.lock():
+                said.append(f"{rows.by_id[id_]} begins anew; before: {run.set_aside()}")
+        return said
 
     def remarks(self, rows: Roster | None) -> list[str]:
         return []

@@ -217,6 +217,18 @@ def failures(roster: Roster, observations: Mapping[str, Observation]) -> list[st
     return [_kind(rows, observations) for rows in sorted(kinds.values(), key=len, reverse=True)]
 
 
+def drifted(roster: Roster, observations: Mapping[str, Observation]) -> list[str]:
+    """What rests on something that is another now, and on what: one line for each kind."""
+    kinds: dict[tuple[str, ...], list[Row]] = {}
+    for row in roster.rows:
+        if observations[row.id].rests_on_other:
+            kinds.setdefault(observations[row.id].rests_on_other, []).append(row)
+    return [
+        f"{observations[rows[0].id].state} {len(rows)}: {'; '.join(why)} [{_who(rows)}]"
+        for why, rows in sorted(kinds.items(), key=lambda kind: len(kind[1]), reverse=True)
+    ]
+
+
 def _kind(rows: Sequence[Row], observations: Mapping[str, Observation]) -> str:
     first = observations[rows[0].id]
     cause = first.cause or f"exit code {first.exit_code}"

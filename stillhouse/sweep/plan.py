@@ -5,8 +5,12 @@ run: what a process left in its run directory is all there is.
 
     new       nobody ever started it          failed    42, 43, 44, or one death too many
     waiting   may start, or start again       stopped   46: a watch rule ended it
-    running   a live process holds its lock   drifted   begun, untrained, by other code than ours
-    done      trained, and every task that was asked for is scored
+    running   a live process holds its lock   drifted   begun, untrained, by other code than ours;
+    done      trained, and every task that              or, trained or not, over other weights or
+              was asked for is scored                   rows than are here now
+
+A trained point whose scores were made of other weights, or by another lm-eval, waits to be scored
+anew: scoring is cheap, and the score says what it replaced.
 """
 
 from __future__ import annotations
@@ -15,15 +19,16 @@ import itertools
 import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, cast
 
 from stillhouse.errors import AGAIN, POISON, STOPPED
 from stillhouse.rundir import Json, RunDir, code_identity, eval_file, read_json
 from stillhouse.spec import SuiteSpec, score_key
+from stillhouse.sweep.beneath import Below, Beneath
 from stillhouse.sweep.grid import Sweep
-from stillhouse.sweep.roster import Roster, baseline_rows
+from stillhouse.sweep.roster import Roster, baseline_rows, roster_of
 
 State = Literal["new", "waiting", "running", "done", "failed", "stopped", "drifted"]
 STATES: tuple[State, ...] = (
@@ -45,6 +50,13 @@ class Observation:
     goes_alone: bool = False  # an evaluation with others failed: the next one is to show who it was
     asked_to_stop: float | None = None  # seconds since the epoch, where that ended it
     warnings: tuple[str, ...] = ()  # what its watch rules found, a line each
+    # What it, or a score of it, rests on and is another here now; a sentence each.
+    rests_on_other: tuple[str, ...] = ()
+
+    @property
+    def must_begin_anew(self) -> bool:
+        """Whether what was trained here is of other weights or rows than are here now."""
+        return self.state == "drifted" and bool(self.rests_on_other)
 
 
 @dataclass(frozen=True)
@@ -54,8 +66,9 @@ class Found:
     status: Json
     code: str | None  # digest of the code that began it; None: nobody did
     is_trained: bool = False
-    unscored: tuple[str, ...] = ()
+    unscored: Mapping[str, Sequence[str]] = field(default_factory=dict[str, Sequence[str]])
     is_locked: bool = False
+    drift: tuple[str, ...] = ()  # what it rests on and is another here now
 
 
 @dataclass(frozen=True)
@@ -68,6 +81,7 @@ class Baseline:
     is_scored: bool = False
     goes_alone: bool = False
     cause: str | None = None  # why it is given up
+    rests_on_other: tuple[str, ...] = ()  # why scores that are there count no more
 
 
 @dataclass(frozen=True)
@@ -108,39 +122,51 @@ def observe(roster: Roster) -> dict[str, Observation]:
         ContractError: a run directory that another version wrote, or that is not what it says.
     """
     there = set(os.listdir(roster.runs)) if roster.runs.is_dir() else set[str]()
+    beneath = roster.beneath()
     return {
-        row.id: look(roster.run(row.id), roster.suite)
+        row.id: look(roster.run(row.id), roster.suite, beneath)
         if row.directory in there
         else Observation("new")
         for row in roster.rows
     }
 
 
-def look(run: RunDir, suite: SuiteSpec | None) -> Observation:
-    """The state of one point."""
+def look(run: RunDir, suite: SuiteSpec | None, beneath: Beneath) -> Observation:
+    """The state of one point; `beneath`: what points rest on now."""
     record, status = run.record(), run.status()
-    # A collected run without its weights was trained; only to be scored here it would want them.
-    is_trained = run.is_trained() or (run.was_trained() and not unscored(run.path, suite))
+    missing: dict[str, list[str]] = {}
+    is_trained = run.is_trained()
+    if is_trained or run.was_trained():
+        missing = unscored(run.path, suite, beneath.under_run(run, record) if record else None)
+        # One that was collected without its weights was trained; to be scored it would want them.
+        is_trained = is_trained or not missing
     # The lock is only tried where somebody may hold it: trying it is holding it for an instant.
     may_run = status.get("phase") in ("starting", "training") or bool(status.get("scoring"))
     found = Found(
         status=status,
         code=record["code"]["digest"] if record else None,
         is_trained=is_trained,
-        unscored=unscored(run.path, suite) if is_trained else (),
+        unscored=missing if is_trained else {},
         is_locked=may_run and run.is_locked(),
+        drift=tuple(beneath.drift(run, record)) if record else (),
     )
     return judge(found, code_identity()["digest"] if record else "")
 
 
-def unscored(directory: Path, suite: SuiteSpec | None) -> tuple[str, ...]:
-    """The tasks of a suite that have no result here, or one that answers another question."""
-    missing: list[str] = []
+def unscored(directory: Path, suite: SuiteSpec | None, below: Below | None) -> dict[str, list[str]]:
+    """The tasks of a suite that want a score here, each with why the one that is there is none.
+
+    [] where there is none, or one that answers another question. `below`: what this row's scores
+    rest on now; None: nobody knows.
+    """
+    missing: dict[str, list[str]] = {}
     for task in suite.tasks if suite else ():
         result = read_json(eval_file(directory, task.task))
-        if suite and (result is None or result.get("key") != score_key(suite, task)):
-            missing.append(task.task)
-    return tuple(missing)
+        if suite is None or result is None or result.get("key") != score_key(suite, task):
+            missing[task.task] = []
+        elif below is not None and (why := below.changes(result, task)):
+            missing[task.task] = why
+    return missing
 
 
 def groups_of(sweep: Sweep) -> dict[str, str]:
@@ -174,19 +200,34 @@ def fixed_packs(groups: Mapping[str, str], size: int) -> dict[str, str]:
 def baselines_of(sweep: Sweep, groups: Mapping[str, str]) -> tuple[Baseline, ...]:
     """The rows of a sweep that no run trains, as they are on disk now."""
     found: list[Baseline] = []
+    beneath = roster_of(sweep).beneath()
     for row in baseline_rows(sweep):
         status = RunDir(row.directory).status()
+        missing = unscored(row.directory, sweep.suite, beneath.under_baseline(row.directory))
         found.append(
             Baseline(
                 directory=row.directory,
                 label=row.label,
                 groups=frozenset(groups[id_] for id_ in row.points),
-                is_scored=not unscored(row.directory, sweep.suite),
+                is_scored=not missing,
                 goes_alone=bool(status.get("eval_alone")),
                 cause=status.get("eval_cause") if status.get("eval_gave_up") else None,
+                rests_on_other=drifted_scores(missing),
             )
         )
     return tuple(found)
+
+
+def drifted_scores(missing: Mapping[str, Sequence[str]]) -> tuple[str, ...]:
+    """Of `unscored`, the scores that are there and count no more: a sentence for each reason."""
+    tasks: dict[str, list[str]] = {}
+    for task, why in missing.items():
+        for reason in why:
+            tasks.setdefault(reason, []).append(task)
+    return tuple(
+        f"its score{'s' if len(of) > 1 else ''} on {', '.join(of)} drifted: {reason}"
+        for reason, of in tasks.items()
+    )
 
 
 # --------------------------------------------------------------------------------- judging
@@ -208,19 +249,22 @@ def judge(found: Found, code: str) -> Observation:
             **more,
         )
 
-    if found.is_trained and not found.unscored:
+    if found.is_trained and not found.unscored and not found.drift:
         return observed("done")
     if found.is_locked:
         return observed("running", pid=status.get("pid"))
-    if found.is_trained:
+    if found.is_trained and not found.drift:
         return _judge_unscored(found, observed)
     if not status and found.code is None:
         return Observation("new")
     exit_code, cause = status.get("exit_code"), status.get("cause")
     if exit_code == STOPPED:
         return observed("stopped", cause)
-    if status.get("phase") == "failed" and (exit_code in POISON or status.get("gave_up")):
+    has_failed = status.get("phase") == "failed" and not found.is_trained
+    if has_failed and (exit_code in POISON or status.get("gave_up")):
         return observed("failed", cause)
+    if found.drift:
+        return observed("drifted", "; ".join(found.drift), rests_on_other=found.drift)
     if found.code not in (None, code):
         return observed("drifted", f"begun by code {found.code}, this is {code}")
     if exit_code == AGAIN:
@@ -239,11 +283,14 @@ def _judge_unscored(found: Found, observed: Any) -> Observation:
     if status.get("eval_gave_up"):
         return observed("failed", cause)
     stopped = status.get("eval_finished") if status.get("eval_exit_code") == AGAIN else None
+    drifted = drifted_scores(found.unscored)
+    told = "; ".join(drifted) and f"{'; '.join(drifted)}; to be scored anew"
     return observed(
         "waiting",
-        cause or f"trained, to be scored on {', '.join(found.unscored)}",
+        cause or told or f"trained, to be scored on {', '.join(found.unscored)}",
         goes_alone=bool(status.get("eval_alone")),
         asked_to_stop=stopped,
+        rests_on_other=drifted,
     )
 
 

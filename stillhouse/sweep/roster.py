@@ -10,8 +10,8 @@ The verbs that look or mend need no configuration, only this: a sweep outlives i
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -30,6 +30,7 @@ from stillhouse.rundir import (
 )
 from stillhouse.spec import PairSpec, QuantSpec, SuiteSpec, baseline_key
 from stillhouse.sweep.asked import text
+from stillhouse.sweep.beneath import Beneath
 from stillhouse.sweep.grid import Sweep
 
 
@@ -61,6 +62,13 @@ class Roster:
     rows: tuple[Row, ...]
     suite: SuiteSpec | None
     baselines: tuple[Path, ...]  # directories of the rows that no run trained
+    # Where what its points rest on lies here, and what open revisions mean; None: nobody said.
+    cache_dir: Path | None = None
+    commits: Mapping[str, str] = field(default_factory=dict[str, str])
+
+    def beneath(self) -> Beneath:
+        """What its points rest on now, to be looked at once."""
+        return Beneath(self.cache_dir, self.commits)
 
     @functools.cached_property
     def by_id(self) -> dict[str, Row]:
@@ -85,7 +93,11 @@ def roster_of(sweep: Sweep) -> Roster:
     """The points of a sweep that was just read."""
     rows = (Row(p.id, p.slug, p.name, p.overrides) for p in sweep.points)
     baselines = tuple(row.directory for row in baseline_rows(sweep))
-    return Roster(sweep.name, sweep.runs, tuple(rows), sweep.suite, baselines)
+    place = sweep.points[0].spec.place
+    return Roster(
+        sweep.name, sweep.runs, tuple(rows), sweep.suite, baselines, Path(place.cache_dir),
+        sweep.commits,
+    )  # fmt: skip
 
 
 def write(sweep: Sweep) -> None:
@@ -144,6 +156,8 @@ def record_of(sweep: Sweep) -> Json:
             }
             for row in baseline_rows(sweep)
         ],
+        "cache_dir": sweep.points[0].spec.place.cache_dir,
+        "commits": {**sweep.commits},
         "created": now(),
     }
 
@@ -184,6 +198,11 @@ def read(runs: Path, name: str) -> Roster | None:
     return None if record is None else of_record(record, runs, str(file))
 
 
+def recorded_commits(runs: Path, name: str) -> dict[str, str]:
+    """What open revisions meant when the sweep of this name first ran here; {} where it did not."""
+    return (read_json(Runs(runs).sweep_file(name)) or {}).get("commits") or {}
+
+
 def of_record(record: Json, runs: Path, where: str) -> Roster:
     """The sweep that a record describes; `where` it was read, for an error.
 
@@ -198,7 +217,11 @@ def of_record(record: Json, runs: Path, where: str) -> Roster:
     rows = (Row(p["id"], p["slug"], p["name"], p["overrides"]) for p in record["points"])
     suite = record["suite"] and TypeAdapter(SuiteSpec).validate_python(record["suite"])
     baselines = tuple(runs / "baselines" / b["directory"] for b in record["baselines"])
-    return Roster(record["name"], runs, tuple(rows), cast("SuiteSpec | None", suite), baselines)
+    cache_dir = record.get("cache_dir")
+    return Roster(
+        record["name"], runs, tuple(rows), cast("SuiteSpec | None", suite), baselines,
+        cache_dir and Path(cache_dir), record.get("commits") or {},
+    )  # fmt: skip
 
 
 def find(word: str, runs: Path) -> Roster:

@@ -12,13 +12,13 @@ import dataclasses
 import json
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 
 from stillhouse import fits
 from stillhouse.errors import AGAIN, DONE, MISTAKE
 from stillhouse.rundir import Json
-from stillhouse.sweep import listing, roster
+from stillhouse.sweep import commits, listing, roster
 from stillhouse.sweep.call import Call
 from stillhouse.sweep.chosen import Condition, check_cause, is_caused_by
 from stillhouse.sweep.drive import SOME_FAILED, Backend, Drive
@@ -26,6 +26,7 @@ from stillhouse.sweep.grid import Point, Sweep
 from stillhouse.sweep.ground import Ground
 from stillhouse.sweep.plan import STATES, Observation
 from stillhouse.sweep.roster import Roster, roster_of
+from stillhouse.sweep.site import CLUSTER
 from stillhouse.sweep.verdicts import verdict_lines, verdicts
 from stillhouse.words import duration
 
@@ -43,17 +44,25 @@ __all__ = [
 ]
 
 Observations = Mapping[str, Observation]
+WAYS_OUT = (
+    "restore what changed, or run the same command with --sources=new: these points begin anew, and"
+    " what they left is kept beside them, in runs/.before"
+)
 
 
 def plan(call: Call) -> int:
     """Say how many points are in which state, by axis, how they train and what that would cost."""
-    sweep, ground = call.sweep(), call.ground
+    ground = call.ground
+    sweep = ground.pinned(call.sweep())
     rows = roster.narrowed(roster_of(sweep), call.points)
     observations = ground.observe(rows, minds_code=True)
     points = _only(sweep, rows).points
     _check_fit(points, observations)
     if call.is_json:
-        more = {"methods": listing.methods(points), "preflight": verdicts(points, call.runs)}
+        more = {
+            "methods": listing.methods(points),
+            "preflight": verdicts(_only(sweep, rows), call.runs),
+        }
         return _print_json(listing.as_json(rows, observations) | more)
     print(listing.headline(rows, observations))
     if sweep.question:
@@ -61,9 +70,13 @@ def plan(call: Call) -> int:
     costs = ground.costs(_only(sweep, rows), observations)
     _print(listing.by_axis(rows, observations, costs))
     _print(listing.method_lines(points))
-    _print(verdict_lines(verdicts(points, call.runs)))
+    _print(verdict_lines(verdicts(_only(sweep, rows), call.runs)))
     _print(ground.forecast(_only(sweep, rows), costs))
     _print(listing.failures(rows, observations))
+    _print(listing.drifted(rows, observations))
+    _print([*ground.drifted_rows(sweep), *commits.remarks(sweep)])
+    if any(seen.must_begin_anew for seen in observations.values()):
+        print(f"run: {WAYS_OUT}")
     drifted = _drifted(observations)
     if drifted:
         print(f"{_of_other_code(drifted)}; run them with --code=new")
@@ -75,11 +88,14 @@ def render(call: Call) -> int:
     from stillhouse.sweep.kube.manifest import image_problem
     from stillhouse.sweep.kube.rendering import manifests
 
-    sweep = call.sweep()
+    recorded = roster.recorded_commits(call.runs, call.sweep().name)
+    sweep = commits.pinned(call.sweep(), recorded, commits.unasked)
     rows = roster.narrowed(roster_of(sweep), call.points)
     problem = image_problem(sweep.site)
     if problem:
         print(f"not to be sent as it is: {problem}", file=sys.stderr)
+    for name in commits.unknown(sweep):
+        print(f"{name}: `run` asks the hub for its commit, and tells every Job", file=sys.stderr)
     if call.is_json:
         said = listing.as_json(rows, {row.id: Observation("new") for row in rows.rows})
         texts = [manifest.decode() for manifest in manifests(sweep, rows)]
@@ -95,15 +111,19 @@ def run(call: Call, backend_for: Callable[[Sweep, Roster], Backend] | None = Non
         return _run(call, backend_for)
     with contextlib.redirect_stdout(sys.stderr):  # one object is all that goes to stdout
         code = _run(call, backend_for)
-    rows = roster.narrowed(roster_of(call.sweep()), call.points)
+    rows = roster.narrowed(roster_of(call.ground.pinned(call.sweep())), call.points)
     _print_json(listing.as_json(rows, call.ground.observe(rows)))
     return code
 
 
 def _run(call: Call, backend_for: Callable[[Sweep, Roster], Backend] | None) -> int:
-    sweep, ground = call.sweep(), call.ground
+    ground = call.ground
+    sweep = ground.pinned(call.sweep(), begins=True)
     rows = roster.narrowed(roster_of(sweep), call.points)
     observations = ground.observe(rows, minds_code=True)
+    anew = [id_ for id_, seen in observations.items() if seen.must_begin_anew]
+    if anew and sweep.points[0].spec.place.sources != "new":
+        return _refuse(rows, observations)
     drifted = _drifted(observations)
     if drifted and not call.is_new_code:
         print(
@@ -118,8 +138,15 @@ def _run(call: Call, backend_for: Callable[[Sweep, Roster], Backend] | None) -> 
     elif not is_idle:
         ground.require(sweep, rows)
     ground.write(sweep)
-    if drifted:
+    _print([*ground.drifted_rows(sweep), *commits.remarks(sweep)])
+    _print(
+        f"{name}: nobody here knows its commit; each point uses what its pod finds, and records it"
+        for name in commits.unknown(sweep)
+        if call.backend == CLUSTER
+    )
+    if drifted or anew:
         ground.adopt_code(rows, observations)
+        _print(ground.begin_anew(rows, anew) if anew else [])
         observations = ground.observe(rows, minds_code=True)
     if is_idle:
         print("nothing left to do")
@@ -142,6 +169,13 @@ def _run(call: Call, backend_for: Callable[[Sweep, Roster], Backend] | None) -> 
     if code == AGAIN:
         print(ground.parting)
     return code
+
+
+def _refuse(rows: Roster, observations: Observations) -> int:
+    """Say what rests on something else now, and both ways out; 42."""
+    lines = [*listing.drifted(rows, observations), f"nothing was started: {WAYS_OUT}"]
+    print("ContractError: " + "\n".join(lines), file=sys.stderr)
+    return MISTAKE
 
 
 def _options(call: Call) -> list[str]:
@@ -317,7 +351,9 @@ def _code(observations: Observations, given_up: Mapping[str, str]) -> int:
 
 
 def _drifted(observations: Observations) -> list[str]:
-    return [id_ for id_, seen in observations.items() if seen.state == "drifted"]
+    """The points that other code began, and ours would have to go on with."""
+    seen_by_id = observations.items()
+    return [i for i, seen in seen_by_id if seen.state == "drifted" and not seen.must_begin_anew]
 
 
 def _of_other_code(ids: Sequence[str]) -> str:
@@ -336,7 +372,7 @@ def _check_fit(points: Sequence[Point], observations: Observations) -> None:
     fits.check(point.spec for point in points if not observations[point.id].is_trained)
 
 
-def _print(lines: Sequence[str]) -> None:
+def _print(lines: Iterable[str]) -> None:
     for line in lines:
         print(line)
 

@@ -10,23 +10,38 @@ from typing import Any
 from stillhouse import verdict
 from stillhouse.compose import data_file
 from stillhouse.rundir import Json, Runs, read_json
-from stillhouse.sweep.grid import Point
+from stillhouse.sources import differences, rests_on, sources_of
+from stillhouse.sweep.commits import placed
+from stillhouse.sweep.grid import Point, Sweep
 
 SHOWN = 6  # pairs (each with a loss and a number of steps) that a plan names
 
 
-def verdicts(points: Sequence[Point], runs: Path) -> list[Json]:
-    """Each pair of these points, with its loss and steps, and its verdict; None: not asked."""
+def verdicts(sweep: Sweep, runs: Path) -> list[Json]:
+    """Each pair of a sweep, with its loss and steps, and its verdict; None: not asked, or asked of
+    other weights or rows than are here now (`drifted`)."""
     rules = verdict.rules_of(data_file("preflight"), "conf/preflight.yaml")
     alike: dict[Any, Point] = {}
-    for point in points:  # a key takes long to make, and of 10,000 points few differ in it
+    for point in sweep.points:  # a key takes long to make, and of 10,000 points few differ in it
         alike.setdefault(verdict.asked_of(point.spec), point)
-    return [_one(point, runs, rules) for point in alike.values()]
+    here: dict[Any, Json] = {}
+    return [_one(point, sweep, runs, rules, here) for point in alike.values()]
 
 
-def _one(point: Point, runs: Path, rules: verdict.Rules) -> Json:
-    spec = point.spec
+def _one(
+    point: Point, sweep: Sweep, runs: Path, rules: verdict.Rules, here: dict[Any, Json]
+) -> Json:
+    """`here`: what was looked at already, by what decides it."""
+    spec, drifted = point.spec, list[str]()
     found = read_json(Runs(runs).verdict_file(spec.pair.pair_name, verdict.key_of(spec)))
+    if found is not None and "sources" in found:
+        spec = placed(spec, sweep)
+        key = rests_on(spec)
+        if key not in here:
+            here[key] = sources_of(spec, Path(spec.place.cache_dir))
+        drifted = differences(found["sources"], here[key])
+    if drifted:
+        found = None
     if found is not None:  # by the rules of now, whatever they were when it was asked
         asked = verdict.asked_numbers(spec.loss.beta, spec.training.max_steps)
         found = verdict.decide(rules, verdict.numbers_of(found) | asked)
@@ -41,6 +56,7 @@ def _one(point: Point, runs: Path, rules: verdict.Rules) -> Json:
         "max_new_tokens": spec.rollout.max_new_tokens,
         "verdict": found and found["verdict"],
         "reason": found and found["reasons"][0],
+        "drifted": drifted,
         "command": shlex.join(["stillhouse", "preflight", *words, *where]),
     }
 
@@ -51,6 +67,8 @@ def verdict_lines(found: Sequence[Json]) -> list[str]:
     asked = [f"  {one['verdict']:<8} {_named(one)}: {one['reason']}" for one in known[:SHOWN]]
     if len(known) > SHOWN:
         asked.append(f"  and {len(known) - SHOWN} more; --json has each")
+    for one in [one for one in found if one["drifted"]][:SHOWN]:
+        asked.append(f"  drifted  {_named(one)}: {'; '.join(one['drifted'])}; ask again")
     others = [one for one in found if not one["verdict"]]
     if others:
         more = f" and of {len(others) - 1} more" if len(others) > 1 else ""

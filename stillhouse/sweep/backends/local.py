@@ -80,6 +80,7 @@ class LocalBackend:
     ) -> None:
         self.sweep, self.rows, self.work = sweep, rows, work
         self.threads = max(1, _cores() // sweep.site.max_parallel)
+        self._beneath = rows.beneath()
         self._elsewhere: set[str] = set()  # points that some other process has at work
         self._context = multiprocessing.get_context("forkserver")
         self._workers: list[_Worker] = []
@@ -106,12 +107,13 @@ class LocalBackend:
     def observe(self) -> dict[str, Observation]:
         """The state of every point, from its files."""
         found = observe(self.rows)
+        self._beneath = self.rows.beneath()
         self._elsewhere = {id_ for id_, seen in found.items() if seen.state == "running"}
         return found
 
     def look(self, id_: str) -> Observation:
         """The state of one point, from its files."""
-        seen = look(self.rows.run(id_), self.rows.suite)
+        seen = look(self.rows.run(id_), self.rows.suite, self._beneath)
         if seen.state == "running" and not any(id_ in action.points for action in self.live()):
             self._elsewhere.add(id_)
         else:
@@ -192,6 +194,8 @@ class LocalBackend:
             return []
         connection.wait(sentinels, timeout_s)
         ended = [w for w in self._workers if w.process.exitcode is not None]
+        if ended:  # who worked for a while may have made a pair, and somebody may have changed one
+            self._beneath = self.rows.beneath()
         self._workers = [w for w in self._workers if w not in ended]
         return [self._reap(worker) for worker in ended]
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from stillhouse.rundir import Runs, code_identity
 from stillhouse.spec import SiteSpec, suite_key
-from stillhouse.sweep import cost, listing, roster, spent
+from stillhouse.sweep import commits, cost, listing, roster, spent
 from stillhouse.sweep.backends.cluster import Cluster, connect
 from stillhouse.sweep.drive import Backend
 from stillhouse.sweep.grid import Sweep
@@ -111,6 +111,18 @@ class Away:
 
     def baselines(self, sweep: Sweep) -> tuple[Baseline, ...]:
         return baselines_seen(self.scene, sweep)
+
+    def pinned(self, sweep: Sweep, begins: bool = False) -> Sweep:
+        # Which commit a volume holds, nobody here sees: pods are told one, and fetch that.
+        record = read_sweep(self.cluster, sweep.name) or {}
+        find = commits.of_hub if begins else commits.unasked
+        return commits.pinned(sweep, record.get("commits") or {}, find)
+
+    def drifted_rows(self, sweep: Sweep) -> list[str]:
+        return []  # what scores rest on lies on the volume: the evaluation sees it
+
+    def begin_anew(self, rows: Roster, ids: Sequence[str]) -> list[str]:
+        raise AssertionError("what lies on the volume, its pods put aside (place.sources)")
 
     def given_up(self, rows: Roster) -> dict[str, str]:
         found: dict[str, str] = {}

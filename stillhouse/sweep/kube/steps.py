@@ -87,7 +87,7 @@ def train_step(point: Point, sweep: Sweep, fetch: bool = False) -> Step:
         kind="train",
         name=name,
         hash=digest(versioned(point.spec)),
-        words=(*point.words, *PLACES),
+        words=(*point.words, *_of_sweep(point.spec, sweep, not fetch), *PLACES),
         processes=point.spec.training.num_processes,
         points=(point.id,),
         sweep=sweep.name,
@@ -98,20 +98,37 @@ def train_step(point: Point, sweep: Sweep, fetch: bool = False) -> Step:
     )
 
 
+def _of_sweep(spec: TrainSpec, sweep: Sweep, is_grouped: bool) -> list[str]:
+    """What a point is told of its sweep: commits, and a group where its runs are tracked."""
+    is_grouped = is_grouped and spec.tracking.tracker != "none"
+    new = {"place.sweep": sweep.name} if is_grouped else {}
+    given = dict(spec.place.commits) == dict(sweep.commits)
+    return [*as_command_line(Overrides({}, new)), *(() if given else pinning(sweep))]
+
+
+def pinning(sweep: Sweep) -> list[str]:
+    """The words by which a pod takes the same commits as all others of the sweep."""
+    new = {"place.commits": {**sweep.commits}} if sweep.commits else {}
+    return as_command_line(Overrides({}, new))
+
+
 def prepare_step(point: Point, suite: SuiteSpec | None, sweep: Sweep) -> Step:
     """Put into the cache what the points of one group need: pair, prompts, and tasks to score.
 
     `point`: any of the group. `suite`: None where nothing is scored.
     """
     spec = point.spec
-    words = (*_subject(spec.pair, spec.quant, spec.data, suite), *PLACES, "--fetch")
+    subject = _subject(spec.pair, spec.quant, spec.data, suite)
+    words = (*subject, *pinning(sweep), *PLACES, "--fetch")
     plain = to_plain(spec)
     tasks = TypeAdapter(SuiteSpec).dump_python(suite, mode="json") if suite else None
     if tasks:
         tasks["tasks"] = [as_before("task", task) for task in tasks["tasks"]]
         tasks = as_before("suite", tasks)
     parts = [as_before(name, plain[name]) for name in ("pair", "quant", "data")]
-    content = digest(["prepare", *parts, tasks])
+    # What was prepared of one commit is not there of another.
+    commits = [dict(sorted(sweep.commits.items()))] if sweep.commits else []
+    content = digest(["prepare", *parts, tasks, *commits])
     name = _name(f"prepare-{spec.pair.pair_name}", content)
     return Step(
         kind="prepare",
@@ -148,7 +165,7 @@ def eval_step(points: Sequence[Point], baselines: Sequence[str], sweep: Sweep) -
     )
     step = _eval_step(
         dataclasses.replace(spec, evaluation=evaluation),
-        (*words, *as_command_line(Overrides({}, values))),
+        (*words, *as_command_line(Overrides({}, values)), *pinning(sweep)),
         sweep.name,
     )
     return dataclasses.replace(

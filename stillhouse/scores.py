@@ -1,0 +1,111 @@
+"""This file is where it is said what a score rests on beside its question, and if it still does.
+
+    eval/<task>.json: key             the question: task, metric, the suite's settings (`score_key`)
+                      adapter_digest  of the adapter that was asked; null: none
+                      sources         its weights and tokenizer, as `sources` knows them
+                      versions        of lm-eval, of the task, and of the libraries
+                      before          the scores that it replaced, and why
+
+A score whose question, adapter, weights, tokenizer, lm-eval or task is another now counts as none.
+Scoring is cheap, so it is done anew, and what was there before is noted. What is not known here, as
+lm-eval's version on a laptop without it, is not compared.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any, cast
+
+from stillhouse import at_hand
+from stillhouse.rundir import Json, file_digest, now
+from stillhouse.sources import differences
+from stillhouse.spec import PairSpec, TaskSpec
+
+# Versions of our own tasks: raise one whenever it would ask or judge otherwise.
+TASK_VERSIONS = {"tiny_gen": 1, "tiny_mc": 1}
+NOT_RECORDED = (
+    "it was made before a score recorded what it rests on, and its weights may have been others"
+    " than are here"
+)
+
+
+def rests_on(label: str, here: Mapping[str, Any]) -> Json:
+    """What a row's scores rest on, of the sources of its pair; `label`: whose scores they are."""
+    model = "teacher" if label == "teacher" else "student"
+    return {key: here[key] for key in (model, "tokenizer") if key in here}
+
+
+def changes(
+    score: Mapping[str, Any],
+    task: TaskSpec,
+    label: str,
+    pair: PairSpec,
+    here: Mapping[str, Any],
+    cache_dir: Path,
+    adapter: str | None = None,
+) -> list[str]:
+    """A sentence for each thing that a score rests on and that is another now.
+
+    `here`: the sources of its pair now (`sources.of_pair`). `adapter`: digest of the contract of
+    the adapter that is asked; None: none is, or it is not known.
+    """
+    found = _versions(cast("Json", score.get("versions") or {}), task)
+    asked = score.get("adapter_digest")
+    if None not in (asked, adapter) and asked != adapter:
+        found.insert(0, f"it is of adapter {asked}, and {adapter} is here")
+    if "sources" in score:
+        return differences(score["sources"], rests_on(label, here)) + found
+    if "base_revision" not in score:
+        return found
+    then, model = score["base_revision"], "teacher" if label == "teacher" else "student"
+    if then is None:
+        return [NOT_RECORDED, *found]
+    now_ = _revision(pair, model, here, cache_dir)
+    if now_ not in (None, then):
+        found.insert(0, f"{model}: its weights were {then[:16]} and are {now_[:16]} here")
+    return found
+
+
+def replaced(before: Mapping[str, Any] | None, why: list[str]) -> list[Json]:
+    """What a new score keeps of the one that it replaces; [] where there was none."""
+    if before is None or "value" not in before:
+        return []
+    kept = ("key", "metric", "value", "n", "adapter_digest", "sources", "base_revision", "versions")
+    note = {key: before[key] for key in (*kept, "finished") if key in before}
+    return [*before.get("before", []), note | {"replaced": now(), "why": why}]
+
+
+def _versions(then: Mapping[str, Any], task: TaskSpec) -> list[str]:
+    found: list[str] = []
+    here, there = lm_eval_version(), then.get("lm_eval")
+    if None not in (here, there) and here != there:
+        found.append(f"lm-eval was {there} and is {here} here")
+    ours, theirs = TASK_VERSIONS.get(task.asks), then.get("task_version")
+    if None not in (ours, theirs) and ours != theirs:
+        found.append(f"task {task.asks} was version {theirs} and is {ours} here")
+    return found
+
+
+@functools.cache
+def lm_eval_version() -> str | None:
+    """The version of lm-eval in this environment; None where it is not installed."""
+    try:
+        return metadata.version("lm_eval")
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _revision(pair: PairSpec, role: str, here: Mapping[str, Any], cache_dir: Path) -> str | None:
+    """What an older score called the revision of the weights that are here; None: not known."""
+    if pair.pair_source == "gguf":
+        try:
+            return metadata.version(pair.student)
+        except metadata.PackageNotFoundError:
+            return None
+    if pair.pair_source == "hub":
+        return cast("Json", here.get(role) or {}).get("commit")
+    there = at_hand.model(pair, role, cache_dir, {})
+    return file_digest(there.path / "model.safetensors")[:16] if there else None

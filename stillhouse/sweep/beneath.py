@@ -1,0 +1,111 @@
+"""This file is where a look at a sweep finds out what its points rest on now, each thing once.
+
+Ten thousand points of one sweep rest on a few models and files. What they rested on is in their
+records; what is here now is asked of `sources` once per distinct pair and data.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from stillhouse.errors import ContractError
+from stillhouse.rundir import Json, RunDir, read_json
+from stillhouse.scores import changes
+from stillhouse.sources import drift_of, of_pair, sources_of
+from stillhouse.spec import PairSpec, TaskSpec, TrainSpec, digest, filled, from_plain
+
+NO_COMMITS: Mapping[str, str] = {}
+
+
+@dataclass(frozen=True)
+class Below:
+    """What a run's or a baseline's scores are compared with."""
+
+    label: str  # point, teacher, student or ptq
+    pair: PairSpec
+    here: Json  # sources of the pair now
+    cache_dir: Path
+    adapter: str | None = None  # digest of its contract
+
+    def changes(self, score: Json, task: TaskSpec) -> list[str]:
+        """Why a score of this row counts no more, in sentences; [] where it does."""
+        below = (self.pair, self.here, self.cache_dir, self.adapter)
+        return changes(score, task, self.label, *below)
+
+
+class Beneath:
+    """What lies beneath the points of one look: weights, tokenizers and rows as they are now.
+
+    `cache_dir`, `commits`: the sweep's; None: each run's own, as its record has them.
+    """
+
+    def __init__(
+        self, cache_dir: Path | None = None, commits: Mapping[str, str] = NO_COMMITS
+    ) -> None:
+        self.cache_dir, self.commits = cache_dir, commits
+        self._points: dict[str, tuple[TrainSpec, Json]] = {}
+        self._pairs: dict[str, tuple[PairSpec, Json]] = {}
+
+    def drift(self, run: RunDir, record: Json) -> list[str]:
+        """A sentence for each source of a run that is not what its record says.
+
+        Raises:
+            ContractError: its spec is of another version.
+        """
+        spec, here = self._of(run, record)
+        return drift_of(run, record, spec, here)
+
+    def under(self, directory: Path) -> Below | None:
+        """What the scores of a run or of a baseline rest on now; None: nobody knows."""
+        run = RunDir(directory)
+        record = run.record()
+        return self.under_run(run, record) if record else self.under_baseline(directory)
+
+    def under_run(self, run: RunDir, record: Json) -> Below:
+        """What the scores of a trained run rest on now."""
+        spec, here = self._of(run, record)
+        contract = run.contract()
+        adapter = digest(contract)[:16] if contract else None
+        return Below("point", spec.pair, here, Path(spec.place.cache_dir), adapter)
+
+    def under_baseline(self, directory: Path) -> Below | None:
+        """What the scores of a row that no run trained rest on now; None: it has none."""
+        told = read_json(directory / "baseline.json")
+        if told is None or self.cache_dir is None:
+            return None
+        key = json.dumps(told["pair"], sort_keys=True)
+        if key not in self._pairs:
+            pair = TypeAdapter(PairSpec).validate_python(filled("pair", told["pair"]))
+            self._pairs[key] = pair, of_pair(pair, self.cache_dir, self.commits)
+        pair, here = self._pairs[key]
+        return Below(told["label"], pair, here, self.cache_dir)
+
+    def _of(self, run: RunDir, record: Json) -> tuple[TrainSpec, Json]:
+        plain: dict[str, Any] = record["spec"]
+        place = plain["place"]
+        own: dict[str, str] = place.get("commits") or {}
+        key = json.dumps(
+            [plain["pair"], plain["data"], plain.get("rescue"), own, place["cache_dir"]],
+            sort_keys=True,
+        )
+        if key not in self._points:
+            try:
+                spec = from_plain(plain)
+            except ValidationError as error:
+                raise ContractError(
+                    f"{run.spec_file}: its spec is of another version"
+                    f" ({error.errors(include_url=False)[0]['msg']}); use the one that wrote it, or"
+                    " another --runs directory"
+                ) from error
+            where = str(self.cache_dir) if self.cache_dir else place["cache_dir"]
+            here = dataclasses.replace(spec.place, cache_dir=where, commits={**own, **self.commits})
+            spec = dataclasses.replace(spec, place=here)
+            self._points[key] = spec, sources_of(spec, Path(where))
+        return self._points[key]
