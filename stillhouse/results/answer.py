@@ -24,6 +24,7 @@ from stillhouse.results.comparisons import (
     entry,
     family,
 )
+from stillhouse.results.rests import is_same
 from stillhouse.results.stats import number
 from stillhouse.results.table import Frame, is_unscored, points_of
 
@@ -100,7 +101,9 @@ def _against_untrained(scored: Frame, higher: bool, documents: Documents) -> lis
         for part in arms:
             first = part.iloc[0]
             keys = ["pair_key"] + (["quant_key"] if student["kind"] == "ptq" else [])
-            if all(student[key] == first[key] for key in keys):
+            # The same name over other weights is another student: `remarks` says so.
+            is_its_own = is_same(student, first.to_dict(), "student", "tokenizer")
+            if is_its_own and all(student[key] == first[key] for key in keys):
                 cell = {row["seed"]: entry(row) for row in part.to_dict("records")}
                 # One measurement, not one per seed: on these documents it has no noise of its own.
                 constant = dict.fromkeys(cell, entry(student))

@@ -22,6 +22,7 @@ from stillhouse.results.answer import LEAST_GAP
 from stillhouse.results.stats import NAN
 from stillhouse.results.table import Frame, right_answers
 from stillhouse.rundir import Json, RunDir, Runs, read_json
+from stillhouse.sources import differences
 from stillhouse.verdict import Measured, Rules
 
 LEAST_GAIN = 0.1  # of accuracy: a smaller one is not what a person distils for
@@ -87,7 +88,7 @@ def cases(frame: Frame, runs: Runs, rules: Rules) -> list[Case]:
         if not _is_plain(spec):
             continue
         told = read_json(runs.verdict_file(row["pair_name"], verdict.key_of_plain(spec)))
-        if told is None:
+        if told is None or _is_of_others(told, record):
             continue
         numbers = verdict.numbers_of(told)
         beta, max_steps = spec["loss"]["beta"], spec["training"]["max_steps"]
@@ -109,6 +110,28 @@ def cases(frame: Frame, runs: Runs, rules: Rules) -> list[Case]:
             )
         )
     return found
+
+
+def left_out(frame: Frame, runs: Runs) -> list[str]:
+    """Says how many runs had a preflight of their pair that looked at other weights or rows."""
+    count = 0
+    for row in frame[frame["kind"] == "point"].drop_duplicates("id").to_dict("records"):
+        record = RunDir(runs.root / row["directory"]).record()
+        if record is not None:
+            key = verdict.key_of_plain(record["spec"])
+            told = read_json(runs.verdict_file(row["pair_name"], key))
+            count += told is not None and _is_of_others(told, record)
+    if not count:
+        return []
+    return [
+        f"The preflights of {count} runs looked at other weights or rows than these were trained on"
+        " and are left out."
+    ]
+
+
+def _is_of_others(told: Json, record: Json) -> bool:
+    """Whether a preflight looked at something else than a run rests on."""
+    return bool(differences(told.get("sources") or {}, record.get("sources") or {}))
 
 
 def _is_plain(spec: Json) -> bool:

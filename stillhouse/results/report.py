@@ -22,6 +22,7 @@ from stillhouse.results import (
     overlaps,
     predictions,
     requantised,
+    rests,
     table,
 )
 from stillhouse.results.answer import answer
@@ -87,7 +88,7 @@ def write_report(sweep_name: str, runs: Path) -> Path:
         "sweep": sweep,
         "text": found.text if sweep["compare"] or not asked.cases else predictions.told(asked),
         "context": " ".join(filter(None, (found.context, collapse.told(standings)))),
-        "remarks": remarks(frame),
+        "remarks": [*remarks(frame), *calibration.left_out(frame, place)],
         "scores": wide(arms),
         "note": NOTE,
         "sections": sections(found, standings, equal, rescored, overlap, asked),
@@ -233,6 +234,7 @@ def _facts(frame: Frame, runs: Runs) -> list[tuple[str, str]]:
         revision = f", git {known[:10]}" if known else ""
         dirty = " with uncommitted changes" if part["code_dirty"].eq(True).any() else ""
         facts.append(("code", f"{key}{revision}{dirty} ({len(part)} points)"))
+    facts += rests.told(frame)
     versions = [c for c in frame if c.startswith(("version_", "eval_version_lm_eval"))]
     for column in versions:
         name = column.removeprefix("eval_").removeprefix("version_")

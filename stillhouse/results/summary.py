@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
+from stillhouse.results.rests import mixed, mixed_counts
 from stillhouse.results.stats import estimate, number
 from stillhouse.results.table import Frame, Json, is_set, is_unscored, points_of
 from stillhouse.spec import REQUANTISED
@@ -44,6 +45,7 @@ def remarks(frame: Frame) -> list[str]:
             f"{otherwise} scores here were made under other settings than this sweep's suite"
             " and are left out; `stillhouse run` makes them anew."
         )
+    said += mixed(frame)
     said += _mixed("code", points["code_digest"])
     if points["code_dirty"].eq(True).any():
         said.append("Some points were trained by code with uncommitted changes (code_dirty).")
@@ -93,11 +95,7 @@ def _budgets(frame: Frame) -> list[str]:
 
 
 def _mixed(what: str, column: Any) -> list[str]:
-    counts = column.dropna().value_counts()
-    if len(counts) < 2:
-        return []
-    shares = ", ".join(f"{n} with {value}" for value, n in counts.items())
-    return [f"Mixed {what}: {shares}. A difference between rows may come from that alone."]
+    return mixed_counts(what, Counter(column.dropna()))
 
 
 def summary(frame: Frame) -> Frame:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import TypeAdapter
 
 from stillhouse.errors import ConfigError, ContractError, nearest
+from stillhouse.results import rests
 from stillhouse.results.stats import NAN, binomial_se
 from stillhouse.rundir import FORMAT, RunDir, Runs, eval_file, read_json
 from stillhouse.spec import SuiteSpec, as_before, digest, score_key
@@ -38,7 +39,9 @@ def load(sweep_name: str, runs: str | Path = "runs") -> pd.DataFrame:
     warned); scored_otherwise (a score is there, of other settings than
     asked), file, directory (below runs); pair_name, quant_type, method_name, pair_key, quant_key;
     code_digest, code_revision, code_dirty, version_*, eval_version_*; train_seconds, eval_seconds,
-    devices, device, price_usd, tokens_*.
+    devices, device, price_usd, tokens_*; source_student, source_teacher, source_tokenizer,
+    source_data (what it was trained over: digest or commit, 10 digits), scored_* (what its score
+    rests on), processor, cpu_capability, gpu, threads, eval_cpu_capability, eval_gpu.
     `attrs` holds what the sweep asked ("sweep"), its override names ("leaves"), and which of them
     another decides at every point ("follows": {leaf: the other}), as a rate for each loss.
 
@@ -153,6 +156,7 @@ def _point_facts(point: Json, run: RunDir, follows: Mapping[str, str]) -> Json:
         spec = record["spec"]
         facts |= _pair_facts(spec["pair"], spec["quant"])
         facts |= {"method_name": spec["method"]["method_name"], "seed": spec["training"]["seed"]}
+        facts |= rests.of_run(record)
         facts |= {f"code_{key}": value for key, value in record["code"].items()}
         facts |= {f"version_{key}": value for key, value in record["versions"].items()}
     return facts | overrides | {"trained": run.was_trained()} | told | _cost_facts(run)
@@ -163,7 +167,9 @@ def _baseline_facts(entry: Json, directory: Path) -> Json:
     facts: Json = {"kind": entry["label"], "name": name, "arm": name, "trained": False}
     facts |= {"pair_name": entry["pair_name"], "quant_type": entry["quant_type"]}
     told = read_json(directory / "baseline.json")
-    return facts if told is None else facts | _pair_facts(told["pair"], told["quant"])
+    if told is None:
+        return facts
+    return facts | _pair_facts(told["pair"], told["quant"]) | rests.of_pair(told["pair"])
 
 
 def _pair_facts(pair: Json, quant: Json | None) -> Json:
@@ -224,6 +230,7 @@ def _scores(directory: Path, asked: Sequence[Asked]) -> Iterator[Json]:
             "examples": score.get("examples", 0),
             "file": str(file) if right_or_wrong else None,
         }
+        facts |= rests.of_score(score)
         yield facts | {f"eval_version_{key}": v for key, v in score["versions"].items()}
 
 
