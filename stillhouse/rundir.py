@@ -244,11 +244,12 @@ class RunDir:
         contract = self.contract()
         if contract is None or contract.get("id") != self.id:
             return False
-        sizes = contract["files"]
-        return all(
+        files = contract.get("files")
+        return isinstance(files, dict) and all(
             (self.adapter / name).is_file()
-            and (self.adapter / name).stat().st_size == entry["size"]
-            for name, entry in sizes.items()
+            and isinstance(entry, dict)
+            and (self.adapter / name).stat().st_size == cast("Json", entry).get("size")
+            for name, entry in cast("Json", files).items()
         )
 
     @property

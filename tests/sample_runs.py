@@ -116,6 +116,7 @@ def _write_run(
 ) -> None:
     record = new_record(spec, VERSIONS)
     record["code"] = {"digest": "c0ffee0123456789", "revision": "1f2e3d4c5b", "dirty": False}
+    record["coverage"] = {"quantised_share": 1.0, "adapted_share": 0.9375}
     if index in sample.other_code:
         record["code"]["digest"] = "0ddc0de012345678"
     write_json(run.spec_file, record)

@@ -22,7 +22,7 @@ from stillhouse.results.curves import Group, Run, grouped, jumps, named, over_st
 from stillhouse.results.figures import draw
 from stillhouse.results.layout import duration, interval, probability, signed
 from stillhouse.results.predictions import Predictions
-from stillhouse.results.report import commands, cost_table, failure_table, write_report
+from stillhouse.results.report import _share, commands, cost_table, failure_table, write_report
 from stillhouse.results.table import load
 from stillhouse.rundir import Runs, read_json, write_json
 
@@ -121,6 +121,19 @@ def test_tables_and_figures_lie_beside_the_page(runs: Path, page: str) -> None:
     assert len((directory / "table.csv").read_text().splitlines()) == 1 + 12
     # Two values against the baseline, three arms against each of two untrained students.
     assert len((directory / "comparisons.csv").read_text().splitlines()) == 1 + 2 + 6
+
+
+def test_the_page_says_how_much_of_the_weights_was_quantised_and_adapted(page: str) -> None:
+    assert "<dt>weights quantised</dt><dd>100.0%</dd>" in page
+    assert "<dt>weights adapted</dt><dd>93.8%</dd>" in page
+
+
+def test_shares_are_told_by_quantiser_where_they_differ() -> None:
+    kept = {"quant_type": ["int4", "int4", "none"], "adapted_share": [1.0, 1.0, 1.0]}
+    points = pd.DataFrame(kept | {"quantised_share": [0.98, 1.0, 0.0], "old": [None] * 3})
+    assert _share(points, "adapted_share") == "100.0%"
+    assert _share(points, "quantised_share") == "98.0% or 100.0% under int4, 0.0% under none"
+    assert _share(points, "old") == "", "runs of before counted nothing"
 
 
 def test_a_report_written_twice_is_the_same_to_the_byte(runs: Path, page: str) -> None:

@@ -53,6 +53,9 @@ def test_a_run_leaves_what_the_contract_says(undisturbed):
     assert run.is_trained()
     record = run.record()
     assert record is not None and record["id"] == run.id
+    contract = run.contract()
+    assert contract is not None and contract["coverage"] == record["coverage"]
+    assert record["coverage"]["adapted_share"] == 1, "all seven kinds of layer of a Llama"
     assert record["threads"] == 1 and torch.__version__.startswith(record["versions"]["torch"])
     assert run.status()["phase"] == "done" and run.status()["step"] == STEPS
     assert [m["step"] for m in run.metrics()] == list(range(STEPS))

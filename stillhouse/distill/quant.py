@@ -6,7 +6,8 @@ Q(W + B A) is another function, so nothing here lets an adapter be merged into p
     int4, int3, int2  ours: uniform grid, a scale and an integer zero point per group (asymmetric)
     bnb_fp4, bnb_nf4  bitsandbytes: 16 fixed levels times the largest magnitude of each block
 
-lm_head, everything tied to an embedding, the embeddings and the norms keep their dense weights.
+lm_head, everything tied to an embedding, the embeddings, the norms and vision or audio towers keep
+their dense weights. A mixture whose experts would stay dense is refused (`layers.py` counts).
 
 Legend: N out_features, K in_features, G weights per group, J = K / G groups per row.
 """
@@ -21,7 +22,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from transformers.pytorch_utils import Conv1D
 
+from stillhouse.distill.layers import (
+    LEAST_QUANTISED,
+    is_quantised,
+    kinds,
+    linear_layers,
+    matrices,
+)
 from stillhouse.errors import ConfigError, ContractError
 from stillhouse.spec import QuantSpec
 
@@ -31,16 +40,18 @@ INT_FORMAT = "1"  # raise it whenever the same W would give another Q(W): old ad
 
 
 def quantize_(model: nn.Module, quant: QuantSpec) -> None:
-    """Replaces every nn.Linear of a dense causal LM, except its head, by its quantised form.
+    """Replaces every linear layer of a dense causal LM's text decoder by its quantised form.
 
     One layer at a time, on the device and in the train/eval mode it is in; draws no random number.
-    Raises ConfigError where a layer's width does not fit the group, ContractError where the model
-    is already quantised, already wrapped by PEFT, or has nothing to quantise.
+    Raises ConfigError where a layer's width does not fit the group or too many of the decoder's
+    weights are in no linear layer, ContractError where the model is already quantised, already
+    wrapped by PEFT, or has nothing to quantise.
     """
     if quant.quant_type == "none":
         return
     for name in _quantisable(model):
-        model.set_submodule(name, _quantised(name, model.get_submodule(name), quant))
+        dense = _as_linear(model.get_submodule(name))
+        model.set_submodule(name, _quantised(name, dense, quant))
     if not _is_ours(quant):
         # PEFT 0.21 asks the model, not the layer, before it picks its bitsandbytes LoRA layer.
         # Without this mark it takes the dense one, whose merge adds floats to packed bytes.
@@ -56,7 +67,7 @@ def quantization_error(model: nn.Module, quant: QuantSpec) -> float:
         return 0.0
     error = norm = 0.0
     for name in _quantisable(model):
-        dense = model.get_submodule(name)
+        dense = _as_linear(model.get_submodule(name))
         weight_NK = dequantized_weight(dense)
         difference_NK = dequantized_weight(_quantised(name, dense, quant)) - weight_NK
         error += torch.linalg.vector_norm(difference_NK, dtype=torch.float64).item() ** 2
@@ -295,9 +306,8 @@ def _bnb_linear(dense: nn.Linear, quant: QuantSpec) -> nn.Module:
     return layer
 
 
-def _quantised(name: str, dense: nn.Module, quant: QuantSpec) -> nn.Module:
+def _quantised(name: str, dense: nn.Linear, quant: QuantSpec) -> nn.Module:
     """A new quantised layer for the dense one called `name`; bias shared, mode kept."""
-    assert isinstance(dense, nn.Linear)
     group = _group(quant)
     # Ours has no other layout. bitsandbytes lets a block run on into the next row, but its CPU
     # dequantiser (0.50.2) then silently reads the wrong scales: in_features 96 at 64 errs by 36 %.
@@ -317,30 +327,46 @@ def _quantised(name: str, dense: nn.Module, quant: QuantSpec) -> nn.Module:
 
 
 def _quantisable(model: nn.Module) -> list[str]:
-    """Names of the layers to quantise: every nn.Linear but the head and what an embedding shares.
+    """Names of the layers to quantise: all linear layers of the text decoder.
 
     Names only, so that each dense weight can be freed as soon as its layer is replaced.
     """
-    output = getattr(model, "get_output_embeddings", lambda: None)()
-    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     names = []
-    for name, module in model.named_modules():
-        if not isinstance(module, nn.Linear) or module is output:
-            continue
-        if name.rpartition(".")[2] == "lm_head" or id(module.weight) in embeddings:
-            continue
-        if type(module) is not nn.Linear or ".base_layer" in name:
+    for name, layer in linear_layers(model).items():
+        if is_quantised(layer) or name.endswith(".base_layer"):
             raise ContractError(
-                f"{name} ({type(module).__name__}) is already quantised or wrapped by PEFT; "
+                f"{name} ({type(layer).__name__}) is already quantised or wrapped by PEFT; "
                 "quantise a model loaded dense, once, before PEFT"
             )
-        names.append(name)
+        if type(layer) in (nn.Linear, Conv1D):  # what subclasses them computes something else
+            names.append(name)
     if not names:
         raise ContractError(
-            f"{type(model).__name__} has no nn.Linear besides its head, so there is nothing to "
+            f"the text decoder of {type(model).__name__} has no nn.Linear, so there is nothing to "
             "quantise; choose quant=none"
         )
+    sizes = matrices(model)
+    share = sum(sizes[name] for name in names) / sum(sizes.values())
+    if share < LEAST_QUANTISED:
+        left = kinds(name for name in sizes if name not in set(names))
+        raise ConfigError(
+            f"a quantiser would store {share:.1%} of the text decoder's matrix weights of this"
+            f" {type(model).__name__}, at least {LEAST_QUANTISED:.0%} are wanted: {', '.join(left)}"
+            " are no plain linear layers and would stay dense (a mixture's experts are stacked"
+            " parameters). Choose quant=none, or a student without them"
+        )
     return names
+
+
+def _as_linear(layer: nn.Module) -> nn.Linear:
+    """A layer as nn.Linear: itself, or GPT-2's Conv1D, which keeps its matrix transposed."""
+    if not isinstance(layer, Conv1D):
+        assert isinstance(layer, nn.Linear)
+        return layer
+    linear = nn.Linear(layer.nx, layer.nf, device="meta")
+    linear.weight = nn.Parameter(layer.weight.detach().T.contiguous(), requires_grad=False)
+    linear.bias = layer.bias
+    return linear.train(layer.training)
 
 
 def _is_ours(quant: QuantSpec) -> bool:

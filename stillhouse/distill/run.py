@@ -12,6 +12,7 @@ import torch
 from stillhouse.distill import checkpoint, models
 from stillhouse.distill.choice import Choice
 from stillhouse.distill.compared import ranking
+from stillhouse.distill.layers import coverage
 from stillhouse.distill.loaded import load
 from stillhouse.distill.loop import Loop, check_first_step
 from stillhouse.distill.monitor import Monitor
@@ -46,6 +47,8 @@ class Run:
         self.is_main, self.roles = self.accelerator.is_main_process, loaded.roles
         self.say(f"data: {self.prompts.summary()}")
         self.student, self.teacher = self.roles.student, self.roles.teacher
+        self.coverage = coverage(self.student)
+        self.say(f"student: {self.coverage.told(spec.quant.quant_type)}")
         ranked = None
         if spec.rescue.kept_prompts != 1:
             self.say(f"ranking the prompts by {spec.rescue.kept_by}, once")
@@ -199,6 +202,7 @@ class Run:
             record["device"] = str(self.accelerator.device)
             record |= models.machine()
             record["prepared"] = {"facts": self.prepared.facts, "rows": len(self.prompts.train)}
+            record["coverage"] = self.coverage.as_json()
             record["skipped_rows"] = self.prompts.skipped
             write_json(self.dir.spec_file, record)
         self.dir.update_status(phase="training", max_steps=self.spec.training.max_steps)

@@ -227,6 +227,8 @@ def _facts(frame: Frame, runs: Runs) -> list[tuple[str, str]]:
     facts.append(("seeds", _distinct(points["seed"].dropna().unique())))
     facts.append(("pair", _distinct(points["pair_name"].dropna().unique())))
     facts.append(("quantiser", _distinct(points["quant_type"].dropna().unique())))
+    for share in table.SHARES:
+        facts.append((f"weights {share.removesuffix('_share')}", _share(points, share)))
     for key, part in points.groupby("code_digest"):
         first = part.iloc[0]
         # Code that travelled to a cluster has no git there: its digest says it all.
@@ -242,6 +244,18 @@ def _facts(frame: Frame, runs: Runs) -> list[tuple[str, str]]:
     facts.append(("devices", _distinct(points["device"].dropna().unique())))
     facts.append(("run directories", str(runs.root)))
     return [(what, value) for what, value in facts if value]
+
+
+def _share(points: Frame, column: str) -> str:
+    """Of the matrix weights of the text decoder; by quantiser where that makes a difference."""
+    known = points.dropna(subset=[column])
+    shares = {
+        quant: " or ".join(f"{share:.1%}" for share in sorted(part.unique()))
+        for quant, part in known.groupby("quant_type")[column]
+    }
+    if len(set(shares.values())) == 1:
+        return next(iter(shares.values()))
+    return ", ".join(f"{share} under {quant}" for quant, share in shares.items())
 
 
 def _distinct(values: Iterable[Any]) -> str:

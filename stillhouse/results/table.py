@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 Json = dict[str, Any]
 Frame = Any  # a pandas DataFrame; pandas carries no types that a checker can follow
 Asked = tuple[str, str | None, str | None]  # task, metric, score key; None: whatever is there
+SHARES = ("quantised_share", "adapted_share")
 _TOLD = ("name", "file", "question", "compare", "axes", "created", "words")
 
 
@@ -38,10 +39,12 @@ def load(sweep_name: str, runs: str | Path = "runs") -> pd.DataFrame:
     cause, step, max_steps, exit_code, stopped_by (a watch rule), warnings (names of the rules that
     warned); scored_otherwise (a score is there, of other settings than
     asked), file, directory (below runs); pair_name, quant_type, method_name, pair_key, quant_key;
-    code_digest, code_revision, code_dirty, version_*, eval_version_*; train_seconds, eval_seconds,
-    devices, device, price_usd, tokens_*; source_student, source_teacher, source_tokenizer,
-    source_data (what it was trained over: digest or commit, 10 digits), scored_* (what its score
-    rests on), processor, cpu_capability, gpu, threads, eval_cpu_capability, eval_gpu.
+    quantised_share, adapted_share (of the student's matrix weights, NaN where an older run did not
+    count them); code_digest, code_revision, code_dirty, version_*, eval_version_*; train_seconds,
+    eval_seconds, devices, device, price_usd, tokens_*; source_student, source_teacher,
+    source_tokenizer, source_data (what it was trained over: digest or commit, 10 digits), scored_*
+    (what its score rests on), processor, cpu_capability, gpu, threads, eval_cpu_capability,
+    eval_gpu.
     `attrs` holds what the sweep asked ("sweep"), its override names ("leaves"), and which of them
     another decides at every point ("follows": {leaf: the other}), as a rate for each loss.
 
@@ -70,6 +73,7 @@ def load(sweep_name: str, runs: str | Path = "runs") -> pd.DataFrame:
     first += ["n_docs", "higher_is_better", "trained", "phase", "cause", "step", "max_steps"]
     first += ["exit_code", "stopped_by", "warnings", "scored_otherwise", "file", "pair_name"]
     first += ["quant_type", "method_name"]
+    first += SHARES
     first += ["pair_key", "quant_key", "code_digest", "code_revision", "code_dirty"]
     first += ["train_seconds", "eval_seconds", "devices", "device", "price_usd"]
     frame = frame.reindex(columns=list(dict.fromkeys([*first, *frame.columns])))
@@ -157,6 +161,7 @@ def _point_facts(point: Json, run: RunDir, follows: Mapping[str, str]) -> Json:
         facts |= _pair_facts(spec["pair"], spec["quant"])
         facts |= {"method_name": spec["method"]["method_name"], "seed": spec["training"]["seed"]}
         facts |= rests.of_run(record)
+        facts |= {key: record.get("coverage", {}).get(key) for key in SHARES}
         facts |= {f"code_{key}": value for key, value in record["code"].items()}
         facts |= {f"version_{key}": value for key, value in record["versions"].items()}
     return facts | overrides | {"trained": run.was_trained()} | told | _cost_facts(run)
