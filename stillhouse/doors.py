@@ -383,14 +383,14 @@ def prepare(spec: EvalSpec, fetches: bool, scores: bool) -> int:
     """
     fits.check([spec])
     from stillhouse.distill import hub, pairs, prompts
+    from stillhouse.distill.loading import tokenizer
 
     cache_dir = Path(spec.place.cache_dir)
     if fetches:
         hub.fetch(spec.pair, spec.data, cache_dir, spec.place.commits)
         fits.check([spec])
     prepared = pairs.prepare(spec.pair, spec.quant, cache_dir, spec.place.commits)
-    if spec.data.data_source != "generated":
-        prompts.rows_at_hand(spec.data, spec.place.commits)
+    prompts.encode_rows(spec, prepared, tokenizer(prepared.student, prepared.student_revision))
     if scores:
         from stillhouse.evals.harness import load_suite
 

@@ -10,13 +10,17 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from stillhouse import fits
-from stillhouse.at_hand import snapshot
 from stillhouse.distill import models
 from stillhouse.distill.chat import Chat
 from stillhouse.distill.loop import needed_shares
 from stillhouse.distill.pairs import PreparedPair
-from stillhouse.distill.prompts import PromptSet, check_answers, load_others, load_prompts
+from stillhouse.distill.prompts import (
+    PromptSet,
+    check_answers,
+    check_ids,
+    load_others,
+    load_prompts,
+)
 from stillhouse.distill.roles import Roles
 from stillhouse.errors import ContractError
 from stillhouse.rundir import Json
@@ -63,22 +67,8 @@ def load(spec: TrainSpec, poll: Callable[[], None]) -> Loaded:
         others = load_others(file, spec.data, chat, cache_dir)
         check_answers(spec, f"other_file {file}", others)
         prompts = replace(prompts, others=others)
-    _check_ids(prepared, prompts, tokenizer)
+    check_ids(prepared, prompts, tokenizer)
     roles = Roles(spec, prepared, tokenizer, accelerator, poll)
     if found := differences(sources, sources_of(spec, cache_dir)):
         raise ContractError(f"{'; '.join(found)}: it changed while it was read; run again")
     return Loaded(accelerator, prepared, tokenizer, prompts, roles, sources)
-
-
-def _check_ids(prepared: PreparedPair, prompts: PromptSet, tokenizer: Any) -> None:
-    """Refuse ids beyond an embedding before weights are loaded: some step would read them."""
-    # What fills a batch up is read, too.
-    pad = -1 if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    largest = max(prompts.largest_token_id, pad)
-    for role, name, revision in (
-        ("student", prepared.student, prepared.student_revision),
-        ("teacher", prepared.teacher, prepared.teacher_revision),
-    ):
-        directory = Path(name) if Path(name).is_dir() else snapshot(name, revision, "model")
-        if directory is not None:
-            fits.check_ids(largest, fits.read(directory), f"{role} {name}")

@@ -26,6 +26,7 @@ from typing import Any
 
 import numpy as np
 
+from stillhouse import fits
 from stillhouse.at_hand import (
     download_command,
     looks_like_hub_id,
@@ -42,7 +43,7 @@ from stillhouse.distill.tables import Table, open_table
 from stillhouse.errors import ConfigError, DataError
 from stillhouse.methods import first_answered_step, step_plan
 from stillhouse.rundir import Json, file_digest
-from stillhouse.spec import DataSpec, TrainSpec, digest
+from stillhouse.spec import DataSpec, EvalSpec, TrainSpec, digest
 
 VERSION = 1  # raise it whenever the same rows would give other ids
 BATCH = 1000  # rows that are encoded together
@@ -110,6 +111,17 @@ def load_prompts(
     return PromptSet(*rows, facts["skipped"], facts["seen"], home.name)
 
 
+def encode_rows(spec: EvalSpec, prepared: PreparedPair, tokenizer: Any) -> None:
+    """Have the rows ready that points of this pair and this data are going to train on.
+
+    Raises what `load_prompts` and `check_ids` raise.
+    """
+    chat, cache_dir = Chat(tokenizer, spec.data), Path(spec.place.cache_dir)
+    few_shot, commits = spec.pair.teacher_few_shot, spec.place.commits
+    prompts = load_prompts(spec.data, prepared, chat, few_shot, cache_dir, commits)
+    check_ids(prepared, prompts, tokenizer)
+
+
 def load_others(file: Path, data: DataSpec, chat: Chat, cache_dir: Path) -> Examples:
     """The usable rows of a file of prompts that are of another kind than the data's.
 
@@ -144,6 +156,20 @@ def check_answers(spec: TrainSpec, where: str, examples: Examples) -> None:
         f" {lmbda:g} at step {step}, off_policy_source dataset. Leave these rows out, or take a"
         " method that needs prompts alone: lmbda=1, or off_policy_source=teacher"
     )
+
+
+def check_ids(prepared: PreparedPair, prompts: PromptSet, tokenizer: Any) -> None:
+    """Refuse ids beyond an embedding before weights are loaded: some step would read them."""
+    # What fills a batch up is read, too.
+    pad = -1 if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    largest = max(prompts.largest_token_id, pad)
+    for role, name, revision in (
+        ("student", prepared.student, prepared.student_revision),
+        ("teacher", prepared.teacher, prepared.teacher_revision),
+    ):
+        directory = Path(name) if Path(name).is_dir() else snapshot(name, revision, "model")
+        if directory is not None:
+            fits.check_ids(largest, fits.read(directory), f"{role} {name}")
 
 
 # ---------------------------------------------------------------- sources
