@@ -75,8 +75,8 @@ def completion(example: Example) -> str:
     return TEXT.decode(example.completion_ids)
 
 
-def turn(role: str, content: str | None) -> dict[str, Any]:
-    return {"role": role, "content": content}
+def turn(role: str, content: Any, **more: Any) -> dict[str, Any]:
+    return {"role": role, "content": content, **more}
 
 
 def sums(count: int) -> list[dict[str, Any]]:
@@ -216,6 +216,50 @@ def test_prompts_of_another_kind_are_read_as_they_are_and_what_cannot_be_is_said
     file.write_text('{"question": "no"}\n')
     with pytest.raises(DataError, match=r"no row can be used, 1 no prompt, .*\(row 0: it has que"):
         load_others(file, data, chat, tmp_path / "cache")
+
+
+def test_a_template_that_reads_parts_gets_parts_and_another_gets_a_string(tmp_path: Path) -> None:
+    asked, answer = [{"type": "text", "text": "Find 1+1."}], turn("assistant", "2")
+    rows = [{"messages": [turn("user", said), answer]} for said in ("Find 1+1.", asked)]
+    file = lines(tmp_path / "a.jsonl", *rows)
+    for content in ("{{ m.content }}", "{% for p in m.content %}{{ p.text }}{% endfor %}"):
+        text = tiny.tokenizer()
+        text.chat_template = "{% for m in messages %}<|user|>" + content + "<eos>{% endfor %}"
+        text.chat_template += "{% if add_generation_prompt %}<|user|>{% endif %}"
+        found = load(file, text=text)
+        assert [prompt(e) for e in found.train] == ["<|user|>Find 1+1.<eos><|user|>"] * 2
+        assert [completion(e) for e in found.train] == ["2<eos>"] * 2
+
+
+def test_tools_reach_the_template_or_the_row_is_left_out(tmp_path: Path) -> None:
+    call = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
+    asked, calls = turn("user", "Find 1+1."), turn("assistant", None, tool_calls=[call])
+    rows: list[dict[str, Any]] = [
+        {"messages": [asked, calls, turn("tool", "2", tool_call_id="c1"), turn("assistant", "2")]},
+        {"messages": [asked, calls]},
+        {"prompt": [asked], "tools": [call]},
+        {"prompt": "Plain."},
+    ]
+    file, text = lines(tmp_path / "a.jsonl", *rows), tiny.tokenizer()
+    text.chat_template = (
+        "{% for t in tools or [] %}{{ t.function.name }}={% endfor %}"
+        "{% for m in messages %}{{ m.role[0] }}:{{ m.content }}{{ m.tool_call_id }}"
+        "{% for c in m.tool_calls or [] %}{{ c.function.name }}{{ c.function.arguments.a }}"
+        "{% endfor %}<eos>{% endfor %}{% if add_generation_prompt %}a:{% endif %}"
+    )
+    found = load(file, text=text).train
+    assert [(prompt(e), completion(e)) for e in found] == [
+        ("u:Find 1+1.<eos>a:add1<eos>t:2c1<eos>a:", "2<eos>"),
+        ("u:Find 1+1.<eos>a:", "add1<eos>"),
+        ("add=u:Find 1+1.<eos>a:", ""),
+        ("u:Plain.<eos>a:", ""),
+    ]
+    plain = tiny.tokenizer()
+    plain.chat_template = None
+    for other, words in ((TEXT, "that the chat template does not"), (plain, "no chat template")):
+        left = load(file, text=other)
+        assert [e.row for e in left.train] == [3]
+        assert sum(count for reason, count in left.skipped.items() if words in reason) == 3
 
 
 def test_a_tokenizer_without_a_chat_template_gets_plain_text(tmp_path: Path) -> None:

@@ -208,8 +208,20 @@ class Chat:
                 for name in DATES
                 if name in compiled.reads and name not in compiled.guarded
             } | dict(self.kwargs)
+            compiled.wants_parts = not self._shows(compiled, PROBE) and self._shows(
+                compiled, [{"type": "text", "text": PROBE}]
+            )
             self._find_end(compiled)
         return self._compiled[source]
+
+    def _shows(self, template: _Template, content: Any) -> bool:
+        """Whether the template writes what stands in a content of this form."""
+        try:
+            return PROBE in self._write(
+                template, [{"role": "user", "content": content}], None, True
+            )
+        except Skip:
+            return False
 
     def _find_end(self, template: _Template) -> None:
         """Sets what the template writes behind an assistant's last turn, and the token in it."""
@@ -278,6 +290,8 @@ class _Template:
         self.guarded = {node.name for node in tested if isinstance(node, nodes.Name)}
         self.special = dict(tokenizer.special_tokens_map)
         self.given: dict[str, Any] = {}
+        self.wants_parts = False  # of multimodal models: in a string it would look for parts
+        self.writes = {name for name in ("tools", "tool_calls") if name in source}
         self.tail = ""
         self.end: str | None = None
 
@@ -287,6 +301,12 @@ class _Template:
         from transformers.utils.chat_template_utils import _alias_reasoning_fields
 
         messages = [{k: v for k, v in turn.items() if v is not None} for turn in turns]
+        if self.wants_parts:
+            messages = [_with_parts(turn) for turn in messages]
+        asked = {"tools"} if variables.get("tools") else set[str]()
+        asked |= {"tool_calls"} if any("tool_calls" in turn for turn in messages) else set()
+        for name in asked - self.writes:
+            raise Skip(f"{name} that the chat template does not write")
         everything = {**self.special, **self.given, **variables}
         try:
             return self._jinja.render(messages=_alias_reasoning_fields(messages), **everything)
@@ -294,6 +314,13 @@ class _Template:
             raise Skip(f"turns that the chat template refuses ({error.message})") from error
         except (TypeError, ValueError, LookupError, AttributeError) as error:
             raise Skip(f"turns that the chat template breaks on ({error})") from error
+
+
+def _with_parts(turn: dict[str, Any]) -> dict[str, Any]:
+    """The turn with its text as a part."""
+    text = turn.get("content")
+    parts = [{"type": "text", "text": text}] if text else []
+    return turn | {"content": parts} if isinstance(text, str) else turn
 
 
 def _day(data: DataSpec) -> date:
