@@ -33,7 +33,7 @@ NOT_CAUSAL = (
     "QuestionAnswering", "NextSentencePrediction", "EncoderModel", "RewardModel", "ForEmbedding",
 )  # fmt: skip
 # Whose experts transformers holds as two tensors of three dimensions, and what PEFT takes for their
-# names (transformers 5.23, peft 0.21; a test compares). It cannot drop out what goes into these.
+# names (transformers 5.23, peft 0.21; a test compares). They get no adapter (`new_student`).
 EXPERT_NAMES = {
     "mixtral": frozenset({"gate", "w1", "w2", "w3"}),
     "qwen2_moe": frozenset({"gate", "gate_proj", "up_proj", "down_proj"}),
@@ -294,14 +294,14 @@ def knob_misfits(checkpoint: Checkpoint, spec: TrainSpec, role: str) -> Iterator
     """What another knob could mend, one sentence each; `role` is student or teacher."""
     kind = str(checkpoint.config.get("model_type"))
     family = MOE.get(kind)
-    if role == "student" and spec.lora.lora_dropout and family:
-        experts = sorted(EXPERT_NAMES[family] & {*spec.lora.target_modules})
-        if experts:
-            yield (
-                f"lora_dropout {spec.lora.lora_dropout:g}: the experts of {kind}"
-                f" ({', '.join(experts)}) are tensors of three dimensions, of which PEFT cannot"
-                " drop out what goes in; use lora_dropout=0, or take them from target_modules"
-            )
+    targets = spec.lora.target_modules
+    if role == "student" and family and (taken := EXPERT_NAMES[family] & {*targets}):
+        kept = [name for name in targets if name not in taken]
+        yield (
+            f"target_modules: PEFT takes {', '.join(sorted(taken))} of {kind} for its experts,"
+            " tensors of three dimensions that cannot drop out what goes in and get no adapter"
+            f" here; set target_modules=[{','.join(kept) or 'the attention layers'}]"
+        )
     most = positions(spec)
     room = _count(checkpoint.text, "max_position_embeddings") or _count(
         checkpoint.text, "n_positions"

@@ -286,13 +286,14 @@ def test_positions_are_counted_with_the_numbers(tmp_path: Path) -> None:
     assert "64 positions" in refusal(learned)
 
 
-def test_dropout_into_experts_is_refused_where_peft_cannot(tmp_path: Path) -> None:
+def test_names_that_mean_experts_are_refused_with_those_that_are_left(tmp_path: Path) -> None:
     here = model(tmp_path / "m", model_type="qwen3_moe")
-    said = refusal(here, "lora_dropout=0.05")
-    assert "lora_dropout 0.05" in said and "down_proj, gate_proj, up_proj" in said
-    assert refusal(here) == ""
-    assert refusal(here, "lora_dropout=0.05", "target_modules=[q_proj]") == ""
-    assert refusal(model(tmp_path / "dense"), "lora_dropout=0.05") == ""
+    for dropout in ("lora_dropout=0", "lora_dropout=0.05"):
+        said = refusal(here, dropout)
+        assert "PEFT takes down_proj, gate_proj, up_proj of qwen3_moe" in said
+        assert "target_modules=[q_proj,k_proj,v_proj,o_proj]" in said
+        assert refusal(here, dropout, "target_modules=[q_proj]") == ""
+        assert refusal(model(tmp_path / "dense"), dropout) == ""
 
 
 def test_a_top_k_beyond_the_head_is_refused(tmp_path: Path) -> None:
