@@ -136,7 +136,7 @@ def download_command(repo: str, revision: str | None, repo_type: str) -> str:
 
 def model(pair: PairSpec, role: str, cache_dir: Path, commits: Mapping[str, str]) -> AtHand | None:
     """The student or the teacher of a pair, if all of its files are on this machine."""
-    name, revision = _asked(pair, role)
+    name, revision = asked(pair, role)
     if pair.pair_source == "hub":
         found = at_hand(name, revision, "model", commits)
     else:
@@ -145,7 +145,8 @@ def model(pair: PairSpec, role: str, cache_dir: Path, commits: Mapping[str, str]
     return found if found and missing_file(found.path) is None else None
 
 
-def _asked(pair: PairSpec, role: str) -> tuple[str, str | None]:
+def asked(pair: PairSpec, role: str) -> tuple[str, str | None]:
+    """The name and the revision of the student, or of the teacher."""
     if role == "student":
         return pair.student, pair.student_revision
     return pair.teacher, pair.teacher_revision

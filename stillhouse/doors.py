@@ -158,7 +158,7 @@ def look(spec: TrainSpec, prompts: int, pilot: int | None, prefixes: tuple[int, 
     before = read_json(file)
     is_known = before is not None and before["measured"] == how and "sources" in before
     if before and is_known and not differences(before["sources"], sources_of(spec, cache_dir)):
-        found: Json = {key: before[key] for key in ("numbers", "facts", "created", "sources")}
+        found: Json = {key: before[key] for key in ("numbers", "facts", "sources", "created")}
     else:
         _look_first(spec)
         stop = _stop()
@@ -233,7 +233,7 @@ def _is_in_pod() -> bool:
 def _fetch(spec: TrainSpec) -> None:
     from stillhouse.distill.hub import fetch, stay_offline
 
-    if not Runs(Path(spec.place.runs)).of(spec).is_trained():
+    if spec.place.sources == "new" or not Runs(Path(spec.place.runs)).of(spec).is_trained():
         fetch(spec.pair, spec.data, Path(spec.place.cache_dir), spec.place.commits)
     stay_offline()
 

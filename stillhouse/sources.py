@@ -2,7 +2,8 @@
 is what it was: the weights, the tokenizer and the rows that its spec only names.
 
     sources: {"student":       {"what": name, "kind": "model", "digest": of weights, "settings": …}
-              "teacher":       {"what": name, "kind": "model", "commit": of the hub}
+              "teacher":       {"what": name, "kind": "model", "commit": of the hub, "open": whether
+                                its revision was left open: as `place.commits` calls it}
               "tokenizer":     {"what": name, "kind": "tokenizer", "digest": …}
               "data":          {"what": name, "kind": "rows", "digest": …}
               "other_prompts": {"what": name, "kind": "rows", "digest": …}}
@@ -120,13 +121,20 @@ def of_pair(pair: PairSpec, cache_dir: Path, commits: Mapping[str, str]) -> Json
 def _model(pair: PairSpec, role: str, name: str, there: at_hand.AtHand, cache_dir: Path) -> Json:
     entry: Json = {"what": name, "kind": "model"}
     if there.commit is not None:
-        return entry | {"commit": there.commit}
+        _, revision = at_hand.asked(pair, role)
+        return entry | _commit(there.commit, name, revision, "model")
     settings = [file for name in SETTINGS if (file := there.path / name).is_file()]
     entry["digest"] = fingerprints.of_weights(there.path, cache_dir)
     entry["settings"] = fingerprints.of_settings(settings, cache_dir)
     facts = cast("Json", at_hand.prepared(pair, cache_dir).get("facts") or {})
     loss = facts.get(f"{role}_loss")
     return entry if loss is None else entry | {"loss": loss}
+
+
+def _commit(commit: str, repo: str, revision: str | None, repo_type: str) -> Json:
+    if revision and at_hand.COMMIT.fullmatch(revision):
+        return {"commit": commit}
+    return {"commit": commit, "open": at_hand.open_name(repo, revision, repo_type)}
 
 
 def _of_data(spec: TrainSpec, cache_dir: Path) -> Json:
@@ -156,7 +164,8 @@ def _rows(spec: TrainSpec, cache_dir: Path) -> Json | None:
     if there is None:
         return None
     if there.commit is not None:
-        return {"what": data.data_path, "kind": "rows", "commit": there.commit}
+        entry = _commit(there.commit, data.data_path, None, "dataset")
+        return {"what": data.data_path, "kind": "rows"} | entry
     files = at_hand.split_files(there.path, data.data_split)
     return _entry(data.data_path, fingerprints.of_rows(files, cache_dir))
 
@@ -206,7 +215,12 @@ def _difference(key: str, then: Json, now: Json) -> str | None:
         return f"{key}: {what}: {_spelled(then)} then, {_spelled(now)} now"
     for field in ("commit", "digest"):
         if then.get(field, now.get(field)) != now.get(field):
-            return f"{key}: {what}: {_spelled(then)} then, {_spelled(now)} now"
+            back = (
+                f" ('commits={{{then['open']}:{then['commit']}}}' is that)"
+                if "open" in then
+                else ""
+            )
+            return f"{key}: {what}: {_spelled(then)} then{back}, {_spelled(now)} now"
     if then.get("settings", now.get("settings")) != now.get("settings"):
         files = " or ".join(SETTINGS)
         return f"{key}: {files} of {now['what']} is not what it was"

@@ -18,7 +18,7 @@ from stillhouse.distill.monitor import answer_in
 from stillhouse.distill.pairs import prepare
 from stillhouse.distill.preflight import bootstrapped, shares
 from stillhouse.distill.run import Run
-from stillhouse.rundir import Runs, read_json
+from stillhouse.rundir import Runs, read_json, write_json
 from stillhouse.spec import TrainSpec
 from stillhouse.stop import StopFlag
 from stillhouse.verdict import Measured
@@ -211,6 +211,12 @@ def test_what_was_measured_is_not_measured_again(
     assert capsys.readouterr().out == first
     with pytest.raises(pytest.fail.Exception):
         main([*line, "--prompts", "5"])
+    (file,) = (tmp_path / "preflight").iterdir()
+    of_others = json.loads(file.read_text())
+    of_others["sources"]["teacher"]["digest"] = "0" * 64
+    write_json(file, of_others)
+    with pytest.raises(pytest.fail.Exception):
+        main(line)
 
 
 def test_the_same_in_words(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

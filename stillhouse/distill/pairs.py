@@ -21,7 +21,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from stillhouse import at_hand
+from stillhouse import at_hand, fingerprints
 from stillhouse.at_hand import (
     download_command,
     looks_like_hub_id,
@@ -52,6 +52,7 @@ class PreparedPair:
     teacher_revision: str | None  # None for a directory that somebody else wrote
     data_dir: Path  # train.jsonl held_out.jsonl test.jsonl other.jsonl of the generated problems
     facts: dict[str, Any]  # e.g. quantization_error, of a self pair under a quantiser
+    student_weights: str | None = None  # their digest (fingerprints); None: the commit says it all
 
     @property
     def is_self(self) -> bool:
@@ -98,6 +99,7 @@ def prepare(
         teacher.revision,
         _problem_files(cache_dir, _rule(pair), _asks(pair)),
         dict(facts),
+        _digest_of(pair, student, cache_dir),
     )
     _say_where(pair, student, teacher, prepared, cache_dir)
     if prepared.is_self and quant.quant_type != "none":
@@ -116,6 +118,12 @@ def require(pair: PairSpec, commits: Mapping[str, str]) -> None:
         _at_hand(pair, "teacher", pair.teacher, pair.teacher_revision, commits)
     elif pair.pair_source == "gguf":
         _package(pair)
+
+
+def _digest_of(pair: PairSpec, weights: _Weights, cache_dir: Path) -> str | None:
+    if pair.pair_source == "hub" and weights.revision is not None:
+        return None
+    return fingerprints.of_weights(weights.directory, cache_dir)
 
 
 def _say_where(

@@ -195,16 +195,26 @@ class Run:
         self.cost[group][name] = self.cost[group].get(name, 0.0) + value
 
     def _record(self) -> None:
-        if self.dir.record() is None:
-            record = new_record(self.spec, models.versions())
+        where: Json = {
+            "versions": models.versions(),
+            "threads": torch.get_num_threads(),
+            "device": str(self.accelerator.device),
+            **models.machine(),
+        }
+        record = self.dir.record()
+        if record is None:
+            record = new_record(self.spec, where["versions"]) | where
             record["sources"] = self.sources
-            record["threads"] = torch.get_num_threads()
-            record["device"] = str(self.accelerator.device)
-            record |= models.machine()
             record["prepared"] = {"facts": self.prepared.facts, "rows": len(self.prompts.train)}
             record["coverage"] = self.coverage.as_json()
             record["skipped_rows"] = self.prompts.skipped
             write_json(self.dir.spec_file, record)
+        elif others := _elsewhere(record, where):
+            self.say(f"not where this run began: its last digits may be others. Here: {others}")
+            went_on = record.setdefault("went_on", [])
+            if others not in went_on:
+                went_on.append(others)
+                write_json(self.dir.spec_file, record)
         self.dir.update_status(phase="training", max_steps=self.spec.training.max_steps)
 
     def _status(self, step: int, best: int) -> None:
@@ -281,6 +291,12 @@ def _out_of_memory(spec: TrainSpec) -> str:
         f"the device's memory cannot hold a micro batch of {size} sequences; the same point with"
         f" micro_batch={max(1, size // 2)} computes the same numbers in less"
     )
+
+
+def _elsewhere(record: Json, where: Json) -> Json:
+    """What of the machine and its libraries is not what the run began with."""
+    before, here = ({**each["versions"], **each} for each in (record, where))
+    return {k: v for k, v in here.items() if k != "versions" and before.get(k, v) != v}
 
 
 def _added(now_: Json, before: Json) -> Json:
