@@ -321,18 +321,20 @@ def test_preparing_a_generated_pair_makes_it_and_loads_its_tasks(tmp_path: Path)
 
 
 def test_rows_that_a_prepare_encoded_are_those_that_a_point_trains_on(tmp_path: Path) -> None:
-    file, rows = tmp_path / "prompts.jsonl", CACHE / "rows"
+    file, cache = tmp_path / "prompts.jsonl", tmp_path / "cache"
     asked = [[{"role": "user", "content": f"Find {n}+1."}] for n in range(8)]
     file.write_text("".join(json.dumps({"prompt": turns}) + "\n" for turns in asked))
-    before = {*rows.glob("*/made.json")}
+    cache.mkdir()
+    (CACHE / "pairs").mkdir(parents=True, exist_ok=True)
+    (cache / "pairs").symlink_to((CACHE / "pairs").resolve())  # the models are made once
     data = ["data=local", f"data_path={file}", "held_out_rows=2", "max_length=64"]
-    pair = ["pair=tiny", "teacher_steps=8", "student_steps=8", f"cache_dir={CACHE}"]
+    data += [f"cache_dir={cache}"]
+    pair = ["pair=tiny", "teacher_steps=8", "student_steps=8"]
     assert doors.prepare_main(["--no-scores", *pair, *data]) == 0
-    [made] = {*rows.glob("*/made.json")} - before
+    [made] = (cache / "rows").glob("*/made.json")
     assert json.loads(made.read_text())["facts"]["rows"] == {"train": 6, "held_out": 2}
     # Prompts alone: no step of these wants an answer of the data's.
     assert doors.train_main(words(tmp_path / "runs", "max_steps=1", "lmbda=1", *data)) == 0
-    assert {*rows.glob("*/made.json")} - before == {made}
-    assert (
-        doors.train_main(words(tmp_path / "runs", *SHORT, "off_policy_source=dataset", *data)) == 42
-    )
+    assert [*(cache / "rows").glob("*/made.json")] == [made]
+    answered = [*SHORT, "off_policy_source=dataset"]
+    assert doors.train_main(words(tmp_path / "runs", *answered, *data)) == 42
