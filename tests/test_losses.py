@@ -23,6 +23,7 @@ from stillhouse.distill.objectives import (
     PolicyGradient,
     TokenStats,
     TopK,
+    evaluate_,
 )
 from stillhouse.errors import ContractError
 
@@ -333,6 +334,76 @@ def test_a_logit_that_is_not_finite_is_not_hidden(beta: float, poison: float, si
     assert not loss.isfinite()
     assert stats.loss.isfinite().tolist() == [True, False, True]
     assert not dz[1].isfinite().all()
+
+
+# Token 2 has probability 0, as a masked or padded vocabulary has it, on one side or on both.
+NEVER = [-torch.inf, torch.finfo(torch.float32).min]
+
+
+def evaluated(logits: Tensor, teacher: Tensor, beta: float) -> tuple[TokenStats, Tensor]:
+    """Of logits themselves: an identity as head makes NaN of 0 times infinity."""
+    z, target = logits.clone(), torch.tensor([2])
+    stats, _ = evaluate_(Jsd(beta), z, teacher, target, 1.0, True)
+    return stats, z
+
+
+@pytest.mark.parametrize("never", NEVER)
+@pytest.mark.parametrize("beta", BETAS)
+@pytest.mark.parametrize("of_both", [False, True])
+def test_what_the_teacher_never_gives_is_what_mathematics_says(
+    never: float, beta: float, of_both: bool
+) -> None:
+    # p = (1/2, 1/4, 1/4) or (2/3, 1/3, 0); q = (1/4, 3/4, 0)
+    logits, teacher = P.log().float(), torch.tensor([[log(1 / 4), log(3 / 4), never]])
+    if of_both:
+        logits[0, 2] = never
+    stats, dz = evaluated(logits, teacher, beta)
+    loss = stats.loss
+    p = torch.tensor([2 / 3, 1 / 3, 0] if of_both else [1 / 2, 1 / 4, 1 / 4], dtype=F64)
+    q = torch.tensor([1 / 4, 3 / 4, 0], dtype=F64)
+
+    def kl(a: Tensor, b: Tensor) -> float:
+        return torch.where(a > 0, a * (a / b).log(), 0).sum().item()  # 0 log 0 = 0; log a/0 = inf
+
+    m = beta * q + (1 - beta) * p
+    want = (
+        beta * kl(q, m) + (1 - beta) * kl(p, m)
+        if 0 < beta < 1
+        else kl(*[(q, p), (p, q)][int(beta)])
+    )
+    assert loss.item() == pytest.approx(want, rel=1e-6)
+    assert stats.forward_kl.item() == pytest.approx(kl(q, p), rel=1e-6)
+    assert stats.reverse_kl.item() == pytest.approx(kl(p, q), rel=1e-6)
+    half = (p + q) / 2
+    assert stats.jsd_half.item() == pytest.approx((kl(p, half) + kl(q, half)) / 2, rel=1e-6)
+    assert stats.student_entropy.item() == pytest.approx(torch.special.entr(p).sum().item())
+    assert stats.teacher_entropy.item() == pytest.approx(torch.special.entr(q).sum().item())
+    assert not dz.isnan().any()
+    if beta == 0:
+        assert dz[0].tolist() == pytest.approx((p - q).tolist(), abs=1e-7)
+    if beta == 1 and not of_both:
+        assert loss == torch.inf and (dz[0, :2] < 0).all()  # a step against it gives to the others
+
+
+@pytest.mark.parametrize("never", NEVER)
+def test_what_the_student_never_gives_is_what_mathematics_says(never: float) -> None:
+    logits = torch.tensor([[log(1 / 4), log(3 / 4), never]])
+    stats, dz = evaluated(logits, P.log().float(), 0.0)
+    assert stats.loss == torch.inf and dz[0].tolist() == pytest.approx([-1 / 4, 1 / 2, -1 / 4])
+    # KL((1/4, 3/4, 0) || (1/2, 1/4, 1/4)) = 1/4 ln(1/2) + 3/4 ln 3
+    assert stats.reverse_kl.item() == pytest.approx(3 / 4 * log(3) - 1 / 4 * log(2))
+    assert stats.nll.item() > 1e38
+    assert not evaluated(logits, P.log().float(), 1.0)[1].isnan().any()
+
+
+def test_an_infinite_loss_of_a_position_that_does_not_count_counts_nothing() -> None:
+    logits = torch.zeros(2, 3)
+    teacher = torch.tensor([[0.0, 0.0, -torch.inf], [0.0, 1.0, 2.0]])
+    weights = torch.tensor([0.0, 1.0])
+    loss, _, dz = on_logits(logits, teacher, objective=Jsd(1.0), weights_N=weights)
+    alone, _, dz_alone = on_logits(logits[1:], teacher[1:], objective=Jsd(1.0))
+    assert loss == alone
+    assert torch.equal(dz, torch.cat([torch.zeros(1, 3), dz_alone]))
 
 
 class Largest(TorchDispatchMode):

@@ -14,9 +14,17 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from stillhouse.distill import objectives
+from stillhouse.distill.diagnostics import Summary
 from stillhouse.distill.head import Head
 from stillhouse.distill.losses import distill_loss
-from stillhouse.distill.objectives import CrossEntropy, Jsd, Objective, PolicyGradient, TopK
+from stillhouse.distill.objectives import (
+    CrossEntropy,
+    Jsd,
+    Objective,
+    PolicyGradient,
+    TopK,
+    evaluate_,
+)
 from stillhouse.errors import ContractError
 
 SUPPORTS = ["student", "teacher", "union", "intersection"]
@@ -448,3 +456,41 @@ def test_an_objective_that_does_not_fit_is_refused_before_the_teacher_is_asked(
         distill_loss(
             hidden, Head(head), _anything, targets, objective=objective, temperature=temperature
         )
+
+
+@pytest.mark.parametrize("never", [-torch.inf, torch.finfo(torch.float32).min])
+def test_what_a_teacher_never_gives_makes_no_objective_nan_or_negative(never: float) -> None:
+    g = torch.Generator().manual_seed(0)
+    z, q = torch.randn(4, 64, generator=g), torch.randn(4, 64, generator=g)
+    q[:, 40:] = never
+    z[:, 50:] = never
+    targets = torch.tensor([1, 45, 5, 49])  # 45 and 49: the student gives them, the teacher never
+    for support, beta in product(SUPPORTS, (0.0, 0.5, 1.0)):
+        dz = z.clone()
+        stats, _ = evaluate_(TopK(30, support, beta), dz, q, targets, 1.0, True)
+        assert not dz.isnan().any() and (stats.loss >= 0).all()
+        # Of the student's 30 tokens the teacher never gives some. What is outside is one outcome,
+        # which it does give.
+        assert bool(stats.loss.isinf().any()) == (beta == 1 and support in ("student", "union"))
+    for clip in (2.0, torch.inf):
+        dz = z.clone()
+        objective = PolicyGradient(torch.full((4,), -4.0), clip)
+        stats, _ = evaluate_(objective, dz, q, targets, 1.0, True)
+        ratio = torch.exp(z.log_softmax(-1).gather(1, targets[:, None])[:, 0] + 4)
+        assert stats.loss[[1, 3]].tolist() == pytest.approx((clip * ratio[[1, 3]]).tolist())
+        assert not dz.isnan().any()
+
+
+def test_what_a_teacher_never_gives_leaves_a_mean_of_other_places_alone() -> None:
+    z, q = torch.zeros(2, 8), torch.zeros(2, 8)
+    q[0, 3:] = -torch.inf
+    summary = Summary(6, [(0, 1), (1, None)])
+    hidden, head = z, Head(torch.eye(8))
+    distill_loss(
+        hidden, head, lambda rows: q[rows], torch.zeros(2, dtype=torch.long),
+        objective=Jsd(0.0), summary=summary, places_N=torch.tensor([0, 5]),
+    )  # fmt: skip
+    found = summary.metrics(summary.numbers())
+    assert not any(number != number for number in found.values())
+    assert found["overlap/advantage_shared/0-0"] == -torch.inf
+    assert found["overlap/advantage_shared/1-"] == 0

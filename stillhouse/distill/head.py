@@ -22,6 +22,7 @@ from jaxtyping import Float, Int
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from stillhouse.errors import ContractError
 
@@ -106,6 +107,7 @@ def head_of(model: nn.Module) -> Head:
             comes after, it has no head or decoder to take apart, or its head is adapted.
     """
     causal_lm = _causal_lm(model)
+    _refuse_no_head(causal_lm)
     if causal_lm not in _FORMS:
         _FORMS[causal_lm] = _proven(causal_lm)
     return _head(causal_lm, _FORMS[causal_lm])
@@ -127,14 +129,17 @@ def _causal_lm(model: Any) -> Any:
 
 
 def _decoder(causal_lm: Any) -> Any:
-    find = getattr(causal_lm, "get_decoder", lambda: None)
-    decoder = find()
-    if decoder is None or decoder is causal_lm:
-        raise ContractError(
-            f"{type(causal_lm).__name__} has no decoder (get_decoder()) to be called without its"
-            " head, so the loss cannot go chunk by chunk; choose another architecture"
-        )
-    return decoder
+    """What turns token ids into hidden states. ModernBERT's get_decoder() is its head: a decoder is
+    what holds the embeddings."""
+    if isinstance(causal_lm, PreTrainedModel):
+        embeddings = causal_lm.get_input_embeddings()
+        for found in (causal_lm.get_decoder(), causal_lm.base_model):
+            if found is not causal_lm and any(m is embeddings for m in found.modules()):
+                return found
+    raise ContractError(
+        f"{type(causal_lm).__name__} has no decoder (get_decoder()) to be called without its head,"
+        " so the loss cannot go chunk by chunk; choose another architecture"
+    )
 
 
 def _positions(module: Any, mask_BT: Tensor) -> dict[str, Tensor]:
@@ -177,7 +182,6 @@ def _refuse_no_head(causal_lm: Any) -> None:
 
 
 def _proven(causal_lm: Any) -> _Form:
-    _refuse_no_head(causal_lm)
     was_training = causal_lm.training
     causal_lm.eval()
     try:
@@ -221,6 +225,11 @@ class _Probe:
             ContractError: says what differs, and by how much.
         """
         alone_NV = torch.cat([self._asked(self.ids_BT[:1]), self._asked(self.ids_BT[1:, -SHORT:])])
+        if not 0 < alone_NV.abs().max().item() < torch.inf:
+            raise ContractError(
+                f"{self.name}: its logits are 0, NaN or infinite; its weights are damaged, or"
+                " overflow in this dtype"
+            )
         batch_NV = self._asked(self.ids_BT, self.mask_BT)
         own = _off(batch_NV, alone_NV)
         may_be_off = IN_A_BATCH_HALF if self.is_half else IN_A_BATCH
@@ -237,9 +246,8 @@ class _Probe:
                 " batched like that, so another function would be trained; choose another"
                 " architecture"
             )
-        limit = max(2 * own, 2 * self.eps) if self.is_half else EXACT
         hidden_NH = hidden_states(self.causal_lm, self.ids_BT, self.mask_BT)[self.is_real_BT]
-        return self._solved(hidden_NH, batch_NV, limit)
+        return self._solved(hidden_NH, batch_NV, own)
 
     def _asked(self, ids_BT: Tensor, mask_BT: Tensor | None = None) -> Tensor:
         """The model's own logits of the real positions, [N, V]."""
@@ -266,21 +274,19 @@ class _Probe:
         finally:
             hook.remove()
 
-    def _solved(self, hidden_NH: Tensor, logits_NV: Tensor, limit: float) -> _Form:
-        """The first form, of those from plain to capped, that gives what the model gives: as it is,
-        and so loud that a cap would show."""
+    def _solved(self, hidden_NH: Tensor, logits_NV: Tensor, own: float) -> _Form:
+        """The first form, of those from plain to capped, that gives what the model gives up to the
+        rounding of one product: as it is, and so loud that a cap would show. In half precision, if
+        none does, the nearest, within twice the model's own difference."""
         V, top = logits_NV.shape[1], logits_NV.abs().max().item()
         plain = _head(self.causal_lm, _Form(V))
         hidden_NH = hidden_NH.to(plain.weight_VH.dtype)
         raw_NV = plain.logits(hidden_NH).double()
-        if not 0 < top < torch.inf:
-            raise ContractError(
-                f"{self.name}: its logits are 0, NaN or infinite; load the weights again"
-            )
         most = 0.1 * torch.finfo(hidden_NH.dtype).max / hidden_NH.abs().max().item()
         times = min(LOUD / top, most)
         loud_NV = self._loud(times)
-        forms = [_Form(V), _Form(V, _slope(raw_NV, logits_NV)), _capped(raw_NV, logits_NV, loud_NV)]
+        capped = _capped(raw_NV, logits_NV, loud_NV)
+        forms = [_Form(V), _Form(V, _slope(raw_NV, logits_NV)), capped._replace(scale=1.0), capped]
         offs: list[float] = []
         for form in forms:
             head = _head(self.causal_lm, form)
@@ -289,8 +295,11 @@ class _Probe:
             uncapped = max(times * top, loud_NV.abs().max().item())
             difference = head.logits(hidden_NH * times).double() - loud_NV
             offs.append(max(off, difference.abs().max().item() / uncapped))
-            if offs[-1] <= limit:
+            if offs[-1] <= (2 * self.eps if self.is_half else EXACT):
                 return form
+        limit = 2 * max(own, self.eps) if self.is_half else EXACT
+        if min(offs) <= limit:
+            return forms[offs.index(min(offs))]
         raise ContractError(
             f"{self.name}: its logits are not what the loss would form of its hidden states and its"
             f" head; they differ by {offs[0]:.2g} of the largest, and by {min(offs[1:]):.2g} with a"
