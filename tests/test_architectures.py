@@ -97,6 +97,7 @@ class Elsewhere(LlamaForCausalLM):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
         output = super().forward(*args, **kwargs)
+        assert output.logits is not None
         output.logits = self.change(output.logits)
         return output
 

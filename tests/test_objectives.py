@@ -467,7 +467,9 @@ def test_what_a_teacher_never_gives_makes_no_objective_nan_or_negative(never: fl
     targets = torch.tensor([1, 45, 5, 49])  # 45 and 49: the student gives them, the teacher never
     for support, beta in product(SUPPORTS, (0.0, 0.5, 1.0)):
         dz = z.clone()
-        stats, _ = evaluate_(TopK(30, support, beta), dz, q, targets, 1.0, True)
+        stats, _ = evaluate_(
+            objective_of(f"topk {support} {beta}", 4, k=30), dz, q, targets, 1.0, True
+        )
         assert not dz.isnan().any() and (stats.loss >= 0).all()
         # Of the student's 30 tokens the teacher never gives some. What is outside is one outcome,
         # which it does give.

@@ -189,7 +189,6 @@ def form_of(head: Any) -> str:
 
 def _stored(family: Family) -> str:
     from stillhouse.distill.layers import coverage
-
     from stillhouse.distill.quant import quantize_
     from stillhouse.errors import StillhouseError
     from stillhouse.spec import QuantSpec
@@ -205,10 +204,9 @@ def _stored(family: Family) -> str:
 
 def _adapted(family: Family) -> tuple[str, str]:
     """The share that is adapted, of a student without a quantiser, and who writes its rollouts."""
-    from stillhouse.distill.layers import coverage
-
     from stillhouse.distill.adapters import new_student
     from stillhouse.distill.decode import obstacle
+    from stillhouse.distill.layers import coverage
     from stillhouse.errors import StillhouseError
     from stillhouse.spec import LoraSpec
 
