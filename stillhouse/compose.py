@@ -7,9 +7,11 @@ points composes a handful of times; a test holds that this equals Hydra composin
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import functools
+import json
 import math
 import re
 from collections.abc import Iterable, Mapping
@@ -90,6 +92,9 @@ def parse_value(setting: flags.Setting, where: str) -> list[Any]:
         return [list(setting.items)]
     if setting.literal:
         return [None if setting.text == "null" else setting.text]
+    if setting.text.startswith('{"'):  # JSON, as other tools take chat_template_kwargs
+        with contextlib.suppress(ValueError):
+            return [json.loads(setting.text)]
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
 
@@ -256,7 +261,9 @@ def _text(value: Any) -> str:
         return f"[{','.join(_text(item) for item in items)}]"
     if isinstance(value, dict):
         entries = cast("dict[str, Any]", value).items()
-        return f"{{{','.join(f'{key}:{_text(entry)}' for key, entry in entries)}}}"
+        # A template writes 2.0 and 2 as they are.
+        texts = (f"{k}:{v if isinstance(v, float) else _text(v)}" for k, v in entries)
+        return f"{{{','.join(texts)}}}"
     if isinstance(value, float) and value.is_integer() and math.fabs(value) < 1e6:
         return str(int(value))
     if isinstance(value, str) and not _is_plain_word(value):

@@ -810,22 +810,40 @@ def slug(spec: TrainSpec) -> str:
     return label[: MAX_NAME - ID_DIGITS - 1].rstrip("-")
 
 
-def score_key(suite: SuiteSpec, task: TaskSpec) -> str:
-    """What makes two scores of one adapter on one task the same question."""
+def chat_settings(data: Mapping[str, Any]) -> str:
+    """How conversations are written, as JSON, of a data section in plain words.
+
+    A section that an earlier version wrote down says nothing of it, and means the default.
+    """
+    leaves = ("chat_template_kwargs", "template_date")
+    return json.dumps({leaf: data.get(leaf, AS_BEFORE[f"data.{leaf}"]) for leaf in leaves})
+
+
+def score_key(suite: SuiteSpec, task: TaskSpec, chat: str | None = None) -> str:
+    """What makes two scores of one row on one task the same question.
+
+    `chat`: settings of the chat template other than those under which the row was trained, or for
+    which it stands; these are part of what the row is.
+    """
     asked = as_before("task", TypeAdapter(TaskSpec).dump_python(task, mode="json"))
     settings = (suite.apply_chat_template, suite.limit, suite.max_gen_toks)
-    return digest([asked, settings])[:ID_DIGITS]
+    return digest([asked, settings, *([] if chat is None else [chat])])[:ID_DIGITS]
 
 
-def baseline_key(label: str, pair: PairSpec, quant: QuantSpec) -> str:
-    """Identity of a row that no run trained: only `ptq` depends on the quantiser."""
+def baseline_key(label: str, pair: PairSpec, quant: QuantSpec, data: DataSpec | None = None) -> str:
+    """Identity of a row that no run trained: only `ptq` depends on the quantiser.
+
+    Of `data` counts how conversations are written; None: as by default.
+    """
     plain = TypeAdapter(PairSpec).dump_python(pair, mode="json")
     for section, leaf in _SKIP_LEAVES:
         if section == "pair":
             del plain[leaf]
     stored = TypeAdapter(QuantSpec).dump_python(quant, mode="json") if label == "ptq" else None
     stored = stored and as_before("quant", stored)
-    return digest([label, as_before("pair", plain), stored])[:ID_DIGITS]
+    chat = chat_settings(TypeAdapter(DataSpec).dump_python(data, mode="json") if data else {})
+    told = [] if chat == chat_settings({}) else [chat]
+    return digest([label, as_before("pair", plain), stored, *told])[:ID_DIGITS]
 
 
 def suite_key(suite: SuiteSpec) -> str:

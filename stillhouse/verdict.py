@@ -129,7 +129,7 @@ def as_text(found: Mapping[str, Any]) -> str:
     if ends["student"] != ends["teacher"]:
         lines.append(
             f"  end of text: {ends['student']} for the student, {ends['teacher']} for the teacher:"
-            " a student may learn never to stop"
+            " here both end at any of them, elsewhere the student may never stop"
         )
     numbers = numbers_of(found)
     width = max(map(len, numbers))

@@ -5,15 +5,16 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from stillhouse.distill import problems, tiny
-from stillhouse.distill.chat import Chat, Skip
+from stillhouse.distill.chat import Chat, Skip, declared_stop_ids
 from stillhouse.distill.prompts import load_prompts
 from stillhouse.errors import ConfigError
 from tests.test_prompts import LOCAL, NOWHERE, lines
@@ -103,3 +104,262 @@ def test_an_answer_that_is_not_written_behind_its_prompt_is_skipped() -> None:
     thinks = CHATML.replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}")
     with pytest.raises(Skip, match="does not write behind its own prompt"):
         Chat(tokenizer(thinks), data()).render(asked("?"), "4")
+
+
+# ---------------------------------------------------------------- templates of many makers
+
+TEMPLATES = {  # name: (template, its EOS token, what an answer "4" to "?" is, the end of it)
+    "llama 3": (
+        "{{ bos_token }}{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n"
+        "{{ m.content | trim }}<|eot_id|>{% endfor %}{% if add_generation_prompt %}"
+        "<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}",
+        "<|end_of_text|>",
+        "4<|eot_id|>",
+    ),
+    "gemma": (
+        "{{ bos_token }}{% if messages[0].role == 'system' %}"
+        "{{ raise_exception('System role not supported') }}{% endif %}{% for m in messages %}"
+        "{% set role = 'model' if m.role == 'assistant' else m.role %}"
+        "{{ '<start_of_turn>' + role + '\n' + m.content | trim + '<end_of_turn>\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}",
+        "<eos>",
+        "4<end_of_turn>",
+    ),
+    "phi 4 mini": (
+        "{% for m in messages %}{{ '<|' + m.role + '|>' + m.content + '<|end|>' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% else %}{{ eos_token }}{% endif %}",
+        "<|endoftext|>",
+        "4<|end|>",
+    ),
+    "mistral": (
+        "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }}"
+        "[/INST]{% else %} {{ m.content }}{{ eos_token }}{% endif %}{% endfor %}",
+        "</s>",
+        " 4</s>",
+    ),
+    "deepseek": (
+        "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}<|User|>{{ m.content }}"
+        "{% else %}<|Assistant|>{{ m.content.split('</think>')[-1] }}<|end_of_sentence|>{% endif %}"
+        "{% endfor %}{% if add_generation_prompt %}<|Assistant|>{% endif %}",
+        "<|end_of_sentence|>",
+        "4<|end_of_sentence|>",
+    ),
+    "nothing behind an answer": (
+        "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>\n{% endif %}",
+        "<|endoftext|>",
+        "4<|endoftext|>",
+    ),
+    "a newline behind an answer": (
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}{{ '\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}",
+        "<|endoftext|>",
+        "4<|endoftext|>",
+    ),
+    "an end of many tokens": (
+        "{% for m in messages %}### {{ m.role }}:\n{{ m.content }}\n### End\n{% endfor %}"
+        "{% if add_generation_prompt %}### assistant:\n{% endif %}",
+        "<|endoftext|>",
+        "4\n### End<|endoftext|>",
+    ),
+    "a marked generation": (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}"
+        "{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}\n{% else %}{{ m.content }}"
+        "<|im_end|>\n{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
+        "<|endoftext|>",
+        "4<|im_end|>",
+    ),
+    "a system turn of its own": (
+        "{% if messages[0].role != 'system' %}<|im_start|>system\nBe brief.<|im_end|>\n{% endif %}"
+        + CHATML,
+        "<|im_end|>",
+        "4<|im_end|>",
+    ),
+    "another end of the last turn": (
+        "{% for m in messages %}<|start|>{{ m.role }}<|message|>{{ m.content }}"
+        "{{ '<|return|>' if loop.last and not add_generation_prompt else '<|end|>' }}{% endfor %}"
+        "{% if add_generation_prompt %}<|start|>assistant<|message|>{% endif %}",
+        "<|return|>",
+        "4<|return|>",
+    ),
+    "thoughts of the last turn alone": (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' and loop.last"
+        " %}<think>\n{{ m.reasoning_content or '' }}\n</think>\n\n{% endif %}{{ m.content }}"
+        "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
+        "<|im_end|>",
+        "<think>\n\n</think>\n\n4<|im_end|>",
+    ),
+}
+
+
+def words_in(template: str) -> list[str]:
+    return re.findall(r"<\|?[\w ]+\|?>|</s>|\[/?INST\]", template)
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_what_is_trained_on_is_what_the_template_writes(name: str) -> None:
+    template, eos, answer = TEMPLATES[name]
+    text = tokenizer(template, *words_in(template), "<bos>", eos=eos)
+    text.bos_token = "<bos>"
+    chat = Chat(text, data())
+    assert chat.end_token == answer[answer.rindex("</s>" if name == "mistral" else "<") :]
+    assert set(chat.stop_ids) == {chat.end_id, text.eos_token_id}
+    longer = [*asked("1+1?"), {"role": "assistant", "content": "2"}, *asked("And +1?")]
+    for turns in (asked("?"), longer):
+        said = [*turns, {"role": "assistant", "content": "4"}]
+        row = chat.render(turns, "4")
+        assert row.answer == answer and not row.add_special_tokens
+        assert row.prompt == text.apply_chat_template(
+            turns, tokenize=False, add_generation_prompt=True
+        )
+        whole = text.apply_chat_template(said, tokenize=False)
+        ours = row.prompt + str(row.answer)
+        # All of it, less what follows the end; where nothing ends a turn, EOS does.
+        assert whole.startswith(ours) or ours == whole.rstrip() + eos
+        ((prompt_ids, answer_ids),) = chat.encode([row])
+        assert text.decode(prompt_ids) == row.prompt and text.decode(answer_ids) == row.answer
+        assert answer_ids[-1] == chat.end_id and prompt_ids[-1] not in chat.stop_ids
+        assert prompt_ids.count(text.bos_token_id) == row.prompt.count("<bos>") <= 1
+
+
+def test_an_answer_is_written_with_its_thoughts_and_its_tool_calls() -> None:
+    template, eos, _ = TEMPLATES["thoughts of the last turn alone"]
+    chat = Chat(tokenizer(template, eos=eos), data())
+    turn = {"role": "assistant", "content": "4", "reasoning_content": "2+2"}
+    assert chat.render(asked("?"), turn).answer == "<think>\n2+2\n</think>\n\n4<|im_end|>"
+    calls = (
+        "{% if tools %}tools: {{ tools | tojson }}\n{% endif %}{% for m in messages %}"
+        "<|im_start|>{{ m.role }}\n{{ m.content }}{% for c in m.tool_calls or [] %}"
+        "<call>{{ c.function | tojson }}</call>{% endfor %}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    call = {"function": {"name": "add", "arguments": {"a": 2}}}
+    turn = {"role": "assistant", "content": "", "tool_calls": [call]}
+    row = Chat(tokenizer(calls), data()).render(asked("?"), turn, [{"name": "add"}])
+    assert row.prompt.startswith('tools: [{"name": "add"}]\n<|im_start|>user\n?<|im_end|>\n')
+    assert row.answer == '<call>{"name": "add", "arguments": {"a": 2}}</call><|im_end|>'
+
+
+def test_of_several_templates_the_one_for_tools_is_taken_where_there_are_some() -> None:
+    named = {"default": CHATML, "tool_use": "with tools\n" + CHATML}
+    chat = Chat(tokenizer(named), data())
+    assert not chat.render(asked("?")).prompt.startswith("with tools")
+    assert chat.render(asked("?"), "4", [{"name": "add"}]).prompt.startswith("with tools\n<|im_s")
+    assert len(chat.fingerprint()["templates"]) == 2
+    with pytest.raises(ConfigError, match="multiple chat templates with no default"):
+        Chat(tokenizer({"rag": CHATML, "tool_use": CHATML}), data())
+
+
+def test_a_template_lies_in_a_file_of_its_own(tmp_path: Path) -> None:
+    tokenizer(CHATML).save_pretrained(tmp_path)
+    assert (tmp_path / "chat_template.jinja").read_text() == CHATML
+    read = AutoTokenizer.from_pretrained(tmp_path)
+    assert Chat(read, data()).fingerprint() == Chat(tokenizer(CHATML), data()).fingerprint()
+
+
+def test_what_a_template_refuses_or_breaks_on_is_a_row_that_is_skipped() -> None:
+    template, eos, _ = TEMPLATES["gemma"]
+    chat = Chat(tokenizer(template, *words_in(template), "<bos>", eos=eos), data())
+    system = [{"role": "system", "content": "Be brief."}, *asked("?")]
+    with pytest.raises(Skip, match=r"refuses \(System role not supported\)"):
+        chat.render(system, "4")
+    template, eos, _ = TEMPLATES["phi 4 mini"]
+    with pytest.raises(Skip, match="breaks on"):
+        Chat(tokenizer(template, eos=eos), data()).render([{"role": "user", "content": 3}])
+    with pytest.raises(ConfigError, match="cannot be read: .*endfor"):
+        Chat(tokenizer("{% for m in messages %}"), data())
+
+
+def test_a_prompt_never_ends_in_end_of_text() -> None:
+    closed = "{% for m in messages %}{{ m.role }}: {{ m.content }}{{ eos_token }}{% endfor %}"
+    with pytest.raises(Skip, match="ends in end-of-text"):
+        Chat(tokenizer(closed), data()).render(asked("?"), "4")
+    text = tokenizer(None)
+    text.bos_token = "<|im_start|>"
+    ids = [("<|im_start|>", text.bos_token_id), ("<|end|>", text.eos_token_id)]
+    around = processors.TemplateProcessing(single="<|im_start|> $A <|end|>", special_tokens=ids)
+    text.backend_tokenizer.post_processor = around
+    chat, (a, b) = Chat(text, data()), text.convert_tokens_to_ids(["a", "b"])
+    assert text("a")["input_ids"] == [text.bos_token_id, a, text.eos_token_id]
+    rows = [chat.plain("a", "b"), chat.plain("<|im_start|>a"), chat.plain("a<|end|>")]
+    prompt = [text.bos_token_id, a]
+    assert chat.encode(rows) == [(prompt, [b, text.eos_token_id]), (prompt, []), (prompt, [])]
+
+
+def test_text_is_read_behind_its_prompt_where_a_tokenizer_begins_with_a_space() -> None:
+    """As SentencePiece does: alone, "4" is "▁4"; behind "[/INST]", which is no space, it is "4"."""
+    pieces = {
+        p: i for i, p in enumerate(["<unk>", "</s>", "▁", "▁4", "4", "[/I]", "[I]", "▁?", "?"])
+    }
+    words = Tokenizer(models.BPE(vocab=pieces, merges=[("▁", "4"), ("▁", "?")], unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    words.decoder = decoders.Metaspace(prepend_scheme="first")
+    words.add_special_tokens([AddedToken(w, special=True) for w in ("</s>", "[I]", "[/I]")])
+    text = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="</s>", unk_token="<unk>")
+    text.chat_template = (
+        "{% for m in messages %}{% if m.role == 'user' %}[I]{{ m.content }}[/I]{% else %}"
+        "{{ m.content }}</s>{% endif %}{% endfor %}"
+    )
+    chat = Chat(text, data())
+    assert text("4", add_special_tokens=False)["input_ids"] == [3]
+    assert chat.encode([chat.render(asked("?"), "4")]) == [([6, 8, 5], [4, 1])]
+    assert chat.encode([chat.render(asked("?"))]) == [([6, 8, 5], [])]
+
+
+# ---------------------------------------------------------------- kwargs, dates, ends
+
+
+def test_a_date_that_the_caller_owes_is_given_and_a_templates_own_is_left() -> None:
+    def first_line(head: str, **changes: Any) -> str:
+        return Chat(tokenizer(head + CHATML), data(**changes)).render(asked("?")).prompt[:40]
+
+    owed = "Today: {{ date_string }}\n"
+    assert first_line(owed).startswith("Today: 01 Jan 2026\n")
+    assert first_line(owed, template_date="2026-07-04").startswith("Today: 04 Jul 2026\n")
+    chosen = {"date_string": "a day"}
+    assert first_line(owed, chat_template_kwargs=chosen).startswith("Today: a day\n")
+    # As Llama 3.1 and 3.2 do it.
+    fixed = "{% if not date_string is defined %}{% set date_string = '26 Jul 2024' %}{% endif %}"
+    assert first_line(fixed + owed).startswith("Today: 26 Jul 2024\n")
+    today = fixed.replace("'26 Jul 2024'", "strftime_now('%d %b %Y')")
+    assert first_line(today + owed).startswith("Today: 01 Jan 2026\n")
+    assert first_line(fixed + owed, chat_template_kwargs=chosen).startswith("Today: a day\n")
+    now = "{% set now = strftime_now %}{% macro day() %}{{ now('%A, %B') }}{% endmacro %}"
+    assert first_line(now + "{{ day() }}\n").startswith("Thursday, January\n")
+
+
+def test_kwargs_that_nobody_reads_are_refused() -> None:
+    with pytest.raises(ConfigError, match="tokenizer has none"):
+        Chat(tokenizer(None), data(chat_template_kwargs={"enable_thinking": False}))
+    for name in ("messages", "tools", "strftime_now", "range", "m"):
+        with pytest.raises(ConfigError, match=f"no variable {name} to set; it reads none"):
+            Chat(tokenizer(CHATML), data(chat_template_kwargs={name: "x"}))
+
+
+def test_where_a_sequence_ends_is_what_anybody_says(tmp_path: Path) -> None:
+    def ends(config: dict[str, Any], generation: dict[str, Any] | None) -> list[int]:
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        file = tmp_path / "generation_config.json"
+        file.unlink(missing_ok=True)
+        if generation is not None:
+            file.write_text(json.dumps(generation))
+        return declared_stop_ids(str(tmp_path), None)
+
+    llama = {"model_type": "llama"}
+    assert ends({**llama, "eos_token_id": 7}, None) == [7]
+    assert ends({**llama, "eos_token_id": [7, 8]}, {"eos_token_id": [8, 9]}) == [7, 8, 9]
+    assert ends({**llama, "eos_token_id": None}, {"eos_token_id": 3}) == [3]
+    assert ends({**llama, "eos_token_id": None}, {}) == []
+    gemma = {"model_type": "gemma3", "text_config": {"model_type": "gemma3_text"}}
+    gemma["text_config"]["eos_token_id"] = 5
+    assert 5 in ends({**gemma, "eos_token_id": 6}, None)
+    text = tokenizer(CHATML)
+    assert Chat(text, data(), [9, 3]).stop_ids == sorted(
+        {3, 9, text.eos_token_id, text.convert_tokens_to_ids("<|im_end|>")}
+    )
+    with pytest.raises(ConfigError, match="nothing says where an answer ends"):
+        Chat(tokenizer(None, eos=None), data())
+    assert Chat(tokenizer(CHATML, eos=None), data()).stop_ids == [
+        text.convert_tokens_to_ids("<|im_end|>") - 1
+    ]

@@ -23,7 +23,8 @@ from stillhouse.distill.prompts import load_prompts
 from stillhouse.distill.quant import dequantized_weight, quantize_
 from stillhouse.errors import ConfigError, ContractError, DataError, Interrupted, exit_code_of
 from stillhouse.evals import find, harness
-from stillhouse.evals.suite import Asked, Scorer, _tiny_task, load_tasks
+from stillhouse.evals.lm import Lm
+from stillhouse.evals.suite import Asked, Scorer, _set_every_field, _tiny_task, load_tasks
 from stillhouse.rundir import RunDir, Runs, eval_file, link_path, new_record, read_json, write_json
 from stillhouse.spec import EvalSpec, SuiteSpec, TaskSpec, TrainSpec, score_key
 
@@ -31,6 +32,7 @@ LIMIT = 8
 GEN = TaskSpec("tiny_gen", "exact_match", None, True)
 MC = TaskSpec("tiny_mc", "acc", None, True)
 GEN_AGAIN = TaskSpec("tiny_gen@requantised", "exact_match", None, True)
+DATA = compose(from_command_line(["pair=tiny"], EvalSpec), EvalSpec).data
 ADAPTERS_ONLY = ["eval_teacher=false", "eval_student=false", "eval_ptq=false"]
 
 
@@ -567,7 +569,7 @@ def test_lm_eval_feeds_exactly_the_prompts_of_training(place, tmp_path, make_tok
 
     model, seen = llama(len(text)), []
     model.get_input_embeddings().register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-    scorer = Scorer(suite(), text, LIMIT, Never())
+    scorer = Scorer(suite(), Chat(text, DATA), LIMIT, Never())
     for task in load_tasks(suite(), [GEN, MC], data_dir(place, tmp_path)):
         seen.clear()
         scorer.score(model, task, "model")
@@ -605,7 +607,7 @@ def test_a_teacher_of_few_shots_is_asked_exactly_what_it_reads_in_training(place
 
     model, seen = llama(len(text), positions=512), []
     model.get_input_embeddings().register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-    scorer = Scorer(suite(), text, LIMIT, Never())
+    scorer = Scorer(suite(), Chat(text, DATA), LIMIT, Never())
     for task in load_tasks(suite(), [GEN, MC], tmp_path):
         for examples in (4, 0):
             seen.clear()
@@ -639,6 +641,34 @@ def test_only_the_teacher_of_a_few_shot_pair_reads_examples(place, tmp_path, mon
         "teacher": 2,
         "student": 0,
         "tiny": 0,
+    }
+
+
+def test_scores_of_another_day_are_other_scores(place, tmp_path, capsys):
+    """Of a run, which was trained on one; and a baseline of another day is another baseline."""
+    runs = tmp_path / "runs"
+    run = trained(place, runs, "name=one")
+    own, other = (
+        asked(place, runs, "eval_ptq=false"),
+        asked(place, runs, "template_date=2030-01-01"),
+    )
+    other = dataclasses.replace(other, evaluation=own.evaluation)
+    harness.run_suite(own, Never())
+    scored = scores_below(runs)
+    files = list(scored)
+    assert len(files) == 6 and "is asked with" not in capsys.readouterr().out
+    harness.run_suite(other, Never())
+    assert 'is asked with {"chat_template_kwargs": {}, "template_date": "2030-01-01"}' in (
+        capsys.readouterr().out
+    )
+    now = scores_below(runs)
+    kept = {f for f in files if now[f] == scored[f]}
+    assert len(now) == 10 and kept == {f for f in files if f.startswith("baselines/")}
+    keys = {f: json.loads(content)["key"] for f, (_, content) in now.items()}
+    mine = str(eval_file(run.path, "tiny_gen").relative_to(runs))
+    assert keys.pop(mine) != json.loads(scored[mine][1])["key"] == score_key(own.suite, GEN)
+    assert {keys[f] for f in now if "baselines" in f and "tiny_gen" in f} == {
+        score_key(own.suite, GEN)
     }
 
 
@@ -679,14 +709,70 @@ def test_what_a_row_writes_after_its_end_is_no_part_of_its_answer(tmp_path):
     (tmp_path / "test.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     plain = suite(GEN, chat=False)
     (task,) = load_tasks(plain, [GEN], tmp_path)
-    score = Scorer(plain, text, 8, Never()).score(chain(text, steps), task, "chain")
+    score = Scorer(plain, Chat(text, DATA), 8, Never()).score(chain(text, steps), task, "chain")
     assert [s["value"] for s in score["samples"]] == [1.0, 1.0, 1.0]
     rows[1]["answer"] = "88"
     (tmp_path / "test.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     (task,) = load_tasks(plain, [GEN], tmp_path)
-    score = Scorer(plain, text, 8, Never()).score(chain(text, steps), task, "chain")
+    score = Scorer(plain, Chat(text, DATA), 8, Never()).score(chain(text, steps), task, "chain")
     assert [s["value"] for s in score["samples"]] == [1.0, 0.0, 1.0]
     assert score["value"] == pytest.approx(2 / 3)
+
+
+def test_an_answer_ends_where_the_chat_template_ends_a_turn(tmp_path):
+    """The end is no part of it, though this tokenizer would write it as it writes any word."""
+    text = tiny.tokenizer()
+    text.add_tokens(["<|done|>"])
+    text.chat_template = text.chat_template.replace("eos_token", "'<|done|>'")
+    chat = Chat(text, DATA)
+    assert chat.stop_ids == sorted({text.eos_token_id, chat.end_id}) and len(chat.stop_ids) == 2
+    (eight,), (nine,), (asks,) = (text.encode(t) for t in ("8", "9", "<|assistant|>"))
+    steps = {asks: eight, eight: chat.end_id, chat.end_id: nine, nine: nine}
+    row = {"question": "x", "answer": "8", "choices": ["8", "9"], "label": 0}
+    (tmp_path / "test.jsonl").write_text(json.dumps(row) + "\n")
+    whole = _tiny_task("tiny_gen", tmp_path)
+    whole["filter_list"] = [{"name": "none", "filter": [{"function": "take_first"}]}]
+    loaded = TaskManager(include_defaults=False).load([whole])["tasks"]["tiny_gen"]
+    _set_every_field(loaded, None, 6)
+    score = Scorer(suite(GEN), chat, 8, Never()).score(chain(text, steps), Asked(GEN, loaded), "m")
+    assert score["value"] == 1.0
+
+
+def test_what_is_asked_without_a_template_never_ends_in_end_of_text():
+    text = with_bos()
+    around = TemplateProcessing(
+        single="<bos> $A <eos>",
+        special_tokens=[("<bos>", text.bos_token_id), ("<eos>", text.eos_token_id)],
+    )
+    text.backend_tokenizer.post_processor = around
+    lm = Lm(llama(len(text)), Chat(text, DATA), 8, is_chat=False)
+    (eight,) = text.encode("8", add_special_tokens=False)
+    assert text.encode("8") == [text.bos_token_id, eight, text.eos_token_id]
+    assert lm.tok_encode("8") == [text.bos_token_id, eight]
+    ids_BT, mask_BT = lm.tok_batch_encode(["8", "88"])
+    assert ids_BT.tolist()[0] == [text.pad_token_id, text.bos_token_id, eight]
+    assert mask_BT.tolist() == [[0, 1, 1], [1, 1, 1]]
+
+
+def test_tasks_are_asked_as_training_asks(monkeypatch):
+    """The same day, the same variables; a begun answer is gone on with; a system turn may go."""
+    text = tiny.tokenizer()
+    head = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    text.chat_template = (
+        f"{head}{{{{ strftime_now('%Y') }}}}{{{{ ' briefly' if brief else '' }}}}"
+        + text.chat_template
+    )
+    data = dataclasses.replace(DATA, template_date="1999-12-31", chat_template_kwargs={"brief": 1})
+    lm = Lm(llama(len(text)), Chat(text, data), 8, is_chat=True)
+    turns = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "8 "}]
+    assert lm.apply_chat_template(turns[:1]) == "1999 briefly<|user|>x<|assistant|>"
+    begun = lm.apply_chat_template(turns, add_generation_prompt=False)
+    assert begun == "1999 briefly<|user|>x<|assistant|>8 "
+    system = {"role": "system", "content": "Be kind."}
+    assert lm.apply_chat_template([system, *turns], add_generation_prompt=False) == begun
+    assert lm.left_out == 1
+    with pytest.raises(ConfigError, match="a task has turns that the chat template refuses"):
+        lm.apply_chat_template([{"role": "tool", "content": "x"}])
 
 
 def test_perplexity_keeps_nats_and_units_per_document_and_prefixes_one_bos(place, tmp_path):
@@ -708,7 +794,7 @@ def test_perplexity_keeps_nats_and_units_per_document_and_prefixes_one_bos(place
     loaded = TaskManager(include_defaults=False).load([config])["tasks"]["pages"]
     loaded.set_config(key="num_fewshot", value=0)
     task = Asked(TaskSpec("pages", "word_perplexity", None, False), loaded)
-    score = Scorer(suite(chat=False), text, 8, Never()).score(model, task, "model")
+    score = Scorer(suite(chat=False), Chat(text, DATA), 8, Never()).score(model, task, "model")
     nats, words = [], [len(p.split()) for p in pages]
     for page in pages:
         ids = torch.tensor([text.encode(page)])  # its own BOS is the one prefix
@@ -739,7 +825,9 @@ def test_the_documents_of_a_group_are_numbered_through(place, tmp_path):
         group.add(member)
     task = Asked(TaskSpec("both", "acc", None, True), group)
     text = tiny.tokenizer()
-    score = Scorer(suite(limit=5), text, 8, Never()).score(llama(len(text)), task, "model")
+    score = Scorer(suite(limit=5), Chat(text, DATA), 8, Never()).score(
+        llama(len(text)), task, "model"
+    )
     assert [s["doc"] for s in score["samples"]] == list(range(10)) and score["n"] == 10
     values = [s["value"] for s in score["samples"]]
     assert values[:5] == values[5:] and score["value"] == pytest.approx(sum(values) / 10)
@@ -750,7 +838,7 @@ def test_a_prompt_that_loses_its_beginning_is_said(place, tmp_path, capsys):
     row = {"question": "Ben has 1 cup. " * 60, "answer": "1", "choices": ["1", "2"], "label": 0}
     (tmp_path / "test.jsonl").write_text(json.dumps(row) + "\n")
     for task in load_tasks(suite(), [GEN, MC], tmp_path):
-        Scorer(suite(), text, 8, Never()).score(llama(len(text)), task, "model")
+        Scorer(suite(), Chat(text, DATA), 8, Never()).score(llama(len(text)), task, "model")
         out = capsys.readouterr().out
         assert f"model {task.spec.task}" in out and "lost their beginning (over 256 tokens)" in out
 
@@ -783,11 +871,11 @@ def test_a_metric_that_the_task_does_not_have_is_refused_with_those_it_has(place
     text, odd = tiny.tokenizer(), TaskSpec("tiny_mc", "acc_nrm", None, True)
     (task,) = load_tasks(suite(odd), [odd], data_dir(place, tmp_path))
     with pytest.raises(ConfigError, match=r'it has acc, acc_norm\. Did you mean "acc_norm"'):
-        Scorer(suite(odd), text, 8, Never()).score(llama(len(text)), task, "model")
+        Scorer(suite(odd), Chat(text, DATA), 8, Never()).score(llama(len(text)), task, "model")
 
 
 def test_a_chat_suite_refuses_a_tokenizer_without_a_template():
     text = tiny.tokenizer()
     text.chat_template = None
     with pytest.raises(ConfigError, match="apply_chat_template=false"):
-        Scorer(suite(), text, 8, Never())
+        Scorer(suite(), Chat(text, DATA), 8, Never())

@@ -1,6 +1,7 @@
 """What a spec refuses, and what makes two points one."""
 
 import dataclasses
+import json
 import re
 import typing
 
@@ -8,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stillhouse.compose import GROUPS, Overrides, compose
+from stillhouse.compose import GROUPS, Overrides, as_command_line, compose, from_command_line
 from stillhouse.errors import ConfigError
 from stillhouse.flags import leaves
 from stillhouse.spec import (
@@ -20,7 +21,9 @@ from stillhouse.spec import (
     TaskSpec,
     TrainSpec,
     baseline_key,
+    chat_settings,
     digest,
+    eval_id,
     point_id,
     score_key,
     slug,
@@ -464,6 +467,72 @@ def test_a_score_is_the_same_question_only_with_all_its_settings():
     # The suite's name and its other tasks are not part of the question.
     assert score_key(dataclasses.replace(suite, suite_name="another", tasks=(task,)), task) == key
     assert isinstance(task, TaskSpec)
+    assert score_key(suite, task, chat_settings({})) != key
+
+
+def test_a_conversation_that_is_written_otherwise_is_another_point_baseline_and_evaluation():
+    before = train(pair="tiny")
+    keys = {baseline_key("teacher", before.pair, before.quant)}
+    assert keys == {baseline_key("teacher", before.pair, before.quant, before.data)}
+    ids, evals = {point_id(before)}, {eval_id(compose(Overrides({"pair": "tiny"}, {}), EvalSpec))}
+    for leaf, value in (
+        ("chat_template_kwargs", {"enable_thinking": False}),
+        ("chat_template_kwargs", {"enable_thinking": 0}),
+        ("template_date", "2026-06-01"),
+    ):
+        after = train(pair="tiny", **{leaf: value})
+        ids.add(point_id(after))
+        keys.add(baseline_key("teacher", after.pair, after.quant, after.data))
+        asked = Overrides({"pair": "tiny"}, {f"data.{leaf}": value})
+        evals.add(eval_id(compose(asked, EvalSpec)))
+    assert len(ids) == len(keys) == len(evals) == 4
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["chat_template_kwargs={enable_thinking: false}", "template_date=2026-06-01"],
+        ["--chat-template-kwargs", "{enable_thinking: false}", "--template-date", "2026-06-01"],
+        ['data.chat_template_kwargs={"enable_thinking": false}', "template_date='2026-06-01'"],
+    ],
+)
+def test_a_templates_variables_are_said_in_either_dialect(words: list[str]):
+    asked = from_command_line(words, TrainSpec)
+    data = compose(asked, TrainSpec).data
+    assert data.chat_template_kwargs == {"enable_thinking": False}
+    assert data.template_date == "2026-06-01"
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        {},
+        {"a": True, "b": None, "c": 2, "d": 2.0, "e": "2", "f": 'it\'s {x}, "y"'},
+        {"l": [1, "a", None]},
+    ],
+)
+def test_a_templates_variables_come_back_from_the_words_that_say_them(value: typing.Any):
+    """2.0 and 2 are two variables to a template, which writes them as they are."""
+    asked = Overrides({}, {"data.chat_template_kwargs": value})
+    back = from_command_line(as_command_line(asked), TrainSpec).values
+    assert json.dumps(back["data.chat_template_kwargs"]) == json.dumps(value)
+
+
+@pytest.mark.parametrize(
+    ("leaf", "value"),
+    [
+        ("template_date", "yesterday"),
+        ("template_date", "2026-02-30"),
+        ("template_date", 20260101),
+        ("chat_template_kwargs", {"enable-thinking": False}),
+        ("chat_template_kwargs", {"a": {"b": 1}}),
+        ("chat_template_kwargs", {"a": float("nan")}),
+        ("chat_template_kwargs", "enable_thinking"),
+    ],
+)
+def test_what_no_template_could_be_given_is_refused(leaf: str, value: object):
+    with pytest.raises(ConfigError, match=f"data.{leaf}"):
+        train(**{leaf: value})
 
 
 def test_only_the_quantised_baseline_depends_on_the_quantiser():

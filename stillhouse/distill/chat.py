@@ -16,6 +16,7 @@ from datetime import date, datetime, time
 from typing import Any
 
 from stillhouse.distill.formats import Skip
+from stillhouse.distill.pairs import PreparedPair
 from stillhouse.errors import ConfigError, nearest
 from stillhouse.spec import DataSpec
 
@@ -325,6 +326,13 @@ def _with_parts(turn: dict[str, Any]) -> dict[str, Any]:
 
 def _day(data: DataSpec) -> date:
     return date.fromisoformat(data.template_date)
+
+
+def chat_of(prepared: PreparedPair, tokenizer: Any, data: DataSpec) -> Chat:
+    """How both models of a pair are asked, and where both end."""
+    student = declared_stop_ids(prepared.student, prepared.student_revision)
+    teacher = declared_stop_ids(prepared.teacher, prepared.teacher_revision)
+    return Chat(tokenizer, data, (*student, *teacher))
 
 
 def declared_stop_ids(path: str, revision: str | None) -> list[int]:

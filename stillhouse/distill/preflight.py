@@ -14,12 +14,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import chain, islice, product
 from pathlib import Path
-from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from stillhouse.distill.chat import declared_stop_ids
 from stillhouse.distill.compared import BATCH, compared, row_means
 from stillhouse.distill.encoded import Example
 from stillhouse.distill.loaded import Loaded, load
@@ -70,13 +70,14 @@ def preflight(
         )
     look = _Look(spec, loaded, asked)
     numbers = look.overlap() | look.told_apart() | look.capability() | look.along(prefixes)
+    prepared = loaded.prepared
     facts = {
         "prompts": len(asked),
         "with_answers": int((~look.has_no_answer_P).sum()),
         "tokenizers": "equal",  # or load() had refused
         "end_of_text": {
-            "student": _end_of_text(loaded.roles.student),
-            "teacher": _end_of_text(loaded.roles.teacher),
+            "student": declared_stop_ids(prepared.student, prepared.student_revision),
+            "teacher": declared_stop_ids(prepared.teacher, prepared.teacher_revision),
         },
         "teacher_writes": spec.pair.teacher_samples,
         "is_same_function": loaded.roles.is_same_function,
@@ -238,12 +239,6 @@ class _Look:
             )
             found[f"teacher_at_{count}"] = shares(right[0][:, None], lambda x: x.mean(-2)[..., 0])
         return found
-
-
-def _end_of_text(model: Any) -> list[int]:
-    """The ids after which a model is taken to have ended."""
-    ids = model.config.eos_token_id
-    return sorted(ids) if isinstance(ids, list) else [ids]
 
 
 def _pilot(spec: TrainSpec, steps: int, stop: StopFlag) -> dict[str, Measured]:

@@ -17,6 +17,7 @@ from torch import nn
 
 from stillhouse.distill import models
 from stillhouse.distill.encoded import Example
+from stillhouse.distill.chat import chat_of
 from stillhouse.distill.loop import Logits, Scorer, positions_of
 from stillhouse.distill.pairs import PreparedPair
 from stillhouse.distill.rollouts import Completions, how, uniforms, write
@@ -59,8 +60,7 @@ class Roles:
             self.teacher = models.load_base(
                 prepared.teacher, prepared.teacher_revision, pair.teacher_dtype, None, device
             )
-        eos: Any = base.config.eos_token_id  # type: ignore[union-attr]
-        self.eos_ids = sorted({*(eos if isinstance(eos, list) else [eos]), tokenizer.eos_token_id})
+        self.eos_ids = chat_of(prepared, tokenizer, spec.data).stop_ids
         pad = tokenizer.pad_token_id
         self.pad_id = self.eos_ids[0] if pad is None else pad
 

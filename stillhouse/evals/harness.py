@@ -20,18 +20,21 @@ from pydantic import TypeAdapter, ValidationError
 
 from stillhouse import scores
 from stillhouse.distill import models
+from stillhouse.distill.chat import chat_of
 from stillhouse.errors import ContractError, OutOfMemory
 from stillhouse.evals import find
 from stillhouse.evals.suite import Asked, Scorer, Stop, clear_torch_cache, load_tasks
 from stillhouse.rundir import Json, Runs, eval_file, now, read_json, write_json
 from stillhouse.sources import sources_of
 from stillhouse.spec import (
+    DataSpec,
     EvalSpec,
     PairSpec,
     QuantSpec,
     SuiteSpec,
     TaskSpec,
     baseline_key,
+    chat_settings,
     digest,
     score_key,
 )
@@ -64,6 +67,11 @@ class Row:
     cache_dir: Path
     sources: Json = field(compare=False)  # of the pair, as they are now
     examples: int = 0  # solved problems that only this row reads before each question
+    chat: str | None = None  # chat_settings that it is asked with; None: those of its home
+
+    def key(self, suite: SuiteSpec, task: TaskSpec) -> str:
+        """What the question is, asked of this row."""
+        return score_key(suite, task, self.chat)
 
     @property
     def rests_on(self) -> Json:
@@ -74,7 +82,7 @@ class Row:
         """Why the score on disk counts no more though it answers this question; [] where it does,
         or there is none."""
         score = read_json(eval_file(self.home, task.task)) or {}
-        if score.get("key") != score_key(suite, task):
+        if score.get("key") != self.key(suite, task):
             return []
         found = scores.changes(
             score, task, self.kind, self.pair, self.sources, self.cache_dir, self.adapter_digest
@@ -86,7 +94,7 @@ class Row:
     def finished(self, suite: SuiteSpec, task: TaskSpec) -> Json | None:
         """The score on disk, if it answers this question about these very weights."""
         score = read_json(eval_file(self.home, task.task)) or {}
-        asked = (score_key(suite, task), self.adapter_digest)
+        asked = (self.key(suite, task), self.adapter_digest)
         is_asked = (score.get("key"), score.get("adapter_digest")) == asked
         return score if is_asked and not self.drift(suite, task) else None
 
@@ -176,13 +184,15 @@ def _baselines(
         wanted += [("ptq", f"ptq_{spec.quant.quant_type}", quantised)]
     rows = []
     for kind, label, base in wanted:
-        home = runs.baseline(kind, baseline_key(kind, pair, spec.quant))
+        home = runs.baseline(kind, baseline_key(kind, pair, spec.quant, spec.data))
         about = {
             "format": 1,
             "label": kind,
             "pair": TypeAdapter(type(pair)).dump_python(pair, mode="json"),
             "quant": base.quant and _plain(base.quant),
         }
+        if (chat := chat_settings(_plain(spec.data))) != chat_settings({}):
+            about["chat"] = chat
         if read_json(home / "baseline.json") != about:
             write_json(home / "baseline.json", about)
         examples = pair.teacher_few_shot if kind == "teacher" else 0
@@ -213,7 +223,12 @@ def _adapters(
         label = _label(quant.quant_type, each)
         place = (each.home, base, each.adapter, digest(contract)[:16])
         cache_dir = Path(spec.place.cache_dir)
-        rows.append(Row(label, "adapter", *place, spec.pair, cache_dir, sources))
+        row = Row(label, "adapter", *place, spec.pair, cache_dir, sources)
+        own, chat = chat_settings(contract["data"]), chat_settings(_plain(spec.data))
+        if chat != own and spec.suite.apply_chat_template:
+            row = replace(row, chat=chat)
+            _say(f"eval: {label} was trained with {own}, and is asked with {chat}")
+        rows.append(row)
         if quant != spec.quant:
             elsewhere.append(f"{label} ({_words(quant)})")
     if elsewhere:
@@ -233,8 +248,8 @@ def _quant(contract: Json, adapter: Path) -> QuantSpec:
         ) from error
 
 
-def _plain(quant: QuantSpec) -> Json:
-    return TypeAdapter(QuantSpec).dump_python(quant, mode="json")
+def _plain(section: QuantSpec | DataSpec) -> Json:
+    return TypeAdapter(type(section)).dump_python(section, mode="json")
 
 
 def _words(quant: QuantSpec) -> str:
@@ -280,7 +295,8 @@ def _score_all(
     wanted = [task for task in spec.suite.tasks if any(t == task for _, t in missing)]
     tasks = load_tasks(spec.suite, wanted, prepared.data_dir)
     tokenizer = models.load_tokenizer(prepared.student, prepared.student_revision)
-    scorer = Scorer(spec.suite, tokenizer, spec.evaluation.eval_batch_size, stop)
+    chat = chat_of(prepared, tokenizer, spec.data)
+    scorer = Scorer(spec.suite, chat, spec.evaluation.eval_batch_size, stop)
     bases = list(dict.fromkeys(row.base for row in rows if any(r == row for r, _ in missing)))
     for base in bases:
         stop.check()
@@ -314,7 +330,7 @@ def _score_base(
             continue
         if as_trained := [task for task in wanted if not task.spec.is_requantised]:
             model = models.attach_adapter(model, row.adapter, f"row{number}")
-            _check_effect(model, row, scorer.tokenizer)
+            _check_effect(model, row, scorer.chat.tokenizer)
             _ask(model, row, as_trained, scorer, suite, {})
             model.delete_adapter(f"row{number}")
         if otherwise := [task for task in wanted if task.spec.is_requantised]:
@@ -330,7 +346,7 @@ def _ask(
 ) -> None:  # fmt: skip
     """Score and write; what is `known` of this model is not asked again, what is new is kept."""
     if tasks:
-        _check_numbers(model, row, scorer.tokenizer)
+        _check_numbers(model, row, scorer.chat.tokenizer)
     for task in tasks:
         scorer.stop.check()
         # A model without an adapter has nothing to merge: it is itself in both columns of a task.
@@ -369,7 +385,7 @@ def _write(row: Row, task: TaskSpec, suite: SuiteSpec, score: Json) -> None:
     score = score | {
         "task": task.task,
         "examples": row.examples,
-        "key": score_key(suite, task),
+        "key": row.key(suite, task),
         "adapter_digest": row.adapter_digest,
         "base_revision": row.base.revision,
         "sources": row.rests_on,

@@ -8,13 +8,16 @@ from __future__ import annotations
 import logging
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, ClassVar
 
 import lm_eval.api.model
 import lm_eval.api.task
 import lm_eval.models.huggingface
 from lm_eval.models.huggingface import HFLM
+
+from stillhouse.distill.chat import Chat, Skip
+from stillhouse.errors import ConfigError
 
 # Tokens of context, whatever the model could hold: a wikitext page is one window of a model with
 # 262,144 positions, and the logits of that window alone take gigabytes. Written into every score.
@@ -28,30 +31,78 @@ _HFLM: Any = HFLM  # its class decorator has no types
 class Lm(_HFLM):
     """lm-eval's HFLM over a loaded model; its texts end where training's rollouts end."""
 
-    def __init__(self, model: Any, tokenizer: Any, batch_size: int, chat: bool) -> None:
+    def __init__(self, model: Any, chat: Chat, batch_size: int, is_chat: bool) -> None:
+        tokenizer = chat.tokenizer
+        if tokenizer.eos_token is None:  # lm-eval takes it for an end, a beginning and a pad
+            tokenizer.eos_token = chat.end_token
         super().__init__(
             pretrained=model,
             tokenizer=tokenizer,
             batch_size=batch_size,
             softmax_dtype="float32",  # sums of bfloat16 log-probabilities would tie
             # A chat template writes its own BOS, or means to have none; lm-eval would add one.
-            add_bos_token=False if chat else None,
+            add_bos_token=False if is_chat else None,
         )
-        of_config = model.config.eos_token_id
-        ids = {*(of_config if isinstance(of_config, list) else [of_config]), tokenizer.eos_token_id}
-        self.eos_ids = sorted(ids - {None})
+        self.chat, self.left_out = chat, 0
+        # Some tokenizers put EOS behind every text: an answer would be asked for after the end.
+        self.is_ended = tokenizer("a")["input_ids"][-1] in chat.stop_ids
 
     @property
     def max_length(self) -> int:
         return min(super().max_length, LONGEST)
 
+    def tok_encode(
+        self,
+        string: str,
+        add_special_tokens: bool | None = None,
+        left_truncate_len: int | None = None,
+        **kwargs: Any,
+    ) -> list[int]:
+        ids = super().tok_encode(string, add_special_tokens, **kwargs)
+        if self.is_ended and ids and ids[-1] in self.chat.stop_ids:
+            ids = ids[:-1]
+        return ids[-left_truncate_len:] if left_truncate_len else ids
+
+    def tok_batch_encode(
+        self, strings: Sequence[str], padding_side: str = "left", **settings: Any
+    ) -> tuple[Any, Any]:
+        if not self.is_ended:
+            return super().tok_batch_encode(strings, padding_side, **settings)
+        most = settings.get("left_truncate_len")
+        rows = [self.tok_encode(string, left_truncate_len=most) for string in strings]
+        padded = self.tokenizer.pad(
+            {"input_ids": rows}, padding_side=padding_side, return_tensors="pt"
+        )
+        return padded["input_ids"], padded["attention_mask"]
+
     def _model_generate(
         self, context: Any, max_length: int, stop: list[str], **settings: Any
     ) -> Any:
         # A batch goes on until its last row is done; without these ids, what a row writes after its
-        # own end (lm-eval drops the end itself from the text) would be read as part of its answer.
-        settings["eos_token_id"] = self.eos_ids
-        return super()._model_generate(context, max_length, stop, **settings)
+        # own end would be read as part of its answer.
+        settings["eos_token_id"] = self.chat.stop_ids
+        ids_BT = super()._model_generate(context, max_length, stop, **settings)
+        # The end itself is no part of it either, and lm-eval drops what is special alone.
+        new_BC = ids_BT[:, context.shape[1] :]
+        has_ended_BC = sum(new_BC == id_ for id_ in self.chat.stop_ids).cumsum(1) > 0
+        new_BC[has_ended_BC] = self.tokenizer.pad_token_id
+        return ids_BT
+
+    def apply_chat_template(
+        self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
+    ) -> str:
+        """Turns as training writes them; without a generation prompt, the last one is begun."""
+        try:
+            if add_generation_prompt:
+                return self.chat.render(chat_history).prompt
+            return self.chat.continued(chat_history)
+        except Skip as refusal:
+            asked = [turn for turn in chat_history if turn["role"] != "system"]
+            if len(asked) == len(chat_history):
+                raise ConfigError(f"a task has {refusal}") from refusal
+            # As lm-eval does, and the published scores of such models with it.
+            self.left_out += 1
+            return self.apply_chat_template(asked, add_generation_prompt)
 
     def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:
         """Nats of whole documents, one window at a time: each has LONGEST x vocabulary logits."""

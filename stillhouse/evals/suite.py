@@ -21,7 +21,8 @@ from lm_eval.evaluator import evaluate
 from lm_eval.models.utils_hf import clear_torch_cache
 from lm_eval.tasks import TaskManager
 
-from stillhouse.errors import ConfigError, ContractError, DataError, nearest
+from stillhouse.distill.chat import Chat
+from stillhouse.errors import ConfigError, DataError, nearest
 from stillhouse.evals.lm import LOG, Lm, ProgressLines
 from stillhouse.rundir import Json
 from stillhouse.scores import TASK_VERSIONS
@@ -235,28 +236,13 @@ def _test_rows(file: Path) -> _Rows:
 class Scorer:
     """Asks models the tasks of one suite."""
 
-    def __init__(self, suite: SuiteSpec, tokenizer: Any, batch_size: int, stop: Stop) -> None:
-        self.suite, self.tokenizer, self.batch_size = suite, tokenizer, batch_size
+    def __init__(self, suite: SuiteSpec, chat: Chat, batch_size: int, stop: Stop) -> None:
+        self.suite, self.chat, self.batch_size = suite, chat, batch_size
         self.stop = stop
-        if suite.apply_chat_template:
-            self._check_prompt()
-
-    def _check_prompt(self) -> None:
-        if not getattr(self.tokenizer, "chat_template", None):
+        if suite.apply_chat_template and not chat.has_template:
             raise ConfigError(
-                f"suite {self.suite.suite_name} asks through a chat template, and this pair's"
+                f"suite {suite.suite_name} asks through a chat template, and this pair's"
                 " tokenizer has none; use apply_chat_template=false"
-            )
-        # lm-eval writes a prompt as text and reads it again; training never leaves token ids.
-        chat = [{"role": "user", "content": "How much is 7 + 3?"}]
-        text = self.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-        ids = self.tokenizer.apply_chat_template(
-            chat, tokenize=True, add_generation_prompt=True, return_dict=True
-        )["input_ids"]
-        if self.tokenizer.encode(text, add_special_tokens=False) != list(ids):
-            raise ContractError(
-                f"this tokenizer reads its own chat template as other tokens ({text!r}); lm-eval"
-                " would ask another prompt than training did"
             )
 
     def score(self, model: Any, task: Asked, label: str, examples: int = 0) -> Json:
@@ -272,7 +258,7 @@ class Scorer:
             ConfigError: the task has no metric of that name.
         """
         started = time.perf_counter()
-        lm = Lm(model, self.tokenizer, self.batch_size, self.suite.apply_chat_template)
+        lm = Lm(model, self.chat, self.batch_size, self.suite.apply_chat_template)
         hook = model.get_input_embeddings().register_forward_pre_hook(lambda *_: self.stop.check())
         ProgressLines.begin(f"{label} {task.spec.task}")
         try:
@@ -293,6 +279,12 @@ class Scorer:
                 f"  {label} {task.spec.task}: {too_long} (over {lm.max_length} tokens)", flush=True
             )
             LOG.cut = 0
+        if lm.left_out:
+            print(
+                f"  {label} {task.spec.task}: the chat template refuses system turns, {lm.left_out}"
+                " prompts were asked without",
+                flush=True,
+            )
         score = _summary(results, task)
         score["max_length"] = lm.max_length
         score["seconds"] = round(time.perf_counter() - started, 3)

@@ -174,6 +174,8 @@ def _baseline_facts(entry: Json, directory: Path) -> Json:
     told = read_json(directory / "baseline.json")
     if told is None:
         return facts
+    if "chat" in told:  # conversations are written otherwise than by default
+        facts["name"] = facts["arm"] = f"{name} ({told['chat']})"
     return facts | _pair_facts(told["pair"], told["quant"]) | rests.of_pair(told["pair"])
 
 

@@ -28,10 +28,10 @@ from stillhouse.rundir import (
     read_json,
     write_json,
 )
-from stillhouse.spec import PairSpec, QuantSpec, SuiteSpec, baseline_key
+from stillhouse.spec import PairSpec, QuantSpec, SuiteSpec, baseline_key, chat_settings, to_plain
 from stillhouse.sweep.asked import text
 from stillhouse.sweep.beneath import Beneath
-from stillhouse.sweep.grid import Sweep
+from stillhouse.sweep.grid import Point, Sweep
 
 
 @dataclass(frozen=True)
@@ -164,16 +164,18 @@ def record_of(sweep: Sweep) -> Json:
 
 def baseline_rows(sweep: Sweep) -> tuple[BaselineRow, ...]:
     """The rows of a sweep's table that no run trains."""
-    points: dict[tuple[PairSpec, QuantSpec], list[str]] = {}
+    groups: dict[tuple[PairSpec, QuantSpec, str], list[Point]] = {}
     for point in sweep.points if sweep.suite else ():
-        points.setdefault((point.spec.pair, point.spec.quant), []).append(point.id)
+        chat = chat_settings(to_plain(point.spec)["data"])
+        groups.setdefault((point.spec.pair, point.spec.quant, chat), []).append(point)
     found: dict[Path, BaselineRow] = {}
-    for (pair, quant), ids in points.items():
+    for (pair, quant, _), points in groups.items():
+        data, ids = points[0].spec.data, [point.id for point in points]
         for label in sweep.baselines:
             is_ptq = label == "ptq"
             if is_ptq and quant.quant_type == "none":
                 continue  # it would be the student
-            directory = Runs(sweep.runs).baseline(label, baseline_key(label, pair, quant))
+            directory = Runs(sweep.runs).baseline(label, baseline_key(label, pair, quant, data))
             before = found[directory].points if directory in found else ()
             found[directory] = BaselineRow(
                 directory, label, pair.pair_name, quant.quant_type if is_ptq else None,

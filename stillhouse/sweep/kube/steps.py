@@ -193,7 +193,7 @@ def eval_line_step(name: str, overrides: Overrides) -> Step:
         "ptq": evaluation.eval_ptq and quant.quant_type != "none",
     }
     baselines = (
-        directory_name(label, baseline_key(label, spec.pair, quant))
+        directory_name(label, baseline_key(label, spec.pair, quant, spec.data))
         for label, is_asked in asked.items()
         if is_asked
     )
