@@ -176,7 +176,7 @@ OTHER: dict[str, object] = {
 
 # What some of them need before they mean anything.
 COLD, OTHERS = {"cold_start": 0.5, "cold_prompts": 64}, {"other_prompts": 0.5, "other_file": "x"}
-NAMED = {
+NAMED: dict[str, object] = {
     "pair": "qwen3_4b_self"
 }  # without it, weights are a pair of one's own, and two are asked for
 BESIDE: dict[str, dict[str, object]] = {

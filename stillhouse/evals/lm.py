@@ -84,7 +84,8 @@ class Lm(_HFLM):
         ids_BT = super()._model_generate(context, max_length, stop, **settings)
         # The end itself is no part of it either, and lm-eval drops what is special alone.
         new_BC = ids_BT[:, context.shape[1] :]
-        has_ended_BC = sum(new_BC == id_ for id_ in self.chat.stop_ids).cumsum(1) > 0
+        is_end_BC: Any = sum(new_BC == id_ for id_ in self.chat.stop_ids)
+        has_ended_BC = is_end_BC.cumsum(1) > 0
         new_BC[has_ended_BC] = self.tokenizer.pad_token_id
         return ids_BT
 
