@@ -101,9 +101,16 @@ def test_todays_date_is_a_setting() -> None:
 
 
 def test_an_answer_that_is_not_written_behind_its_prompt_is_skipped() -> None:
-    thinks = CHATML.replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}")
-    with pytest.raises(Skip, match="does not write behind its own prompt"):
-        Chat(tokenizer(thinks), data()).render(asked("?"), "4")
+    thinks = "assistant\n{% if think != 'off' %}<think>\n{% endif %}{% endif %}"
+    text = tokenizer(CHATML.replace("assistant\n{% endif %}", thinks))
+    with pytest.raises(Skip, match="does not write behind its own prompt") as skipped:
+        Chat(text, data()).render(asked("?"), "4")
+    assert skipped.value.seen == (
+        "the prompt goes on '<think>\\n', the conversation '4<|im_end|>\\n';"
+        " chat_template_kwargs can set think"
+    )
+    row = Chat(text, data(chat_template_kwargs={"think": "off"})).render(asked("?"), "4")
+    assert row.answer == "4<|im_end|>"
 
 
 # ---------------------------------------------------------------- templates of many makers
@@ -262,8 +269,9 @@ def test_what_a_template_refuses_or_breaks_on_is_a_row_that_is_skipped() -> None
     template, eos, _ = TEMPLATES["gemma"]
     chat = Chat(tokenizer(template, *words_in(template), "<bos>", eos=eos), data())
     system = [{"role": "system", "content": "Be brief."}, *asked("?")]
-    with pytest.raises(Skip, match=r"refuses \(System role not supported\)"):
+    with pytest.raises(Skip, match="refuses") as refused:
         chat.render(system, "4")
+    assert refused.value.seen == "System role not supported"
     template, eos, _ = TEMPLATES["phi 4 mini"]
     with pytest.raises(Skip, match="breaks on"):
         Chat(tokenizer(template, eos=eos), data()).render([{"role": "user", "content": 3}])

@@ -310,7 +310,7 @@ def test_rows_that_cannot_be_used_are_counted_by_reason(tmp_path: Path) -> None:
         "no prompt, messages, conversations or instruction": 1,
         "no prompt": 1,
         "messages that are no turns": 2,
-        "turns that the chat template refuses (the roles are user and assistant)": 1,
+        "turns that the chat template refuses": 1,
         "prompt too long": 1,
         "no room for a completion": 1,
     }

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date, datetime, time
@@ -88,13 +89,13 @@ class Chat:
         template = self._usual(tools)
         prompt = self._write(template, turns, tools, True)
         if prompt.endswith(self._ends):
-            raise Skip("prompt that the chat template ends in end-of-text")
+            raise Skip("prompt that the chat template ends in end-of-text", repr(prompt[-40:]))
         if answer is None:
             return Rendered(prompt, None, False)
         said = {"role": "assistant", "content": answer} if isinstance(answer, str) else answer
         whole = self._write(template, [*turns, said], tools, False)
         if not whole.startswith(prompt):
-            raise Skip(NO_PREFIX)
+            raise Skip(NO_PREFIX, self._parting(prompt, whole, template))
         return Rendered(prompt, self._cut(whole[len(prompt) :], template), False)
 
     def plain(self, prompt: str, answer: str | None = None) -> Rendered:
@@ -112,7 +113,7 @@ class Chat:
         marked = [*turns[:-1], {**turns[-1], "content": begun + PROBE}]
         before, mark, _ = self._write(self._usual(None), marked, None, False).rpartition(PROBE)
         if not mark:
-            raise Skip("a begun turn that the chat template does not write")
+            raise Skip("a begun turn that the chat template does not write", repr(begun[:40]))
         return before
 
     def _cut(self, written: str, template: _Template) -> str:
@@ -124,8 +125,18 @@ class Chat:
             return said + template.tail[: template.tail.index(template.end)] + template.end
         said, end, _ = written.rpartition(template.end or self.end_token)
         if not end:
-            raise Skip("answer that the chat template does not end")
+            raise Skip("answer that the chat template does not end", repr(written[-40:]))
         return said + end
+
+    def _parting(self, prompt: str, whole: str, template: _Template) -> str:
+        """Where a prompt and its whole conversation part, and what may bring them together."""
+        at = len(os.path.commonprefix([prompt, whole]))
+        ours, theirs = prompt[at : at + 40], whole[at : at + 40]
+        settable = ", ".join(self._settable(template)) or "nothing"
+        return (
+            f"the prompt goes on {ours!r}, the conversation {theirs!r};"
+            f" chat_template_kwargs can set {settable}"
+        )
 
     # ------------------------------------------------------------ ids
 
@@ -242,12 +253,15 @@ class Chat:
     def _check_kwargs(self, template: _Template, data_name: str) -> None:
         for name in self.kwargs:
             if name not in template.reads and len(self._sources()) == 1 or name in OURS:
-                reads = sorted(template.reads - {*OURS, *self.tokenizer.special_tokens_map})
+                reads = self._settable(template)
                 raise ConfigError(
                     f"data {data_name}: chat_template_kwargs: the tokenizer's chat template has no"
                     f" variable {name} to set; it reads {', '.join(reads) or 'none'}."
                     f"{nearest(name, reads)}"
                 )
+
+    def _settable(self, template: _Template) -> list[str]:
+        return sorted(template.reads - {*OURS, *self.tokenizer.special_tokens_map})
 
     def _strftime(self, form: str) -> str:
         return datetime.combine(self.date, time()).strftime(form)
@@ -312,9 +326,9 @@ class _Template:
         try:
             return self._jinja.render(messages=_alias_reasoning_fields(messages), **everything)
         except TemplateError as error:
-            raise Skip(f"turns that the chat template refuses ({error.message})") from error
+            raise Skip("turns that the chat template refuses", str(error.message)) from error
         except (TypeError, ValueError, LookupError, AttributeError) as error:
-            raise Skip(f"turns that the chat template breaks on ({error})") from error
+            raise Skip("turns that the chat template breaks on", repr(error)) from error
 
 
 def _with_parts(turn: dict[str, Any]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import torch
 from accelerate import Accelerator
 
 from stillhouse.distill import models
-from stillhouse.distill.chat import Chat
+from stillhouse.distill.chat import chat_of
 from stillhouse.distill.loop import needed_shares
 from stillhouse.distill.pairs import PreparedPair
 from stillhouse.distill.prompts import (
@@ -57,7 +57,7 @@ def load(spec: TrainSpec, poll: Callable[[], None]) -> Loaded:
     prepared = models.prepare(spec.pair, spec.quant, cache_dir, commits)
     sources = sources_of(spec, cache_dir)
     tokenizer = models.load_tokenizer(prepared.student, prepared.student_revision)
-    chat, few_shot = Chat(tokenizer, spec.data), spec.pair.teacher_few_shot
+    chat, few_shot = chat_of(prepared, tokenizer, spec.data), spec.pair.teacher_few_shot
     prompts = load_prompts(spec.data, prepared, chat, few_shot, cache_dir, commits)
     check_answers(spec, f"data {spec.data.data_name}", prompts.train)
     if spec.rescue.other_prompts:
@@ -68,7 +68,7 @@ def load(spec: TrainSpec, poll: Callable[[], None]) -> Loaded:
         check_answers(spec, f"other_file {file}", others)
         prompts = replace(prompts, others=others)
     check_ids(prepared, prompts, tokenizer)
-    roles = Roles(spec, prepared, tokenizer, accelerator, poll)
+    roles = Roles(spec, prepared, chat, accelerator, poll)
     if found := differences(sources, sources_of(spec, cache_dir)):
         raise ContractError(f"{'; '.join(found)}: it changed while it was read; run again")
     return Loaded(accelerator, prepared, tokenizer, prompts, roles, sources)

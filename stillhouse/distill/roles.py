@@ -16,8 +16,8 @@ from accelerate import Accelerator
 from torch import nn
 
 from stillhouse.distill import models
+from stillhouse.distill.chat import Chat
 from stillhouse.distill.encoded import Example
-from stillhouse.distill.chat import chat_of
 from stillhouse.distill.loop import Logits, Scorer, positions_of
 from stillhouse.distill.pairs import PreparedPair
 from stillhouse.distill.rollouts import Completions, how, uniforms, write
@@ -34,7 +34,7 @@ class Roles:
         self,
         spec: TrainSpec,
         prepared: PreparedPair,
-        tokenizer: Any,
+        chat: Chat,
         accelerator: Accelerator,
         poll: Callable[[], None],
     ) -> None:
@@ -60,8 +60,7 @@ class Roles:
             self.teacher = models.load_base(
                 prepared.teacher, prepared.teacher_revision, pair.teacher_dtype, None, device
             )
-        self.eos_ids = chat_of(prepared, tokenizer, spec.data).stop_ids
-        pad = tokenizer.pad_token_id
+        self.eos_ids, pad = chat.stop_ids, chat.tokenizer.pad_token_id
         self.pad_id = self.eos_ids[0] if pad is None else pad
 
     @contextlib.contextmanager

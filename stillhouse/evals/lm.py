@@ -100,7 +100,7 @@ class Lm(_HFLM):
         except Skip as refusal:
             asked = [turn for turn in chat_history if turn["role"] != "system"]
             if len(asked) == len(chat_history):
-                raise ConfigError(f"a task has {refusal}") from refusal
+                raise ConfigError(f"a task has {refusal} ({refusal.seen})") from refusal
             # As lm-eval does, and the published scores of such models with it.
             self.left_out += 1
             return self.apply_chat_template(asked, add_generation_prompt)
