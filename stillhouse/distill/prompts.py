@@ -35,7 +35,7 @@ from stillhouse.at_hand import (
     split_files,
 )
 from stillhouse.distill.cache import Say, made_once
-from stillhouse.distill.chat import Chat, Rendered
+from stillhouse.distill.chat import Chat, Rendered, chat_of
 from stillhouse.distill.encoded import Draft, Examples, packed, write_examples
 from stillhouse.distill.formats import UNDERSTOOD, Conversation, Skip, Turn, read
 from stillhouse.distill.pairs import NO_COMMITS, PreparedPair
@@ -116,7 +116,7 @@ def encode_rows(spec: EvalSpec, prepared: PreparedPair, tokenizer: Any) -> None:
 
     Raises what `load_prompts` and `check_ids` raise.
     """
-    chat, cache_dir = Chat(tokenizer, spec.data), Path(spec.place.cache_dir)
+    chat, cache_dir = chat_of(prepared, tokenizer, spec.data), Path(spec.place.cache_dir)
     few_shot, commits = spec.pair.teacher_few_shot, spec.place.commits
     prompts = load_prompts(spec.data, prepared, chat, few_shot, cache_dir, commits)
     check_ids(prepared, prompts, tokenizer)
