@@ -15,8 +15,10 @@ to get them. torch is imported only where something has to be made or measured.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -29,7 +31,7 @@ from stillhouse.at_hand import (
     pinned,
     snapshot,
 )
-from stillhouse.distill import problems, tiny
+from stillhouse.distill import problems, same_kernels, tiny
 from stillhouse.distill.cache import Say, fingerprint, made_once, remembered
 from stillhouse.distill.recipes import RECIPES
 from stillhouse.distill.tokenizers_match import difference
@@ -172,11 +174,21 @@ def _generated(pair: PairSpec, cache_dir: Path, say: Say) -> tuple[_Weights, _We
             f" own weights, and the teacher is {pair.teacher}; name one recipe twice, or give"
             " student_steps"
         )
-    teacher, facts = _trained(pair.teacher, "teacher", teacher_steps, seed, cache_dir, say)
-    if student_steps is not None:
-        student, more = _trained(pair.student, "student", student_steps, seed, cache_dir, say)
-        return student, teacher, facts | more
-    return teacher, teacher, facts
+    asked = [(pair.teacher, "teacher", teacher_steps)]
+    asked += [] if student_steps is None else [(pair.student, "student", student_steps)]
+    made = _at_once([partial(_trained, *one, seed, cache_dir, say) for one in asked])
+    facts = {name: fact for _, more in made for name, fact in more.items()}
+    return made[-1][0], made[0][0], facts
+
+
+def _at_once(works: Sequence[Callable[[], tuple[_Weights, Json]]]) -> list[tuple[_Weights, Json]]:
+    """What they return, in their order; each waits for a process of one thread."""
+    with ThreadPoolExecutor(len(works)) as threads:
+        try:
+            return [one.result() for one in [threads.submit(work) for work in works]]
+        except BaseException:
+            same_kernels.stop()  # or leaving would wait for the others
+            raise
 
 
 def _trained(
