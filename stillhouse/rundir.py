@@ -136,7 +136,8 @@ class RunDir:
 
     @property
     def id(self) -> str:
-        return self.path.name.rpartition("-")[2]
+        # One that was put aside has a number behind it.
+        return self.path.name.rpartition("-")[2].partition(".")[0]
 
     @property
     def spec_file(self) -> Path:

@@ -13,7 +13,7 @@ import pytest
 from stillhouse import scores, sources
 from stillhouse.cli import main
 from stillhouse.errors import MISTAKE
-from stillhouse.rundir import Json, RunDir, eval_file, new_record, read_json, write_json
+from stillhouse.rundir import Json, RunDir, Runs, eval_file, new_record, write_json
 from stillhouse.spec import TaskSpec, from_plain, point_id, score_key, to_plain
 from stillhouse.sweep import roster, verbs
 from stillhouse.sweep.grid import Point, Sweep, load_sweep
@@ -170,9 +170,9 @@ def test_a_new_start_keeps_what_was_there_beside_it_and_takes_it_for_nothing(
     trained = behaving.begun(lab.runs, "train")
     assert sorted(trained) == sorted(before)
     kept = sorted((lab.runs / ".before").iterdir())
-    assert [read_json(path / "spec.json") for path in kept] == [
-        before[path.name.rpartition("-")[2].partition(".")[0]] for path in kept
-    ]
+    assert [RunDir(path).record() for path in kept] == [before[RunDir(p).id] for p in kept]
+    assert all(RunDir(path).is_trained() for path in kept)
+    assert sorted(run.id for run in Runs(lab.runs).all()) == sorted(before)
     assert all((path / "eval" / "tiny_gen.json").is_file() for path in kept)
     assert main([*words, "--sources=new"]) == 0  # and the same line again begins nothing
     assert behaving.begun(lab.runs, "train") == trained

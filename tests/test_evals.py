@@ -275,6 +275,36 @@ def test_another_question_and_another_adapter_are_scored_anew(place, tmp_path):
     assert again is not None and again["adapter_digest"] != score["adapter_digest"]
 
 
+def test_a_score_of_other_weights_or_another_lm_eval_is_said_and_made_anew(place, tmp_path, capsys):
+    spec = asked(place, tmp_path, "eval_student=false", "eval_ptq=false", "suite=tiny")
+    trained(place, tmp_path)
+    harness.run_suite(spec, Never())
+    (run,), (home,) = [*Runs(tmp_path).all()], [*tmp_path.glob("baselines/teacher-*")]
+    teacher, adapter = eval_file(home, "tiny_mc"), run.eval_file("tiny_gen")
+    before = {file: read_json(file) or {} for file in (teacher, adapter)}
+    assert before[teacher]["sources"].keys() == {"teacher", "tokenizer"}
+    assert before[adapter]["sources"].keys() == {"student", "tokenizer"}
+    assert before[adapter]["before"] == []
+    assert before[adapter]["machine"]["cpu_capability"]
+    sources = before[teacher]["sources"]
+    other = {"sources": sources | {"teacher": sources["teacher"] | {"digest": "0" * 64}}}
+    write_json(teacher, before[teacher] | other | {"value": 0.125})
+    versions = {"versions": before[adapter]["versions"] | {"lm_eval": "0.0.1"}}
+    write_json(adapter, before[adapter] | versions | {"value": 0.875})
+    capsys.readouterr()
+    harness.run_suite(spec, Never())
+    said = capsys.readouterr().out
+    assert "2 of 4 scores to find" in said
+    assert "eval: teacher tiny_mc drifted, scored anew: teacher: the weights of" in said
+    assert "tiny_gen drifted, scored anew: lm-eval was 0.0.1 and is" in said
+    for file, old in ((teacher, 0.125), (adapter, 0.875)):
+        after = read_json(file) or {}
+        assert after["value"] == before[file]["value"]
+        (note,) = after["before"]
+        assert note["value"] == old
+        assert len(note["why"]) == 1
+
+
 def test_teacher_and_untrained_student_of_a_self_pair_are_asked_once(place, tmp_path, monkeypatch):
     runs, asked_for = tmp_path / "runs", []
     score = Scorer.score

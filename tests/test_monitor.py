@@ -80,12 +80,14 @@ def test_a_stop_while_measuring_loses_no_update_and_no_measurement(tmp_path):
 
 
 def test_wandb_is_offline_unless_told_otherwise_and_has_every_step(tmp_path):
-    spec = cheap(tmp_path, "tracker=wandb")
+    spec = cheap(tmp_path, "tracker=wandb", "sweep=a-sweep")
     assert spec.tracking.wandb_mode == "offline"
     assert doors.train(spec) == 0
     [offline] = (Runs(tmp_path).of(spec).path / "wandb").glob("offline-run-*")
     [log] = offline.glob("*.wandb")
     assert log.stat().st_size > 1000
+    # In a field of its own, its length before it; in the config it stands in quotes.
+    assert b"\x07a-sweep" in log.read_bytes(), "runs are grouped by sweep"
 
 
 @pytest.mark.parametrize(

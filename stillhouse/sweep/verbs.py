@@ -57,7 +57,7 @@ def plan(call: Call) -> int:
     rows = roster.narrowed(roster_of(sweep), call.points)
     observations = ground.observe(rows, minds_code=True)
     points = _only(sweep, rows).points
-    _check_fit(points, observations)
+    _check_fit(sweep, points, observations)
     if call.is_json:
         more = {
             "methods": listing.methods(points),
@@ -131,7 +131,7 @@ def _run(call: Call, backend_for: Callable[[Sweep, Roster], Backend] | None) -> 
             " on with them under the code at hand, and the report will say so"
         )
         return SOME_FAILED
-    _check_fit(_only(sweep, rows).points, observations)
+    _check_fit(sweep, _only(sweep, rows).points, observations)
     is_idle = _is_nothing_left(ground, sweep, observations)
     if not is_idle and call.is_detached:
         call.away.require(sweep, rows, is_detached=True)
@@ -367,9 +367,10 @@ def _only(sweep: Sweep, rows: Roster) -> Sweep:
     return dataclasses.replace(sweep, points=points)
 
 
-def _check_fit(points: Sequence[Point], observations: Observations) -> None:
+def _check_fit(sweep: Sweep, points: Sequence[Point], observations: Observations) -> None:
     """Refuse models on this machine that the points still to be trained cannot be trained with."""
-    fits.check(point.spec for point in points if not observations[point.id].is_trained)
+    left = (point.spec for point in points if not observations[point.id].is_trained)
+    fits.check(commits.placed(spec, sweep) if sweep.commits else spec for spec in left)
 
 
 def _print(lines: Iterable[str]) -> None:
