@@ -8,25 +8,20 @@ that is not on this machine is checked where it is.
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+import contextlib
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, cast
 
+from pydantic import TypeAdapter
+
 from stillhouse.at_hand import at_hand
 from stillhouse.errors import ConfigError, ContractError
-from stillhouse.rundir import Json
-from stillhouse.spec import EvalSpec, TrainSpec
-from stillhouse.weights_file import TensorHeader, read_object, tensors_of
+from stillhouse.model_files import HEADS, PLAIN_DTYPES, Checkpoint, count, read
+from stillhouse.rundir import Json, read_json, write_json
+from stillhouse.sources import of_pair, rows_of
+from stillhouse.spec import DataSpec, EvalSpec, TrainSpec, digest
 
-# Last parts of the names that embeddings and heads have, over all families.
-EMBEDDINGS = (
-    "embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight",
-    "tok_embeddings.weight", "backbone.embeddings.weight",
-)  # fmt: skip
-HEADS = ("lm_head.weight", "embed_out.weight", "lm_head.linear.weight")
-PLAIN_DTYPES = frozenset({"F64", "F32", "F16", "BF16"})
 # Ends of the names of architectures that write no text from left to right.
 NOT_CAUSAL = (
     "MaskedLM", "PreTraining", "SequenceClassification", "TokenClassification", "MultipleChoice",
@@ -51,161 +46,6 @@ MOE = {kind: "mixtral" for kind in ("minimax", "minimax_m2", "mixtral")} | {
 SHOWN = 3  # tokens that a sentence names
 
 
-@dataclass(frozen=True)
-class Checkpoint:
-    """What the files of a model directory say about it."""
-
-    directory: Path
-    config: Json
-    text: Json  # the part of the config that is about text; of most models, all of it
-    embedding: str | None  # the tensor's name; None: no name that we know
-    rows: int | None  # token ids below it have an embedding and, if the head is another, a logit
-    width: int | None  # of the embedding's rows
-    tokens: Mapping[str, int]  # those from `rows` on, added ones included
-    base_tokens: int  # how many of these are the tokenizer's own, and none that somebody added
-    ends: bool | None  # whether a file names the token that ends an answer; None: a template may
-    named: frozenset[str]  # tokens that a role (eos, pad, …) names
-    template: str
-    strange: str | None  # dtype of a tensor that is no plain number
-    has_head: bool | None  # None: cannot be told from the files
-
-
-def read(directory: Path) -> Checkpoint:
-    """What a model directory's files say; read once as long as they do not change.
-
-    Raises:
-        ContractError: a file that is missing, torn, or not of the others' checkpoint.
-    """
-    files = sorted(f for f in directory.iterdir() if f.is_file())
-    seen = tuple((f.name, (s := f.stat()).st_size, s.st_mtime_ns) for f in files)
-    return _read(directory, seen)
-
-
-@functools.lru_cache(maxsize=64)
-def _read(directory: Path, seen: tuple[tuple[str, int, int], ...]) -> Checkpoint:
-    config = read_object(directory / "config.json")
-    text = text_config(config)
-    tensors = tensors_of(directory)
-    embedding = _named(tensors, EMBEDDINGS)
-    head = _named(tensors, HEADS)
-    sides = [tensors[name].shape for name in (embedding, head) if name is not None]
-    rows = min((shape[0] for shape in sides if len(shape) == 2), default=_count(text, "vocab_size"))
-    tokens, own = _tokens(directory)
-    beyond = {} if rows is None else {token: id_ for token, id_ in tokens.items() if id_ >= rows}
-    words = _optional(directory / "tokenizer_config.json")
-    template = _template(directory, words)
-    wide = tensors[embedding].shape if embedding is not None else ()
-    return Checkpoint(
-        directory,
-        config,
-        text,
-        embedding,
-        rows,
-        wide[1] if len(wide) == 2 else None,
-        beyond,
-        sum(token in own for token in beyond),
-        _ends(directory, config, text, words, template),
-        _roles(directory, words),
-        template,
-        next((t.dtype for t in tensors.values() if t.dtype not in PLAIN_DTYPES), None),
-        _has_head(tensors, embedding, head, _is_untied(config, text)),
-    )
-
-
-def text_config(config: Json) -> Json:
-    """What a config says about text: of a multimodal model, a part of it."""
-    part = config.get("text_config")
-    return cast("Json", part) if isinstance(part, dict) else config
-
-
-def _named(tensors: Mapping[str, TensorHeader], ends: tuple[str, ...]) -> str | None:
-    """The tensor whose name ends so; of several, the one of the text model."""
-    found = [name for name in tensors if name.endswith(ends)]
-    of_text = [n for n in found if not any(word in n for word in ("vision", "visual", "audio"))]
-    return min(of_text, key=lambda name: (len(name), name), default=None)
-
-
-def _optional(file: Path) -> Json:
-    return read_object(file) if file.is_file() else {}
-
-
-def _count(config: Json, key: str) -> int | None:
-    value = config.get(key)
-    return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else None
-
-
-def _tokens(directory: Path) -> tuple[dict[str, int], frozenset[str]]:
-    """Every token's id, and which of them are the tokenizer's own; none where no file tells."""
-    whole = _optional(directory / "tokenizer.json")
-    model = whole.get("model")
-    vocabulary: Any = cast("Json", model).get("vocab") if isinstance(model, dict) else None
-    own: dict[str, int] = {}
-    if isinstance(vocabulary, dict):
-        own = {t: i for t, i in cast("Json", vocabulary).items() if isinstance(i, int)}
-    elif isinstance(vocabulary, list):  # Unigram's: [token, score] pairs
-        pairs = cast("list[list[Any]]", vocabulary)
-        own = {str(pair[0]): id_ for id_, pair in enumerate(pairs) if pair}
-    added: dict[str, int] = {}
-    for entry in cast("list[Any]", whole.get("added_tokens") or []):
-        if isinstance(entry, dict) and isinstance(cast("Json", entry).get("id"), int):
-            added[str(cast("Json", entry).get("content"))] = cast("Json", entry)["id"]
-    later: Any = _optional(directory / "tokenizer_config.json").get("added_tokens_decoder")
-    if isinstance(later, dict):
-        for id_, entry in cast("Json", later).items():
-            if id_.isdecimal() and isinstance(entry, dict):
-                added[str(cast("Json", entry).get("content"))] = int(id_)
-    return own | added, frozenset(own.keys() - added.keys())
-
-
-def _template(directory: Path, words: Json) -> str:
-    """The chat template's text, wherever it is kept; '' where there is none."""
-    file = directory / "chat_template.jinja"
-    if file.is_file():
-        return file.read_text(errors="replace")
-    kept = words.get("chat_template") or _optional(directory / "chat_template.json").get(
-        "chat_template"
-    )
-    return str(kept) if kept else ""
-
-
-def _roles(directory: Path, words: Json) -> frozenset[str]:
-    """The tokens that some role names, such as eos_token and pad_token."""
-    special = _optional(directory / "special_tokens_map.json")
-    found: set[str] = set()
-    for source in (special, words):
-        for key, value in source.items():
-            if key.endswith("_token"):
-                content = cast("Json", value).get("content") if isinstance(value, dict) else value
-                found |= {content} if isinstance(content, str) else set()
-    return frozenset(found)
-
-
-def _ends(directory: Path, config: Json, text: Json, words: Json, template: str) -> bool | None:
-    generation = _optional(directory / "generation_config.json")
-    if any(part.get("eos_token_id") is not None for part in (config, text, generation)):
-        return True
-    special = _optional(directory / "special_tokens_map.json")
-    if any(part.get("eos_token") is not None for part in (words, special)):
-        return True
-    return None if template else False
-
-
-def _has_head(
-    tensors: Mapping[str, TensorHeader], embedding: str | None, head: str | None, is_untied: bool
-) -> bool | None:
-    if head is not None or not is_untied or embedding is None:
-        return True if head is not None else None
-    rows = tensors[embedding].shape[0]
-    # A head of a name that we do not know is still a matrix with a row for each token.
-    others = (t.shape for name, t in tensors.items() if name != embedding)
-    return None if any(len(shape) == 2 and shape[0] == rows for shape in others) else False
-
-
-def _is_untied(config: Json, text: Json) -> bool:
-    """Whether the config says that the head has weights of its own; a default is not known here."""
-    return config.get("tie_word_embeddings", text.get("tie_word_embeddings")) is False
-
-
 # ------------------------------------------------------------------------- what does not fit
 
 
@@ -213,7 +53,7 @@ def misfits(checkpoint: Checkpoint, asked: str = "") -> Iterator[str]:
     """What no knob could mend, one sentence each; `asked`: text of the data, if it is at hand."""
     config, text, rows = checkpoint.config, checkpoint.text, checkpoint.rows
     yield from _of_another_kind(config, checkpoint.strange)
-    vocabulary, width = _count(text, "vocab_size"), _count(text, "hidden_size")
+    vocabulary, width = count(text, "vocab_size"), count(text, "hidden_size")
     if checkpoint.embedding is not None and rows is not None and vocabulary not in (None, rows):
         yield (
             f"config.json says vocab_size {vocabulary}, {checkpoint.embedding} has {rows} rows;"
@@ -303,7 +143,7 @@ def knob_misfits(checkpoint: Checkpoint, spec: TrainSpec, role: str) -> Iterator
             f" here; set target_modules=[{','.join(kept) or 'the attention layers'}]"
         )
     most = positions(spec)
-    room = _count(checkpoint.text, "max_position_embeddings") or _count(
+    room = count(checkpoint.text, "max_position_embeddings") or count(
         checkpoint.text, "n_positions"
     )
     if room is not None and most > room and not _is_stretched(checkpoint.text):
@@ -391,6 +231,9 @@ def _check_one(spec: TrainSpec | EvalSpec) -> None:
         asked = _asked(spec) if checkpoint.tokens else ""
         if said := next(misfits(checkpoint, asked), None):
             raise ContractError(f"{who}: {said}")
+        largest = _noted(spec) if checkpoint.tokens else None
+        if largest is not None:
+            check_ids(largest, checkpoint, who)
         mendable = knob_misfits(checkpoint, spec, role) if isinstance(spec, TrainSpec) else iter(())
         if said := next(mendable, None):
             raise ConfigError(f"{who}: {said}")
@@ -401,6 +244,37 @@ def _asked(spec: TrainSpec | EvalSpec) -> str:
     path = Path(spec.data.data_path or "").expanduser()
     is_text = spec.data.data_path and path.suffix in (".jsonl", ".json") and path.is_file()
     return path.read_text(errors="replace") if is_text else ""
+
+
+# ------------------------------------------------------------------------- ids of encoded rows
+
+
+def note_largest_id(spec: TrainSpec | EvalSpec, largest: int) -> None:
+    """Keep the largest token id of these rows as this tokenizer writes them, for whoever plans."""
+    file = _note_file(spec)
+    if file is not None:
+        write_json(file, {"largest_token_id": largest})
+
+
+def _noted(spec: TrainSpec | EvalSpec) -> int | None:
+    with contextlib.suppress(ContractError, OSError):
+        file = _note_file(spec)
+        return None if file is None else (read_json(file) or {}).get("largest_token_id")
+    return None
+
+
+def _note_file(spec: TrainSpec | EvalSpec) -> Path | None:
+    """Its name says of which rows, tokenizer and limits; None where these are not here."""
+    cache_dir = Path(spec.place.cache_dir)
+    models = of_pair(spec.pair, cache_dir, spec.place.commits)
+    rows = rows_of(spec, cache_dir)
+    written_by = models.get("tokenizer") or models.get("student")
+    if rows is None or written_by is None:
+        return None
+    sides = [source.get("digest") or source.get("commit") for source in (written_by, rows)]
+    limits = TypeAdapter(DataSpec).dump_python(spec.data, mode="json")
+    content = [sides, limits, spec.pair.teacher_few_shot]
+    return cache_dir / "largest_ids" / f"{digest(content)[:16]}.json"
 
 
 def check_ids(largest: int, checkpoint: Checkpoint, who: str) -> None:

@@ -140,7 +140,7 @@ def _commit(commit: str, repo: str, revision: str | None, repo_type: str) -> Jso
 def _of_data(spec: TrainSpec, cache_dir: Path) -> Json:
     found: Json = {}
     with contextlib.suppress(OSError, DataError):
-        if (rows := _rows(spec, cache_dir)) is not None:
+        if (rows := rows_of(spec, cache_dir)) is not None:
             found["data"] = rows
     with contextlib.suppress(OSError):
         if spec.rescue.other_prompts and (file := _others(spec, spec.rescue, cache_dir)):
@@ -149,7 +149,8 @@ def _of_data(spec: TrainSpec, cache_dir: Path) -> Json:
     return found
 
 
-def _rows(spec: TrainSpec, cache_dir: Path) -> Json | None:
+def rows_of(spec: TrainSpec | EvalSpec, cache_dir: Path) -> Json | None:
+    """The source of the rows that are trained on; None where they are not on this machine."""
     data: DataSpec = spec.data
     if data.data_source == "generated":
         problems = _problems(spec.pair, cache_dir)

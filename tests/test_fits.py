@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from stillhouse import fits
+from stillhouse import cli, fits, model_files
 from stillhouse.compose import compose, from_command_line
 from stillhouse.errors import ConfigError, ContractError
 from stillhouse.spec import TrainSpec
@@ -205,10 +205,35 @@ def test_tokens_that_only_tokenizer_config_adds_are_counted(tmp_path: Path) -> N
 
 
 def test_the_ids_of_data_are_held_against_the_embedding(tmp_path: Path) -> None:
-    found = fits.read(model(tmp_path / "m", added={"<|tool|>": 8}))
+    found = model_files.read(model(tmp_path / "m", added={"<|tool|>": 8}))
     fits.check_ids(7, found, "student m")
     with pytest.raises(ContractError, match=r"token id 8 \('<\|tool\|>'\).* has 8 rows"):
         fits.check_ids(8, found, "student m")
+
+
+def test_what_prepare_noted_of_the_data_is_read_by_whoever_plans(tmp_path: Path) -> None:
+    here = model(tmp_path / "m", added={"<|tool|>": 8})
+    data = tmp_path / "d.jsonl"
+    # Spelled so that only a JSON reader sees the token: the text alone does not tell.
+    data.write_text('{"prompt": "use <|to\\u006fl|>"}\n')
+    line = [f"data_path={data}", f"cache_dir={tmp_path}/cache"]
+    assert refusal(here, *line) == ""
+    fits.note_largest_id(spec(here, *line), 8)
+    assert "the data holds token id 8 ('<|tool|>')" in refusal(here, *line)
+    assert refusal(here, *line, "max_length=65") == "", "other limits keep other rows"
+    data.write_text('{"prompt": "use nothing"}\n')
+    assert refusal(here, *line) == "", "other rows"
+
+
+def test_plan_refuses_models_that_do_not_fit(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    here = model(tmp_path / "m", vocab_size=9)
+    words = ["pair=qwen3_4b_self", f"student={here}", f"teacher={here}", f"runs={tmp_path}/runs"]
+    for verb in ("plan", "run"):
+        assert cli.main([verb, *words, "lmbda=0,1"]) == 42
+        assert "vocab_size 9" in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
 
 
 def test_where_an_answer_ends_must_be_said_somewhere(tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 
-from stillhouse import fits
+from stillhouse import fits, model_files
 from stillhouse.at_hand import (
     download_command,
     looks_like_hub_id,
@@ -119,6 +119,7 @@ def encode_rows(spec: EvalSpec, prepared: PreparedPair, tokenizer: Any) -> None:
     chat, cache_dir = chat_of(prepared, tokenizer, spec.data), Path(spec.place.cache_dir)
     few_shot, commits = spec.pair.teacher_few_shot, spec.place.commits
     prompts = load_prompts(spec.data, prepared, chat, few_shot, cache_dir, commits)
+    fits.note_largest_id(spec, prompts.largest_token_id)
     check_ids(prepared, prompts, tokenizer)
 
 
@@ -169,7 +170,7 @@ def check_ids(prepared: PreparedPair, prompts: PromptSet, tokenizer: Any) -> Non
     ):
         directory = Path(name) if Path(name).is_dir() else snapshot(name, revision, "model")
         if directory is not None:
-            fits.check_ids(largest, fits.read(directory), f"{role} {name}")
+            fits.check_ids(largest, model_files.read(directory), f"{role} {name}")
 
 
 # ---------------------------------------------------------------- sources
