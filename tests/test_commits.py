@@ -106,7 +106,8 @@ def test_a_point_of_another_commit_than_its_sweep_uses_is_drifted(
     for seen in observe(roster_of(later)).values():
         assert seen.state == "drifted"
         assert seen.cause is not None
-        assert "commit 1111111111 then, commit 2222222222 now" in seen.cause
+        assert "commit 1111111111 then" in seen.cause
+        assert "commit 2222222222 now" in seen.cause
     given = commits.pinned(sweep_of(runs, f"commits={{lab/one: '{FIRST}'}}"), {}, commits.here)
     assert {seen.state for seen in observe(roster_of(given)).values()} == {"waiting"}
 
