@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from stillhouse import fits
+from stillhouse import doors, fits
 from stillhouse.distill import loading, tiny
 from stillhouse.errors import ContractError
 
@@ -122,6 +122,31 @@ def test_a_config_that_transformers_cannot_use_is_a_sentence(
 ) -> None:
     say(here, **config)
     refusal(here)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"model_type": "nobody_knows_it"},
+        {"model_type": "own", "auto_map": {"AutoConfig": "configuration_own.Config"}},
+        {"num_hidden_layers": 3},
+        {"num_attention_heads": 3},
+        {"intermediate_size": 16},
+    ],
+)
+def test_a_run_of_such_a_model_ends_with_42(
+    here: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], config: dict[str, Any]
+) -> None:
+    say(here, **config)
+    data = tmp_path / "d.jsonl"
+    data.write_text("".join(f'{{"prompt": "{n} and 1?", "completion": "2"}}\n' for n in range(9)))
+    line = [f"student={here}", f"teacher={here}", "data=local", f"data_path={data}", "quant=none"]
+    line += ["student_dtype=float32", "teacher_dtype=float32", "mixed_precision=no", "threads=1"]
+    line += ["max_length=64", "min_completion=4", "held_out_rows=1", "num_processes=1"]
+    line += [f"runs={tmp_path}/runs", f"cache_dir={tmp_path}/cache"]
+    assert doors.train_main(line) == 42
+    said = capfd.readouterr().err
+    assert "ContractError" in said and "Traceback" not in said
 
 
 def test_a_tokenizer_that_cannot_be_loaded_is_a_sentence(here: Path) -> None:

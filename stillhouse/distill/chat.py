@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from datetime import date, datetime, time
 from typing import Any
 
+from stillhouse.distill import loading
 from stillhouse.distill.formats import Skip
 from stillhouse.distill.pairs import PreparedPair
 from stillhouse.errors import ConfigError, nearest
@@ -351,13 +352,16 @@ def chat_of(prepared: PreparedPair, tokenizer: Any, data: DataSpec) -> Chat:
 
 def declared_stop_ids(path: str, revision: str | None) -> list[int]:
     """The ids that a model's config, its text config or its generation config call an end."""
-    from transformers import AutoConfig, GenerationConfig
+    from transformers import GenerationConfig
 
-    where: dict[str, Any] = {"revision": revision, "local_files_only": True}
-    config: Any = AutoConfig.from_pretrained(path, **where)
-    sources = [config, config.get_text_config()]
+    config = loading.config_of(path, revision)
+    with loading.told(f"the config of {path}"):
+        sources = [config, config.get_text_config()]
     with contextlib.suppress(OSError):  # many models come without one
-        sources.append(GenerationConfig.from_pretrained(path, **where))
+        found_there = GenerationConfig.from_pretrained(
+            path, revision=revision, local_files_only=True
+        )
+        sources.append(found_there)
     found: set[int] = set()
     for source in sources:
         ids = getattr(source, "eos_token_id", None)

@@ -98,6 +98,21 @@ def _listed(names: list[str]) -> str:
     return f"{', '.join(names[:SHOWN])}{more}"
 
 
+def config_of(path: str | Path, revision: str | None) -> Any:
+    """The config of these files.
+
+    Raises:
+        ContractError: it cannot be read, is of no model that transformers knows, or wants code of
+            its own to be run.
+    """
+    from transformers import AutoConfig
+
+    with told(f"the config of {path}"):
+        return AutoConfig.from_pretrained(
+            path, revision=revision, local_files_only=True, trust_remote_code=False
+        )
+
+
 def tokenizer(path: str | Path, revision: str | None = None) -> Any:
     """The tokenizer of these files.
 
