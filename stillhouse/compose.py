@@ -20,13 +20,13 @@ from typing import Any, TypeVar, cast
 
 from pydantic import TypeAdapter, ValidationError
 
-from stillhouse import flags, watch
+from stillhouse import flags, tasks, watch
 from stillhouse.errors import ConfigError, nearest
 from stillhouse.spec import EvalSpec, TrainSpec
 
 Spec = TypeVar("Spec", TrainSpec, EvalSpec)
 FILE_OF = {TrainSpec: "train", EvalSpec: "eval"}
-OWN_PAIR = "own"  # conf/pair/own.yaml
+OWN_PAIR, OWN_SUITE = "own", "local"  # in conf/pair and conf/suite: what only their user knows
 # In the order they override one another (conf/train.yaml says the same).
 GROUPS = {
     TrainSpec: frozenset({"quant", "data", "loss", "optim", "rescue", "site", "pair", "method"}),
@@ -194,13 +194,19 @@ def compose(overrides: Overrides, spec_type: type[Spec], where: str = "command l
     for path, value in overrides.values.items():
         section, leaf = path.split(".")
         plain[section][leaf] = copy.copy(value)
+    if "suite" in plain:
+        plain["suite"] = tasks.completed(plain["suite"], where)
     return check(plain, spec_type, where)
 
 
 def _chosen(overrides: Overrides) -> dict[str, str]:
-    """The groups: who names weights and no pair means a pair of their own."""
-    is_own = bool({"pair.student", "pair.teacher"} & overrides.values.keys())
-    return {**({"pair": OWN_PAIR} if is_own else {}), **overrides.groups}
+    """The groups: who names weights and no pair, or tasks and no suite, means their own."""
+    own: dict[str, str] = {}
+    if {"pair.student", "pair.teacher"} & overrides.values.keys():
+        own["pair"] = OWN_PAIR
+    if overrides.values.get("suite.include_path") is not None:
+        own["suite"] = OWN_SUITE
+    return own | dict(overrides.groups)
 
 
 def check(plain: Mapping[str, Any], spec_type: type[Spec], where: str) -> Spec:

@@ -636,6 +636,7 @@ class TaskSpec:
     metric: str  # lm-eval's name, without the filter: acc, acc_norm, exact_match, word_perplexity
     num_fewshot: Natural | None
     higher_is_better: bool
+    content: str | None = None  # digest of the files of a task of the user's own (tasks.py)
 
     @field_validator("task")
     @classmethod
@@ -663,7 +664,18 @@ class SuiteSpec:
     tasks: Annotated[tuple[TaskSpec, ...], Field(min_length=1)]
     apply_chat_template: bool
     limit: Count | None  # first N documents of each task; null: all
-    max_gen_toks: Count  # for tasks that generate
+    max_gen_toks: Count | None  # for tasks that generate; null: as each task says
+    include_path: str | None = None  # directory of lm-eval YAML files of the user's own
+
+    @model_validator(mode="after")
+    def _knows_where_own_tasks_are(self) -> SuiteSpec:
+        names = [task.task for task in self.tasks]
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice is not None:
+            raise ValueError(f"task {twice} is listed twice; a score is found by its task's name")
+        if self.include_path is None and any(task.content for task in self.tasks):
+            raise ValueError("a task with a content is one of include_path, and that is null")
+        return self
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -718,6 +730,8 @@ AS_BEFORE: dict[str, Any] = {
     "rescue.other_file": None,
     "data.chat_template_kwargs": {},
     "data.template_date": "2026-01-01",
+    "suite.include_path": None,
+    "task.content": None,
 }
 
 # Knobs that are no part of the content and came when there were records already, and what a record
@@ -778,8 +792,16 @@ def as_before(section: str, leaves: dict[str, Any]) -> dict[str, Any]:
 def _content(spec: TrainSpec | EvalSpec) -> dict[str, Any]:
     """All of a spec, each of its sections as it was before."""
     plain = {name: as_before(name, leaves) for name, leaves in to_plain(spec).items()}
-    if "suite" in plain:
-        plain["suite"]["tasks"] = [as_before("task", task) for task in plain["suite"]["tasks"]]
+    if isinstance(spec, EvalSpec):
+        plain["suite"] = suite_content(spec.suite)
+    return plain
+
+
+def suite_content(suite: SuiteSpec) -> dict[str, Any]:
+    """What a suite asks, in plain words, as it was before: all of it but where its files lie."""
+    plain = as_before("suite", TypeAdapter(SuiteSpec).dump_python(suite, mode="json"))
+    plain.pop("include_path", None)
+    plain["tasks"] = [as_before("task", task) for task in plain["tasks"]]
     return plain
 
 

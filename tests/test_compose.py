@@ -26,7 +26,9 @@ CONF = Path(__file__).parent.parent / "conf"
 OPTIONS = [(path.parent.name, path.stem) for path in sorted(CONF.glob("*/*.yaml"))]
 SPEC_OF = {"train": TrainSpec, "eval": EvalSpec}
 OWN = {"pair.student": "models/own", "pair.teacher": "models/large"}
-NEEDS = {
+TOLD = {"metric": "acc", "num_fewshot": None, "higher_is_better": True, "content": "0123456789"}
+NEEDS: dict[tuple[str, str], dict[str, Any]] = {
+    ("suite", "local"): {"suite.include_path": "x", "suite.tasks": [{"task": "mine", **TOLD}]},
     ("pair", "own"): OWN,
     ("data", "local"): {"data.data_path": "rows.jsonl"},
     ("rescue", "aligned_others"): {"rescue.other_file": "rows.jsonl"},
@@ -198,6 +200,7 @@ LEAF_VALUES: dict[str, st.SearchStrategy[Any]] = {
 # Asked once: type checks of the package draw random numbers, which a strategy must not.
 KNOWN = {spec_type: leaves(spec_type) for spec_type in (TrainSpec, EvalSpec)}
 CHOICES = {group: options_of(group) for group, _ in OPTIONS}
+CHOICES["suite"].remove("local")  # Hydra reads no tasks
 CHOICES["rescue"] = ["none", "aligned", "low_kl"]  # the others ask more of a pair and of its data
 
 

@@ -230,6 +230,8 @@ def test_a_knob_that_came_later_leaves_the_runs_before_it_what_they_were():
     plain = versioned(train(pair="tiny"))
     for key, value in AS_BEFORE.items():
         section, leaf = key.split(".")
+        if section in ("suite", "task"):
+            continue  # of what is asked, not of what is trained: see the test of a suite
         assert leaf not in plain.get(section, {})
         for spelt in (value, *([[[0, value], [1, value]]] if leaf in SCHEDULES else [])):
             assert point_id(train(pair="tiny", **{leaf: spelt})) == point_id(train(pair="tiny"))

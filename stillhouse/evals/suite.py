@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from lm_eval.tasks import TaskManager
 from stillhouse.distill.chat import Chat
 from stillhouse.errors import ConfigError, DataError, nearest
 from stillhouse.evals.lm import LOG, Lm, ProgressLines
+from stillhouse.evals.own import blamed, is_unreachable, own_task
 from stillhouse.rundir import Json
 from stillhouse.scores import TASK_VERSIONS
 from stillhouse.spec import SuiteSpec, TaskSpec
@@ -31,6 +31,9 @@ from stillhouse.spec import SuiteSpec, TaskSpec
 __all__ = ["Asked", "Scorer", "Stop", "clear_torch_cache", "load_tasks"]
 
 TINY = tuple(TASK_VERSIONS)
+NO_NUMBER = (tuple, list, str, dict, type(None))  # what a metric of somebody's own may be besides
+GEN_TOKS = ("max_gen_toks", "max_new_tokens", "max_tokens")  # as tasks call it
+MOST_GEN_TOKS = 256  # lm-eval's own, where neither suite nor task says how many
 FEWSHOT_SEED = 1234  # lm-eval's own default: every row sees the same examples
 
 
@@ -87,7 +90,9 @@ def load_tasks(
     local, theirs = TaskManager(include_defaults=False), None
     asked: list[Asked] = []
     for spec in wanted:
-        if spec.asks in TINY:
+        if spec.content is not None:
+            loaded = own_task(suite, spec, TINY)
+        elif spec.asks in TINY:
             if spec.num_fewshot:
                 raise ConfigError(
                     f"task {spec.asks}: num_fewshot {spec.num_fewshot}, but students are trained to"
@@ -104,15 +109,18 @@ def load_tasks(
     return asked
 
 
-def _set_every_field(leaf: Any, num_fewshot: int | None, max_gen_toks: int) -> None:
+def _set_every_field(leaf: Any, num_fewshot: int | None, max_gen_toks: int | None) -> None:
     if leaf.OUTPUT_TYPE == "generate_until":
+        given = leaf.config.generation_kwargs
+        of_task = (given[name] for name in GEN_TOKS if name in given)
+        longest = max_gen_toks or int(next(of_task, MOST_GEN_TOKS))
         for other in ("max_new_tokens", "max_tokens", "max_length", "top_p", "top_k"):
             leaf.config.generation_kwargs.pop(other, None)
         ours = {
             "do_sample": False,
             "num_beams": 1,
             "temperature": 0.0,
-            "max_gen_toks": max_gen_toks,
+            "max_gen_toks": longest,
         }
         leaf.set_config(key="generation_kwargs", value=ours, update=True)
     if num_fewshot is not None:
@@ -130,7 +138,7 @@ def _lm_eval_task(name: str, manager: TaskManager) -> Any:
     try:
         loaded = manager.load([name])
     except (OSError, ValueError) as error:
-        if _is_unreachable(error):
+        if is_unreachable(error):
             raise  # and that says nothing about the suite
         reason = str(error).splitlines()[0]
         raise ConfigError(
@@ -144,19 +152,6 @@ def _lm_eval_task(name: str, manager: TaskManager) -> Any:
             " its own; list the tasks in the suite"
         )
     return everything[name]
-
-
-def _is_unreachable(error: BaseException | None) -> bool:
-    """Whether we may ask the hub and it did not answer: datasets calls that a missing file."""
-    from huggingface_hub.errors import LocalEntryNotFoundError
-
-    if vars(sys.modules["datasets.config"])["HF_HUB_OFFLINE"]:
-        return False
-    while error is not None:
-        if isinstance(error, ConnectionError | LocalEntryNotFoundError):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
 
 
 class _Rows(list[Json]):
@@ -262,7 +257,7 @@ class Scorer:
         hook = model.get_input_embeddings().register_forward_pre_hook(lambda *_: self.stop.check())
         ProgressLines.begin(f"{label} {task.spec.task}")
         try:
-            with task.shown(examples):
+            with task.shown(examples), blamed(self.suite, task.spec):
                 results = evaluate(
                     lm=lm,
                     task_dict=TaskManager(include_defaults=False).load([task.loaded]),
@@ -296,7 +291,7 @@ def _summary(results: Any, task: Asked) -> Json:
     metrics = {
         key: float(value)
         for key, value in found.items()
-        if "," in key and "_stderr," not in key and not isinstance(value, str)
+        if "," in key and "_stderr," not in key and not isinstance(value, NO_NUMBER)
     }
     wanted = task.spec.metric
     # A task can filter answers in several ways: its first is quoted, "metric,filter" picks one.
@@ -336,7 +331,7 @@ def _samples(by_task: dict[str, list[Json]], metric: str, filter_name: str) -> l
                 loglikelihood, units = value
                 nats = -float(loglikelihood) / units
                 samples.append({"doc": doc, "value": nats, "weight": int(units)})
-            elif not isinstance(value, tuple | list | str):
+            elif not isinstance(value, NO_NUMBER):
                 samples.append({"doc": doc, "value": float(value)})
         before += len({sample["doc_id"] for sample in logged})
     return samples

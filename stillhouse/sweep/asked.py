@@ -19,6 +19,7 @@ from pydantic.dataclasses import dataclass as checked_dataclass
 from stillhouse import flags
 from stillhouse.compose import (
     GROUPS,
+    OWN_SUITE,
     Overrides,
     as_command_line,
     options_of,
@@ -30,7 +31,8 @@ from stillhouse.spec import Count, SiteSpec, TrainSpec
 
 MAX_BYTES = 1_000_000  # a sweep written by hand is below 10 kB; 10 MB of YAML parse for minutes
 SEED = "training.seed"
-LAUNCHER_WORDS = frozenset({"seeds", "suite", "pack", "limit"})
+LAUNCHER_WORDS = frozenset({"seeds", "suite", "pack", "limit", "include_path", "tasks"})
+INCLUDE = "include_path"
 OWN = "own"  # the suite that fits the pair
 Knobs = dict[str, Any]  # a leaf's dotted path, or a group's name -> value
 Axes = dict[str, list[Any]]
@@ -51,6 +53,8 @@ class EvalBlock:
     """`eval:` of a sweep file."""
 
     suite: str | None  # null: train and do not score; own: what the pair's problems ask for
+    include_path: str | None = None  # lm-eval tasks of the user's own, beside the sweep's file
+    tasks: list[Any] | None = None  # of the suite; null: all of it, or all of include_path
     pack: Count = 8  # adapters per evaluation
     limit: Count | None = None  # first N documents of each task
     baselines: tuple[Literal["teacher", "student", "ptq"], ...] = ("teacher", "student", "ptq")
@@ -110,11 +114,7 @@ def read(target: str | None, words: list[str]) -> Asked:
     content: dict[str, Any] = {} if target is None else _read_yaml(Path(target))
     # A grid without a file is scored on its pair's own suite, unless it says something else.
     picks_suite = target is None and "suite" not in launcher
-    block = {key: value for key, value in launcher.items() if key != "seeds"}
-    if block or picks_suite:
-        asked_before = content.get("eval", {"suite": None} if picks_suite else {})
-        if isinstance(asked_before, dict):
-            content["eval"] = {**asked_before, **block}
+    content = _with_eval(content, launcher, picks_suite, target)
     file = _checked(content, where)
 
     said = frozenset({*map(label, (*single, *typed)), *launcher})
@@ -154,6 +154,23 @@ def read(target: str | None, words: list[str]) -> Asked:
     )
 
 
+def _with_eval(
+    content: dict[str, Any], launcher: Mapping[str, Any], picks_suite: bool, target: str | None
+) -> dict[str, Any]:
+    """A sweep's content with what the command line says of its evaluation, and tasks found."""
+    block: Any = content.get("eval")
+    if isinstance(block, dict) and isinstance(place := cast("Knobs", block).get(INCLUDE), str):
+        block = {**block, INCLUDE: str(Path(target or "").parent / Path(place).expanduser())}
+    typed = {key: value for key, value in launcher.items() if key != "seeds"}
+    if typed or picks_suite:
+        before = ({"suite": None} if picks_suite else {}) if block is None else block
+        block = {**before, **typed} if isinstance(before, dict) else before
+    if isinstance(block, dict) and cast("Knobs", block).get(INCLUDE) is not None:
+        suite = cast("Knobs", block).get("suite")
+        block = {**block, "suite": OWN_SUITE if suite in (None, OWN) else suite}
+    return content if block is None else {**content, "eval": block}
+
+
 def _rule(rule: Rule, said: Set[str], where: str) -> Rule:
     """The rule by canonical names; what it looks at is something that the sweep says.
 
@@ -189,7 +206,10 @@ def _read_words(words: list[str]) -> tuple[Knobs, Axes, dict[str, Any]]:
             setting = dataclasses.replace(setting, literal=False)
         values = parse_value(setting, "command line")
         if setting.key in LAUNCHER_WORDS:
-            launcher[setting.key] = values[0] if len(values) == 1 else values
+            is_one = len(values) == 1 and not (
+                setting.key == "tasks" and isinstance(values[0], str)
+            )
+            launcher[setting.key] = values[0] if is_one else values
         elif len(values) == 1:  # the last word on a knob is the one that counts
             typed.pop(setting.key, None)
             single[setting.key] = values[0]

@@ -29,6 +29,7 @@ from stillhouse.spec import (
     digest,
     point_id,
     slug,
+    suite_content,
 )
 from stillhouse.sweep import asked as request
 from stillhouse.sweep.asked import OWN, SEED, Asked, Axes, Compare, Knobs, label, text
@@ -291,8 +292,9 @@ def _suite(asked: Asked, spec: TrainSpec) -> SuiteSpec | None:
         groups = {"suite": "tiny"}  # the one that asks about the generated problems
     elif not groups and spec.data.data_source == "gsm8k":
         groups = {"suite": "gsm8k"}
-    limit = {} if block.limit is None else {"suite.limit": block.limit}
-    return compose(Overrides(groups, limit), EvalSpec, f"{asked.where}: eval").suite
+    said = {"limit": block.limit, "include_path": block.include_path, "tasks": block.tasks}
+    values = {f"suite.{leaf}": value for leaf, value in said.items() if value is not None}
+    return compose(Overrides(groups, values), EvalSpec, f"{asked.where}: eval").suite
 
 
 def _compare(
@@ -311,7 +313,7 @@ def _compare(
     metrics = _metrics(suite) if suite else []
     alone = [name for name in metrics if name.partition("/")[2] == compare.metric]
     metric = alone[0] if len(alone) == 1 else compare.metric
-    if "suite" in asked.words and metric not in metrics:
+    if {"suite", "include_path", "tasks"} & asked.words and metric not in metrics:
         return None
     if suite is None:
         raise ConfigError(
@@ -343,6 +345,6 @@ def _name(
     """A readable name that follows from the content of a typed grid: tiny-lmbda-beta-3f9a0c."""
     pairs = {point.spec.pair.pair_name for point in points}
     words = [*(pairs if len(pairs) == 1 else ()), *axes]
-    scored = None if suite is None else dataclasses.asdict(suite)
+    scored = None if suite is None else suite_content(suite)
     content = digest([sorted(point.id for point in points), scored])
     return f"{'-'.join(words)[:60]}-{content[:6]}"

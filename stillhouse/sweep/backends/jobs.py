@@ -70,7 +70,7 @@ class JobsBackend:
         """`sight`: one that has just looked around this namespace, so that nobody looks twice."""
         self.sweep, self.rows, self.cluster, self.site = sweep, rows, cluster, sweep.site
         self.scores = suite_key(sweep.suite) if sweep.suite else None
-        self.code = bundle()
+        self.code = bundle(sweep.suite)
         self.sight = sight or Sight(cluster, self.site.runs_claim, self.code.digest)
         self.scene, self.ledger = self.sight.scene, self.sight.ledger
         self.maker = Maker(sweep, cluster, self.ledger, self.code)

@@ -227,7 +227,9 @@ class Away:
         steps = every_step(sweep, rows)
         refuse_secrets(steps, sweep.site)
         for step in {step.kind: step for step in steps}.values():
-            render(step, sweep.site, bundle().key)  # what is wrong with the site, any of them says
+            render(
+                step, sweep.site, bundle(sweep.suite).key
+            )  # what is wrong with the site, any of them says
         checks.refuse(
             [
                 *checks.findings(self.cluster, sweep.site, role),

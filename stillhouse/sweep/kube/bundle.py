@@ -3,6 +3,7 @@
 Pods run what was submitted, whatever their image holds and whatever changes here while they wait:
 
     code.tar.gz    stillhouse/ conf/ k8s/ train.py eval.py    pod.py    process 1, which unpacks it
+                   tasks/: what the suite's tasks of the user's own are made of
 
 The name has two digests: of the sources (`code_identity`, which says whether a point was begun by
 other code) and of all that travels, because another `conf/` is another bundle of the same code.
@@ -16,17 +17,20 @@ import gzip
 import hashlib
 import io
 import tarfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from stillhouse.compose import conf_dir
 from stillhouse.errors import ConfigError
 from stillhouse.rundir import Json, code_identity
+from stillhouse.spec import SuiteSpec
 from stillhouse.sweep.kube import secrets
 from stillhouse.sweep.kube.manifest import k8s_dir, label_value
+from stillhouse.tasks import IN_BUNDLE, chosen
 
 MAX_BYTES = 2**20 - 4096  # a ConfigMap holds 1 MiB, its keys and labels included
+MAX_TASKS = 64 * 2**20  # of tasks' files before they are packed: more is not even read
 SHOWN = 3  # of the largest files, where it is too much
 KEY_DIGITS = 8
 # The checkout's train.py and eval.py, which an installed package does not bring.
@@ -64,14 +68,15 @@ class Bundle:
 
 
 @functools.cache
-def bundle() -> Bundle:
-    """The code of this process, from a checkout or from an installed package.
+def bundle(suite: SuiteSpec | None = None) -> Bundle:
+    """The code of this process, from a checkout or from an installed package, and what a suite
+    asks of the user's own.
 
     Raises:
-        ConfigError: the sources changed since this process began, conf/ holds a secret, or it is
-            more than a ConfigMap can take.
+        ConfigError: the sources changed since this process began, conf/ or a task holds a secret,
+            or it is more than a ConfigMap can take.
     """
-    files = _files()
+    files = _files() | (_task_files(suite) if suite else {})
     digest = _digest(files)
     if digest != code_identity()["digest"]:
         raise ConfigError(
@@ -81,6 +86,8 @@ def bundle() -> Bundle:
     for path, data in files.items():
         if path.startswith("conf/"):
             _refuse_secrets(path, data)
+        elif path.startswith(f"{IN_BUNDLE}/"):
+            _refuse_keys(path, data)
     archive = _archive(files)
     packed = gzip.compress(archive, compresslevel=9, mtime=0)
     process_1 = files["stillhouse/pod.py"].decode()
@@ -88,7 +95,7 @@ def bundle() -> Bundle:
         largest = sorted(files, key=lambda path: -len(files[path]))[:SHOWN]
         raise ConfigError(
             f"the code is {len(packed) / 2**20:.2f} MiB when packed, and a ConfigMap holds 1 MiB;"
-            f" the largest files are {', '.join(largest)}"
+            f" the largest files are {', '.join(largest)}{_other_ways(largest)}"
         )
     key = f"{digest}-{hashlib.sha256(archive).hexdigest()[:KEY_DIGITS]}"
     labels = {"stillhouse/kind": "code", "stillhouse/code": digest}
@@ -140,6 +147,26 @@ def _files() -> dict[str, bytes]:
     return files
 
 
+def _task_files(suite: SuiteSpec) -> dict[str, bytes]:
+    """What the suite's own tasks are made of, by its path in the archive."""
+    root = Path(suite.include_path or "").expanduser()
+    files = {f for task in chosen(suite, "suite").values() for f in task.files}
+    size = sum((root / file).stat().st_size for file in files)
+    if size > MAX_TASKS:
+        largest = sorted(map(str, files), key=lambda file: -(root / file).stat().st_size)[:SHOWN]
+        raise ConfigError(
+            f"suite: the files of its tasks are {size / 2**20:.0f} MiB, and what travels is at most"
+            f" 1 MiB when packed; the largest are {', '.join(largest)}"
+            f"{_other_ways([f'{IN_BUNDLE}/{file}' for file in largest])}"
+        )
+    return {f"{IN_BUNDLE}/{file.as_posix()}": (root / file).read_bytes() for file in files}
+
+
+def _other_ways(largest: Sequence[str]) -> str:
+    is_of_task = any(path.startswith(f"{IN_BUNDLE}/") for path in largest)
+    return "; a task's data may be a hub data set (dataset_path) instead" if is_of_task else ""
+
+
 def _digest(files: Mapping[str, bytes]) -> str:
     """What code_identity would say of these sources."""
     sources = sorted(Path(path).relative_to("stillhouse") for path in files if _is_source(path))
@@ -163,6 +190,13 @@ def _archive(files: Mapping[str, bytes]) -> bytes:
             member.mode = 0o644
             archive.addfile(member, io.BytesIO(files[path]))
     return buffer.getvalue()
+
+
+def _refuse_keys(path: str, data: bytes) -> None:
+    """Of somebody's code, prompts and rows, what is a key by its form: `token = …` means others."""
+    for number, line in enumerate(data.decode(errors="replace").splitlines(), start=1):
+        if secrets.find(line) not in (None, secrets.BY_NAME):
+            secrets.refuse(line, "", f"{path}, line {number}")
 
 
 def _refuse_secrets(path: str, data: bytes) -> None:

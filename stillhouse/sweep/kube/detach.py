@@ -31,7 +31,7 @@ def detach(cluster: Cluster, sweep: Sweep, options: Sequence[str]) -> list[str]:
             return _how_to_follow(sweep, step.name, f"driver {step.name} is at work already")
         cluster.delete("jobs", job.name, job.uid)  # it came to its end; there is more to do now
         said = f"sent again (the last one ended: {job.state})"
-    code = bundle()
+    code = bundle(sweep.suite)
     create(cluster, "configmaps", code.manifest)
     if content is not None and step.sweep_file is not None and sweep.file is not None:
         file = sweep_file(step.sweep_file, sweep.name, Path(sweep.file).name, content)

@@ -28,7 +28,7 @@ from stillhouse.errors import ConfigError
 from stillhouse.spec import EvalSpec, SiteSpec, TrainSpec
 from stillhouse.sweep.asked import label
 from stillhouse.sweep.grid import NAME, load_sweep
-from stillhouse.sweep.kube.bundle import bundle
+from stillhouse.sweep.kube.bundle import Bundle, bundle
 from stillhouse.sweep.kube.manifest import render, to_yaml
 from stillhouse.sweep.kube.steps import (
     RUNS,
@@ -62,6 +62,11 @@ class Line:
     differs: tuple[str, ...]  # from the defaults, as words
     spec: TrainSpec | EvalSpec
 
+    @property
+    def code(self) -> Bundle:
+        """What the pod runs, with the tasks of its suite that are the user's own."""
+        return bundle(self.spec.suite if isinstance(self.spec, EvalSpec) else None)
+
     @functools.cached_property
     def manifest(self) -> bytes:
         """The Job, byte for byte as it is sent.
@@ -69,7 +74,7 @@ class Line:
         Raises:
             ConfigError: it holds what no manifest may, or cannot.
         """
-        return to_yaml(render(self.step, self.site, bundle().key))
+        return to_yaml(render(self.step, self.site, self.code.key))
 
     @property
     def adapters(self) -> tuple[str, ...]:
@@ -90,7 +95,7 @@ class Line:
             f"{self.name}: {DOES[self.kind]} {step.name}",
             f"  differs from the defaults by: {' '.join(self.differs) or 'nothing'}",
             f"  asks for: {', '.join(asked)}",
-            f"  image {site.image}, code {bundle().key}",
+            f"  image {site.image}, code {self.code.key}",
         ]
 
 

@@ -67,6 +67,6 @@ def _evaluations(
 
 def manifests(sweep: Sweep, only: Roster) -> Iterator[bytes]:
     """What is sent, byte for byte, one Job at a time."""
-    code = bundle().key
+    code = bundle(sweep.suite).key
     for step in every_step(sweep, only):
         yield to_yaml(render(step, sweep.site, code))

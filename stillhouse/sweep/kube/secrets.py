@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 
 from stillhouse.errors import ConfigError
 
+BY_NAME = "a password or token"  # what is called so, whatever it looks like
 _START, _END = r"(?<![A-Za-z0-9])", r"(?![A-Za-z0-9])"
 KINDS: dict[str, str] = {  # what it is -> how it looks
     "a Hugging Face token": rf"{_START}hf_[A-Za-z0-9]{{20,}}",
@@ -25,7 +26,7 @@ KINDS: dict[str, str] = {  # what it is -> how it looks
     "a signed token": rf"{_START}eyJ[A-Za-z0-9_-]{{8,}}\.[A-Za-z0-9_-]{{4,}}",
     "a key in PEM": r"-----BEGIN ",
     "a password in a URL": r"://[^/\s:@]*:[^/\s:@]+@",
-    "a password or token": (
+    BY_NAME: (
         r"(?i)(?:^|[^a-z])(?:password|passwd|secret|token|(?:api|access|private|secret)[_-]?key)"
         r"[\"']?\s*[=:]\s*[\"']?[^\s\"']"
     ),
@@ -44,7 +45,7 @@ def find(text: str, name: str = "") -> str | None:
     """What kind of secret this value of `name` looks like; None for one that looks like none."""
     leaf = name.rpartition(".")[2]
     if _NAME.search(leaf) and leaf not in _NAMES_A_SECRET and text not in ("", "null"):
-        return "a password or token"
+        return BY_NAME
     if _ANY.search(text) is None:  # one search for the many that are none
         return None
     for kind, pattern in _KINDS.items():

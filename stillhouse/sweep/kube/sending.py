@@ -21,7 +21,6 @@ from stillhouse.sweep.asked import text
 from stillhouse.sweep.backends.cluster import ApiError, Cluster, connect
 from stillhouse.sweep.drive import SOME_FAILED
 from stillhouse.sweep.kube import checks
-from stillhouse.sweep.kube.bundle import bundle
 from stillhouse.sweep.kube.detach import create
 from stillhouse.sweep.kube.facts import Facts, judge
 from stillhouse.sweep.kube.ledger import Ledger, Names
@@ -74,7 +73,7 @@ def _dry_run(line: Line) -> int:
     problem = image_problem(line.site)
     if problem:
         print(f"not to be sent as it is: {problem}", file=sys.stderr)
-    more = [f"ConfigMap stillhouse-code-{bundle().key} (the code)"]
+    more = [f"ConfigMap stillhouse-code-{line.code.key} (the code)"]
     more += ["the name, in ConfigMap stillhouse-names"] if line.kind == "train" else []
     print(f"would be sent too, where it is not there yet: {', '.join(more)}", file=sys.stderr)
     return DONE
@@ -99,7 +98,7 @@ class _Sender:
         if self.job is None and seen.state in ("new", "waiting"):
             checks.require(self.cluster, self.site)
             self._claim()
-            create(self.cluster, "configmaps", bundle().manifest)
+            create(self.cluster, "configmaps", self.line.code.manifest)
             if create(self.cluster, "jobs", manifest):
                 self.say(f"sent: Job {self.step.name} in namespace {self.cluster.namespace}")
                 self._how_to_go_on()

@@ -15,8 +15,6 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal, cast
 
-from pydantic import TypeAdapter
-
 from stillhouse.compose import (
     OWN_PAIR,
     Overrides,
@@ -40,12 +38,14 @@ from stillhouse.spec import (
     baseline_key,
     digest,
     eval_digest,
+    suite_content,
     suite_key,
     to_plain,
     versioned,
 )
 from stillhouse.sweep.grid import Point, Sweep
 from stillhouse.sweep.plan import Action, groups_of
+from stillhouse.tasks import IN_BUNDLE
 
 Kind = Literal["prepare", "train", "eval", "preflight", "drive", "collect"]
 
@@ -118,17 +118,13 @@ def prepare_step(point: Point, suite: SuiteSpec | None, sweep: Sweep) -> Step:
     `point`: any of the group. `suite`: None where nothing is scored.
     """
     spec = point.spec
-    subject = _subject(spec.pair, spec.quant, spec.data, suite)
+    subject = _subject(spec.pair, spec.quant, spec.data, _in_pod(suite))
     words = (*subject, *pinning(sweep), *PLACES, "--fetch")
     plain = to_plain(spec)
-    tasks = TypeAdapter(SuiteSpec).dump_python(suite, mode="json") if suite else None
-    if tasks:
-        tasks["tasks"] = [as_before("task", task) for task in tasks["tasks"]]
-        tasks = as_before("suite", tasks)
     parts = [as_before(name, plain[name]) for name in ("pair", "quant", "data")]
     # What was prepared of one commit is not there of another.
     commits = [dict(sorted(sweep.commits.items()))] if sweep.commits else []
-    content = digest(["prepare", *parts, tasks, *commits])
+    content = digest(["prepare", *parts, suite and suite_content(suite), *commits])
     name = _name(f"prepare-{spec.pair.pair_name}", content)
     return Step(
         kind="prepare",
@@ -154,7 +150,7 @@ def eval_step(points: Sequence[Point], baselines: Sequence[str], sweep: Sweep) -
     values: dict[str, Any] = {"evaluation.lora_paths": directories, **asked}
     if first.place.threads is not None:
         values["place.threads"] = first.place.threads
-    words = _subject(first.pair, first.quant, first.data, suite)
+    words = _subject(first.pair, first.quant, first.data, _in_pod(suite))
     spec = _composed(words)
     evaluation = dataclasses.replace(
         spec.evaluation,
@@ -185,6 +181,9 @@ def eval_line_step(name: str, overrides: Overrides) -> Step:
     }
     overrides = Overrides(overrides.groups, kept)
     spec = compose(overrides, EvalSpec)
+    if spec.suite.include_path is not None:
+        kept |= {"suite.include_path": IN_BUNDLE, "suite.tasks": _tasks(spec.suite)}
+        overrides = Overrides(overrides.groups, kept)
     step = _eval_step(spec, tuple(as_command_line(overrides)), None)
     evaluation, quant = spec.evaluation, spec.quant
     asked = {
@@ -276,10 +275,12 @@ def drive_step(sweep: Sweep, file: bytes | None, options: Sequence[str] = ()) ->
                 " that is taken along; rename it"
             )
         target = (f"{SWEEP}/{base}",)
+    is_own = sweep.suite is not None and sweep.suite.include_path is not None
+    tasks = (f"include_path={IN_BUNDLE}",) if is_own else ()
     # Inside, the user is the pod's and there is no kubeconfig: whose Jobs these are is said here.
     here = {"site.owner": sweep.site.owner, "site.kube_context": None, "site.namespace": None}
     words = (
-        "run", *target, *sweep.words, *options, "--backend=cluster", *PLACES,
+        "run", *target, *sweep.words, *options, "--backend=cluster", *PLACES, *tasks,
         *as_command_line(Overrides({}, here)),
     )  # fmt: skip
     content = digest(["drive", words, hashlib.sha256(file or b"").hexdigest()])
@@ -333,6 +334,18 @@ def _log(sweep: str | None, name: str) -> str:
     return str(Runs(Path()).sweep_log(f"{sweep}.{name}" if sweep else name))
 
 
+def _in_pod(suite: SuiteSpec | None) -> SuiteSpec | None:
+    """The suite, its own tasks where a pod finds their files."""
+    if suite is None or suite.include_path is None:
+        return suite
+    return dataclasses.replace(suite, include_path=IN_BUNDLE)
+
+
+def _tasks(suite: SuiteSpec) -> list[Any]:
+    """A suite's tasks in full, as words say them."""
+    return suite_content(suite)["tasks"]
+
+
 @functools.lru_cache(maxsize=256)
 def _subject(
     pair: PairSpec, quant: QuantSpec, data: DataSpec, suite: SuiteSpec | None
@@ -353,12 +366,15 @@ def _subject(
     values = {"data.data_path": data.data_path} if data.data_source == "local" else {}
     if groups["pair"] == OWN_PAIR:
         values |= {"pair.student": pair.student, "pair.teacher": pair.teacher}
+    if suite is not None and suite.include_path is not None:
+        values |= {"suite.include_path": suite.include_path, "suite.tasks": _tasks(suite)}
     plain = compose(Overrides(groups, values), EvalSpec)
     for section, want in wanted.items():
         for field in dataclasses.fields(want):
             value = getattr(want, field.name)
             if getattr(getattr(plain, section), field.name) != value:
-                values[f"{section}.{field.name}"] = value
+                is_tasks = suite is not None and value == suite.tasks
+                values[f"{section}.{field.name}"] = _tasks(suite) if is_tasks else value
     words = tuple(as_command_line(Overrides(groups, values)))
     try:
         composed = _composed(words)
