@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -361,3 +362,12 @@ def test_in_a_sweep_a_stopped_point_is_an_outcome_and_the_others_go_on(
     table = capsys.readouterr().out
     assert "| 1 stopped by slow" in table
     assert "1 of 2 points are not scored in full: 1 stopped by slow." in table
+
+
+def test_what_is_infinite_says_the_same_live_and_after_a_resume_which_reads_null() -> None:
+    course = [1.0, math.inf, 1.0, 9.0]
+    live = fires(course, condition="above", limit=4, window=1)
+    resumed = fires(
+        [None if v == math.inf else v for v in course], condition="above", limit=4, window=1
+    )
+    assert live == resumed == 3
