@@ -179,8 +179,13 @@ def _evaluate_block_(
     # Where p and q both underflow, p / m must not be 0 / 0. The smallest normal number changes no
     # probability above 1e-30 and adds less than 1e-30 to any sum.
     tiny = torch.finfo(p.dtype).tiny
-    torch.exp(log_p.clamp_(min=NEVER), out=p).add_(tiny)
-    torch.exp(log_q.clamp_(min=NEVER), out=q).add_(tiny)
+    # Rarely so, and a look costs less than three passes; but on a GPU, to look is to wait.
+    has_never = log_p.is_cuda or bool(torch.minimum(log_p.amin(), log_q.amin()) < NEVER)
+    if has_never:
+        log_p.clamp_(min=NEVER)
+        log_q.clamp_(min=NEVER)
+    torch.exp(log_p, out=p).add_(tiny)
+    torch.exp(log_q, out=q).add_(tiny)
 
     spare = logits_nV
     student_entropy, teacher_entropy = -_dot(p, log_p, spare), -_dot(q, log_q, spare)
@@ -193,7 +198,7 @@ def _evaluate_block_(
         log_ratio = mixture = torch.sub(log_p, log_q, out=more[0])
     else:
         log_ratio, mixture = log_p.sub_(log_q), log_q
-    forward_kl, reverse_kl = _kls(p, q, log_ratio, spare)
+    forward_kl, reverse_kl = _kls(p, q, log_ratio, spare, has_never)
     beta = objective.beta if isinstance(objective, Jsd) else None
     keeps = log_ratio if beta == 0.5 else spare
     jsd_half, centre = _jsd(0.5, p, q, mixture, keeps, spare)
@@ -236,9 +241,13 @@ def _evaluate_block_(
     return stats, overlap
 
 
-def _kls(p: Tensor, q: Tensor, log_ratio: Tensor, spare: Tensor) -> tuple[Tensor, Tensor]:
+def _kls(
+    p: Tensor, q: Tensor, log_ratio: Tensor, spare: Tensor, has_never: bool
+) -> tuple[Tensor, Tensor]:
     """KL(q || p) and KL(p || q), both [n], of log p - log q, which is NEVER where p alone is 0."""
     forward, reverse = -_dot(q, log_ratio, spare), _dot(p, log_ratio, spare)
+    if not has_never:
+        return forward, reverse
     return (
         forward.masked_fill_(log_ratio.amin(-1) < NEVER / 2, torch.inf),
         reverse.masked_fill_(log_ratio.amax(-1) > -NEVER / 2, torch.inf),
@@ -353,7 +362,7 @@ def _divergence(beta: float, log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tens
     tiny = torch.finfo(log_p.dtype).tiny
     p, q = log_p.exp().add_(tiny), log_q.exp().add_(tiny)
     log_ratio = log_p - log_q
-    forward, reverse = _kls(p, q, log_ratio, torch.empty_like(p))
+    forward, reverse = _kls(p, q, log_ratio, torch.empty_like(p), has_never=True)
     if beta == 0:
         return forward, p - q
     if beta == 1:
