@@ -38,6 +38,7 @@ PAIR = [
     "teacher_dtype=float32",
     "quant=none",
     "data=gsm8k",
+    "held_out_rows=4",
 ]
 
 
@@ -224,7 +225,7 @@ def test_a_job_that_may_fetch_does_so_before_it_trains_and_then_stays_offline(
     line = [
         *PAIR, "quant=int4", "lmbda=0", "max_steps=1", "per_device_train_batch_size=2",
         "num_processes=1", "gradient_accumulation_steps=1", "mixed_precision=no", "threads=1",
-        "max_length=128", "min_completion=2", "held_out_rows=4", "sanity_max_nll=20",
+        "max_length=128", "min_completion=2", "sanity_max_nll=20",
     ]  # fmt: skip
     code, _, err = door.run("train_main", *line)
     assert code == 42 and "not on this machine; get it with" in err

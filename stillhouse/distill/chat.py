@@ -358,8 +358,8 @@ def declared_stop_ids(path: str, revision: str | None) -> list[int]:
     with loading.told(f"the config of {path}"):
         sources = [config, config.get_text_config()]
     with contextlib.suppress(OSError):  # many models come without one
-        where: dict[str, Any] = {"revision": revision, "local_files_only": True}
-        sources.append(GenerationConfig.from_pretrained(path, **where))
+        here = loading.files_of(path, revision)
+        sources.append(GenerationConfig.from_pretrained(here, local_files_only=True))
     found: set[int] = set()
     for source in sources:
         ids = getattr(source, "eos_token_id", None)

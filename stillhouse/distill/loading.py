@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from stillhouse.at_hand import snapshot
 from stillhouse.errors import ContractError
 
 SHOWN = 3  # tensors that a sentence names
@@ -98,6 +99,16 @@ def _listed(names: list[str]) -> str:
     return f"{', '.join(names[:SHOWN])}{more}"
 
 
+def files_of(path: str | Path, revision: str | None) -> str:
+    """The directory of these files: of a hub id, that of its commit on this machine.
+
+    By its id, huggingface_hub would first ask the hub which programs to name in its requests,
+    whatever local_files_only says.
+    """
+    is_id = not Path(path).expanduser().is_dir()
+    return str((snapshot(str(path), revision, "model") if is_id else None) or path)
+
+
 def config_of(path: str | Path, revision: str | None) -> Any:
     """The config of these files.
 
@@ -109,7 +120,7 @@ def config_of(path: str | Path, revision: str | None) -> Any:
 
     with told(f"the config of {path}"):
         return AutoConfig.from_pretrained(
-            path, revision=revision, local_files_only=True, trust_remote_code=False
+            files_of(path, revision), local_files_only=True, trust_remote_code=False
         )
 
 
@@ -123,5 +134,5 @@ def tokenizer(path: str | Path, revision: str | None = None) -> Any:
 
     with told(f"the tokenizer of {path}"):
         return AutoTokenizer.from_pretrained(
-            path, revision=revision, local_files_only=True, trust_remote_code=False
+            files_of(path, revision), local_files_only=True, trust_remote_code=False
         )
