@@ -20,7 +20,15 @@ from pydantic import TypeAdapter
 from stillhouse.compose import Overrides, compose, options_of, resolve
 from stillhouse.methods import value_at
 from stillhouse.rundir import RunDir, Runs, eval_file, new_record, write_atomic, write_json
-from stillhouse.spec import SuiteSpec, TaskSpec, TrainSpec, baseline_key, score_key, to_plain
+from stillhouse.spec import (
+    SuiteSpec,
+    TaskSpec,
+    TrainSpec,
+    baseline_key,
+    chat_settings,
+    score_key,
+    to_plain,
+)
 
 SUITE = SuiteSpec(
     suite_name="tiny",
@@ -240,10 +248,12 @@ def _sweep_json(
 ) -> dict[str, Any]:
     rows: list[dict[str, Any]] = []
     for place, label in enumerate(sample.baselines):
-        key = baseline_key(label, spec.pair, spec.quant)
+        key = baseline_key(label, spec.pair, spec.quant, spec.data)
         directory = runs.baseline(label, key)
         quant = to_plain(spec)["quant"] if label == "ptq" else None
         entry = {"format": 1, "label": label, "pair": to_plain(spec)["pair"], "quant": quant}
+        chat = chat_settings(to_plain(spec)["data"])
+        entry |= {} if chat == chat_settings({}) else {"chat": chat}
         write_json(directory / "baseline.json", entry)
         ability = {"teacher": 2.5, "student": -1.1, "ptq": -1.3}[label]
         _write_scores(sample, directory, ability, 10_000 + place, spec)

@@ -368,6 +368,11 @@ def test_where_a_sequence_ends_is_what_anybody_says(tmp_path: Path) -> None:
     )
     with pytest.raises(ConfigError, match="nothing says where an answer ends"):
         Chat(tokenizer(None, eos=None), data())
+    bare = tokenizer(None, "<|stop|>", eos=None)
+    stop = bare.convert_tokens_to_ids("<|stop|>")
+    assert Chat(bare, data(), [stop]).plain("a", "b").answer == "b<|stop|>"
+    with pytest.raises(ConfigError, match="does not read as one token"):
+        Chat(bare, data(), bare.convert_tokens_to_ids(["Ā"]))
     assert Chat(tokenizer(CHATML, eos=None), data()).stop_ids == [
         text.convert_tokens_to_ids("<|im_end|>") - 1
     ]

@@ -19,6 +19,8 @@ from stillhouse.errors import ConfigError
 from stillhouse.spec import EvalSpec, TrainSpec, point_id, to_plain
 from stillhouse.sweep.grid import Compare, Sweep, load_sweep
 from stillhouse.sweep.kube.steps import _subject as subject
+from stillhouse.sweep.plan import groups_of
+from stillhouse.sweep.roster import baseline_rows
 from tests.published import CLIFF, TRAIN, flags_of, lines, name_of
 
 SWEEPS = Path(__file__).parent.parent / "sweeps"
@@ -342,6 +344,24 @@ def test_a_metric_alone_is_that_of_the_task_that_has_it(tmp_path: Path):
 def test_schedules_can_be_an_axis(tmp_path: Path):
     sweep = load("base: {pair: tiny}\ngrid: {lmbda: [0.5, [[0, 0], [1, 1]]]}", tmp_path)
     assert sweep.axes["lmbda"] == (0.5, ((0.0, 0.0), (1.0, 1.0)))
+
+
+def test_variables_of_a_chat_template_can_be_an_axis(tmp_path: Path):
+    """Each of its values has baselines and evaluations of its own."""
+    values = "[{}, {enable_thinking: false}, {enable_thinking: true}]"
+    file = f"base: {{pair: tiny}}\ngrid: {{chat_template_kwargs: {values}}}\nseeds: 2"
+    written = load(f"{file}\neval: {{suite: tiny}}", tmp_path)
+    assert written.axes["chat_template_kwargs"] == (
+        {}, {"enable_thinking": False}, {"enable_thinking": True},
+    )  # fmt: skip
+    words = "chat_template_kwargs={},{enable_thinking: false},{enable_thinking: true}"
+    said = load_sweep(None, ["pair=tiny", words, "seeds=2"], tmp_path)
+    assert [p.id for p in said.points] == [p.id for p in written.points]
+    rows = baseline_rows(written)
+    assert len(rows) == 9 and sorted(len(row.points) for row in rows) == [2] * 9
+    assert len(set(groups_of(written).values())) == 3
+    plain = load("base: {pair: tiny}\neval: {suite: tiny}", tmp_path)
+    assert {r.directory for r in baseline_rows(plain)} < {r.directory for r in rows}
 
 
 def test_five_e_minus_six_is_a_number(tmp_path: Path):

@@ -365,3 +365,20 @@ def test_a_null_is_a_value_like_any_other(tmp_path: Path) -> None:
     assert set(points["prompt_template"]) == {"null", "Sums. {question}"}
     page = write_report("sample", tmp_path).read_text()
     assert "prompt_template = null" in page and "prompt_template = Sums. {question}" in page
+
+
+def test_arms_whose_conversations_are_written_otherwise_have_baselines_of_their_own(
+    tmp_path: Path,
+) -> None:
+    off = {"enable_thinking": False}
+    axis = {"chat_template_kwargs": [{}, off]}
+    by = {"by": "chat_template_kwargs", "metric": "tiny_gen/exact_match", "baseline": off}
+    write_sample(tmp_path, Sample(axes=axis, compare=by))
+    frame = load("sample", tmp_path)
+    keys = frame.groupby("kind")["pair_key"].agg(set)
+    # The last point's baselines: those of `off`.
+    assert keys["student"] < keys["point"] and len(keys["point"]) == 2
+    said = '{"chat_template_kwargs": {"enable_thinking": false}, "template_date": "2026-01-01"}'
+    assert set(frame[frame["kind"] == "student"]["name"]) == {f"student ({said})"}
+    page = write_report("sample", tmp_path).read_text()
+    assert 'chat_template_kwargs = {"enable_thinking": false}' in page.replace("&quot;", '"')

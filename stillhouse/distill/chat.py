@@ -61,15 +61,21 @@ class Chat:
                 f"data {data.data_name}: chat_template_kwargs {self.kwargs} are of a chat template,"
                 " and this pair's tokenizer has none"
             )
-        eos = tokenizer.eos_token
+        declared = list(declared)
         end = self._usual(None).end if self.has_template else None
-        if end is None and eos is None:
+        named = [end, tokenizer.eos_token, *tokenizer.convert_ids_to_tokens(declared)]
+        self.end_token = next((token for token in named if token), "")
+        if not self.end_token:
             raise ConfigError(
-                "nothing says where an answer ends: the tokenizer names no EOS token, and no chat"
-                " template writes one behind an assistant's turn"
+                "nothing says where an answer ends: the tokenizer names no EOS token, no config has"
+                " an eos_token_id, and no chat template writes a token behind an assistant's turn"
             )
-        self.end_token: str = end or eos
         self.end_id: int = tokenizer.convert_tokens_to_ids(self.end_token)
+        if self._ids([(self.end_token, False)]) != [[self.end_id]]:
+            raise ConfigError(
+                f"answers end in {self.end_token!r}, which this tokenizer does not read as one"
+                " token; name an EOS token that it does"
+            )
         self.stop_ids = sorted({self.end_id, tokenizer.eos_token_id, *declared} - {None})
         self._ends = tuple(filter(None, tokenizer.convert_ids_to_tokens(self.stop_ids)))
         self._is_separable = self._reads_apart()

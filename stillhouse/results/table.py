@@ -17,7 +17,7 @@ from stillhouse.errors import ConfigError, ContractError, nearest
 from stillhouse.results import rests
 from stillhouse.results.stats import NAN, binomial_se
 from stillhouse.rundir import FORMAT, RunDir, Runs, eval_file, read_json
-from stillhouse.spec import SuiteSpec, as_before, digest, score_key
+from stillhouse.spec import SuiteSpec, as_before, chat_settings, digest, score_key
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -158,7 +158,8 @@ def _point_facts(point: Json, run: RunDir, follows: Mapping[str, str]) -> Json:
     record = run.record()
     if record is not None:
         spec = record["spec"]
-        facts |= _pair_facts(spec["pair"], spec["quant"])
+        chat = chat_settings(spec["data"])
+        facts |= _pair_facts(spec["pair"], spec["quant"], chat)
         facts |= {"method_name": spec["method"]["method_name"], "seed": spec["training"]["seed"]}
         facts |= rests.of_run(record)
         facts |= {key: record.get("coverage", {}).get(key) for key in SHARES}
@@ -174,13 +175,17 @@ def _baseline_facts(entry: Json, directory: Path) -> Json:
     told = read_json(directory / "baseline.json")
     if told is None:
         return facts
-    if "chat" in told:  # conversations are written otherwise than by default
-        facts["name"] = facts["arm"] = f"{name} ({told['chat']})"
-    return facts | _pair_facts(told["pair"], told["quant"]) | rests.of_pair(told["pair"])
+    chat = told.get("chat", chat_settings({}))
+    if "chat" in told:  # its conversations are written otherwise than by default
+        facts["name"] = facts["arm"] = f"{name} ({chat})"
+    return facts | _pair_facts(told["pair"], told["quant"], chat) | rests.of_pair(told["pair"])
 
 
-def _pair_facts(pair: Json, quant: Json | None) -> Json:
-    facts = {"pair_name": pair["pair_name"], "pair_key": digest(as_before("pair", pair))[:10]}
+def _pair_facts(pair: Json, quant: Json | None, chat: str) -> Json:
+    content: Any = as_before("pair", pair)
+    # Asked in another form, a pair's own baselines are others.
+    content = content if chat == chat_settings({}) else [content, chat]
+    facts = {"pair_name": pair["pair_name"], "pair_key": digest(content)[:10]}
     if quant is not None:
         key = digest(as_before("quant", quant))[:10]
         facts |= {"quant_type": quant["quant_type"], "quant_key": key}
@@ -272,7 +277,7 @@ def spell(value: Any) -> str:
             return f"{value:g}"
         digits, _, exponent = f"{value:.5e}".partition("e")
         return f"{digits.rstrip('0').rstrip('.')}e{int(exponent)}"  # 1e-4 beside 5e-5
-    return str(value)
+    return json.dumps(value) if isinstance(value, dict) else str(value)
 
 
 def label(overrides: Mapping[str, Any]) -> str:

@@ -92,7 +92,8 @@ def load_sweep(target: str | None, words: list[str], runs: Path, site: str = "lo
         asked = dataclasses.replace(asked, base={"site": site, **asked.base})
     points = _points(asked, runs)
     axes = {
-        name: tuple(dict.fromkeys(point.overrides[name] for point in points))
+        # By their spelling: a template's variables have no hash.
+        name: tuple({repr(p.overrides[name]): p.overrides[name] for p in points}.values())
         for name in points[0].overrides
         if name != "seed"
     }
