@@ -17,9 +17,11 @@ from stillhouse.spec import SiteSpec, TrainSpec, to_plain
 from stillhouse.sweep import roster
 from stillhouse.sweep.grid import Sweep, load_sweep
 from stillhouse.sweep.ground import Ground, Here
+from stillhouse.sweep.kube import paths
 from stillhouse.sweep.kube.away import Away
 from stillhouse.sweep.roster import Roster, Row, roster_of
 from stillhouse.sweep.site import CLUSTER, away_words, site_of
+from stillhouse.sweep.unasked import Unasked
 
 DEFAULT_RUNS = Path("runs")
 BACKENDS = ("local", "cluster")
@@ -76,6 +78,16 @@ class Call:
         """
         return self._sweep
 
+    def asked(self) -> Sweep:
+        """The same sweep, as somebody who starts it has to have it.
+
+        Raises:
+            ConfigError: as `sweep`; in a cluster, a path that no pod would have.
+        """
+        if self.backend == CLUSTER:
+            paths.refuse(point.spec for point in self.sweep().points)
+        return self.sweep()
+
     @functools.cached_property
     def site(self) -> SiteSpec:
         """Where to look: what the sweep file or the words say, or else conf/site/cluster.yaml."""
@@ -89,6 +101,14 @@ class Call:
             ConfigError: there is no way to the cluster.
         """
         return Away(self.site, self.runs) if self.backend == CLUSTER else Here(self.runs)
+
+    @functools.cached_property
+    def view(self) -> Ground:
+        """The place that is asked, or what is known of it where it cannot be."""
+        try:
+            return self.ground
+        except ConfigError as error:
+            return Unasked(self.site, self.runs, str(error))
 
     @property
     def away(self) -> Away:

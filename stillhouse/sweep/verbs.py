@@ -27,6 +27,7 @@ from stillhouse.sweep.ground import Ground
 from stillhouse.sweep.plan import STATES, Observation
 from stillhouse.sweep.roster import Roster, roster_of
 from stillhouse.sweep.site import CLUSTER
+from stillhouse.sweep.unasked import Unasked
 from stillhouse.sweep.verdicts import verdict_lines, verdicts
 from stillhouse.words import duration
 
@@ -52,8 +53,9 @@ WAYS_OUT = (
 
 def plan(call: Call) -> int:
     """Say how many points are in which state, by axis, how they train and what that would cost."""
-    ground = call.ground
-    sweep = ground.pinned(call.sweep())
+    sweep = call.asked()
+    ground = call.view
+    sweep = ground.pinned(sweep)
     rows = roster.narrowed(roster_of(sweep), call.points)
     observations = ground.observe(rows, minds_code=True)
     points = _only(sweep, rows).points
@@ -62,8 +64,10 @@ def plan(call: Call) -> int:
         more = {
             "methods": listing.methods(points),
             "preflight": verdicts(_only(sweep, rows), call.runs),
+            "unasked": ground.why if isinstance(ground, Unasked) else None,
         }
         return _print_json(listing.as_json(rows, observations) | more)
+    _print(ground.remarks(None) if isinstance(ground, Unasked) else ())
     print(listing.headline(rows, observations))
     if sweep.question:
         print(f"  {sweep.question}")
@@ -88,8 +92,9 @@ def render(call: Call) -> int:
     from stillhouse.sweep.kube.manifest import image_problem
     from stillhouse.sweep.kube.rendering import manifests
 
-    recorded = roster.recorded_commits(call.runs, call.sweep().name)
-    sweep = commits.pinned(call.sweep(), recorded, commits.unasked)
+    sweep = call.asked()
+    recorded = roster.recorded_commits(call.runs, sweep.name)
+    sweep = commits.pinned(sweep, recorded, commits.unasked)
     rows = roster.narrowed(roster_of(sweep), call.points)
     problem = image_problem(sweep.site)
     if problem:
@@ -117,8 +122,9 @@ def run(call: Call, backend_for: Callable[[Sweep, Roster], Backend] | None = Non
 
 
 def _run(call: Call, backend_for: Callable[[Sweep, Roster], Backend] | None) -> int:
+    sweep = call.asked()
     ground = call.ground
-    sweep = ground.pinned(call.sweep(), begins=True)
+    sweep = ground.pinned(sweep, begins=True)
     rows = roster.narrowed(roster_of(sweep), call.points)
     observations = ground.observe(rows, minds_code=True)
     anew = [id_ for id_, seen in observations.items() if seen.must_begin_anew]

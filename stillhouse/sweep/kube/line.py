@@ -28,6 +28,7 @@ from stillhouse.errors import ConfigError
 from stillhouse.spec import EvalSpec, SiteSpec, TrainSpec
 from stillhouse.sweep.asked import label
 from stillhouse.sweep.grid import NAME, load_sweep
+from stillhouse.sweep.kube import paths
 from stillhouse.sweep.kube.bundle import Bundle, bundle
 from stillhouse.sweep.kube.manifest import render, to_yaml
 from stillhouse.sweep.kube.steps import (
@@ -115,8 +116,11 @@ def read(kind: Kind, name: str | None, words: Sequence[str], options: Sequence[s
             f"{door}: {name!r}: letters, digits, dot, dash and underscore make a name"
         )
     if kind == "preflight":
-        return _preflight(name, list(words), options)
-    return (_train if kind == "train" else _eval)(name, list(words))
+        line = _preflight(name, list(words), options)
+    else:
+        line = (_train if kind == "train" else _eval)(name, list(words))
+    paths.refuse([line.spec])
+    return line
 
 
 def _train(name: str, words: list[str]) -> Line:
