@@ -25,6 +25,7 @@ VERBS = {
     "cancel": "ask what runs to save and end; the next run goes on from there",
     "collect": "bring the results of a sweep home from a cluster's volume",
     "report": "write the report of a sweep, and print its table",
+    "push": "put a model's directory, rows or tasks of this machine on a cluster's cache volume",
     "doctor": "check a cluster's namespace against all that a sweep needs",
 }
 # Doors of one run each: not verbs, because what stands behind them is no sweep.
@@ -42,11 +43,11 @@ MORE = {
     " loss and this number of steps",
 }
 CRASHED = 70  # a driver's pod that ends with Python's own 1 would look done, and stay away
-CLUSTER_VERBS = ("render", "collect", "doctor")  # they have no meaning on this machine
+CLUSTER_VERBS = ("render", "collect", "push", "doctor")  # they have no meaning on this machine
 USAGE = "stillhouse VERB [TARGET] [OVERRIDES ...] [--point P] [--backend B] [--runs DIR] [--json]"
 HELP = """\
 TARGET     a sweep file; for status, logs, retry, cancel, collect and report also a sweep's name,
-           a run's name or the first digits of an id
+           a run's name or the first digits of an id; for push a path
 OVERRIDES  change the file's base and axes, or are the whole grid where there is no file; as
            lmbda=0,0.5,1 or --learning-rate 5e-6, any knob or group of conf/
 """
@@ -59,6 +60,7 @@ examples:
   stillhouse report quickstart
   stillhouse run sweeps/lmbda_beta.yaml --backend cluster --detach
   stillhouse retry lmbda_beta --where 'learning_rate > 1e-5' --cause oom --backend cluster
+  stillhouse push models/small
   k8s/train.sh lmbda0_lr5e6 --lmbda 0 --learning-rate 5e-6
 
 exit codes: 0 all asked for is so, 1 some points failed or stopped, 42 a mistake in what was asked,
@@ -148,6 +150,7 @@ def _do(verb: str, words: list[str]) -> int:
         where=getattr(options, "where", None),
         cause=getattr(options, "cause", None),
         adapters=getattr(options, "adapters", False),
+        is_sure=getattr(options, "yes", False),
     )
     return _report(call) if verb == "report" else getattr(verbs, verb)(call)
 
@@ -229,6 +232,8 @@ def _parser(verb: str) -> Parser:
     if verb == "status":
         add("--all", action="store_true", help="every point, done and new ones too")
         add("--cost", action="store_true", help="what was spent, and on what")
+    if verb == "push":
+        add("--yes", action="store_true", help="also what is too large for an API server")
     if verb == "collect":
         add("--adapters", action="store_true", help="the adapters' weights, too")
     return parser

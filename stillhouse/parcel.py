@@ -100,6 +100,11 @@ def _sent() -> Path:
     return Path(tempfile.gettempdir()) / "stillhouse-sent"
 
 
+def say_used() -> None:
+    """Let whoever holds a pod see that somebody needs it."""
+    _sent().touch()
+
+
 def send(request: Json, out: io.BufferedIOBase) -> int:
     """Write what a request asks for; 0."""
     runs, patterns, have = Path(request["runs"]), request["files"], request.get("have", {})
@@ -111,7 +116,7 @@ def send(request: Json, out: io.BufferedIOBase) -> int:
         tarfile.open(fileobj=cast("Any", zipped), mode="w|") as tar,
     ):
         for name in request["directories"]:
-            _sent().touch()
+            say_used()
             if not (runs / name).is_dir():
                 missing.append(name)
             elif name in have and have[name] == state(runs / name, patterns):

@@ -6,7 +6,9 @@
     train eval prepare preflight drive
                                starts train.py, eval.py or `python -m stillhouse` with these words
     collect -- SECONDS         parcel.py: waits until nobody has sent for so long, or a SIGTERM
+    push -- SECONDS            the same, with the cache in place of the runs
     send -- REQUEST            parcel.py, by `exec` in a collect pod: files of runs to stdout
+    take -- REQUEST            intake.py, by `exec` in a push pod: files from stdin to the cache
 
 It passes SIGTERM and SIGINT on, buries orphans, copies the output to stdout and to FILE, and says
 how it ended by its exit code (`verdict`) and by one JSON object in the termination message:
@@ -62,7 +64,9 @@ COMMANDS = {
     "preflight": "-m stillhouse preflight",
     "drive": "-m stillhouse",
     "collect": "-m stillhouse.parcel hold",
+    "push": "-m stillhouse.parcel hold",
     "send": "-m stillhouse.parcel send",
+    "take": "-m stillhouse.intake",
 }
 MISTAKE, OUT_OF_MEMORY, AGAIN = 42, 44, 85
 FINAL = (42, 43, 44, 46)  # never retried, so what one rank says of it counts for all
@@ -85,9 +89,9 @@ class Parser(argparse.ArgumentParser):
 
 def main(argv: list[str]) -> int:
     """The exit code of a pod with these words; its termination message is written."""
-    if argv[:1] == ["send"]:  # what it writes is a stream for somebody, and no pod ends with it
+    if argv[:1] in (["send"], ["take"]):  # a stream for somebody, and no pod ends with it
         os.chdir(CODE if CODE.exists() else _installed())
-        words = command("send", argv[argv.index("--") + 1 :], 1)
+        words = command(argv[0], argv[argv.index("--") + 1 :], 1)
         os.execv(words[0], words)
     output = Output()
     try:

@@ -8,11 +8,13 @@ same checks on this and on a real server. What goes wrong on the way is said by 
 from __future__ import annotations
 
 import base64
+import contextlib
 import hashlib
 import json
+import socket
 import struct
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from time import monotonic
 from typing import Any
@@ -27,7 +29,9 @@ from wire import Door, HungUp, Reply, Request, status_body
 
 VERBS = {"GET": "get", "POST": "create", "PUT": "update", "PATCH": "patch", "DELETE": "delete"}
 WEBSOCKET = "258EAFA5-E914-47DA-95CA-C5AB0DC85B11"  # RFC 6455's constant
-Exec = Callable[[str, list[str]], tuple[Iterable[bytes], bytes, int]]
+Ended = tuple[Iterable[bytes], bytes, int]  # stdout, stderr, exit code
+Exec = Callable[[str, list[str]], Ended]
+Take = Callable[[str, list[str], Iterator[bytes]], Ended]  # with what comes on stdin
 
 
 class FakeApi(Hands):
@@ -45,6 +49,7 @@ class FakeApi(Hands):
         ] = {}  # LocalQueue -> names of Workloads that wait, in order
         self.logs: dict[str, bytes] = {}
         self.execs: Exec = lambda pod, command: ((), b"no such command", 127)
+        self.takes: Take = lambda pod, command, stdin: ((), b"no such command", 127)
         self._token = 1
         self._denied: set[tuple[str, str, str]] = set()
         self._created: Counter[tuple[str, str]] = Counter()
@@ -371,7 +376,6 @@ class FakeApi(Hands):
             raise Refused(400, "BadRequest", said)
         words = parse_qsl(urlsplit(request.target).query, keep_blank_values=True)
         command = [value for key, value in words if key == "command"]
-        stdout, stderr, code = self.execs(pod, command)
         key = request.headers["sec-websocket-key"] + WEBSOCKET
         accept = base64.b64encode(hashlib.sha1(key.encode()).digest()).decode()
         asked = request.headers.get("sec-websocket-protocol", "").split(",")[0].strip()
@@ -379,6 +383,10 @@ class FakeApi(Hands):
             "HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
             f"Sec-WebSocket-Accept: {accept}\r\nSec-WebSocket-Protocol: {asked}\r\n\r\n".encode()
         )
+        if ("stdin", "true") in words:
+            stdout, stderr, code = self.takes(pod, command, _stdin(reply.connection))
+        else:
+            stdout, stderr, code = self.execs(pod, command)
         for chunk in stdout:
             reply.raw(_frame(b"\x01" + chunk))
         if stderr:
@@ -386,6 +394,32 @@ class FakeApi(Hands):
         reply.raw(_frame(b"\x03" + _exit_status(code)))
         reply.raw(_frame(struct.pack(">H", 1000), opcode=8))
         raise HungUp
+
+
+def _stdin(connection: socket.socket) -> Iterator[bytes]:
+    """What a client sends on channel 0, a frame at a time, until it closes or goes."""
+
+    def read(size: int) -> bytes:
+        data = bytearray()
+        while len(data) < size:
+            piece = connection.recv(size - len(data))
+            if not piece:
+                raise EOFError
+            data += piece
+        return bytes(data)
+
+    with contextlib.suppress(EOFError, OSError):
+        while True:
+            opcode, size = read(1)[0] & 15, read(1)[0] & 127
+            if size > 125:
+                size = int.from_bytes(read(2 if size == 126 else 8), "big")
+            mask = int.from_bytes(read(4) * (-(-size // 4)), "big")
+            padded = read(size) + bytes(-size % 4)
+            plain = (int.from_bytes(padded, "big") ^ mask).to_bytes(len(padded), "big")[:size]
+            if opcode == 8:
+                return
+            if opcode == 2 and plain[:1] == b"\0":
+                yield plain[1:]
 
 
 def _exit_status(code: int) -> bytes:

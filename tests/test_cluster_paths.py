@@ -54,7 +54,7 @@ def say(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
     [
         ("student=models/small", ("teacher=org/large",)),
         ("teacher=./models/large", ("student=org/small",)),
-        ("student=/home/ada/small", ("teacher=org/large",)),
+        ("student=/srv/ada/small", ("teacher=org/large",)),
         ("teacher=../large", ("student=org/small",)),
         ("data_path=rows.jsonl", (*PAIR, "data=local")),
         ("other_file=rows.jsonl", ("pair=tiny", "other_prompts=0.5")),
@@ -83,7 +83,7 @@ def test_what_was_pushed_and_what_is_on_the_hub_passes(verb: str, say: Callable[
 
 
 def test_this_machine_takes_any_path(say: Callable[..., str]) -> None:
-    assert "1 new" in say("plan", "student=/home/ada/small", "teacher=org/large")
+    assert "1 new" in say("plan", "student=/srv/ada/small", "teacher=org/large")
 
 
 @pytest.mark.parametrize(
@@ -114,7 +114,7 @@ def test_adapters_of_a_line_are_runs_or_lie_on_a_volume(say: Callable[..., str])
     line = ("eval", "scores", "--pair", "tiny", "--dry-run", *SITE, "--lora-paths")
     assert "kind: Job" in say(*line, "dump/mine")
     assert "kind: Job" in say(*line, "/cache/pushed/adapter-0123456789ab")
-    assert "lora_paths=/home/ada/adapter" in say(*line, "/home/ada/adapter", code=42)
+    assert "lora_paths=/srv/ada/adapter" in say(*line, "/srv/ada/adapter", code=42)
 
 
 # ---------------------------------------------------------------------- without a cluster

@@ -46,6 +46,7 @@ from stillhouse.sweep.kube.steps import (
     eval_step,
     preflight_step,
     prepare_step,
+    push_step,
     refuse_collisions,
     train_step,
 )
@@ -188,7 +189,7 @@ def test_the_checklist_looks_into_the_container(change: Json, said: str):
 
 
 PREFLIGHT = Overrides({"pair": "tiny"}, {"loss.beta": 0})
-KINDS = ("train", "train_8gpu", "prepare", "eval", "preflight", "drive", "collect", "kueue")
+KINDS = ("train", "train_8gpu", "prepare", "eval", "preflight", "drive", "collect", "push", "kueue")
 
 
 @functools.cache
@@ -207,6 +208,7 @@ def golden_steps() -> dict[str, tuple[Step, SiteSpec]]:
         "preflight": (preflight_step("tiny", PREFLIGHT, ["--prompts=64"]), sweep.site),
         "drive": (drive_step(file, b"grid: {}\n", ["--point=a"]), sweep.site),
         "collect": (collect_step("first", "a laptop"), sweep.site),
+        "push": (push_step("small", "a laptop"), sweep.site),
         "kueue": (train_step(lab.points[0], lab), lab.site),
     }
 
@@ -458,7 +460,7 @@ def test_a_driver_and_a_collector_do_not_wait_in_the_queue():
         assert job["spec"]["suspend"] is True
         assert job["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == "stillhouse"
         assert job["metadata"]["labels"]["kueue.x-k8s.io/priority-class"] == "low"
-    for step in (drive_step(sweep, None), collect_step("x", "y")):
+    for step in (drive_step(sweep, None), collect_step("x", "y"), push_step("x", "y")):
         job = rendered(step, sweep.site)
         assert "suspend" not in job["spec"]
         assert not [key for key in job["metadata"]["labels"] if "kueue" in key]
@@ -468,6 +470,9 @@ def test_a_collector_reads_and_a_driver_alone_has_a_token():
     point, sweep = tiny()
     mounts = container(rendered(collect_step("x", "y"), sweep.site))["volumeMounts"]
     assert {"name": "runs", "mountPath": "/runs", "readOnly": True} in mounts
+    mounts = container(rendered(push_step("x", "y"), sweep.site))["volumeMounts"]
+    assert {"name": "cache", "mountPath": "/cache"} in mounts
+    assert "/runs" not in {mount["mountPath"] for mount in mounts}
     for step in (train_step(point, sweep), drive_step(sweep, None), collect_step("x", "y")):
         pod = rendered(step, sweep.site)["spec"]["template"]["spec"]
         drives = step.kind == "drive"

@@ -45,6 +45,7 @@ class Call:
     where: str | None = None
     cause: str | None = None
     adapters: bool = False
+    is_sure: bool = False
 
     def __post_init__(self) -> None:
         if self.backend not in BACKENDS:
@@ -92,6 +93,11 @@ class Call:
     def site(self) -> SiteSpec:
         """Where to look: what the sweep file or the words say, or else conf/site/cluster.yaml."""
         return self.sweep().site if self.is_file else site_of(_of_site_only(self))
+
+    @property
+    def only_site(self) -> SiteSpec:
+        """Where to look, where the target says nothing of it."""
+        return site_of(_of_site_only(self))
 
     @functools.cached_property
     def ground(self) -> Ground:

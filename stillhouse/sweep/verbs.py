@@ -25,6 +25,7 @@ from stillhouse.sweep.drive import SOME_FAILED, Backend, Drive
 from stillhouse.sweep.grid import Point, Sweep
 from stillhouse.sweep.ground import Ground
 from stillhouse.sweep.plan import STATES, Observation
+from stillhouse.sweep.pushing import push
 from stillhouse.sweep.roster import Roster, roster_of
 from stillhouse.sweep.site import CLUSTER
 from stillhouse.sweep.unasked import Unasked
@@ -38,6 +39,7 @@ __all__ = [
     "doctor",
     "logs",
     "plan",
+    "push",
     "render",
     "retry",
     "run",

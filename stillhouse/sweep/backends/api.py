@@ -13,7 +13,7 @@ import math
 import random
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 from urllib.parse import urlencode
@@ -217,7 +217,9 @@ class Cluster:
         with self._stream(replace(ask, read_s=None) if follow else ask) as pieces:
             yield from pieces
 
-    def exec(self, pod: str, command: list[str]) -> Iterator[bytes]:
+    def exec(
+        self, pod: str, command: list[str], stdin: Iterable[bytes] | None = None
+    ) -> Iterator[bytes]:
         """What a command in a pod writes to stdout, in pieces as they come. Never tried twice.
 
         Raises:
@@ -226,7 +228,8 @@ class Cluster:
         """
         with self._lock:
             self.requests += 1
-        yield from run(self._login, self._streams, self.path("pods", pod, "exec"), command)
+        path = self.path("pods", pod, "exec")
+        yield from run(self._login, self._streams, path, command, stdin)
 
     def close(self) -> None:
         """Set `stop` and end every open stream, whoever reads it."""

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import select
+from collections.abc import Iterable, Iterator
 from typing import Any
 from urllib.parse import urlencode
 
 from stillhouse.sweep.backends.answers import PIECE, ApiError, Streams, in_words, refusal
 from stillhouse.sweep.backends.login import Login
 
-OUTPUT, ERRORS, END, CLOSED = 1, 2, 3, 255  # its stdin, 0, is left alone
+INPUT, OUTPUT, ERRORS, END, CLOSED = 0, 1, 2, 3, 255
 SILENCE_S = 600.0  # a command that says nothing for so long is given up
 
 
@@ -22,8 +23,16 @@ class CommandFailed(ApiError):
         self.exit_code = exit_code
 
 
-def run(login: Login, streams: Streams, path: str, command: list[str]) -> Iterator[bytes]:
+def run(
+    login: Login,
+    streams: Streams,
+    path: str,
+    command: list[str],
+    stdin: Iterable[bytes] | None = None,
+) -> Iterator[bytes]:
     """What the command writes to stdout, in pieces as they come.
+
+    `stdin`: pieces of what it reads. That they are all is not said to it: not every server can.
 
     Raises:
         CommandFailed: it ended with another code than 0, or was never started.
@@ -32,10 +41,10 @@ def run(login: Login, streams: Streams, path: str, command: list[str]) -> Iterat
     from websocket import WebSocketException
 
     errors = end = b""
-    socket = _open(login, path, command)
+    socket = _open(login, path, command, stdin is not None)
     try:
         with streams.kept(socket):
-            for channel, data in _frames(socket):
+            for channel, data in _frames(socket, stdin or ()):
                 if channel == OUTPUT:
                     yield data
                 elif channel == ERRORS:
@@ -49,10 +58,11 @@ def run(login: Login, streams: Streams, path: str, command: list[str]) -> Iterat
     _check(end, errors)
 
 
-def _open(login: Login, path: str, command: list[str]) -> Any:
+def _open(login: Login, path: str, command: list[str], has_stdin: bool) -> Any:
     from websocket import WebSocketBadStatusException, WebSocketException
 
-    words = [("stdout", "true"), ("stderr", "true"), *(("command", word) for word in command)]
+    streams = ["stdin"] * has_stdin + ["stdout", "stderr"]
+    words = [*((name, "true") for name in streams), *(("command", word) for word in command)]
     url = f"{login.server.replace('http', 'ws', 1)}{path}?{urlencode(words)}"
     try:
         socket = login.open_socket(login.configuration, url, login.headers())
@@ -64,17 +74,35 @@ def _open(login: Login, path: str, command: list[str]) -> Any:
     return socket
 
 
-def _frames(socket: Any) -> Iterator[tuple[int, bytes]]:
-    """(channel, data) of a command's WebSocket, until the other side closes it."""
+def _frames(socket: Any, stdin: Iterable[bytes]) -> Iterator[tuple[int, bytes]]:
+    """(channel, data) of a command's WebSocket, until the other side closes it.
+
+    What it says comes before what it is still to read: a command that failed reads no more.
+    """
     from websocket import ABNF
 
+    pieces = iter(stdin)
+    is_sending = True
     while True:
+        if is_sending and not _has_news(socket):
+            piece = next(pieces, None)
+            is_sending = piece is not None
+            if piece is not None:
+                socket.send_binary(bytes([INPUT]) + piece)
+            continue
         kind, frame = socket.recv_data_frame(True)
         if kind == ABNF.OPCODE_CLOSE:
             return
         is_data = kind in (ABNF.OPCODE_BINARY, ABNF.OPCODE_TEXT) and len(frame.data) > 1
         if is_data and frame.data[0] != CLOSED:
+            is_sending = is_sending and frame.data[0] != END
             yield frame.data[0], frame.data[1:]
+
+
+def _has_news(socket: Any) -> bool:
+    poll = select.poll()
+    poll.register(socket.sock, select.POLLIN)
+    return bool(poll.poll(0))
 
 
 def _check(end: bytes, errors: bytes) -> None:

@@ -175,7 +175,7 @@ LINES: tuple[Line, ...] = (
     Line(
         "--log below /runs",
         "when the pod is gone, the volume has the only log",
-        lambda job: job.kind == "collect" or job.options["log"].startswith("/runs/"),
+        lambda job: job.kind in ("collect", "push") or job.options["log"].startswith("/runs/"),
     ),
     Line(
         "terminationMessagePolicy FallbackToLogsOnError",

@@ -148,7 +148,7 @@ def labels_its_pods(job: Job) -> bool:
 
 def says_its_words(job: Job) -> bool:
     told = shlex.split(job.told["stillhouse/words"])
-    places = job.kind == "collect" or {"runs=/runs", "cache_dir=/cache"} <= {*told}
+    places = job.kind in ("collect", "push") or {"runs=/runs", "cache_dir=/cache"} <= {*told}
     size = sum(len(key) + len(text.encode()) for key, text in job.told.items())
     return told == job.words and places and size < ANNOTATIONS_BYTES
 

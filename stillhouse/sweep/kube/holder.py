@@ -1,42 +1,55 @@
-"""This file is where a pod gets the volume of runs, so that files of it can be asked for by `exec`.
+"""This file is where a pod gets a volume, so that files go out of it or into it by `exec`.
 
-It is a Job that waits, takes no device and writes nothing; it is deleted when the asking ends, and
-ends by itself where nobody could (`steps.COLLECT_S`).
+It is a Job that waits and takes no device; it is deleted when all is asked, and ends by itself
+where nobody could (`steps.COLLECT_S`).
 """
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import socket
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from types import TracebackType
 
-from stillhouse.errors import ConfigError, Interrupted
+from stillhouse.errors import MISTAKE, ConfigError, Interrupted
 from stillhouse.parcel import pack, receive
 from stillhouse.rundir import Json
 from stillhouse.spec import SiteSpec
-from stillhouse.sweep.backends.cluster import ApiError, Cluster
+from stillhouse.sweep.backends.cluster import ApiError, Cluster, CommandFailed
 from stillhouse.sweep.kube.bundle import bundle
 from stillhouse.sweep.kube.manifest import image_problem, render, to_yaml
 from stillhouse.sweep.kube.reasons import by_age, how_it_failed, why_waiting
-from stillhouse.sweep.kube.steps import RUNS, collect_step
+from stillhouse.sweep.kube.steps import RUNS, Step, collect_step
 from stillhouse.sweep.kube.views import Note, PodView, job_view, note, pod_view
 
 TRIES = 4  # of one request in a row
 HOPELESS_S = 30.0  # what waiting does not mend may be a kubelet's first try, and pass
+MOST_ANSWER = 64 << 20  # bytes of what a pod says about files that are brought to it
 LOOK_S = 5.0  # how often a pod that does not start is looked at, without news of it
 
 Say = Callable[[str], None]
 
 
 class Holder:
-    """A Job whose pod has the volume of runs, for as long as this block lasts."""
+    """A Job whose pod has a volume, for as long as this block lasts.
 
-    def __init__(self, cluster: Cluster, site: SiteSpec, sweep: str, say: Say) -> None:
-        self.cluster, self.site, self.sweep, self.say = cluster, site, sweep, say
+    `about`: what it is for, a sweep's name for example; `step`: says which volume that is.
+    """
+
+    def __init__(
+        self,
+        cluster: Cluster,
+        site: SiteSpec,
+        about: str,
+        say: Say,
+        step: Callable[[str, str], Step] = collect_step,
+    ) -> None:
+        self.cluster, self.site, self.about, self.say = cluster, site, about, say
+        self._step = step
         self._name = ""  # of the Job; '' while there is none
         self._count = 0
 
@@ -54,7 +67,9 @@ class Holder:
     ) -> None:
         self._remove()
         if isinstance(error, KeyboardInterrupt):
-            raise Interrupted("asked to stop; what came stays, the same command goes on") from error
+            raise Interrupted(
+                "asked to stop; what has come stays, the same command goes on"
+            ) from error
         if isinstance(error, ApiError) and error.status == 403:
             raise ConfigError(
                 f"{error.message}. The Roles stillhouse-launcher and stillhouse-collector of"
@@ -81,6 +96,26 @@ class Holder:
                 self.cluster.stop.wait(self.cluster.first_delay_s * 4**turn)
         raise AssertionError("the last turn returns or raises")
 
+    def tell(self, request: Json, stdin: Iterable[bytes]) -> Json:
+        """What the pod answers to a request of `intake` and what it reads. Never tried twice.
+
+        Raises:
+            ConfigError: it refuses, in its own words.
+            ValueError, ApiError: its answer, or the connection to it, broke.
+        """
+        command = ["python", "/bundle/pod.py", "take", "--", pack(request)]
+        said = bytearray()
+        try:
+            for piece in self.cluster.exec(self._pod(), command, stdin):
+                said += piece
+                if len(said) > MOST_ANSWER:
+                    raise ValueError(f"the pod answers with more than {MOST_ANSWER >> 20} MiB")
+        except CommandFailed as error:
+            if error.exit_code != MISTAKE:
+                raise
+            raise ConfigError(error.message.removeprefix("ConfigError: ")) from error
+        return json.loads(said)
+
     def _pod(self) -> str:
         """The name of a pod that runs; waits for it.
 
@@ -99,18 +134,18 @@ class Holder:
                 continue
             if job.state == "failed":
                 cause = how_it_failed(job, pods).cause
-                raise ConfigError(f"the pod that was to send the files ended: {cause}")
+                raise ConfigError(f"the pod that was to have the volume ended: {cause}")
             reason = why_waiting(job, pods, None, self._notes(pods))
             now = time.monotonic()
             hopeful = hopeful if reason.cannot_start else now
             left = min(began + self.site.patience_s, hopeful + HOPELESS_S) - now
             if left <= 0:
                 raise ConfigError(
-                    f"the pod that is to send the files does not start: {reason.words}"
+                    f"the pod that is to have the volume does not start: {reason.words}"
                 )
             if reason.words != said:
                 said = reason.words
-                self.say(f"waiting for a pod that has the runs: {said}")
+                self.say(f"waiting for a pod that has the volume: {said}")
             # Any news of a pod will do: the next turn reads what it is.
             next(self.cluster.watch("pods", self._selector, version, min(LOOK_S, left)), None)
 
@@ -125,7 +160,7 @@ class Holder:
         code = bundle()
         self._create("configmaps", code.manifest)
         key = f"{socket.gethostname()} {os.getpid()} {time.time_ns()} {self._count}"
-        step = collect_step(self.sweep, key)
+        step = self._step(self.about, key)
         self._name = step.name
         self._create("jobs", to_yaml(render(step, self.site, code.key)))
         return self._found_job()

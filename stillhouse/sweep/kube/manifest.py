@@ -47,6 +47,7 @@ VOLUMES: dict[Kind, tuple[str, ...]] = {
     "preflight": ("runs", "cache", "tmp", "home", "shm"),
     "drive": ("runs", "tmp", "home"),
     "collect": ("runs", "tmp", "home"),
+    "push": ("cache", "tmp", "home"),
 }
 OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
 # The launcher's own pods: some tens of MB for a sweep, and mostly waiting.
@@ -54,6 +55,7 @@ LAUNCHER_CPU, LAUNCHER_MEMORY_GIB = 0.25, 1.0
 SOME_FAILED = 1  # how `run` ends where some points failed
 DRIVE_DEADLINE_S = 60 * 86_400  # a sweep lasts as long as its queue
 COLLECT_DEADLINE_S = 6 * 3_600
+PUSH_DEADLINE_S = 24 * 3_600  # a laptop's line is slow
 
 
 def k8s_dir() -> Path:
@@ -95,6 +97,7 @@ def render(step: Step, site: SiteSpec, code: str) -> Json:
     spec["activeDeadlineSeconds"] = {
         "drive": DRIVE_DEADLINE_S,
         "collect": COLLECT_DEADLINE_S,
+        "push": PUSH_DEADLINE_S,
     }.get(step.kind, site.deadline_s)
     if step.kind == "drive":
         never = spec["podFailurePolicy"]["rules"][-1]["onExitCodes"]["values"]

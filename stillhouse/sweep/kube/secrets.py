@@ -33,6 +33,12 @@ KINDS: dict[str, str] = {  # what it is -> how it looks
 }
 _KINDS = {kind: re.compile(pattern) for kind, pattern in KINDS.items()}
 _ANY = re.compile("|".join(f"(?:{p.replace('(?i)', '')})" for p in KINDS.values()), re.IGNORECASE)
+_KEYS = {
+    kind: re.compile(pattern)
+    for kind, pattern in KINDS.items()
+    if kind not in ("a W&B key", "a password or token")
+} | {"a W&B key": re.compile(rf"{_START}wandb_v1_[A-Za-z0-9_]{{20,}}")}
+_ANY_KEY = re.compile("|".join(f"(?:{p.pattern})" for p in _KEYS.values()))
 # The singular: max_new_tokens counts them.
 _NAME = re.compile(
     r"(?i)(?:^|[_.-])(?:password|passwd|pwd|secret|token|credentials?"
@@ -54,6 +60,16 @@ def find(text: str, name: str = "") -> str | None:
         if pattern.search(text) and not is_commit:
             return kind
     return None
+
+
+def find_key(text: str) -> str | None:
+    """What kind of key stands in somebody's rows or settings, where `find` would see too many.
+
+    There, forty digits are a commit and `token: …` is a tokenizer's, or a sentence.
+    """
+    if _ANY_KEY.search(text) is None:
+        return None
+    return next((kind for kind, pattern in _KEYS.items() if pattern.search(text)), None)
 
 
 def refuse_words(words: Sequence[str], where: str) -> None:

@@ -47,7 +47,7 @@ from stillhouse.sweep.grid import Point, Sweep
 from stillhouse.sweep.plan import Action, groups_of
 from stillhouse.tasks import IN_BUNDLE
 
-Kind = Literal["prepare", "train", "eval", "preflight", "drive", "collect"]
+Kind = Literal["prepare", "train", "eval", "preflight", "drive", "collect", "push"]
 
 RUNS, CACHE, SWEEP = "/runs", "/cache", "/sweep"  # where a pod finds its volumes
 PLACES = (f"runs={RUNS}", f"cache_dir={CACHE}")
@@ -306,6 +306,12 @@ def collect_step(sweep: str, key: str, seconds: int = COLLECT_S) -> Step:
     content = digest(["collect", sweep, key])
     name = _name(f"collect-{sweep}", content)
     return Step("collect", name, content, (str(seconds),), 0, (), sweep=sweep)
+
+
+def push_step(name: str, key: str, seconds: int = COLLECT_S) -> Step:
+    """Hold the cache open for whoever brings something; `key` and `seconds` as a collector's."""
+    content = digest(["push", name, key])
+    return Step("push", _name(f"push-{name}", content), content, (str(seconds),), 0, ())
 
 
 def refuse_collisions(steps: Iterable[Step]) -> None:
