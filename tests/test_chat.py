@@ -16,7 +16,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from stillhouse.distill import problems, tiny
 from stillhouse.distill.chat import Chat, Skip, declared_stop_ids
 from stillhouse.distill.prompts import load_prompts
-from stillhouse.errors import ConfigError
+from stillhouse.errors import ConfigError, ContractError
 from tests.test_prompts import LOCAL, NOWHERE, lines
 
 CHATML = (
@@ -362,6 +362,9 @@ def test_where_a_sequence_ends_is_what_anybody_says(tmp_path: Path) -> None:
     gemma = {"model_type": "gemma3", "text_config": {"model_type": "gemma3_text"}}
     gemma["text_config"]["eos_token_id"] = 5
     assert 5 in ends({**gemma, "eos_token_id": 6}, None)
+    (tmp_path / "generation_config.json").write_text("{")
+    with pytest.raises(ContractError, match="cannot be loaded"):
+        declared_stop_ids(str(tmp_path), None)
     text = tokenizer(CHATML)
     assert Chat(text, data(), [9, 3]).stop_ids == sorted(
         {3, 9, text.eos_token_id, text.convert_tokens_to_ids("<|im_end|>")}

@@ -15,8 +15,11 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from stillhouse import doors, fits
+from stillhouse.compose import compose, from_command_line
 from stillhouse.distill import loading, tiny
+from stillhouse.distill.loaded import load
 from stillhouse.errors import ContractError
+from stillhouse.spec import TrainSpec
 
 SIZES: dict[str, Any] = {
     "vocab_size": 384, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 2,
@@ -68,6 +71,28 @@ def test_a_whole_model_is_loaded_as_it_was_saved(whole: Path) -> None:
     saved = load_file(whole / "model.safetensors")
     assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in saved.items())
     assert loading.tokenizer(whole).eos_token == "<eos>"
+
+
+def test_writing_ends_where_any_file_or_the_template_says(here: Path, tmp_path: Path) -> None:
+    say(here, eos_token_id=None)
+    (here / "generation_config.json").write_text('{"eos_token_id": [1, 7]}')
+    template = here / "chat_template.jinja"
+    template.write_text(template.read_text().replace("eos_token", "'<|user|>'"))
+    rows = [{"prompt": f"{n}+1?", "completion": f"{n + 1}"} for n in range(6)]
+    (tmp_path / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    line = [f"student={here}", f"teacher={here}", f"data_path={tmp_path / 'd.jsonl'}", "data=local"]
+    line += [
+        "quant=none",
+        "lora_r=1",
+        "held_out_rows=2",
+        "mixed_precision=no",
+        f"cache_dir={tmp_path}",
+    ]
+    spec = compose(from_command_line(line, TrainSpec), TrainSpec)
+    with tiny.no_bars():
+        loaded = load(spec, lambda: None)
+    assert loaded.roles.eos_ids == [1, 2, 7]
+    assert {loaded.prompts.train[i].completion_ids[-1] for i in range(4)} == {2}
 
 
 def test_weights_that_a_checkpoint_lacks_are_not_made_up(here: Path) -> None:

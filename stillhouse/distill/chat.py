@@ -8,12 +8,12 @@ behind an assistant's turn, and there a rollout stops too. No torch here: the to
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date, datetime, time
+from pathlib import Path
 from typing import Any
 
 from stillhouse.distill import loading
@@ -363,9 +363,9 @@ def declared_stop_ids(path: str, revision: str | None) -> list[int]:
     config = loading.config_of(path, revision)
     with loading.told(f"the config of {path}"):
         sources = [config, config.get_text_config()]
-    with contextlib.suppress(OSError):  # many models come without one
-        here = loading.files_of(path, revision)
-        sources.append(GenerationConfig.from_pretrained(here, local_files_only=True))
+        file = Path(loading.files_of(path, revision)) / "generation_config.json"
+        if file.is_file():  # many models come without one
+            sources.append(GenerationConfig.from_pretrained(file.parent))
     found: set[int] = set()
     for source in sources:
         ids = getattr(source, "eos_token_id", None)
