@@ -17,7 +17,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 
 DONE = 0
 MISTAKE = 42
@@ -88,7 +88,7 @@ def exit_code_of(action: Callable[[], int | None]) -> int:
 
 
 @contextlib.contextmanager
-def explained_imports() -> Iterator[None]:
+def explained_imports() -> Generator[None, None, None]:
     """Where a package cannot be imported in here, a sentence says so, and the process ends with 42.
 
     For train.py and eval.py, which people start with whatever Python comes first.

@@ -112,9 +112,11 @@ class PairSpec:
     @model_validator(mode="before")
     @classmethod
     def _is_of_two_and_has_a_name(cls, values: Any) -> Any:
-        if getattr(values, "args", None):
-            return values
-        kwargs = dict(values.kwargs if hasattr(values, "kwargs") else values)
+        given: Any = values.kwargs if hasattr(values, "kwargs") else values
+        kwargs = cast("dict[str, Any]", given or {})
+        said = (kwargs.get("pair_name", ""), kwargs.get("student"), kwargs.get("teacher"))
+        if None not in said[:1] and MISSING not in said:
+            return values  # as nearly always: 10,000 points are checked in seconds
         missing = [role for role in ("student", "teacher") if kwargs.get(role) == MISSING]
         if missing:
             raise ValueError(
@@ -122,9 +124,8 @@ class PairSpec:
                 " (directories or hub ids; one and the same with quant=int4 is a quantised student"
                 " of itself), any other is pair=NAME"
             )
-        if kwargs.get("pair_name", "") is None and isinstance(kwargs.get("student"), str):
-            kwargs["pair_name"] = _named_after(kwargs["student"])
-        return kwargs
+        is_text = isinstance(kwargs.get("student"), str)
+        return {**kwargs, "pair_name": _named_after(kwargs["student"])} if is_text else values
 
 
 def _named_after(student: str) -> str:
@@ -738,6 +739,9 @@ AS_BEFORE: dict[str, Any] = {
 # without them means.
 ADDED: dict[str, Any] = {"place.commits": {}, "place.sources": "same", "place.sweep": None}
 
+_BEFORE: dict[str, dict[str, Any]] = {}  # the same by section
+for _key, _value in AS_BEFORE.items():
+    _BEFORE.setdefault(_key.partition(".")[0], {})[_key.partition(".")[2]] = _value
 _TRAIN = TypeAdapter(TrainSpec)
 _SKIP_SECTIONS = frozenset(key for key in NOT_VERSIONED if "." not in key)
 _SKIP_LEAVES = [key.split(".") for key in NOT_VERSIONED if "." in key]
@@ -782,10 +786,11 @@ def as_before(section: str, leaves: dict[str, Any]) -> dict[str, Any]:
 
     Two sections are the same content where this is equal, whichever version wrote them down.
     """
+    before = _BEFORE.get(section)
+    if before is None:
+        return leaves
     return {
-        leaf: value
-        for leaf, value in leaves.items()
-        if (key := f"{section}.{leaf}") not in AS_BEFORE or value != AS_BEFORE[key]
+        leaf: value for leaf, value in leaves.items() if leaf not in before or value != before[leaf]
     }
 
 

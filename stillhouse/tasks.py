@@ -78,11 +78,11 @@ def completed(suite: Plain, where: str) -> Plain:
     if not isinstance(include, str) or (tasks is not None and not isinstance(tasks, list | tuple)):
         return suite  # whoever checks the types says so
     entries: list[Any] = [*cast("list[Any]", tasks or [])]
-    if all(map(_is_whole, entries)) and any(entry.get("content") for entry in entries):
+    if all(map(_is_whole, entries)) and any(map(_is_own, entries)):
         return suite
     own = read(include, where)
     done = [_completed(entry, own, Path(include), where) for entry in entries or own]
-    if not any(entry.get("content") for entry in done if isinstance(entry, dict)):
+    if not any(map(_is_own, done)):
         raise ConfigError(
             f"{where}: include_path {include} has none of the suite's tasks; it has"
             f" {', '.join(own)} (tasks=[{next(iter(own))}] asks one)"
@@ -95,11 +95,14 @@ def _is_whole(entry: Any) -> bool:
     return isinstance(entry, dict) and wanted <= {*cast("Plain", entry)}
 
 
+def _is_own(entry: Any) -> bool:
+    return isinstance(entry, dict) and cast("Plain", entry).get("content") is not None
+
+
 def _completed(entry: Any, own: Mapping[str, OwnTask], root: Path, where: str) -> Any:
-    entry = {"task": entry} if isinstance(entry, str) else entry
-    if not isinstance(entry, dict) or not isinstance(cast("Plain", entry).get("task"), str):
-        return entry
-    given = cast("Plain", entry)
+    given = cast("Plain", {"task": entry} if isinstance(entry, str) else entry)
+    if not isinstance(entry, dict | str) or not isinstance(given.get("task"), str):
+        return given
     asked = given["task"].removesuffix(REQUANTISED)
     task = own.get(asked)
     if task is None:
@@ -109,29 +112,44 @@ def _completed(entry: Any, own: Mapping[str, OwnTask], root: Path, where: str) -
                 f"{nearest(asked, own)}"
             )
         return given  # lm-eval's own, written in full
-    metric = {} if {"metric", "higher_is_better"} <= set(given) else _metric(task, where)
+    is_said = {"metric", "higher_is_better"} <= set(given)
+    metric = {} if is_said else _metric(task, given.get("metric"), where)
     content = {"num_fewshot": None, "content": task.digest(_expanded(str(root)))}
     return {**metric, **content, **given}
 
 
-def _metric(task: OwnTask, where: str) -> Plain:
-    """The first metric of a task's metric_list: the number that is quoted."""
-    listed = task.config.get("metric_list")
-    first: Any = listed[0] if isinstance(listed, list) and listed else None
-    name = first.get("metric") if isinstance(first, dict) else None
-    name = name.name if isinstance(name, Function) else name
-    if not isinstance(name, str):
+def _metric(task: OwnTask, wanted: Any, where: str) -> Plain:
+    """The number that is quoted: the wanted one of a task's metric_list, or its first."""
+    listed: Any = task.config.get("metric_list")
+    entries = cast("list[Any]", listed if isinstance(listed, list) else [])
+    metrics = [cast("Plain", entry) for entry in entries if isinstance(entry, dict)]
+    names = [_name_of(entry.get("metric")) for entry in metrics]
+    if wanted is not None and wanted not in names:
+        there = ", ".join(name for name in names if name)
+        raise ConfigError(
+            f"{where}: {task.yaml}: metric_list has no {wanted} ({there});"
+            " higher_is_better beside it says how another is read"
+        )
+    place = 0 if wanted is None else names.index(wanted)
+    name = names[place] if names else None
+    if name is None:
         raise ConfigError(
             f"{where}: {task.yaml}: metric_list does not name a metric; the first one of"
             " `metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]` is"
             " the number that is quoted"
         )
-    is_better = cast("Plain", first).get("higher_is_better")
+    is_better = metrics[place].get("higher_is_better")
     if not isinstance(is_better, bool):
         raise ConfigError(
             f"{where}: {task.yaml}: metric {name} does not say higher_is_better: true or false"
         )
     return {"metric": name, "higher_is_better": is_better}
+
+
+def _name_of(metric: Any) -> str | None:
+    """What lm-eval calls a metric: a function by its own name."""
+    name = metric.name if isinstance(metric, Function) else metric
+    return name if isinstance(name, str) else None
 
 
 # ---------------------------------------------------------------- files
@@ -229,9 +247,9 @@ def _config(
         raise ConfigError(f"{where}: {file}: includes itself")
     files.add(file)
     own = _parsed(file, where)
-    includes = own.pop("include", [])
+    includes: Any = own.pop("include", [])
     merged: Plain = {}
-    for include in includes if isinstance(includes, list) else [includes]:
+    for include in cast("list[Any]", includes if isinstance(includes, list) else [includes]):
         other = file.parent / str(include)
         if not other.is_file():
             raise ConfigError(f"{where}: {file}: include: {include}: no such file")
@@ -346,8 +364,9 @@ def _texts(value: Any) -> Iterator[str]:
     if isinstance(value, str):
         yield value
     elif isinstance(value, list | dict):
-        inner = cast("Plain", value).values() if isinstance(value, dict) else value
-        for one in cast("list[Any]", inner):
+        is_named = isinstance(value, dict)
+        named = [*cast("Plain", value).values()] if is_named else cast("list[Any]", value)
+        for one in named:
             yield from _texts(one)
 
 

@@ -67,6 +67,11 @@ def test_tasks_are_chosen_by_name_and_another_metric_in_full(folder: Path) -> No
     assert (other.metric, other.num_fewshot, other.content) == (
         "exact_match", 2, one.tasks[0].content,
     )  # fmt: skip
+    named = suite(f"include_path={folder}", "tasks=[{task: my_sums, metric: exact_match}]").tasks[0]
+    assert (named.metric, named.higher_is_better) == ("exact_match", True)
+    assert "metric_list has no nothing (digits, exact_match)" in refused(
+        folder, "tasks=[{task: my_sums, metric: nothing}]"
+    )
     theirs = "{task: arc_easy, metric: acc, num_fewshot: null, higher_is_better: true}"
     mixed = suite(f"include_path={folder}", f"tasks=[my_sums,{theirs}]").tasks
     assert [(t.task, bool(t.content)) for t in mixed] == [("my_sums", True), ("arc_easy", False)]

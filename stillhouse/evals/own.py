@@ -63,8 +63,9 @@ def blamed(suite: SuiteSpec, spec: TaskSpec) -> Iterator[None]:
         if spec.content is None:
             raise
         # lm-eval calls a metric that raised TypeError again, in another way, and raises that.
-        for one in (error, error.__context__):
-            where = _frame(one, suite.include_path) if one is not None else None
+        raised: list[BaseException | None] = [error, error.__context__]
+        for one in filter(None, raised):
+            where = _frame(one, suite.include_path)
             if where is not None:
                 raise ConfigError(f"task {spec.asks}: {_said(one)} in {where}") from error
         if isinstance(error, TemplateError):

@@ -160,14 +160,18 @@ def _with_eval(
     """A sweep's content with what the command line says of its evaluation, and tasks found."""
     block: Any = content.get("eval")
     if isinstance(block, dict) and isinstance(place := cast("Knobs", block).get(INCLUDE), str):
-        block = {**block, INCLUDE: str(Path(target or "").parent / Path(place).expanduser())}
+        block = {
+            **cast("Knobs", block),
+            INCLUDE: str(Path(target or "").parent / Path(place).expanduser()),
+        }
     typed = {key: value for key, value in launcher.items() if key != "seeds"}
     if typed or picks_suite:
-        before = ({"suite": None} if picks_suite else {}) if block is None else block
-        block = {**before, **typed} if isinstance(before, dict) else before
+        if block is None:
+            block = {"suite": None} if picks_suite else cast("Knobs", {})
+        block = {**cast("Knobs", block), **typed} if isinstance(block, dict) else block
     if isinstance(block, dict) and cast("Knobs", block).get(INCLUDE) is not None:
         suite = cast("Knobs", block).get("suite")
-        block = {**block, "suite": OWN_SUITE if suite in (None, OWN) else suite}
+        block = {**cast("Knobs", block), "suite": OWN_SUITE if suite in (None, OWN) else suite}
     return content if block is None else {**content, "eval": block}
 
 

@@ -369,7 +369,9 @@ def _subject(
     groups = {group: name for group, name in options.items() if name in options_of(group)}
     groups.setdefault("pair", OWN_PAIR)
     # Neither has a value of its own there, so without one it does not compose.
-    values = {"data.data_path": data.data_path} if data.data_source == "local" else {}
+    values: dict[str, Any] = {}
+    if data.data_source == "local":
+        values["data.data_path"] = data.data_path
     if groups["pair"] == OWN_PAIR:
         values |= {"pair.student": pair.student, "pair.teacher": pair.teacher}
     if suite is not None and suite.include_path is not None:
@@ -379,8 +381,9 @@ def _subject(
         for field in dataclasses.fields(want):
             value = getattr(want, field.name)
             if getattr(getattr(plain, section), field.name) != value:
-                is_tasks = suite is not None and value == suite.tasks
-                values[f"{section}.{field.name}"] = _tasks(suite) if is_tasks else value
+                if suite is not None and field.name == "tasks":
+                    value = _tasks(suite)
+                values[f"{section}.{field.name}"] = value
     words = tuple(as_command_line(Overrides(groups, values)))
     try:
         composed = _composed(words)
