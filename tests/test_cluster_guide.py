@@ -40,6 +40,8 @@ def test_every_verb_takes_its_words(line: str):
     _, rest = cli._parser(verb).parse_known_args(words)
     target, rest = cli._target(rest)
     compose(from_command_line([*rest, "site=cluster"], TrainSpec), TrainSpec)
+    if verb == "push":  # its path is a laptop's
+        return
     sweep = Path("sweeps") / Path(target or "quickstart").with_suffix(".yaml").name
     assert (ROOT / sweep).is_file()
 

@@ -18,7 +18,8 @@ from stillhouse.spec import EvalSpec, TrainSpec
 from tests.test_docs import BLOCK, commands
 
 PAGE = (Path(__file__).parent.parent / "docs" / "your-own.md").read_text()
-LINES = [line.removeprefix("uv run ") for line in commands(PAGE)]
+LAPTOP = PAGE.split("## On a cluster")[0]
+LINES = [line.removeprefix("uv run ") for line in commands(LAPTOP)]
 ON_A_CPU = "student_dtype=float32 teacher_dtype=float32 mixed_precision=no"
 CHEAP = ["max_steps=2", "max_new_tokens=4", "min_new_tokens=0", "threads=1", "sanity_max_nll=99"]
 CHEAP += ["per_device_train_batch_size=2", "overlap_bins=[[0,null]]", "held_out_rows=4"]
