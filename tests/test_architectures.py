@@ -14,7 +14,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from stillhouse.distill.head import Head, head_of, hidden_states
+from stillhouse.distill.head import Head, head_of, head_weight, hidden_states
 from stillhouse.distill.losses import distill_loss
 from stillhouse.distill.objectives import Jsd
 from stillhouse.errors import ContractError
@@ -76,6 +76,18 @@ def test_a_scale_that_no_config_names_is_found_to_the_last_digit() -> None:
     for scaling in (3.0, 7.7, 0.037):
         model = tiny(family("granite", sizes={"logits_scaling": scaling}))
         assert head_of(model).scale == pytest.approx(1 / scaling, rel=1e-7)
+
+
+def test_one_matrix_gives_the_logits_of_a_plain_or_scaled_head_and_no_other() -> None:
+    for kind in ("llama", "granite"):
+        model = tiny(family(kind))
+        with torch.no_grad():
+            states_NH = hidden_states(model, IDS, MASK)[MASK.bool()]
+            logits_NV = states_NH @ head_weight(model).T
+        assert torch.allclose(logits_NV, own_logits(model), rtol=0, atol=1e-5)
+    for kind, follows in (("gemma2", "a soft cap follows"), ("phi", "a bias follows")):
+        with pytest.raises(ContractError, match=follows):
+            head_weight(tiny(family(kind)))
 
 
 def test_a_cap_is_found_where_random_logits_lie_far_below_it() -> None:

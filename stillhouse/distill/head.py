@@ -113,6 +113,24 @@ def head_of(model: nn.Module) -> Head:
     return _head(causal_lm, _FORMS[causal_lm])
 
 
+def head_weight(model: nn.Module) -> Float[Tensor, "V H"]:
+    """The one matrix whose product with last hidden states is the model's logits, scale included.
+
+    For who wants to look at logits by hand; the loss takes a `Head`, which holds no second matrix.
+
+    Raises:
+        ContractError: as `head_of`; or there is no such matrix, since a bias or a cap follows.
+    """
+    head = head_of(model)
+    if head.bias_V is not None or head.cap is not None:
+        follows = "a bias" if head.cap is None else "a soft cap"
+        raise ContractError(
+            f"{type(_causal_lm(model)).__name__}: {follows} follows its matrix, so no matrix alone"
+            " gives its logits; use head_of(model).logits"
+        )
+    return head.weight_VH if head.scale == 1 else head.weight_VH * head.scale
+
+
 class _Form(NamedTuple):
     """All of a head but its parameters."""
 

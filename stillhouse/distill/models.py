@@ -26,7 +26,7 @@ from stillhouse.distill.adapters import (
     save_adapter,
     versions,
 )
-from stillhouse.distill.head import head_of, hidden_states
+from stillhouse.distill.head import head_of, head_weight, hidden_states
 from stillhouse.distill.pairs import PreparedPair, prepare
 from stillhouse.distill.quant import quantize_
 from stillhouse.errors import ContractError
@@ -38,6 +38,7 @@ __all__ = [
     "attach_adapter",
     "check_contract",
     "head_of",
+    "head_weight",
     "hidden_states",
     "load_base",
     "load_tokenizer",
