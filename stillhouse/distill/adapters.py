@@ -209,7 +209,8 @@ def _base_identity(prepared: PreparedPair) -> Json:
     return {
         "path": prepared.student,
         "revision": prepared.student_revision,
-        "digest": prepared.student_weights,
+        # Whoever prepared it without looking at the weights knows a place and a revision alone.
+        "digest": getattr(prepared, "student_weights", None),
     }
 
 
