@@ -300,7 +300,7 @@ def test_a_key_in_a_text_file_is_refused_and_not_shown(lab: Lab, push: Callable[
     push("models/small")  # weights are no text
 
 
-@pytest.mark.parametrize("path", ["nowhere", "empty", "odd"])
+@pytest.mark.parametrize("path", ["nowhere", "empty", "odd", "x" * 300])
 def test_what_cannot_be_pushed_is_42(path: str, lab: Lab, push: Callable[..., str]) -> None:
     Path("empty").mkdir()
     Path("odd").mkdir()
@@ -322,6 +322,15 @@ def test_a_place_that_nothing_answers_from_is_42(
 def test_no_pipe_is_read(lab: Lab, push: Callable[..., str]) -> None:
     os.mkfifo(lab.model / "pipe")
     assert "neither a file nor a directory" in push("models/small", code=42)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")
+def test_what_this_machine_does_not_let_us_read_is_42(lab: Lab, push: Callable[..., str]) -> None:
+    (lab.model / "config.json").chmod(0)
+    assert "config.json: Permission denied" in push("models/small", code=42)
+    (lab.model / "deep").chmod(0)
+    assert "deep: Permission denied" in push("models/small", code=42)
+    (lab.model / "deep").chmod(0o700)
 
 
 def test_a_label_is_a_name_on_any_file_system(tmp_path: Path) -> None:

@@ -28,7 +28,13 @@ def push(call: Call) -> int:
         raise ConfigError("push what? `stillhouse push PATH`: a model's directory, or rows")
     if call.backend != CLUSTER:
         raise ConfigError("that is done in a cluster: say --backend cluster")
-    load = pushed.load(Path(call.target).expanduser())
+    try:
+        return _push(call, pushed.load(Path(call.target).expanduser()))
+    except OSError as error:  # what this machine does not let us read
+        raise ConfigError(f"{error.filename or call.target}: {error.strerror or error}") from error
+
+
+def _push(call: Call, load: Load) -> int:
     site = call.only_site
     with contextlib.redirect_stdout(sys.stderr if call.is_json else sys.stdout):
         _print(load.lines())
