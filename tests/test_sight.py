@@ -243,9 +243,10 @@ def test_a_suspended_job_says_what_its_queue_says(lab: Lab) -> None:
     lab.fake.lines["lab"] = ["another", queued]
     assert lab.why().words.startswith("waits in queue lab, place 2: couldn't assign flavors")
     lab.fake.workload(name, state="preempted")
-    assert lab.why().words.startswith("preempted, waits in queue lab again, place 2: Preempted to")
+    assert lab.why().words.startswith("preempted, waits in queue lab again, place 2: couldn't")
     lab.fake.workload(name, state="inadmissible")
     assert "cannot admit it: LocalQueue lab doesn't exist" in lab.why().words
+    assert lab.why().cannot_start
     lab.fake.workload(name, state="admitted")
     assert lab.why().words == "queue lab has admitted it"
     assert not lab.why().cannot_start
@@ -253,7 +254,9 @@ def test_a_suspended_job_says_what_its_queue_says(lab: Lab) -> None:
 
 def test_between_two_attempts_the_last_one_is_named(lab: Lab) -> None:
     lab.fake.fail(lab.send(), 1, json.dumps({"exit_code": 1, "cause": "OSError: disk"}), ends=None)
-    assert lab.why().words == "between two attempts: OSError: disk"
+    assert lab.why().words == (
+        "between two attempts (the cluster waits 10 s before the second): OSError: disk"
+    )
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,7 @@ OTHERS = "app.kubernetes.io/part-of!=stillhouse"
 AT_ONCE = 8
 SHOWN = 3  # mistakes that one error names
 KUEUE = "kueue.x-k8s.io"
+DEFAULT_QUEUE = "default"
 UNBOUND = ("FailedBinding", "ProvisioningFailed")
 
 
@@ -121,6 +122,10 @@ def _namespace(cluster: Cluster) -> Finding:
         if error.status != 403:
             raise
         return Finding(True, f"namespace {name} (not ours to look at)")
+    state: Json = (there or {}).get("status") or {}
+    if state.get("phase") == "Terminating":
+        todo = "wait until it is gone and have it made again, or say namespace=NAME"
+        return Finding(False, f'namespace "{name}" is being deleted', todo)
     if there is not None:
         return Finding(True, f"namespace {name}")
     todo = "make it (kubectl create namespace …) or say namespace=NAME; kubectl get namespaces"
@@ -137,6 +142,15 @@ def _rights(cluster: Cluster, site: SiteSpec, role: str) -> Iterator[Finding]:
 
     with ThreadPoolExecutor(AT_ONCE) as pool:
         allowed = list(pool.map(may, wanted))
+    if wanted and not any(allowed):
+        # Of a namespace that is being deleted, the rights go first.
+        what = f"{cluster.user} has no right at all in namespace {cluster.namespace}"
+        todo = (
+            f"have the Role {role} of k8s/access.yaml applied and bound to you; or the namespace is"
+            f" being deleted (kubectl get namespace {cluster.namespace})"
+        )
+        yield Finding(False, what, todo)
+        return
     for rule, is_allowed in zip(wanted, allowed, strict=True):
         todo = f"have the Role {rule.role} of k8s/access.yaml applied and bound to you"
         what = f"right to {rule}" if is_allowed else f"{cluster.user} lacks the right to {rule}"
@@ -171,6 +185,22 @@ def _account(cluster: Cluster, name: str) -> Finding:
     if cluster.read("serviceaccounts", name) is not None:
         return Finding(True, f"service account {name}")
     return Finding(False, f'service account "{name}" does not exist', "apply k8s/access.yaml")
+
+
+def default_queue(cluster: Cluster) -> list[Finding]:
+    """Kueue 0.17 and later put a Job that names no queue into this one, where there is one."""
+    try:
+        if cluster.kueue() is None or cluster.read("localqueues", DEFAULT_QUEUE) is None:
+            return []
+    except ApiError as error:
+        if error.status != 403:
+            raise
+        return []  # asked for only where the site names a queue
+    said = (
+        f"LocalQueue {DEFAULT_QUEUE}: Kueue also queues Jobs here that name no queue: those of"
+        " collect and of a detached driver, and with site.queue null all others"
+    )
+    return [Finding(True, said)]
 
 
 def _queue(cluster: Cluster, name: str) -> Finding:

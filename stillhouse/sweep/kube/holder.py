@@ -6,6 +6,7 @@ where nobody could (`steps.COLLECT_S`).
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -19,12 +20,13 @@ from stillhouse.errors import MISTAKE, ConfigError, Interrupted
 from stillhouse.parcel import pack, receive
 from stillhouse.rundir import Json
 from stillhouse.spec import SiteSpec
-from stillhouse.sweep.backends.cluster import ApiError, Cluster, CommandFailed
+from stillhouse.sweep.backends.cluster import ApiError, Cluster, CommandFailed, Gone
 from stillhouse.sweep.kube.bundle import bundle
 from stillhouse.sweep.kube.manifest import image_problem, render, to_yaml
 from stillhouse.sweep.kube.reasons import by_age, how_it_failed, why_waiting
 from stillhouse.sweep.kube.steps import RUNS, Step, collect_step
-from stillhouse.sweep.kube.views import Note, PodView, job_view, note, pod_view
+from stillhouse.sweep.kube.views import JobView, Note, PodView, job_view, note, pod_view
+from stillhouse.sweep.kube.workload import OF_JOBS, QueueView, queue_view
 
 TRIES = 4  # of one request in a row
 HOPELESS_S = 30.0  # what waiting does not mend may be a kubelet's first try, and pass
@@ -83,7 +85,7 @@ class Holder:
             shutil.rmtree(stage, ignore_errors=True)
             stage.mkdir(parents=True)
             try:
-                return receive(self.cluster.exec(self._pod(), command), stage)
+                return receive(self.cluster.exec(self._pod(), command), stage, request)
             except (ValueError, ApiError) as error:
                 if isinstance(error, ApiError) and error.status == 403:
                     raise
@@ -135,7 +137,7 @@ class Holder:
             if job.state == "failed":
                 cause = how_it_failed(job, pods).cause
                 raise ConfigError(f"the pod that was to have the volume ended: {cause}")
-            reason = why_waiting(job, pods, None, self._notes(pods))
+            reason = why_waiting(job, pods, self._queued(job), self._notes(pods))
             now = time.monotonic()
             hopeful = hopeful if reason.cannot_start else now
             left = min(began + self.site.patience_s, hopeful + HOPELESS_S) - now
@@ -184,6 +186,17 @@ class Holder:
             found += [pod_view(item) for item in items]
             version = at
         return by_age(found), version
+
+    def _queued(self, job: JobView) -> QueueView | None:
+        """What Kueue says of the Job: it may take one that names no queue (LocalQueue default)."""
+        if not (job.is_suspended and job.queue):
+            return None
+        with contextlib.suppress(Gone, ApiError):  # not ours to read: it only explains
+            if self.cluster.kueue() is not None:
+                pages = self.cluster.pages("workloads", f"{OF_JOBS}={job.uid}")
+                views = [queue_view(item) for items, _ in pages for item in items]
+                return next((view for view in views if view is not None), None)
+        return None
 
     def _notes(self, pods: Sequence[PodView]) -> list[Note]:
         """What the cluster said of the Job and its pods."""

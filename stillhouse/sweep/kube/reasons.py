@@ -15,16 +15,18 @@ from stillhouse.sweep.kube.views import (
     LastWords,
     Note,
     PodView,
-    QueueView,
     last_words,
     told_attempts,
 )
+from stillhouse.sweep.kube.workload import QueueView
 
 UNKNOWN = 1  # exit code of an end that nobody told one of
 TOO_LATE = 124  # its deadline passed; the code that timeout(1) has for it
 CANNOT_START = (
     125  # it never ran: image, secret, volume, quota; the code that containers have for it
 )
+# What the Job controller waits before the second attempt, and at most before a later one.
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 10, 600
 SHORT = 240  # characters of the cluster's own words in one of our lines
 
 _IMAGE = frozenset(
@@ -77,34 +79,103 @@ def why_waiting(
         return Reason("its Job is being deleted")
     if job.is_suspended:
         return _why_suspended(job, queued, position)
+    lost = next((p for p in reversed(by_age(pods)) if is_lost(p)), None)
+    if lost is not None:
+        return _why_lost(lost)
     pod = next((p for p in reversed(by_age(pods)) if not p.is_over and not p.is_deleting), None)
     if pod is not None:
         return _why_pending(job, pod, notes)
     refused = _latest(notes, {"FailedCreate"})
     if refused is not None and job.active == 0:
         return _why_refused(refused.message)
-    lost = next((p for p in reversed(by_age(pods)) if p.is_over), None)
-    if lost is not None:
-        return Reason(f"between two attempts: {end_of_pod(lost).cause}")
-    return Reason("its pod is being made")
+    return _why_between(job, pods)
+
+
+def is_lost(pod: PodView) -> bool:
+    """Whether a pod counts as running only because its node cannot say otherwise."""
+    return pod.is_silent and pod.phase == "Running" and not pod.is_over
+
+
+def _why_lost(pod: PodView) -> Reason:
+    """With a podFailurePolicy a Job gets no new pod before the old one is gone, and a silent node's
+    pods are gone when it comes back or its Node object is removed (Kubernetes 1.34)."""
+    node = f"its node {pod.node}"
+    if not pod.is_deleting:
+        return Reason(
+            f"{node} does not answer; where it stays silent, its pod is given up (after five"
+            " minutes by default)"
+        )
+    return Reason(
+        f"{node} was lost; a new pod comes when that node is back or is removed"
+        f" (`kubectl delete node {pod.node}`, if it is gone for good)"
+    )
+
+
+def _why_between(job: JobView, pods: Sequence[PodView]) -> Reason:
+    """Between two attempts the cluster waits, twice as long each time, also where an end costs no
+    attempt (Kubernetes 1.34: 10 s, 20 s and so on, at most ten minutes)."""
+    ended = {pod.name: end_of_pod(pod).cause for pod in by_age(pods) if pod.is_over}
+    told = {one["pod"]: one["cause"] for one in told_attempts(job)} | ended
+    if not told:
+        return Reason("its pod is being made")
+    pause = min(FIRST_PAUSE_S * 2 ** (len(told) - 1), LONGEST_PAUSE_S)
+    number = {1: "second", 2: "third"}.get(len(told), f"{len(told) + 1}th")
+    return Reason(
+        f"between two attempts (the cluster waits {pause} s before the {number}):"
+        f" {list(told.values())[-1]}"
+    )
 
 
 def _why_suspended(job: JobView, queued: QueueView | None, position: int | None) -> Reason:
     if job.queue is None:
-        return Reason("suspended by hand: set spec.suspend of its Job to false to let it go on")
+        return _why_held(job)
     queue = f"queue {job.queue}"
     if queued is None:
-        return Reason(f"{queue}: Kueue has not seen it yet (is Kueue running?)")
+        return Reason(f"{queue}: {_unseen(job)}")
     said = short(queued.message)
+    after = f": {said}" if said else ""
+    if queued.state == "deactivated":
+        how = f" ({queued.reason})" if queued.reason else ""
+        return Reason(
+            f"deactivated{how}, {queue} never admits it again{after}; set spec.active of Workload"
+            f" {queued.name} to true, or retry the point",
+            cannot_start=True,
+        )
     if queued.state == "inadmissible":
-        return Reason(f"{queue} cannot admit it: {said} (kubectl get localqueues)")
+        words = f"{queue} cannot admit it{after} (kubectl get localqueues)"
+        return Reason(words, cannot_start=True)
+    if queued.state == "oversized":
+        words = f"{queue} can never hold it{after}; ask for less, or set site.queue to another"
+        return Reason(words, cannot_start=True)
+    if queued.state == "checking":
+        return Reason(f"{queue} has quota for it, waits for admission check {said}")
+    if queued.state in ("reserved", "admitted"):
+        return Reason(f"{queue} has admitted it")
     place = f", place {position + 1}" if position is not None else ""
     if queued.state in ("preempted", "evicted"):
         how = "preempted" if queued.state == "preempted" else f"evicted ({queued.reason})"
-        return Reason(f"{how}, waits in {queue} again{place}: {said}")
-    if queued.state in ("reserved", "admitted"):
-        return Reason(f"{queue} has admitted it")
-    return Reason(f"waits in {queue}{place}: {said}" if said else f"waits in {queue}{place}")
+        return Reason(f"{how}, waits in {queue} again{place}{after}")
+    return Reason(f"waits in {queue}{place}{after}")
+
+
+def _why_held(job: JobView) -> Reason:
+    words = "suspended by hand: set spec.suspend of its Job to false to let it go on"
+    if job.started is not None:
+        # Only Kueue resets the clock: past startTime + activeDeadlineSeconds it fails at once.
+        words += (
+            "; its deadline went on meanwhile (where it is past, raise spec.activeDeadlineSeconds"
+            " first, or it fails at once)"
+        )
+    return Reason(words)
+
+
+def _unseen(job: JobView) -> str:
+    """Kueue writes down nothing about a Job that names a priority class it does not know."""
+    why = "it was just sent, or Kueue does not run"
+    if job.priorities:
+        classes = " or ".join(job.priorities)
+        why += f", or it has no class {classes} (site.queue_priority, site.priority_class)"
+    return f"Kueue has not seen it yet: {why}"
 
 
 def _why_pending(job: JobView, pod: PodView, notes: Sequence[Note]) -> Reason:
@@ -206,6 +277,9 @@ def _why_refused(message: str) -> Reason:
     if found:
         words = f'service account "{found[1]}" is missing: apply k8s/access.yaml'
         return Reason(words, cannot_start=True)
+    if "must be less than or equal to" in said and "limit" in said:
+        words = f"{short(said)}: a LimitRange of the namespace sets that limit"
+        return Reason(f"{words} (kubectl get limitranges; site.cpu, site.memory_gib)", True)
     is_passing = "failed calling webhook" in said or "timeout" in said.lower()
     return Reason(f"its pod is refused: {short(said)}", cannot_start=not is_passing)
 

@@ -17,17 +17,16 @@ from stillhouse.spec import suite_key
 from stillhouse.sweep.grid import Sweep
 from stillhouse.sweep.kube.facts import Facts, judge, keys_of
 from stillhouse.sweep.kube.ledger import Ledger, score_of
-from stillhouse.sweep.kube.reasons import End, Reason, how_it_failed, why_waiting
+from stillhouse.sweep.kube.reasons import End, Reason, how_it_failed, is_lost, why_waiting
 from stillhouse.sweep.kube.views import (
     JobView,
     Note,
     PodView,
-    QueueView,
     job_view,
     note,
     pod_view,
-    queue_view,
 )
+from stillhouse.sweep.kube.workload import QueueView, queue_view
 from stillhouse.sweep.plan import Baseline, Observation, groups_of
 from stillhouse.sweep.roster import baseline_rows
 
@@ -138,7 +137,8 @@ class Scene:
         with self.lock:
             pods = self.pods_of(job)
             if not job.is_deleting and not job.is_suspended:
-                is_at_work = any(pod.phase == "Running" and not pod.is_over for pod in pods)
+                running = [pod for pod in pods if pod.phase == "Running" and not pod.is_over]
+                is_at_work = any(not is_lost(pod) for pod in running)
                 if is_at_work or (job.is_running and all(pod.is_over for pod in pods)):
                     return None
             queued = self._queued.get(job.uid)
@@ -312,6 +312,11 @@ class Scene:
         """Jobs that wait in a queue."""
         live = (job for job in self.jobs() if job.state == "live")
         return [job for job in live if job.is_suspended and job.queue]
+
+    def unseen(self) -> list[JobView]:
+        """Jobs that wait in a queue, and of which Kueue has said nothing that we read."""
+        with self.lock:
+            return [job for job in self.queued() if job.uid not in self._queued]
 
     def notable(self) -> set[str]:
         """uids of the Jobs that should run and do not, and of their pods."""

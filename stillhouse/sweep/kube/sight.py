@@ -19,14 +19,14 @@ from stillhouse.sweep.kube.facts import keys_of
 from stillhouse.sweep.kube.ledger import Ledger
 from stillhouse.sweep.kube.manifest import SELECTOR
 from stillhouse.sweep.kube.scene import Scene
-from stillhouse.sweep.kube.views import JobView, Note, job_view, note, pod_view, queue_view
+from stillhouse.sweep.kube.views import JobView, Note, job_view, note, pod_view
+from stillhouse.sweep.kube.workload import OF_JOBS, queue_view
 from stillhouse.sweep.plan import Observation
 
 DICE = random.Random()  # not the process's own: its state is others' business
 WATCH_S = 300.0  # a watch is asked for anew this often
 NOTES_S = 20.0  # how often a follower reads the warning events, while something waits
 QUEUE_S = 60.0  # how often it reads what Kueue says, while something is suspended
-OF_JOBS = "kueue.x-k8s.io/job-uid"  # Workloads that have this label
 UNFINISHED = "status.phase!=Succeeded"  # pods that are worth a LIST
 
 View = TypeVar("View")
@@ -130,6 +130,8 @@ class Sight:
             self.ledger.read()  # after: what is no Job any more by now stands there
         if "pods" not in self._versions:
             self._list_pods()
+        if self.scene.queued():
+            self.read_queue()
         self.scene.is_followed = True
         watches = (
             (self._watch, "jobs", self._list_jobs),
@@ -179,7 +181,8 @@ class Sight:
         while not self._closing.wait(NOTES_S):
             if self.scene.waiting():
                 self.read_notes()
-            if self.scene.queued() and time.monotonic() - last_queue >= QUEUE_S:
+            is_due = time.monotonic() - last_queue >= QUEUE_S
+            if self.scene.queued() and (is_due or self.scene.unseen()):
                 self.read_queue()
                 last_queue = time.monotonic()
 

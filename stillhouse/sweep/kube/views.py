@@ -20,6 +20,7 @@ from stillhouse.rundir import Json
 STILLHOUSE = "stillhouse/"  # what our own labels and annotations begin with
 ATTEMPTS = "stillhouse/attempts"  # annotation of a Job: how its earlier pods failed
 QUEUE_LABEL = "kueue.x-k8s.io/queue-name"
+PRIORITY_LABEL = "kueue.x-k8s.io/priority-class"
 PART_OF, OURS = "app.kubernetes.io/part-of", "stillhouse"
 MAIN = "main"  # name of the container that does the work
 
@@ -52,6 +53,7 @@ class JobView:
     scores: str | None  # what an evaluation's results are keyed by
     names: tuple[str, ...]  # what people call it
     queue: str | None
+    priorities: tuple[str, ...]  # classes that it names: Kueue's, and that of its pods
     devices: int
     gpu: str | None
     end_reason: str | None  # of the condition that ended it
@@ -89,21 +91,12 @@ class PodView:
     said: str  # the container's termination message, or else what the pod's status says
     disrupted: str | None  # reason of the condition DisruptionTarget: it was no fault of its own
     is_deleting: bool
+    is_silent: bool  # its node stopped to answer: what else is told of it is old
+    is_orphan: bool  # no Job owns it: it goes on, and nobody would replace it
 
     @property
     def is_over(self) -> bool:
         return self.phase in ("Succeeded", "Failed") or self.exit_code is not None
-
-
-@dataclass(frozen=True, slots=True)
-class QueueView:
-    """What Kueue says of a Job: its Workload."""
-
-    name: str
-    job_uid: str
-    state: Literal["pending", "inadmissible", "preempted", "evicted", "reserved", "admitted"]
-    reason: str
-    message: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,12 +149,18 @@ def job_view(job: Json) -> JobView:
         scores=_interned(notes.get(STILLHOUSE + "scores")),
         names=_words(notes.get(STILLHOUSE + "names")),
         queue=_interned(labels.get(QUEUE_LABEL)),
+        priorities=tuple(map(intern, filter(None, _priorities(labels, spec)))),
         devices=int(notes.get(STILLHOUSE + "devices") or 0),
         gpu=_interned(notes.get(STILLHOUSE + "gpu-product")),
         end_reason=_interned(end.get("reason")),
         end_message=end.get("message"),
         attempts=notes.get(ATTEMPTS),
     )
+
+
+def _priorities(labels: Mapping[str, str], spec: Json) -> tuple[str | None, str | None]:
+    pod: Json = spec.get("template", {}).get("spec") or {}
+    return labels.get(PRIORITY_LABEL), pod.get("priorityClassName")
 
 
 def _end(status: Json) -> Json | None:
@@ -176,7 +175,7 @@ def pod_view(pod: Json) -> PodView:
     """The facts of a pod."""
     meta, spec, status = pod["metadata"], pod.get("spec", {}), pod.get("status", {})
     labels: Mapping[str, str] = meta.get("labels") or {}
-    conditions = _conditions(status)
+    conditions = conditions_of(status)
     scheduled, disruption = (
         conditions.get("PodScheduled", {}),
         conditions.get("DisruptionTarget", {}),
@@ -209,40 +208,24 @@ def pod_view(pod: Json) -> PodView:
         said=ended.get("message") or status.get("message", ""),
         disrupted=disruption.get("reason") if disruption.get("status") == "True" else None,
         is_deleting="deletionTimestamp" in meta,
+        is_silent=_is_silent(conditions),
+        is_orphan=not any(owner.get("controller") for owner in meta.get("ownerReferences") or ()),
     )
 
 
-def queue_view(workload: Json) -> QueueView | None:
-    """What a Workload says, or None where it belongs to no Job."""
-    meta = workload["metadata"]
-    owners = meta.get("ownerReferences") or ()
-    uid = next((owner["uid"] for owner in owners if owner.get("kind") == "Job"), None)
-    if uid is None:
-        return None
-    conditions = _conditions(workload.get("status", {}))
+def _is_silent(conditions: Mapping[str, Json]) -> bool:
+    """Whether the node controller, and not the kubelet, said that a pod is not ready.
 
-    def holds(type_: str) -> bool:
-        return conditions.get(type_, {}).get("status") == "True"
-
-    quota = conditions.get("QuotaReserved", {})
-    told: Json = quota
-    if holds("Admitted"):
-        state = "admitted"
-    elif holds("QuotaReserved"):
-        state = "reserved"
-    elif holds("Evicted"):
-        # Preempted says who needed the room; Evicted alone, that it was something else.
-        is_preempted = holds("Preempted")
-        state = "preempted" if is_preempted else "evicted"
-        told = conditions["Preempted" if is_preempted else "Evicted"]
-    else:
-        state = "inadmissible" if quota.get("reason") == "Inadmissible" else "pending"
-    return QueueView(
-        meta["name"], uid, state, intern(told.get("reason") or ""), told.get("message") or ""
-    )
+    It sets Ready alone: the kubelet would say ContainersReady with it.
+    """
+    ready, containers = (conditions.get(type_, {}) for type_ in ("Ready", "ContainersReady"))
+    if ready.get("status") != "False" or ready.get("reason") == "ReadinessGatesNotReady":
+        return False
+    return ready.get("reason") == "NodeNotReady" or containers.get("status") == "True"
 
 
-def _conditions(status: Json) -> dict[str, Json]:
+def conditions_of(status: Json) -> dict[str, Json]:
+    """An object's conditions, by their type."""
     return {c["type"]: c for c in status.get("conditions") or ()}
 
 
