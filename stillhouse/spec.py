@@ -46,7 +46,8 @@ BelowOne = Annotated[float, Field(ge=0, lt=1), _Number]
 Positive = Annotated[float, Field(gt=0), _Number]
 NonNegative = Annotated[float, Field(ge=0), _Number]
 # It becomes a file name below runs/names, so it is one, and nothing else.
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=200)]
+NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}"
+Name = Annotated[str, Field(pattern=rf"^{NAME}$", max_length=200)]
 Dtype = Literal["float32", "bfloat16", "float16"]
 # A chat template's variable, and what a command line can say about it.
 TemplateName = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
@@ -523,6 +524,9 @@ class SiteSpec:
     wandb_secret: str | None  # names of Secrets with a key "token"; their content is never ours
     hf_secret: str | None
     pod_env: dict[str, str]
+    runtime_class: str | None  # runtimeClassName of pods that ask for GPUs (k3s, RKE2: nvidia)
+    pull_secret: str | None  # name of a Secret with which nodes pull the image
+    pod_annotations: dict[str, str]  # of pods: what sidecar injectors and the like read
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -737,7 +741,14 @@ AS_BEFORE: dict[str, Any] = {
 
 # Knobs that are no part of the content and came when there were records already, and what a record
 # without them means.
-ADDED: dict[str, Any] = {"place.commits": {}, "place.sources": "same", "place.sweep": None}
+ADDED: dict[str, Any] = {
+    "place.commits": {},
+    "place.sources": "same",
+    "place.sweep": None,
+    "site.runtime_class": None,
+    "site.pull_secret": None,
+    "site.pod_annotations": {},
+}
 
 _BEFORE: dict[str, dict[str, Any]] = {}  # the same by section
 for _key, _value in AS_BEFORE.items():

@@ -29,6 +29,7 @@ from stillhouse.sweep.kube.checklist import check
 from stillhouse.sweep.kube.manifest import (
     JOB_NAME,
     LABEL,
+    ONLINE,
     SELECTOR,
     image_problem,
     k8s_dir,
@@ -705,7 +706,9 @@ def test_the_network_is_closed_for_our_pods_alone_and_open_for_whom_it_must():
     assert closed["policyTypes"] == ["Ingress", "Egress"]
     assert "egress" not in closed and "ingress" not in closed
     (online,) = policies["stillhouse-https"]["podSelector"]["matchExpressions"]
-    assert online["values"] == ["prepare", "train"]
+    assert online["values"] == list(ONLINE)
+    names = policies["stillhouse-names"]["egress"]
+    assert all(rule["to"] for rule in names)  # no lookup at somebody else's server
 
 
 @pytest.mark.parametrize(
@@ -759,3 +762,28 @@ def test_defaults_of_the_sites_render():
 def test_overrides_that_name_nothing_make_a_step_of_the_defaults():
     step = eval_line_step("eval", Overrides({}, {}))
     assert step.words == ("runs=/runs", "cache_dir=/cache")
+
+
+def test_a_site_names_runtime_class_pull_secret_and_what_sidecars_read():
+    words = "pair=tiny gpu_resource=nvidia.com/gpu runtime_class=nvidia pull_secret=regcred"
+    sweep = typed(f"{words} 'pod_annotations={{sidecar.istio.io/inject: \"false\"}}'")
+    step = train_step(sweep.points[0], sweep)
+    template = rendered(step, sweep.site)["spec"]["template"]
+    assert template["metadata"]["annotations"] == {
+        "sidecar.istio.io/inject": "false",
+        "stillhouse/points": sweep.points[0].id,
+    }
+    assert template["spec"]["runtimeClassName"] == "nvidia"
+    assert template["spec"]["imagePullSecrets"] == [{"name": "regcred"}]
+    (main,) = template["spec"]["containers"]
+    assert {"name": "STILLHOUSE_GPUS", "value": "1"} in main["env"]
+    # A pod without a GPU needs no runtime class; all pods need the image.
+    prepare = rendered(prepare_step(sweep.points[0], None, sweep), sweep.site)
+    assert "runtimeClassName" not in prepare["spec"]["template"]["spec"]
+    assert prepare["spec"]["template"]["spec"]["imagePullSecrets"] == [{"name": "regcred"}]
+
+
+def test_a_site_cannot_set_an_annotation_of_ours():
+    sweep = typed("pair=tiny 'pod_annotations={stillhouse/points: x}'")
+    with pytest.raises(ConfigError, match="stillhouse/points is ours"):
+        rendered(train_step(sweep.points[0], sweep), sweep.site)

@@ -171,6 +171,9 @@ OTHER: dict[str, object] = {
     "wandb_secret": "another",
     "hf_secret": "another",
     "pod_env": {"A": "b"},
+    "runtime_class": "nvidia",
+    "pull_secret": "regcred",
+    "pod_annotations": {"sidecar.istio.io/inject": "false"},
 }
 
 

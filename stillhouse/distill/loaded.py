@@ -48,6 +48,7 @@ def load(spec: TrainSpec, poll: Callable[[], None]) -> Loaded:
         ContractError: tokenizers differ; token ids of the data that a model has no embedding for;
             weights or data changed while they were read.
     """
+    models.require_gpus()
     models.use_threads(spec.place.threads)
     accelerator = Accelerator(
         mixed_precision=spec.training.mixed_precision, cpu=not torch.cuda.is_available()

@@ -29,7 +29,7 @@ from stillhouse.distill.adapters import (
 from stillhouse.distill.head import head_of, head_weight, hidden_states
 from stillhouse.distill.pairs import PreparedPair, prepare
 from stillhouse.distill.quant import quantize_
-from stillhouse.errors import ContractError
+from stillhouse.errors import ContractError, NodeFault
 from stillhouse.rundir import Json
 from stillhouse.spec import QuantSpec
 
@@ -72,8 +72,24 @@ def _processor() -> str:
     return platform.processor() or platform.machine()
 
 
+def require_gpus() -> None:
+    """See that a pod that was given GPUs can use them; elsewhere nothing is required.
+
+    Raises:
+        NodeFault: torch sees fewer; on a CPU it would go on for weeks, and nobody asked for that.
+    """
+    asked, seen = int(os.environ.get("STILLHOUSE_GPUS") or 0), torch.cuda.device_count()
+    if seen < asked:
+        raise NodeFault(
+            f"this pod asked for {asked} GPU{'s' if asked > 1 else ''} and torch sees {seen}: the"
+            " node's driver does not fit, a device is lost, or its GPUs are shown only to a"
+            " runtime class (site.runtime_class, `nvidia` on k3s and RKE2)"
+        )
+
+
 def pick_device() -> torch.device:
     """This process's GPU under a launcher that gives each one, else the first, else the CPU."""
+    require_gpus()
     if torch.cuda.is_available():
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     return torch.device("cpu")

@@ -196,6 +196,11 @@ LINES: tuple[Line, ...] = (
         ),
     ),
     Line(
+        "the node's disk limited",
+        "a cache that grows evicts every pod of the node, its own and those of others",
+        evidence.has_a_share_of_the_disk,
+    ),
+    Line(
         "threads no more than cores",
         "as many threads as the node has cores make all its pods slow",
         evidence.has_threads_of_its_own,

@@ -255,6 +255,12 @@ def has_shared_memory(job: Job) -> bool:
     return shm["medium"] == "Memory" and bytes_of(shm["sizeLimit"]) < bytes_of(limit)
 
 
+def has_a_share_of_the_disk(job: Job) -> bool:
+    limit = bytes_of(job.main["resources"]["limits"]["ephemeral-storage"])
+    own = [job.volumes[name]["emptyDir"] for name in ("tmp", "home") if name in job.volumes]
+    return limit > sum(bytes_of(volume["sizeLimit"]) for volume in own)
+
+
 def bytes_of(quantity: str) -> int:
     """Bytes of 8Gi or 512Mi; raises where it is neither."""
     units = {"Mi": 2**20, "Gi": 2**30}

@@ -37,8 +37,11 @@ JOB_NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,50}[a-z0-9])?")
 PINNED = re.compile(r"[^@\s]+@sha256:([0-9a-f]{64})")
 GPU_PRODUCT = "nvidia.com/gpu.product"
 # A driver that waits for quota drives not.
+DISK = "24Gi"  # of the node's own: logs, /tmp and /home (k8s/job.yaml)
 QUEUED: tuple[Kind, ...] = ("prepare", "train", "eval", "preflight")
 WORKERS = QUEUED
+# Who may download or track online; k8s/network.yaml lets these kinds out, and no others.
+ONLINE: tuple[Kind, ...] = ("prepare", "train", "preflight")
 # Volumes of k8s/job.yaml that each kind keeps; the code is mounted by all.
 VOLUMES: dict[Kind, tuple[str, ...]] = {
     "prepare": ("runs", "cache", "tmp", "home", "shm"),
@@ -103,8 +106,8 @@ def render(step: Step, site: SiteSpec, code: str) -> Json:
         never = spec["podFailurePolicy"]["rules"][-1]["onExitCodes"]["values"]
         never.insert(0, SOME_FAILED)  # it did all it could: its points failed, not it
     spec["template"]["metadata"] = {"labels": labels}
-    if step.points:
-        annotations = {"stillhouse/points": ",".join(step.points)}
+    annotations = _pod_annotations(step, site)
+    if annotations:
         spec["template"]["metadata"]["annotations"] = annotations
     spec["template"]["spec"] = _pod(spec["template"]["spec"], step, site, code)
     return job
@@ -140,8 +143,13 @@ def refuse_secrets(steps: Iterable[Step], site: SiteSpec) -> None:
     where = f"site {site.site_name}"
     secrets.refuse_values(site.pod_env, f"{where}: pod_env")
     secrets.refuse_values(site.node_selector, f"{where}: node_selector")
+    secrets.refuse_values(site.pod_annotations, f"{where}: pod_annotations")
     secrets.refuse_values({"image": site.image, "owner": site.owner}, where)
-    named = {"wandb_secret": site.wandb_secret, "hf_secret": site.hf_secret}
+    named = {
+        "wandb_secret": site.wandb_secret,
+        "hf_secret": site.hf_secret,
+        "pull_secret": site.pull_secret,
+    }
     secrets.refuse_values({key: name for key, name in named.items() if name}, where)
     for step in steps:
         secrets.refuse_words(step.words, "the command line")
@@ -200,6 +208,17 @@ def _annotations(step: Step, site: SiteSpec) -> Json:
 # --------------------------------------------------------------------------------- of its pod
 
 
+def _pod_annotations(step: Step, site: SiteSpec) -> dict[str, str]:
+    for name in site.pod_annotations:
+        if name.startswith("stillhouse/"):
+            raise ConfigError(
+                f"site {site.site_name}: pod_annotations: {name} is ours; a site may set any other"
+            )
+    return site.pod_annotations | (
+        {"stillhouse/points": ",".join(step.points)} if step.points else {}
+    )
+
+
 def _pod(pod: Json, step: Step, site: SiteSpec, code: str) -> Json:
     pod["terminationGracePeriodSeconds"] = site.grace_s
     drives = step.kind == "drive"
@@ -217,11 +236,15 @@ def _pod(pod: Json, step: Step, site: SiteSpec, code: str) -> Json:
         pod["tolerations"] = list(site.tolerations)
     if site.priority_class is not None:
         pod["priorityClassName"] = site.priority_class
+    if gpus and site.runtime_class is not None:
+        pod["runtimeClassName"] = site.runtime_class
+    if site.pull_secret is not None:
+        pod["imagePullSecrets"] = [{"name": site.pull_secret}]
     main = containers[0]
     main["image"] = site.image
     main["command"] = ["python", "/bundle/pod.py"]
     main["args"] = _args(step, code)
-    main["env"] = _env(main["env"], step, site)
+    main["env"] = _env(main["env"], step, site, gpus)
     main["resources"] = _resources(step, site, gpus)
     kept = VOLUMES[step.kind]
     main["volumeMounts"] = [m for m in main["volumeMounts"] if m["name"] in kept]
@@ -244,11 +267,13 @@ def _args(step: Step, code: str) -> list[str]:
     return [*options, step.kind, "--", *step.words]
 
 
-def _env(pattern: list[Json], step: Step, site: SiteSpec) -> list[Json]:
+def _env(pattern: list[Json], step: Step, site: SiteSpec, gpus: int) -> list[Json]:
     entries = {entry["name"]: entry for entry in pattern}
     goes_online = step.fetch or step.kind == "prepare"
+    assert step.kind in ONLINE or not goes_online, "k8s/network.yaml keeps this kind at home"
     values = {"OMP_NUM_THREADS": str(_threads(step, site)), "STILLHOUSE_IMAGE": site.image}
     values |= {} if goes_online else OFFLINE
+    values |= {"STILLHOUSE_GPUS": str(gpus)} if gpus else {}
     if not step.fetch:
         del entries["STILLHOUSE_FETCH"]
     if step.kind in WORKERS:
@@ -290,7 +315,7 @@ def _resources(step: Step, site: SiteSpec, gpus: int) -> Json:
                 f"site {site.site_name}: shm_gib {site.shm_gib:g} counts in the memory of a pod,"
                 f" {memory:g} GiB here, and must be below it"
             )
-    limits: Json = {"memory": _gib(memory)}
+    limits: Json = {"memory": _gib(memory), "ephemeral-storage": DISK}
     if gpus:
         limits[cast("str", site.gpu_resource)] = str(gpus)
     cores = f"{cpu:g}" if float(cpu).is_integer() else f"{math.ceil(cpu * 1000)}m"

@@ -44,7 +44,11 @@ _NAME = re.compile(
     r"(?i)(?:^|[_.-])(?:password|passwd|pwd|secret|token|credentials?"
     r"|(?:api|access|private|secret|account)[_-]?key)$"
 )
-_NAMES_A_SECRET = ("wandb_secret", "hf_secret")  # knobs whose value is the name of a Secret
+_NAMES_A_SECRET = (
+    "wandb_secret",
+    "hf_secret",
+    "pull_secret",
+)  # knobs whose value is the name of a Secret
 
 
 def find(text: str, name: str = "") -> str | None:
