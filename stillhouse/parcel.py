@@ -21,11 +21,13 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import fnmatch
 import gzip
 import hashlib
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import sys
@@ -34,15 +36,18 @@ import tempfile
 import time
 import zlib
 from collections.abc import Iterable, Sequence
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, cast
 
 from stillhouse.errors import ConfigError, exit_code_of
+from stillhouse.spec import NAME
 
 Json = dict[str, Any]
 
 FORMAT = 1
 MANIFEST = "manifest.json"
+# Of one stream: 200 directories of some ten files each, or adapters of a few GiB.
+MOST_FILES, MOST_BYTES = 100_000, 64 << 30
 STOPS = (signal.SIGTERM, signal.SIGINT)
 
 
@@ -167,47 +172,96 @@ def _add(tar: tarfile.TarFile, name: str, file: io.BufferedIOBase) -> Json:
 # ---------------------------------------------------------------- on the laptop
 
 
-def receive(chunks: Iterable[bytes], into: Path) -> Json:
+def receive(chunks: Iterable[bytes], into: Path, asked: Json) -> Json:
     """Unpack what `send` wrote into an empty directory, and return its manifest.
 
+    Whoever may write to the volume, or stand in for the pod, decides what is in the stream. So each
+    name must be one that `asked` (a request) asked for, and counts and sizes have limits; both are
+    looked at before a file is written.
+
     Raises:
-        ValueError: it was cut, or is not what its manifest says; keep nothing of it.
+        ValueError: it was cut, or is not what its manifest says, or not what was asked for; keep
+            nothing of it.
     """
     into.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=into) as file:  # /tmp may be memory, and adapters are large
         for chunk in chunks:
+            if file.tell() + len(chunk) > MOST_BYTES:
+                raise ValueError(f"more than {MOST_BYTES >> 30} GiB came; nothing asks for so much")
             file.write(chunk)
         file.seek(0)
         try:
             with tarfile.open(fileobj=file, mode="r:gz") as tar:
-                found = _extract(tar, into)
+                found = _extract(tar, into, asked)
         except (OSError, EOFError, zlib.error, tarfile.TarError) as error:
             raise ValueError(f"the stream was cut: {error}") from error
     if MANIFEST not in found:
         raise ValueError("the stream was cut: it has no manifest")
-    manifest = json.loads((into / MANIFEST).read_bytes())
+    manifest = _manifest((into / MANIFEST).read_bytes(), asked)
     (into / MANIFEST).unlink()
     del found[MANIFEST]
     if manifest["files"] != found:
         odd = [
             n for n in {**found, **manifest["files"]} if found.get(n) != manifest["files"].get(n)
         ]
-        raise ValueError(f"what came is not what was sent: {', '.join(odd)}")
+        raise ValueError(f"what came is not what was sent: {', '.join(map(repr, odd))}")
     return manifest
 
 
-def _extract(tar: tarfile.TarFile, into: Path) -> Json:
+def _manifest(data: bytes, asked: Json) -> Json:
+    """A manifest, of which every name was checked."""
+    try:
+        manifest: Any = json.loads(data)
+    except ValueError as error:
+        raise ValueError(f"its manifest is not JSON ({error})") from error
+    shape = {"format": int, "files": dict, "unchanged": list, "missing": list, "names": dict}
+    found: Json = cast("Json", manifest) if isinstance(manifest, dict) else {}
+    if any(not isinstance(found.get(key), kind) for key, kind in shape.items()):
+        raise ValueError(f"its manifest is no object of {', '.join(shape)}")
+    if found["format"] != FORMAT:
+        raise ValueError(f"its manifest has format {found['format']}, this version reads {FORMAT}")
+    directories = asked["directories"]
+    for name in (*found["unchanged"], *found["missing"], *found["names"].values()):
+        if name not in directories:
+            raise ValueError(f"directory {name!r} was not asked for")
+    for name in found["names"]:
+        if re.fullmatch(NAME, name) is None:
+            raise ValueError(f"{name!r} is no name of a run")
+    return found
+
+
+def _is_asked(name: str, asked: Json) -> bool:
+    """Whether a member is a plain file of a directory and a pattern that were asked for."""
+    for directory in asked["directories"]:
+        if not name.startswith(f"{directory}/"):
+            continue
+        parts = name[len(directory) + 1 :].split("/")
+        for pattern in asked["files"]:
+            wanted = pattern.split("/")
+            if len(wanted) == len(parts) and all(map(fnmatch.fnmatchcase, parts, wanted)):
+                return not {"", ".", ".."} & {*parts}
+    return False
+
+
+def _extract(tar: tarfile.TarFile, into: Path, asked: Json) -> Json:
     found: Json = {}
+    size = 0
     for member in tar:
-        parts = PurePosixPath(member.name).parts
-        if not member.isfile() or ".." in parts or parts[0] == "/":
-            raise ValueError(f"{member.name}: not a plain file below the directory")
-        path = into / member.name
+        name = member.name
+        if not member.isfile() or not (name == MANIFEST or _is_asked(name, asked)):
+            raise ValueError(f"{name!r}: not a plain file that was asked for")
+        size += member.size
+        if size > MOST_BYTES or len(found) >= MOST_FILES:
+            raise ValueError(
+                f"more than {MOST_FILES:,} files or {MOST_BYTES >> 30} GiB came; nothing asks for"
+                " so much"
+            )
+        path = into / name
         path.parent.mkdir(parents=True, exist_ok=True)
         content = _Hashed(tar.extractfile(member))
         with path.open("wb") as file:
             shutil.copyfileobj(content, file)
-        found[member.name] = {"sha256": content.hasher.hexdigest(), "size": member.size}
+        found[name] = {"sha256": content.hasher.hexdigest(), "size": member.size}
     return found
 
 

@@ -56,6 +56,10 @@ def sent(asked: dict[str, Any]) -> bytes:
     return out.getvalue()
 
 
+def received(asked: dict[str, Any], into: Path) -> dict[str, Any]:
+    return parcel.receive([sent(asked)], into, asked)
+
+
 def test_what_a_pod_sends_arrives_as_it_was(runs: Path, tmp_path: Path) -> None:
     """Through the very command that an `exec` runs."""
     code = Path(__file__).parent.parent
@@ -68,7 +72,7 @@ def test_what_a_pod_sends_arrives_as_it_was(runs: Path, tmp_path: Path) -> None:
         capture_output=True, cwd=code, check=True, env={**os.environ, "TMPDIR": str(tmp_path)},
     )  # fmt: skip
     halves = (done.stdout[:1000], done.stdout[1000:])
-    manifest = parcel.receive(halves, tmp_path / "home")
+    manifest = parcel.receive(halves, tmp_path / "home", request(runs, ONE, "tiny-gkd-none", BASE))
     arrived = {
         str(path.relative_to(tmp_path / "home")): path.read_bytes()
         for path in (tmp_path / "home").rglob("*")
@@ -87,28 +91,29 @@ def test_what_a_pod_sends_arrives_as_it_was(runs: Path, tmp_path: Path) -> None:
 
 
 def test_an_adapter_comes_when_it_is_asked_for(runs: Path, tmp_path: Path) -> None:
-    manifest = parcel.receive([sent(request(runs, ONE, files=["adapter/*"]))], tmp_path / "home")
+    manifest = received(request(runs, ONE, files=["adapter/*"]), tmp_path / "home")
     [name] = manifest["files"]
     assert (tmp_path / "home" / name).read_bytes() == (runs / name).read_bytes()
 
 
 def test_a_directory_that_is_here_already_is_not_sent_again(runs: Path, tmp_path: Path) -> None:
     home = tmp_path / "home"
-    parcel.receive([sent(request(runs, ONE, TWO))], home)
+    received(request(runs, ONE, TWO), home)
     have = {name: parcel.state(home / name, SMALL) for name in (ONE, TWO)}
     (runs / TWO / "spec.json").write_bytes(b'{"two": 3}')
-    manifest = parcel.receive([sent(request(runs, ONE, TWO, have=have))], tmp_path / "again")
+    manifest = received(request(runs, ONE, TWO, have=have), tmp_path / "again")
     assert manifest["unchanged"] == [ONE]
     assert [*manifest["files"]] == [f"{TWO}/spec.json"]
 
 
 def test_a_stream_that_is_cut_anywhere_is_refused_or_was_whole(runs: Path, tmp_path: Path) -> None:
-    stream = sent(request(runs, ONE, BASE))
-    files = parcel.receive([stream], tmp_path / "whole")["files"]
+    asked = request(runs, ONE, BASE)
+    stream = sent(asked)
+    files = parcel.receive([stream], tmp_path / "whole", asked)["files"]
     refused = 0
     for end in range(0, len(stream), 5):
         try:
-            manifest = parcel.receive([stream[:end]], tmp_path / str(end))
+            manifest = parcel.receive([stream[:end]], tmp_path / str(end), asked)
         except ValueError as error:
             assert "cut" in str(error)
             refused = end
@@ -134,20 +139,52 @@ def repacked(stream: bytes, change: Any) -> bytes:
     return out.getvalue()
 
 
+NOT_ASKED = "not a plain file that was asked for"
+
+
+def told(name: str, data: bytes, **said: Any) -> bytes:
+    """The manifest with other words in it; every other member as it is."""
+    return json.dumps(json.loads(data) | said).encode() if name == "manifest.json" else data
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
         (lambda n, d: (n, d.replace(b"0.5", b"0.9") if "eval" in n else d), "is not what was sent"),
-        (lambda n, d: (n.replace("spec.json", "odd.json"), d), "is not what was sent"),
-        (lambda n, d: (n.replace(f"{ONE}/spec.json", "../../etc"), d), "not a plain file below"),
-        (lambda n, d: (n.replace(f"{ONE}/spec.json", "/etc/x"), d), "not a plain file below"),
+        (lambda n, d: (n.replace("spec.json", "odd.json"), d), NOT_ASKED),
+        (lambda n, d: (n.replace(f"{ONE}/spec.json", "../../etc"), d), NOT_ASKED),
+        (lambda n, d: (n.replace(f"{ONE}/spec.json", "/etc/x"), d), NOT_ASKED),
+        (lambda n, d: (n.replace("eval/", "eval/../"), d), NOT_ASKED),
+        (lambda n, d: (n.replace(ONE, TWO), d), NOT_ASKED),
+        (lambda n, d: (n, told(n, d, names={"../../outside/evil": ONE})), "no name of a run"),
+        (lambda n, d: (n, told(n, d, names={"/absolute": ONE})), "no name of a run"),
+        (lambda n, d: (n, told(n, d, names={"a\nb": ONE})), "no name of a run"),
+        (lambda n, d: (n, told(n, d, names={"mine": TWO})), "was not asked for"),
+        (lambda n, d: (n, told(n, d, missing=["../elsewhere"])), "was not asked for"),
+        (lambda n, d: (n, told(n, d, unchanged=[7])), "was not asked for"),
+        (lambda n, d: (n, told(n, d, names=["mine"])), "its manifest is no object of"),
+        (lambda n, d: (n, b"[]" if n == "manifest.json" else d), "its manifest is no object of"),
+        (lambda n, d: (n, b"{" if n == "manifest.json" else d), "its manifest is not JSON"),
     ],
 )
 def test_what_was_changed_on_the_way_is_refused(
     runs: Path, tmp_path: Path, change: Any, said: str
 ) -> None:
     with pytest.raises(ValueError, match=said):
-        parcel.receive([repacked(sent(request(runs, ONE)), change)], tmp_path / "home")
+        asked = request(runs, ONE)
+        parcel.receive([repacked(sent(asked), change)], tmp_path / "home", asked)
+
+
+def test_more_files_or_bytes_than_anything_asks_for_are_refused_before_they_are_written(
+    runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, limit in (("MOST_FILES", 1), ("MOST_BYTES", 10_000)):
+        with monkeypatch.context() as patch:
+            patch.setattr(parcel, name, limit)
+            with pytest.raises(ValueError, match="nothing asks for so much"):
+                received(request(runs, ONE), tmp_path / name)
+        written = [path for path in (tmp_path / name).rglob("*") if path.is_file()]
+        assert sum(path.stat().st_size for path in written) <= 10_000
 
 
 def test_a_file_that_grows_is_sent_as_far_as_it_was(runs: Path, tmp_path: Path) -> None:
@@ -162,7 +199,7 @@ def test_a_file_that_grows_is_sent_as_far_as_it_was(runs: Path, tmp_path: Path) 
 
     out = Slow()
     parcel.send(request(runs, ONE), out)
-    parcel.receive([out.getvalue()], tmp_path / "home")
+    parcel.receive([out.getvalue()], tmp_path / "home", request(runs, ONE))
     arrived = (tmp_path / "home" / ONE / "metrics.jsonl").read_bytes()
     assert arrived.startswith(before) and len(grows.read_bytes()) > len(arrived)
     assert all(json.loads(line) for line in arrived.splitlines())

@@ -164,7 +164,12 @@ class _Home:
         there = Runs(self.runs).verdicts
         self.holder.ask({"directories": [there.name], "files": ["*.json"]}, self.stage)
         for came in sorted((self.stage / there.name).glob("*.json")):
-            found, known = read_json(came), read_json(there / came.name)
+            name = f"{there.name}/{came.name}"
+            try:
+                found, known = _verdict(came), _verdict(there / came.name)
+            except ContractError as error:
+                self.collected.kept[name] = str(error).replace(f"{self.stage}/", "")
+                continue
             if found and (known is None or known["created"] < found["created"]):
                 write_json(there / came.name, found)
                 self.collected.verdicts += 1
@@ -257,7 +262,12 @@ class _Home:
         return "a process here is at work on it" if RunDir(here).is_locked() else None
 
     def _marker(self, directory: str) -> Json:
-        return read_json(RunDir(self.runs / directory).collected_file) or {}
+        """Where a directory came from; {} where nobody can tell, and then it is left alone."""
+        try:
+            marker = read_json(RunDir(self.runs / directory).collected_file) or {}
+        except ContractError:
+            return {}
+        return marker if {"from", "state"} <= marker.keys() else {}
 
     def _link_name(self, name: str, directory: str) -> None:
         run = RunDir(self.runs / directory)
@@ -269,6 +279,18 @@ class _Home:
 
     def _say(self, done: int, of: int, what: str) -> None:
         self.holder.say(f"{done:,} of {of:,} {what}, {size(self.collected.bytes)} came")
+
+
+def _verdict(file: Path) -> Json | None:
+    """What a preflight found, None where there is no such file.
+
+    Raises:
+        ContractError: it is not what a preflight writes.
+    """
+    found = read_json(file)
+    if found is not None and not isinstance(found.get("created"), int | float):
+        raise ContractError(f'{file}: no verdict of a preflight ("created" is no time)')
+    return found
 
 
 def _contract_bytes(directory: Path) -> bytes:
