@@ -15,6 +15,7 @@ from typing import Any, Literal, cast
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass as checked_dataclass
+from yaml import YAMLError
 
 from stillhouse import flags
 from stillhouse.compose import (
@@ -28,6 +29,7 @@ from stillhouse.compose import (
 )
 from stillhouse.errors import ConfigError, nearest
 from stillhouse.spec import Count, SiteSpec, TrainSpec
+from stillhouse.sweep.yaml_reader import read_yaml
 
 MAX_BYTES = 1_000_000  # a sweep written by hand is below 10 kB; 10 MB of YAML parse for minutes
 SEED = "training.seed"
@@ -224,7 +226,7 @@ def _read_words(words: list[str]) -> tuple[Knobs, Axes, dict[str, Any]]:
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
-    """The mapping in a sweep file, by OmegaConf's loader: 5e-6 is a number there."""
+    """The mapping in a sweep file."""
     if not path.is_file():
         near = nearest(path.name, [file.name for file in path.parent.glob("*.yaml")])
         raise ConfigError(f"{path}: no such sweep file.{near}")
@@ -234,25 +236,17 @@ def _read_yaml(path: Path) -> dict[str, Any]:
             f"{path}: {size / 1e6:.1f} MB; a sweep file has at most {MAX_BYTES / 1e6:.0f} MB."
             " Say it with axes (grid:) instead of single points"
         )
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-    from yaml import YAMLError
-
     try:
-        tree = OmegaConf.create(path.read_text(encoding="utf-8"))
-        content: Any = OmegaConf.to_container(tree, resolve=True)
-    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError, RecursionError) as error:
+        content = read_yaml(path.read_text(encoding="utf-8"))
+    except (YAMLError, UnicodeDecodeError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""
         reason = getattr(error, "problem", None) or str(error).split("\n", 1)[0]
-        raise ConfigError(f"{path}{line}: not YAML ({reason})") from error
-    except AssertionError:  # OmegaConf's answer to a file that is one bare number
-        content = [None]
+        raise ConfigError(f"{path}{line}: not YAML that can be meant ({reason})") from error
     allowed = ", ".join(_fields(SweepFile))
     if not content:
         raise ConfigError(f"{path}: empty; a sweep file is a mapping of {allowed}")
-    # OmegaConf reads a file that is one bare word as a mapping of that word to nothing.
-    if not isinstance(content, dict) or list(cast("Knobs", content).values()) == [None]:
+    if not isinstance(content, dict):
         raise ConfigError(f"{path}: not a mapping; a sweep file is one of {allowed}")
     return {str(k): v for k, v in cast("Knobs", content).items() if v is not None}
 

@@ -21,6 +21,7 @@ from typing import Any, cast
 from stillhouse.compose import Overrides, as_command_line, compose, resolve, vocabulary
 from stillhouse.errors import ConfigError, nearest
 from stillhouse.spec import (
+    NAME,
     NOT_VERSIONED,
     EvalSpec,
     SiteSpec,
@@ -37,7 +38,7 @@ from stillhouse.sweep.asked import OWN, SEED, Asked, Axes, Compare, Knobs, label
 MAX_POINTS = (
     100_000  # ten times the largest grid that is planned for; more is a slip of the keyboard
 )
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")  # names become file names below runs/names
+SHOWN = 60  # characters of a name that cannot be one
 
 __all__ = ["Compare", "Point", "Sweep", "load_sweep"]
 
@@ -98,12 +99,14 @@ def load_sweep(target: str | None, words: list[str], runs: Path, site: str = "lo
         if name != "seed"
     }
     suite = _suite(asked, points[0].spec)
+    name = _name(points, axes, suite) if target is None else Path(target).stem
+    _checked_name(name, "the grid's name" if target is None else f"{target}: the file's name")
     block = asked.eval if suite else None
     baselines = block.baselines if block else ()
     if all(point.spec.quant.quant_type == "none" for point in points):
         baselines = tuple(name for name in baselines if name != "ptq")
     return Sweep(
-        name=_name(points, axes, suite) if target is None else Path(target).stem,
+        name=name,
         file=target,
         question=asked.question,
         points=points,
@@ -239,9 +242,16 @@ def _point_name(asked: Asked, knobs: Knobs) -> str | None:
     parts += [f"{label(key)}{text(knobs[key])}" for key in asked.typed]
     parts += [f"s{knobs[SEED]}"] if asked.seeds and len(asked.seeds) > 1 else []
     name = "-".join(parts)
-    if not NAME.fullmatch(name):
+    return _checked_name(name, f"{asked.where}: name")
+
+
+def _checked_name(name: str, what: str) -> str:
+    """A name of a point or of a sweep: it becomes a file, a label, and part of commands."""
+    if re.fullmatch(NAME, name) is None:
+        shown = name if len(name) <= SHOWN else f"{name[:SHOWN]}…"
         raise ConfigError(
-            f"{asked.where}: name {name!r}: letters, digits, dot, dash and underscore make a name"
+            f"{what} {shown!r}: a name is of letters, digits, dot, dash and underscore, begins with"
+            " a letter or digit, and has at most 200 of them"
         )
     return name
 

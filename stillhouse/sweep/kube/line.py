@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,9 +26,9 @@ from stillhouse.compose import (
     parse_value,
 )
 from stillhouse.errors import ConfigError
-from stillhouse.spec import EvalSpec, SiteSpec, TrainSpec
+from stillhouse.spec import NAME, EvalSpec, SiteSpec, TrainSpec
 from stillhouse.sweep.asked import label
-from stillhouse.sweep.grid import NAME, load_sweep
+from stillhouse.sweep.grid import load_sweep
 from stillhouse.sweep.kube import paths
 from stillhouse.sweep.kube.bundle import Bundle, bundle
 from stillhouse.sweep.kube.manifest import render, to_yaml
@@ -111,7 +112,7 @@ def read(kind: Kind, name: str | None, words: Sequence[str], options: Sequence[s
         raise ConfigError(
             f"{door}: a name comes first: {door} NAME --knob VALUE …; got {name or 'nothing'}"
         )
-    if not NAME.fullmatch(name):
+    if re.fullmatch(NAME, name) is None:
         raise ConfigError(
             f"{door}: {name!r}: letters, digits, dot, dash and underscore make a name"
         )
