@@ -7,7 +7,8 @@
     ├── Diverged               43   NaN, an exploding loss, no progress in three attempts
     ├── OutOfMemory            44   retry only with a smaller micro_batch
     ├── Stopped                46   a watch rule ended the run; state is saved, an outcome
-    └── Interrupted            85   asked to stop; state is saved, run me again
+    ├── Interrupted            85   asked to stop; state is saved, run me again
+    └── NodeFault               1   this machine cannot do it, another one may: tried again
 
 Anything else that ends a process is infrastructure and may be retried.
 """
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import re
 import sys
 from collections.abc import Callable, Generator, Iterable
 
@@ -72,10 +74,27 @@ class Interrupted(StillhouseError):
     exit_code = AGAIN
 
 
+class NodeFault(StillhouseError):
+    """This machine lacks what it was asked for; the same run may go well on another one."""
+
+    exit_code = 1
+
+
 def nearest(word: str, allowed: Iterable[str]) -> str:
     """' Did you mean "x"?' for the closest allowed word, or '' when nothing is close."""
     close = difflib.get_close_matches(word, list(allowed), n=1, cutoff=0.5)
     return f' Did you mean "{close[0]}"?' if close else ""
+
+
+_HIDDEN = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069]")
+
+
+def visible(text: str) -> str:
+    """The text with what a terminal would act on, instead of showing it, spelt out: \\x1b.
+
+    Causes, events, names and logs come from programs and people that we know nothing of.
+    """
+    return _HIDDEN.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 def exit_code_of(action: Callable[[], int | None]) -> int:
@@ -83,7 +102,7 @@ def exit_code_of(action: Callable[[], int | None]) -> int:
     try:
         return action() or DONE
     except StillhouseError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        print(visible(f"{type(error).__name__}: {error}"), file=sys.stderr)
         return error.exit_code
 
 

@@ -20,7 +20,6 @@ import hashlib
 import itertools
 import json
 import os
-import shutil
 import subprocess
 import time
 from collections.abc import Iterator
@@ -32,77 +31,63 @@ from typing import Any, cast
 from filelock import FileLock, Timeout
 
 from stillhouse.errors import ContractError
+from stillhouse.file_formats import (
+    CONTRACT,
+    COST,
+    RECORD,
+    SCORE,
+    STATUS,
+    WHOLE_SCORE,
+    checked,
+)
+from stillhouse.files import (
+    Json,
+    file_digest,
+    publish,
+    read_json,
+    sweep_leftovers,
+    temporary_name,
+    write_atomic,
+    write_json,
+)
 from stillhouse.spec import TrainSpec, digest, point_id, slug, to_plain, versioned
+
+__all__ = [  # who works on run directories needs files.py too, and has it from here
+    "FORMAT",
+    "Json",
+    "RunDir",
+    "Runs",
+    "code_identity",
+    "directory_name",
+    "eval_file",
+    "file_digest",
+    "link_path",
+    "new_record",
+    "now",
+    "publish",
+    "read_json",
+    "read_score",
+    "sweep_leftovers",
+    "temporary_name",
+    "write_atomic",
+    "write_json",
+]
 
 FORMAT = 1  # of a run directory; another number is refused, never guessed at
 
-Json = dict[str, Any]
 
+def read_score(directory: Path, task: str, whole: bool = False) -> Json | None:
+    """A run's or a baseline's result on one task, None where there is none.
 
-def write_atomic(path: Path, data: bytes) -> None:
-    """Write `data` so that a reader, or a crash, sees the old file or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write JSON-able content atomically; NaN is not JSON and is refused."""
-    write_atomic(path, (json.dumps(content, indent=1, allow_nan=False) + "\n").encode())
-
-
-def read_json(path: Path) -> Json | None:
-    """The object in a JSON file, or None where there is no file.
+    `whole`: with all that tables are made of, and not only what says which question it answers.
 
     Raises:
-        ContractError: the file is there and is not a JSON object.
+        ContractError: the file is there and is no score.
     """
-    try:
-        content = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        return None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ContractError(f"{path}: not JSON ({error}); move it away and run again") from error
-    if not isinstance(content, dict):
-        raise ContractError(f"{path}: holds no JSON object; move it away and run again")
-    return cast("Json", content)
-
-
-def file_digest(path: Path) -> str:
-    """sha256 of a file's bytes, in hex."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def sync_directory(path: Path) -> None:
-    """fsync every file below `path` and the directory, so that a rename publishes all of it."""
-    for entry in [*path.rglob("*"), path]:
-        handle = os.open(entry, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-
-
-def publish(temporary: Path, final: Path) -> None:
-    """Make a finished directory visible under its name in one step, replacing what was there."""
-    sync_directory(temporary)
-    if final.exists():
-        old = final.with_name(f".{final.name}.old")
-        shutil.rmtree(old, ignore_errors=True)
-        final.rename(old)
-        temporary.rename(final)
-        shutil.rmtree(old)
-    else:
-        temporary.rename(final)
+    file = eval_file(directory, task)
+    score = read_json(file)
+    cure = "move it away, and `stillhouse run` scores anew"
+    return None if score is None else checked(score, WHOLE_SCORE if whole else SCORE, file, cure)
 
 
 @cache
@@ -205,6 +190,8 @@ class RunDir:
                 f"{self.spec_file}: written in format {record.get('format')}, this version reads"
                 f" format {FORMAT}; use another --runs directory, or the version that wrote it"
             )
+        cure = "move the directory away and run again"
+        checked(record, RECORD, self.spec_file, cure)
         if digest(record["versioned"])[: len(self.id)] != self.id:
             raise ContractError(
                 f"{self.spec_file}: its content is not the point {self.id}; somebody edited it."
@@ -213,8 +200,13 @@ class RunDir:
         return record
 
     def status(self) -> Json:
-        """status.json, {} before the first attempt."""
-        return read_json(self.status_file) or {}
+        """status.json, {} before the first attempt.
+
+        Raises:
+            ContractError: it is there, and is not what we write.
+        """
+        status = read_json(self.status_file) or {}
+        return checked(status, STATUS, self.status_file, "move it away and run again")
 
     def update_status(self, **fields: Any) -> Json:
         """Change some fields of status.json and keep the rest."""
@@ -222,12 +214,42 @@ class RunDir:
         write_json(self.status_file, status)
         return status
 
+    def cost(self) -> Json | None:
+        """cost.json, None before the end.
+
+        Raises:
+            ContractError: it is there, and is not what we write.
+        """
+        cost = read_json(self.cost_file)
+        cure = "move it away: only what the run cost is lost with it"
+        return None if cost is None else checked(cost, COST, self.cost_file, cure)
+
     def metrics(self) -> list[Json]:
-        """The lines of metrics.jsonl, one object per step; a torn last line is left out."""
+        """The lines of metrics.jsonl, one object per step; a torn last line is left out.
+
+        Raises:
+            ContractError: a line before it is no such object.
+        """
         if not self.metrics_file.exists():
             return []
         lines = self.metrics_file.read_bytes().split(b"\n")
-        return [json.loads(line) for line in lines[:-1]]
+        return [self._metrics_of(line, number) for number, line in enumerate(lines[:-1], 1)]
+
+    def _metrics_of(self, line: bytes, number: int) -> Json:
+        try:
+            content: Any = json.loads(line)
+        except ValueError as error:
+            raise ContractError(
+                f"{self.metrics_file}, line {number}: not JSON ({error}); take that line and those"
+                " behind it out, or move the directory away and run again"
+            ) from error
+        found = cast("Json", content) if isinstance(content, dict) else {}
+        if not isinstance(found.get("step"), int):
+            raise ContractError(
+                f"{self.metrics_file}, line {number}: no object with a step; take that line out, or"
+                " move the directory away and run again"
+            )
+        return found
 
     def keep_metrics_before(self, step: int) -> None:
         """Cut metrics.jsonl back to the steps before `step`: what a resume goes on from."""
@@ -237,8 +259,15 @@ class RunDir:
             write_atomic(self.metrics_file, text.encode())
 
     def contract(self) -> Json | None:
-        """The adapter's numerics contract (adapter/stillhouse.json), None without an adapter."""
-        return read_json(self.adapter / "stillhouse.json")
+        """The adapter's numerics contract (adapter/stillhouse.json), None without an adapter.
+
+        Raises:
+            ContractError: it is there, and is not what we write.
+        """
+        file = self.adapter / "stillhouse.json"
+        contract = read_json(file)
+        cure = f"move {self.adapter} away and run again"
+        return None if contract is None else checked(contract, CONTRACT, file, cure)
 
     def is_trained(self) -> bool:
         """Whether the adapter is there, whole, and of this point."""
@@ -372,7 +401,7 @@ def link_path(link: Path, run: RunDir) -> None:
         raise ContractError(f"{link} exists and is not a link to a run; choose another path")
     link.parent.mkdir(parents=True, exist_ok=True)
     target = os.path.relpath(run.path.absolute(), link.parent.absolute())
-    temporary = link.with_name(f".{link.name}.{os.getpid()}.tmp")
+    temporary = temporary_name(link)
     temporary.symlink_to(target)
     temporary.replace(link)
 

@@ -1,8 +1,16 @@
-"""This file is where times, and how far something is, are said as people say them."""
+"""This file is where times, progress, and the words of others become what people can read."""
 
 from __future__ import annotations
 
 import time
+from typing import TextIO
+
+from stillhouse.errors import visible
+
+
+def say(text: str, file: TextIO | None = None, flush: bool = False) -> None:
+    """Print for a person; to stdout if no `file` is given."""
+    print(visible(text), file=file, flush=flush)
 
 
 def duration(seconds: float) -> str:

@@ -350,7 +350,7 @@ def test_of_many_pairs_a_report_counts_what_it_cannot_name(tmp_path: Path) -> No
         record["baselines"] += (read_json(tmp_path / "sweeps" / f"p{seed}.json") or {})["baselines"]
     write_json(tmp_path / "sweeps" / "sample.json", record)
     for run in made:
-        run.update_status(warnings={"kl_runaway": {"step": 3}})
+        run.update_status(warnings={"kl_runaway": "kl_runaway: 3"})
     page = write_report("sample", tmp_path)
     text = (page.parent / "table.md").read_text()
     assert "Against 9 untrained students (" in text and "For comparison: 9 teachers 0." in text

@@ -10,8 +10,6 @@ import contextlib
 import importlib.metadata
 import json
 import logging
-import os
-import shutil
 import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -37,7 +35,15 @@ from stillhouse.distill.layers import (
 from stillhouse.distill.pairs import PreparedPair
 from stillhouse.distill.quant import numerics
 from stillhouse.errors import ConfigError, ContractError, nearest
-from stillhouse.rundir import FORMAT, Json, file_digest, publish, read_json, write_json
+from stillhouse.rundir import (
+    FORMAT,
+    Json,
+    file_digest,
+    publish,
+    read_json,
+    temporary_name,
+    write_json,
+)
 from stillhouse.spec import (
     DataSpec,
     Dtype,
@@ -167,8 +173,7 @@ def _peft_quiet() -> Iterator[None]:
 
 def save_adapter(student: PeftModel, spec: TrainSpec, prepared: PreparedPair, final: Path) -> None:
     """Publish the adapter and its contract under `final`, whole or not at all."""
-    temporary = final.with_name(f".{final.name}.{os.getpid()}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
+    temporary = temporary_name(final)
     student.save_pretrained(str(temporary), safe_serialization=True)
     # PEFT writes a model card that names the base's path on this machine; nobody needs it.
     (temporary / "README.md").unlink(missing_ok=True)

@@ -7,7 +7,6 @@ skipped and said. Because randomness is counted, the state is small: adapter, mo
 
 from __future__ import annotations
 
-import os
 import shutil
 from pathlib import Path
 from typing import Any, cast
@@ -17,7 +16,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from stillhouse.errors import ContractError
-from stillhouse.rundir import Json, RunDir, file_digest, publish, read_json, write_json
+from stillhouse.rundir import (
+    Json,
+    RunDir,
+    file_digest,
+    publish,
+    read_json,
+    temporary_name,
+    write_json,
+)
 
 KEEP = 2  # the newest may be torn by a machine that dies; the one before it is then used
 
@@ -31,7 +38,7 @@ def save(
         OSError: no room; nothing that was there before is lost.
     """
     final = run.checkpoints / f"step-{step}"
-    temporary = run.checkpoints / f".step-{step}.{os.getpid()}.tmp"
+    temporary = temporary_name(final)
     run.checkpoints.mkdir(parents=True, exist_ok=True)
     _remove_leftovers(run.checkpoints)
     temporary.mkdir()

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+from collections.abc import Iterator
 from typing import Any
 
+from stillhouse.errors import visible
 from stillhouse.rundir import Json, RunDir
 from stillhouse.spec import TrainSpec, to_plain
+
+DELETED = "previously created and deleted"  # what W&B says of an id that it takes no more
+TRIES = 5  # ids
 
 
 class Tracker:
@@ -16,7 +22,7 @@ class Tracker:
     def __init__(self, spec: TrainSpec, run: RunDir, first_step: int) -> None:
         run.keep_metrics_before(first_step)
         self._file = run.metrics_file.open("a", encoding="utf-8")
-        self._wandb = _wandb_run(spec, run) if spec.tracking.tracker == "wandb" else None
+        self._wandb = _Wandb(spec, run) if spec.tracking.tracker == "wandb" else None
 
     def log(self, metrics: Json) -> None:
         """Write one step."""
@@ -37,17 +43,58 @@ def finite(metrics: Json) -> Json:
     return {k: None if v is None or not math.isfinite(v) else v for k, v in metrics.items()}
 
 
-def _wandb_run(spec: TrainSpec, run: RunDir) -> Any:
+class _Wandb:
+    """A copy of the metrics at Weights & Biases. Whatever fails there is a warning and ends the
+    copying: metrics.jsonl has every step, and training goes on."""
+
+    def __init__(self, spec: TrainSpec, run: RunDir) -> None:
+        self._run: Any = None
+        with self._warned("start"):
+            self._run = _started(spec, run)
+
+    def log(self, metrics: Json, step: int) -> None:
+        if self._run is not None:
+            with self._warned("log"):
+                self._run.log(metrics, step=step)
+
+    def finish(self) -> None:
+        if self._run is not None:
+            with self._warned("finish"):
+                self._run.finish()
+
+    @contextlib.contextmanager
+    def _warned(self, doing: str) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # a library's, a network's or a service's: none is the run's
+            self._run = None
+            why = visible(str(error).strip().partition("\n")[0])
+            print(
+                f"warning: W&B did not {doing} ({type(error).__name__}: {why}); training goes on"
+                " without it, and metrics.jsonl has every step",
+                flush=True,
+            )
+
+
+def _started(spec: TrainSpec, run: RunDir) -> Any:
+    """The run at W&B. Ids are hashes of content, so that of a run deleted there comes again, and
+    W&B takes no id twice: it gets a suffix then."""
     import wandb
 
-    return wandb.init(
-        project=spec.tracking.wandb_project,
-        id=run.id,
-        name=spec.place.name or run.path.name,
-        group=spec.place.sweep,
-        tags=list(spec.place.tags),
-        config=to_plain(spec),
-        dir=str(run.path),
-        mode=spec.tracking.wandb_mode,
-        resume="allow",
-    )
+    for number in range(1, TRIES + 1):
+        try:
+            return wandb.init(
+                project=spec.tracking.wandb_project,
+                id=run.id if number == 1 else f"{run.id}-{number}",
+                name=spec.place.name or run.path.name,
+                group=spec.place.sweep,
+                tags=list(spec.place.tags),
+                config=to_plain(spec),
+                dir=str(run.path),
+                mode=spec.tracking.wandb_mode,
+                resume="allow",
+            )
+        except Exception as error:
+            if number == TRIES or DELETED not in str(error):
+                raise
+    raise AssertionError("the last turn returns or raises")

@@ -115,7 +115,8 @@ def cases(frame: Frame, runs: Runs, rules: Rules) -> list[Case]:
 def left_out(frame: Frame, runs: Runs) -> list[str]:
     """Says how many runs had a preflight of their pair that looked at other weights or rows."""
     count = 0
-    for row in frame[frame["kind"] == "point"].drop_duplicates("id").to_dict("records"):
+    points = frame[frame["kind"] == "point"].drop_duplicates("id").dropna(subset=["pair_name"])
+    for row in points.to_dict("records"):
         record = RunDir(runs.root / row["directory"]).record()
         if record is not None:
             key = verdict.key_of_plain(record["spec"])

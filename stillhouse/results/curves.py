@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from stillhouse.errors import ContractError
 from stillhouse.results.comparisons import other_axes, setting_of
 from stillhouse.results.stats import t_quantile
 from stillhouse.results.table import Frame, is_set, points_of, spell
@@ -51,7 +52,11 @@ def read(frame: Frame, runs: Runs) -> list[Run]:
     found: list[Run] = []
     for row in points_of(frame).dropna(subset=["pair_name"]).to_dict("records"):
         run = RunDir(runs.root / row["directory"])
-        metrics, record = run.metrics(), run.record()
+        try:
+            metrics, record = run.metrics(), run.record()
+        except ContractError as error:  # the page says which; the other runs have their curves
+            frame.attrs.setdefault("odd", []).append(str(error))
+            continue
         if metrics and record is not None:
             table = pd.DataFrame(metrics)
             table.index = pd.Index(table.pop("step") + 1, name="steps")

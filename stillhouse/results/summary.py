@@ -34,6 +34,8 @@ def remarks(frame: Frame) -> list[str]:
     if len(bare):
         names = ", ".join(bare["arm"].drop_duplicates())
         said.append(f"Baselines not scored in full: {names}.")
+    odd = [*points[points["phase"] == "unreadable"]["cause"], *frame.attrs.get("odd", [])]
+    said += [f"Left out, since it cannot be read: {why}." for why in dict.fromkeys(odd)]
     said += _warnings(points)
     said += _budgets(frame)
     by = (frame.attrs["sweep"]["compare"] or {}).get("by")

@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 from pydantic import TypeAdapter
 
 from stillhouse.errors import ConfigError, ContractError, nearest
+from stillhouse.file_formats import WHOLE_SWEEP, checked
 from stillhouse.results import rests
 from stillhouse.results.stats import NAN, binomial_se
-from stillhouse.rundir import FORMAT, RunDir, Runs, eval_file, read_json
+from stillhouse.rundir import FORMAT, RunDir, Runs, eval_file, read_json, read_score
 from stillhouse.spec import SuiteSpec, as_before, chat_settings, digest, score_key
 
 if TYPE_CHECKING:
@@ -65,8 +66,7 @@ def load(sweep_name: str, runs: str | Path = "runs") -> pd.DataFrame:
     _tell_apart(rows)
     for point in sweep["points"]:
         run = RunDir(place.root / f"{point['slug']}-{point['id']}")
-        facts = _point_facts(point, run, follows)
-        rows += [facts | score for score in _scores(run.path, asked)]
+        rows += _point_rows(point, run, follows, asked)
     leaves = list(dict.fromkeys(x for p in sweep["points"] for x in _arm(p["overrides"])))
     frame: Frame = pd.DataFrame(rows)
     first = ["kind", "id", "name", "arm", *leaves, "seed", "task", "metric", "value", "doc_se"]
@@ -103,7 +103,7 @@ def read_sweep(name: str, runs: Runs) -> Json:
             f"{path}: written in format {sweep.get('format')}, this version reads format {FORMAT};"
             " use the version that wrote it"
         )
-    return sweep
+    return checked(sweep, WHOLE_SWEEP, path, "move it away and run the sweep's file again")
 
 
 def _asked(sweep: Json, runs: Runs) -> list[Asked]:
@@ -144,17 +144,41 @@ def _follows(sweep: Json) -> dict[str, str]:
     return found
 
 
-def _point_facts(point: Json, run: RunDir, follows: Mapping[str, str]) -> Json:
+def _point_rows(
+    point: Json, run: RunDir, follows: Mapping[str, str], asked: Sequence[Asked]
+) -> list[Json]:
+    """A row per task of one point; where a file of it is torn or odd, its row says which."""
+    try:
+        facts = _point_facts(point, run, follows)
+        return [facts | score for score in _scores(run.path, asked)]
+    except ContractError as error:
+        why = str(error)
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        # Of another shape deeper down than the loaders look: a spec of an edited record, say.
+        why = f"{run.path}: its files are not of the shape that training writes ({error!r})"
+    facts = _told_of(point, run, follows) | {"trained": False, "step": None}
+    facts |= {"phase": "unreadable", "cause": why}
+    empty = {"value": NAN, "higher_is_better": None, "scored_otherwise": False}
+    tasks = [(task, metric) for task, metric, _ in asked] or [(None, None)]
+    return [facts | empty | {"task": task, "metric": metric} for task, metric in tasks]
+
+
+def _told_of(point: Json, run: RunDir, follows: Mapping[str, str]) -> Json:
+    """What the sweep's record alone says of a point."""
     overrides = {leaf: _cell(value) for leaf, value in point["overrides"].items()}
     arm = {leaf: value for leaf, value in overrides.items() if leaf not in follows}
+    facts = {"kind": "point", "id": point["id"], "name": point["name"], "arm": label(arm)}
+    return facts | {"directory": run.path.name} | overrides
+
+
+def _point_facts(point: Json, run: RunDir, follows: Mapping[str, str]) -> Json:
     status = run.status()
     told = {
         key: status.get(key)
         for key in ("phase", "step", "max_steps", "exit_code", "cause", "stopped_by")
     }
     told["warnings"] = " ".join(status.get("warnings") or {})
-    facts = {"kind": "point", "id": point["id"], "name": point["name"], "arm": label(arm)}
-    facts["directory"] = run.path.name
+    facts: Json = {}
     record = run.record()
     if record is not None:
         spec = record["spec"]
@@ -165,7 +189,8 @@ def _point_facts(point: Json, run: RunDir, follows: Mapping[str, str]) -> Json:
         facts |= {key: record.get("coverage", {}).get(key) for key in SHARES}
         facts |= {f"code_{key}": value for key, value in record["code"].items()}
         facts |= {f"version_{key}": value for key, value in record["versions"].items()}
-    return facts | overrides | {"trained": run.was_trained()} | told | _cost_facts(run)
+    facts |= _told_of(point, run, follows) | {"trained": run.was_trained()}
+    return facts | told | _cost_facts(run)
 
 
 def _baseline_facts(entry: Json, directory: Path) -> Json:
@@ -204,7 +229,7 @@ def _tell_apart(baselines: list[Json]) -> None:
 
 
 def _cost_facts(run: RunDir) -> Json:
-    cost = read_json(run.cost_file)
+    cost = run.cost()
     if cost is None:
         return {}
     seconds, price = cost["seconds"]["total"], cost["price_usd_per_hour"]
@@ -218,7 +243,7 @@ def _scores(directory: Path, asked: Sequence[Asked]) -> Iterator[Json]:
         yield {"task": None, "metric": None, "value": NAN, "higher_is_better": None}
     for task, metric, key in asked:
         file = eval_file(directory, task)
-        score = read_json(file)
+        score = read_score(directory, task, whole=True)
         if score is None or (key is not None and score["key"] != key):
             empty = {"task": task, "metric": metric, "value": NAN, "file": None}
             yield empty | {"scored_otherwise": score is not None}

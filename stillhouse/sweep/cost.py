@@ -18,9 +18,9 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from stillhouse.errors import ConfigError
+from stillhouse.errors import ConfigError, ContractError
 from stillhouse.methods import value_at
-from stillhouse.rundir import FORMAT, RunDir, Runs, read_json
+from stillhouse.rundir import RunDir, Runs
 from stillhouse.spec import NonNegative, SiteSpec, TrainSpec, to_plain
 from stillhouse.sweep.asked import text
 from stillhouse.sweep.grid import Point
@@ -259,13 +259,17 @@ def _measured(runs: Path, slugs: set[str], wanted: set[Shape], is_collected: boo
 
 def _measure(run: RunDir, wanted: set[Shape]) -> Measure | None:
     """Seconds of a run, if it is done and of a wanted shape."""
-    cost = read_json(run.cost_file)
-    record = read_json(run.spec_file) if cost else None
-    if cost is None or record is None or record.get("format") != FORMAT or not run.was_trained():
+    try:
+        cost = run.cost()
+        record = run.record() if cost else None
+        is_done = run.was_trained()
+    except ContractError:  # one odd run less to learn from
+        return None
+    if cost is None or record is None or not is_done:
         return None
     plain = record["spec"]
-    steps = plain["training"]["max_steps"]
     try:
+        steps = plain["training"]["max_steps"]
         this = shape(plain)
     except KeyError:  # of a version that knew fewer knobs: not known to be alike
         return None

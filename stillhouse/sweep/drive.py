@@ -287,7 +287,7 @@ class Drive:
 
     def _exit_code(self) -> int:
         states = {seen.state for seen in self.observations.values()}
-        if self.given_up() or states & {"failed", "stopped", "drifted"}:
+        if self.given_up() or states & {"failed", "stopped", "drifted", "unreadable"}:
             return SOME_FAILED
         return DONE if states <= {"done"} else AGAIN
 

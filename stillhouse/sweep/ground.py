@@ -6,6 +6,7 @@ below `runs/`. `away.Away` is a cluster: its answers are Jobs and what is writte
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 from stillhouse.at_hand import require_torch
+from stillhouse.errors import ContractError
 from stillhouse.rundir import RunDir
 from stillhouse.sweep import commits, cost, listing, logs, roster, spent
 from stillhouse.sweep.drive import Backend, adopt_code
@@ -191,12 +193,16 @@ class Here:
         return baselines_of(sweep, groups_of(sweep))
 
     def given_up(self, rows: Roster) -> dict[str, str]:
-        statuses = {directory.name: RunDir(directory).status() for directory in rows.baselines}
-        return {
-            f"baseline {name}": status["eval_cause"]
-            for name, status in statuses.items()
-            if status.get("eval_gave_up")
-        }
+        found: dict[str, str] = {}
+        for directory in rows.baselines:
+            try:
+                status = RunDir(directory).status()
+            except ContractError as error:
+                found[f"baseline {directory.name}"] = str(error)
+                continue
+            if status.get("eval_gave_up"):
+                found[f"baseline {directory.name}"] = status.get("eval_cause") or "no cause told"
+        return found
 
     def pinned(self, sweep: Sweep, begins: bool = False) -> Sweep:
         # What lies here is what a run would take, so a plan says what it would say.
@@ -255,7 +261,7 @@ class Here:
             forget_failures(rows.run(row.id))
         if not is_whole:
             return 0
-        given_up = [d for d in rows.baselines if RunDir(d).status().get("eval_gave_up")]
+        given_up = [d for d in rows.baselines if _has_given_up(RunDir(d))]
         for directory in given_up:
             forget_failures(RunDir(directory))
         return len(given_up)
@@ -266,6 +272,12 @@ class Here:
         observations = observe(rows)
         asked = [row for row in rows.rows if _ask_to_stop(row, observations[row.id])]
         return [f"asked to save and stop: {row}" for row in asked]
+
+
+def _has_given_up(run: RunDir) -> bool:
+    with contextlib.suppress(ContractError):  # `status` names it, and nobody can take it back
+        return bool(run.status().get("eval_gave_up"))
+    return False
 
 
 def _ask_to_stop(row: roster.Row, seen: Observation) -> bool:

@@ -25,6 +25,7 @@ FEW = 6  # values of one axis in a status: all of it stays on one screen
 NAMED = 3  # points that a reason names
 DRAWN = 30  # methods that a plan draws before it only counts them
 FAILED = ("failed", "stopped")
+UNREADABLE = "unreadable"
 
 
 def counted(states: Mapping[str, int]) -> str:
@@ -162,7 +163,7 @@ def reasons(roster: Roster, observations: Mapping[str, Observation]) -> list[str
     nothing to say, is in the headline.
     """
     lines: list[str] = []
-    for state in ("running", "waiting", "new", "drifted", "stopped", "failed"):
+    for state in ("running", "waiting", "new", "drifted", "unreadable", "stopped", "failed"):
         kinds: dict[str, list[Row]] = {}
         for row in roster.rows:
             seen = observations[row.id]
@@ -212,7 +213,7 @@ def failures(roster: Roster, observations: Mapping[str, Observation]) -> list[st
     """What failed and why: one line for each kind of cause."""
     kinds: dict[str, list[Row]] = {}
     for row in roster.rows:
-        if observations[row.id].state in FAILED:
+        if observations[row.id].state in (*FAILED, UNREADABLE):
             kinds.setdefault(fingerprint(observations[row.id]), []).append(row)
     return [_kind(rows, observations) for rows in sorted(kinds.values(), key=len, reverse=True)]
 

@@ -8,6 +8,7 @@ run: what a process left in its run directory is all there is.
     running   a live process holds its lock   drifted   begun, untrained, by other code than ours;
     done      trained, and every task that              or, trained or not, over other weights or
               was asked for is scored                   rows than are here now
+    unreadable   a file in its directory is torn or odd: named, and no other point's business
 
 A trained point whose scores were made of other weights, or by another lm-eval, waits to be scored
 anew: scoring is cheap, and the score says what it replaced.
@@ -23,16 +24,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, cast
 
-from stillhouse.errors import AGAIN, POISON, STOPPED
-from stillhouse.rundir import Json, RunDir, code_identity, eval_file, read_json
+from stillhouse.errors import AGAIN, POISON, STOPPED, ContractError
+from stillhouse.rundir import Json, RunDir, code_identity, now, read_score
 from stillhouse.spec import SuiteSpec, score_key
 from stillhouse.sweep.beneath import Below, Beneath
 from stillhouse.sweep.grid import Sweep
 from stillhouse.sweep.roster import Roster, baseline_rows, roster_of
 
-State = Literal["new", "waiting", "running", "done", "failed", "stopped", "drifted"]
+State = Literal[
+    "new", "waiting", "running", "done", "failed", "stopped", "drifted", "unreadable"
+]  # fmt: skip
 STATES: tuple[State, ...] = (
-    "done", "running", "waiting", "new", "drifted", "failed", "stopped",
+    "done", "running", "waiting", "new", "drifted", "failed", "stopped", "unreadable",
 )  # fmt: skip
 
 
@@ -116,11 +119,7 @@ class Situation:
 
 
 def observe(roster: Roster) -> dict[str, Observation]:
-    """The state of every point of a sweep, by its id.
-
-    Raises:
-        ContractError: a run directory that another version wrote, or that is not what it says.
-    """
+    """The state of every point of a sweep, by its id."""
     there = set(os.listdir(roster.runs)) if roster.runs.is_dir() else set[str]()
     beneath = roster.beneath()
     return {
@@ -133,6 +132,13 @@ def observe(roster: Roster) -> dict[str, Observation]:
 
 def look(run: RunDir, suite: SuiteSpec | None, beneath: Beneath) -> Observation:
     """The state of one point; `beneath`: what points rest on now."""
+    try:
+        return _look(run, suite, beneath)
+    except ContractError as error:  # written by another version, torn, or edited
+        return Observation("unreadable", str(error))
+
+
+def _look(run: RunDir, suite: SuiteSpec | None, beneath: Beneath) -> Observation:
     record, status = run.record(), run.status()
     missing: dict[str, list[str]] = {}
     is_trained = run.is_trained()
@@ -157,11 +163,11 @@ def unscored(directory: Path, suite: SuiteSpec | None, below: Below | None) -> d
     """The tasks of a suite that want a score here, each with why the one that is there is none.
 
     [] where there is none, or one that answers another question. `below`: what this row's scores
-    rest on now; None: nobody knows.
+    rest on now; None: nobody knows. Raises ContractError for a file there that is no score.
     """
     missing: dict[str, list[str]] = {}
     for task in suite.tasks if suite else ():
-        result = read_json(eval_file(directory, task.task))
+        result = read_score(directory, task.task)
         if suite is None or result is None or result.get("key") != score_key(suite, task):
             missing[task.task] = []
         elif below is not None and (why := below.changes(result, task)):
@@ -202,13 +208,18 @@ def baselines_of(sweep: Sweep, groups: Mapping[str, str]) -> tuple[Baseline, ...
     found: list[Baseline] = []
     beneath = roster_of(sweep).beneath()
     for row in baseline_rows(sweep):
-        status = RunDir(row.directory).status()
-        missing = unscored(row.directory, sweep.suite, beneath.under_baseline(row.directory))
+        of_it = frozenset(groups[id_] for id_ in row.points)
+        try:
+            status = RunDir(row.directory).status()
+            missing = unscored(row.directory, sweep.suite, beneath.under_baseline(row.directory))
+        except ContractError as error:
+            found.append(Baseline(row.directory, row.label, of_it, cause=str(error)))
+            continue
         found.append(
             Baseline(
                 directory=row.directory,
                 label=row.label,
-                groups=frozenset(groups[id_] for id_ in row.points),
+                groups=of_it,
                 is_scored=not missing,
                 goes_alone=bool(status.get("eval_alone")),
                 cause=status.get("eval_cause") if status.get("eval_gave_up") else None,
@@ -268,7 +279,7 @@ def judge(found: Found, code: str) -> Observation:
     if found.code not in (None, code):
         return observed("drifted", f"begun by code {found.code}, this is {code}")
     if exit_code == AGAIN:
-        return observed("waiting", cause, asked_to_stop=status.get("finished"))
+        return observed("waiting", cause, asked_to_stop=_in_order(status.get("finished")))
     if status.get("phase") in ("starting", "training"):
         cause = "its process ended without a word"
     elif status.get("phase") == "done":
@@ -282,16 +293,24 @@ def _judge_unscored(found: Found, observed: Any) -> Observation:
     cause = status.get("eval_cause")
     if status.get("eval_gave_up"):
         return observed("failed", cause)
-    stopped = status.get("eval_finished") if status.get("eval_exit_code") == AGAIN else None
+    at = status.get("eval_finished") if status.get("eval_exit_code") == AGAIN else None
     drifted = drifted_scores(found.unscored)
     told = "; ".join(drifted) and f"{'; '.join(drifted)}; to be scored anew"
     return observed(
         "waiting",
         cause or told or f"trained, to be scored on {', '.join(found.unscored)}",
         goes_alone=bool(status.get("eval_alone")),
-        asked_to_stop=stopped,
+        asked_to_stop=_in_order(at),
         rests_on_other=drifted,
     )
+
+
+def _in_order(stopped: float | None) -> float | None:
+    """When somebody stopped it, by the clock of who wrote that; None for a time that is to come.
+
+    A clock that was ahead cannot say whether that was before or after a loop began.
+    """
+    return None if stopped is not None and stopped > now() else stopped
 
 
 # --------------------------------------------------------------------------------- planning

@@ -6,6 +6,7 @@ without control codes, so that a log is a history.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 import time
@@ -20,13 +21,13 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from stillhouse.errors import AGAIN, DONE
+from stillhouse.errors import AGAIN, DONE, ContractError, visible
 from stillhouse.rundir import RunDir
 from stillhouse.sweep.drive import Finished, Picture
 from stillhouse.sweep.listing import counted, fingerprint
 from stillhouse.sweep.plan import Action, Observation
 from stillhouse.sweep.roster import Roster
-from stillhouse.words import Pace, duration
+from stillhouse.words import Pace, duration, say
 
 TAIL_BYTES = 16_384  # of metrics.jsonl: more than a line, less than a page of disk reads
 LIVE_ROWS = 12  # tasks at work that the board lists; a laptop has fewer
@@ -48,7 +49,9 @@ class Steps:
 
 def steps_of(run: RunDir) -> Steps:
     """Completed steps, as the last whole line of the run's metrics says, and how many there are."""
-    end = run.status().get("max_steps")
+    end = None
+    with contextlib.suppress(ContractError):  # the loop that looks at states says it
+        end = run.status().get("max_steps")
     try:
         with run.metrics_file.open("rb") as file:
             file.seek(max(0, run.metrics_file.stat().st_size - TAIL_BYTES))
@@ -199,7 +202,7 @@ class Board:
         self.live.stop()
 
     def says(self, text: str) -> None:
-        self.console.print(Text(text))
+        self.console.print(Text(visible(text)))
 
     def started(self, action: Action) -> None:
         self.began[action] = time.monotonic()
@@ -279,4 +282,4 @@ def watcher(
     console = Console(highlight=False)
     if sys.stdout.isatty() and not console.is_dumb_terminal:
         return Board(roster, console, has_files, trouble)
-    return Lines(roster, lambda text: print(text, flush=True), has_files, trouble)
+    return Lines(roster, lambda text: say(text, flush=True), has_files, trouble)

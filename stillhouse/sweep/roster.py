@@ -9,15 +9,18 @@ The verbs that look or mend need no configuration, only this: a sweep outlives i
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
-from pydantic import TypeAdapter
+from pydantic import TypeAdapter, ValidationError
 
 from stillhouse.errors import ConfigError, ContractError, nearest
+from stillhouse.file_formats import SWEEP, checked
 from stillhouse.rundir import (
     FORMAT,
     Json,
@@ -26,12 +29,23 @@ from stillhouse.rundir import (
     directory_name,
     now,
     read_json,
+    sweep_leftovers,
     write_json,
 )
-from stillhouse.spec import PairSpec, QuantSpec, SuiteSpec, baseline_key, chat_settings, to_plain
+from stillhouse.spec import (
+    NAME,
+    PairSpec,
+    QuantSpec,
+    SuiteSpec,
+    baseline_key,
+    chat_settings,
+    to_plain,
+)
 from stillhouse.sweep.asked import text
 from stillhouse.sweep.beneath import Beneath
 from stillhouse.sweep.grid import Point, Sweep
+
+MEND = "run the sweep's file again, once this one is moved away: that writes it anew"
 
 
 @dataclass(frozen=True)
@@ -107,14 +121,39 @@ def write(sweep: Sweep) -> None:
         ContractError: a name already means another configuration; nothing was written then.
     """
     runs, roster = Runs(sweep.runs), roster_of(sweep)
+    refuse_another_sweep(read_json(runs.sweep_file(sweep.name)), sweep, str(sweep.runs))
     for row in roster.rows:
         link = runs.names / str(row.name)
         if row.name and link.is_symlink() and link.readlink().name != row.directory:
             runs.link_name(row.name, roster.run(row.id))  # says what it means already
     write_record(sweep.runs, record_of(sweep))
+    sweep_leftovers(runs.names)
     for row in roster.rows:
         if row.name:
             runs.link_name(row.name, roster.run(row.id))
+
+
+def refuse_another_sweep(before: Json | None, sweep: Sweep, where: str) -> None:
+    """Let no file take over the name of a sweep that another file asked for.
+
+    A file may change as it likes, and may be moved if what it asks stays in part; `before`: the
+    record of that name `where` this sweep is to be written.
+
+    Raises:
+        ContractError: the name means another sweep.
+    """
+    if before is None or sweep.file is None or not before.get("path"):
+        return
+    was, is_ = Path(before["path"]), Path(sweep.file).resolve()
+    if was == is_:
+        return
+    shared = {point["id"] for point in before["points"]} & {point.id for point in sweep.points}
+    if was.is_file() or not shared:
+        asks = before.get("question") or f"{len(before['points'])} points"
+        raise ContractError(
+            f'"{sweep.name}" already means the sweep of {was} in {where} ({asks}), and this is'
+            f" {is_}: give one of the files another name"
+        )
 
 
 def write_record(runs: Path, record: Json) -> None:
@@ -130,6 +169,7 @@ def record_of(sweep: Sweep) -> Json:
         "format": FORMAT,
         "name": sweep.name,
         "file": sweep.file,
+        "path": sweep.file and str(Path(sweep.file).resolve()),
         "words": list(sweep.words),
         "question": sweep.question,
         "compare": compare
@@ -190,11 +230,14 @@ def names(runs: Path) -> list[str]:
 
 
 def read(runs: Path, name: str) -> Roster | None:
-    """A sweep that was started here, as it was last asked; None where there is none of that name.
+    """A sweep that was started here, as it was last asked; None where there is none of that name
+    (a word that is no name names none).
 
     Raises:
         ContractError: its file was written by another version.
     """
+    if re.fullmatch(NAME, name) is None:
+        return None
     file = Runs(runs).sweep_file(name)
     record = read_json(file)
     return None if record is None else of_record(record, runs, str(file))
@@ -209,15 +252,21 @@ def of_record(record: Json, runs: Path, where: str) -> Roster:
     """The sweep that a record describes; `where` it was read, for an error.
 
     Raises:
-        ContractError: it was written by another version.
+        ContractError: it was written by another version, or is no record of a sweep.
     """
     if record.get("format") != FORMAT:
         raise ContractError(
             f"{where}: written in format {record.get('format')}, this version reads format"
             f" {FORMAT}; use another --runs directory, or the version that wrote it"
         )
+    checked(record, SWEEP, Path(where), MEND)
     rows = (Row(p["id"], p["slug"], p["name"], p["overrides"]) for p in record["points"])
-    suite = record["suite"] and TypeAdapter(SuiteSpec).validate_python(record["suite"])
+    try:
+        suite = record["suite"] and TypeAdapter(SuiteSpec).validate_python(record["suite"])
+    except ValidationError as error:
+        why = error.errors(include_url=False)[0]
+        at = ".".join(map(str, why["loc"]))
+        raise ContractError(f"{where}: suite.{at}: {why['msg'].lower()}; {MEND}") from error
     baselines = tuple(runs / "baselines" / b["directory"] for b in record["baselines"])
     cache_dir = record.get("cache_dir")
     return Roster(
@@ -252,9 +301,10 @@ def find(word: str, runs: Path) -> Roster:
 def _with_its_sweep(run: RunDir, runs: Path) -> Roster:
     """One run, with the suite of a sweep it belongs to: what makes it done."""
     for name in names(runs):
-        sweep = read(runs, name)
-        if sweep and run.id in sweep.by_id:
-            return replace(sweep, rows=(sweep.by_id[run.id],), baselines=())
+        with contextlib.suppress(ContractError):  # `status` names it; this run is not its business
+            sweep = read(runs, name)
+            if sweep and run.id in sweep.by_id:
+                return replace(sweep, rows=(sweep.by_id[run.id],), baselines=())
     slug = run.path.name.rpartition("-")[0]
     return Roster(run.path.name, runs, (Row(run.id, slug, None, {}),), None, ())
 
@@ -296,5 +346,8 @@ def cancel(runs: Path, name: str) -> None:
 
 def is_cancelled(runs: Path, name: str, since: float) -> bool:
     """Whether somebody asked that at `since` (seconds since the epoch) or later."""
-    asked = read_json(Runs(runs).cancel_file(name))
+    file = Runs(runs).cancel_file(name)
+    asked = read_json(file)
+    if asked is not None and not isinstance(asked.get("asked"), int | float):
+        raise ContractError(f"{file}: says no time; remove it, and run again")
     return asked is not None and asked["asked"] >= since

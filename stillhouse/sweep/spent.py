@@ -12,11 +12,12 @@ lost. Device-hours: hours times devices.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from stillhouse.errors import DIVERGED
-from stillhouse.rundir import Json, read_json
+from stillhouse.errors import DIVERGED, ContractError
+from stillhouse.rundir import Json, RunDir
 from stillhouse.spec import SiteSpec
 from stillhouse.sweep.cost import Price, no_price, prices
 from stillhouse.sweep.kube.ledger import Record
@@ -104,7 +105,7 @@ def spent(roster: Roster, records: Mapping[str, Record], site: SiteSpec | None =
     told = site.price_usd_per_hour if site else None
     own = None if told is None else Price(told, "site.price_usd_per_hour")
     for row in roster.rows:
-        record, cost = records.get(row.id), read_json(roster.run(row.id).cost_file)
+        record, cost = records.get(row.id), _cost_of(roster.run(row.id))
         if record is not None:
             _add_training(found, record, cost, _price(found, record, own))
         elif cost is not None:
@@ -115,6 +116,13 @@ def spent(roster: Roster, records: Mapping[str, Record], site: SiteSpec | None =
         if dot and what in scored:
             _add_scoring(found, record, _price(found, record, own))
     return found
+
+
+def _cost_of(run: RunDir) -> Json | None:
+    """What a run says that it cost; an odd file is the business of `report`, which names it."""
+    with contextlib.suppress(ContractError):
+        return run.cost()
+    return None
 
 
 def _price(found: Spent, record: Record, own: Price | None) -> Price | None:

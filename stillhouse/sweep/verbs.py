@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 
 from stillhouse import fits
-from stillhouse.errors import AGAIN, DONE, MISTAKE
+from stillhouse.errors import AGAIN, DONE, MISTAKE, ContractError
 from stillhouse.rundir import Json
 from stillhouse.sweep import commits, listing, roster
 from stillhouse.sweep.call import Call
@@ -30,7 +30,7 @@ from stillhouse.sweep.roster import Roster, roster_of
 from stillhouse.sweep.site import CLUSTER
 from stillhouse.sweep.unasked import Unasked
 from stillhouse.sweep.verdicts import verdict_lines, verdicts
-from stillhouse.words import duration
+from stillhouse.words import duration, say
 
 __all__ = [
     "Call",
@@ -70,9 +70,9 @@ def plan(call: Call) -> int:
         }
         return _print_json(listing.as_json(rows, observations) | more)
     _print(ground.remarks(None) if isinstance(ground, Unasked) else ())
-    print(listing.headline(rows, observations))
+    say(listing.headline(rows, observations))
     if sweep.question:
-        print(f"  {sweep.question}")
+        say(f"  {sweep.question}")
     costs = ground.costs(_only(sweep, rows), observations)
     _print(listing.by_axis(rows, observations, costs))
     _print(listing.method_lines(points))
@@ -82,10 +82,10 @@ def plan(call: Call) -> int:
     _print(listing.drifted(rows, observations))
     _print([*ground.drifted_rows(sweep), *commits.remarks(sweep)])
     if any(seen.must_begin_anew for seen in observations.values()):
-        print(f"run: {WAYS_OUT}")
+        say(f"run: {WAYS_OUT}")
     drifted = _drifted(observations)
     if drifted:
-        print(f"{_of_other_code(drifted)}; run them with --code=new")
+        say(f"{_of_other_code(drifted)}; run them with --code=new")
     return DONE
 
 
@@ -100,9 +100,9 @@ def render(call: Call) -> int:
     rows = roster.narrowed(roster_of(sweep), call.points)
     problem = image_problem(sweep.site)
     if problem:
-        print(f"not to be sent as it is: {problem}", file=sys.stderr)
+        say(f"not to be sent as it is: {problem}", file=sys.stderr)
     for name in commits.unknown(sweep):
-        print(f"{name}: `run` asks the hub for its commit, and tells every Job", file=sys.stderr)
+        say(f"{name}: `run` asks the hub for its commit, and tells every Job", file=sys.stderr)
     if call.is_json:
         said = listing.as_json(rows, {row.id: Observation("new") for row in rows.rows})
         texts = [manifest.decode() for manifest in manifests(sweep, rows)]
@@ -134,7 +134,7 @@ def _run(call: Call, backend_for: Callable[[Sweep, Roster], Backend] | None) -> 
         return _refuse(rows, observations)
     drifted = _drifted(observations)
     if drifted and not call.is_new_code:
-        print(
+        say(
             f"{_of_other_code(drifted)}: nothing was started. The same command with --code=new goes"
             " on with them under the code at hand, and the report will say so"
         )
@@ -157,9 +157,9 @@ def _run(call: Call, backend_for: Callable[[Sweep, Roster], Backend] | None) -> 
         _print(ground.begin_anew(rows, anew) if anew else [])
         observations = ground.observe(rows, minds_code=True)
     if is_idle:
-        print("nothing left to do")
+        say("nothing left to do")
         return _summary(call, rows, observations, ground.given_up(rows))
-    print(listing.headline(rows, observations))
+    say(listing.headline(rows, observations))
     only = _only(sweep, rows)
     _print(ground.forecast(only, ground.costs(only, observations)))
     if call.is_detached:
@@ -172,17 +172,17 @@ def _run(call: Call, backend_for: Callable[[Sweep, Roster], Backend] | None) -> 
     with at_work as backend, watcher(rows, ground.has_files, ground.trouble) as watch:
         drive = Drive(sweep, backend, watch, rows)
         code = drive.run()
-    print(f"after {duration(time.monotonic() - started)}:")
+    say(f"after {duration(time.monotonic() - started)}:")
     _summary(call, rows, drive.observations, drive.given_up())
     if code == AGAIN:
-        print(ground.parting)
+        say(ground.parting)
     return code
 
 
 def _refuse(rows: Roster, observations: Observations) -> int:
     """Say what rests on something else now, and both ways out; 42."""
     lines = [*listing.drifted(rows, observations), f"nothing was started: {WAYS_OUT}"]
-    print("ContractError: " + "\n".join(lines), file=sys.stderr)
+    say("ContractError: " + "\n".join(lines), file=sys.stderr)
     return MISTAKE
 
 
@@ -204,17 +204,17 @@ def _summary(
 ) -> int:
     """Say how a sweep stands and what to do about it; 1 where something failed."""
     has_failed = any(seen.state in listing.FAILED for seen in observations.values())
-    print(listing.headline(rows, observations))
+    say(listing.headline(rows, observations))
     _print(listing.failures(rows, observations))
     _print([f"failed: {what}: {cause}" for what, cause in given_up.items()])
     if has_failed:
-        print(
+        say(
             f"`{call.command('logs', rows.name)} --point ID` shows what a point printed;"
             f" `{call.command('retry', rows.name)}`, then run, tries again"
         )
     if any(seen.is_trained for seen in observations.values()):
-        print(f"{call.ground.homeward(rows.name)}`stillhouse report {rows.name}` shows the results")
-    return SOME_FAILED if has_failed or given_up else DONE
+        say(f"{call.ground.homeward(rows.name)}`stillhouse report {rows.name}` shows the results")
+    return _code(observations, given_up)
 
 
 def status(call: Call) -> int:
@@ -230,7 +230,7 @@ def status(call: Call) -> int:
         cost = {"cost": ground.spent(rows).as_json()} if call.shows_cost else {}
         _print_json(said | cost)
         return code
-    print(listing.headline(rows, observations))
+    say(listing.headline(rows, observations))
     if call.shows_all or len(rows.rows) == 1:
         _print(listing.every(rows, observations))
     else:
@@ -247,19 +247,28 @@ def status(call: Call) -> int:
 def _overview(call: Call) -> int:
     ground = call.ground
     names = ground.names()
-    codes, said = [DONE], list[Json]()
+    codes, said, unreadable = [DONE], list[Json](), dict[str, str]()
     for name in names:
-        rows = ground.find(name)
+        try:
+            rows = ground.find(name)
+        except ContractError as error:  # one bad record is one line
+            unreadable[name] = str(error)
+            continue
         observations = ground.observe(rows)
         said.append(listing.as_json(rows, observations) | {"points": []})
         codes.append(_code(observations, ground.given_up(rows)))
         if not call.is_json:
-            print(listing.headline(rows, observations))
+            say(listing.headline(rows, observations))
+            _print(_unreadable_lines(rows, observations))
+    codes += [MISTAKE] * bool(unreadable)
+    if not call.is_json:
+        _print([f"{name}: unreadable: {why}" for name, why in unreadable.items()])
     if call.is_json:
         totals = {state: sum(one["totals"][state] for one in said) for state in STATES}
-        _print_json({"sweep": None, "totals": totals, "points": [], "sweeps": said})
+        more: Json = {"sweeps": said, "unreadable": unreadable}
+        _print_json({"sweep": None, "totals": totals, "points": []} | more)
     elif not names:
-        print(f"no sweep was started {ground.name} yet; `stillhouse run SWEEP.yaml` does")
+        say(f"no sweep was started {ground.name} yet; `stillhouse run SWEEP.yaml` does")
     if not call.is_json:
         _print(ground.remarks(None))
     return max(codes)
@@ -275,7 +284,7 @@ def logs(call: Call) -> int:
     if not ground.show_logs(rows, call.follows):
         is_done = all(seen.state == "done" for seen in ground.observe(rows).values())
         one = "all is done; with --point P you see what one point printed"
-        print(one if is_done else "nothing was printed yet", file=sys.stderr)
+        say(one if is_done else "nothing was printed yet", file=sys.stderr)
     return DONE
 
 
@@ -296,12 +305,12 @@ def retry(call: Call) -> int:
         return _print_json(listing.as_json(rows, ground.observe(rows)))
     if not failed and not given_up:
         which = "" if condition is None and cause is None else " that is meant"
-        print(f"{rows.name}: nothing to retry: no point of it{which} failed")
+        say(f"{rows.name}: nothing to retry: no point of it{which} failed")
         return DONE
     shown = [f"  waiting  {row}" for row in failed[: listing.SHOWN]]
     more = len(failed) - listing.SHOWN
     _print([*shown, *([f"  and {more} more"] if more > 0 else [])])
-    print(f"{len(failed) + given_up} wait: {ground.again} starts them")
+    say(f"{len(failed) + given_up} wait: {ground.again} starts them")
     return DONE
 
 
@@ -315,17 +324,17 @@ def cancel(call: Call) -> int:
         return _print_json(listing.as_json(rows, observations))
     _print([f"  {line}" for line in asked])
     if not asked:
-        print(f"{rows.name}: no point of it is running {ground.name}")
+        say(f"{rows.name}: no point of it is running {ground.name}")
     if any(seen.state != "done" for seen in observations.values()):
-        print(f"{ground.again} goes on from there")
+        say(f"{ground.again} goes on from there")
     return DONE
 
 
 def collect(call: Call) -> int:
     """Bring the results of a sweep home from a cluster's volume."""
     away, rows = call.away, call.find()
-    say: Callable[[str], None] = lambda text: print(text, file=sys.stderr, flush=True)  # noqa: E731
-    collected = away.collect(rows, call.adapters, say)
+    tell: Callable[[str], None] = lambda text: say(text, file=sys.stderr, flush=True)  # noqa: E731
+    collected = away.collect(rows, call.adapters, tell)
     observations = away.observe(rows)
     trained = {rows.by_id[id_].directory for id_, seen in observations.items() if seen.is_trained}
     is_short = bool(collected.kept) or bool(trained & {*collected.missing})
@@ -334,7 +343,7 @@ def collect(call: Call) -> int:
         _print_json(said | {"collected": collected.as_json()})
     else:
         _print(collected.lines(rows))
-        print(f"`stillhouse report {rows.name}` shows the results")
+        say(f"`stillhouse report {rows.name}` shows the results")
     return SOME_FAILED if is_short else DONE
 
 
@@ -353,7 +362,15 @@ def doctor(call: Call) -> int:
 # ------------------------------------------------------------------------------------ helpers
 
 
+def _unreadable_lines(rows: Roster, observations: Observations) -> list[str]:
+    odd = [row for row in rows.rows if observations[row.id].state == listing.UNREADABLE]
+    return listing.failures(dataclasses.replace(rows, rows=tuple(odd)), observations)
+
+
 def _code(observations: Observations, given_up: Mapping[str, str]) -> int:
+    """42 where a person has to mend a file, 1 where something failed, 0 otherwise."""
+    if any(seen.state == listing.UNREADABLE for seen in observations.values()):
+        return MISTAKE
     has_failed = any(seen.state in listing.FAILED for seen in observations.values())
     return SOME_FAILED if has_failed or given_up else DONE
 
@@ -383,7 +400,7 @@ def _check_fit(sweep: Sweep, points: Sequence[Point], observations: Observations
 
 def _print(lines: Iterable[str]) -> None:
     for line in lines:
-        print(line)
+        say(line)
 
 
 def _print_json(said: Json) -> int:

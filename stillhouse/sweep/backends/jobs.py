@@ -131,7 +131,7 @@ class JobsBackend:
             self._asked_at = time.monotonic()
         return self._mark != self._first_mark
 
-    def _cancel_mark(self) -> float | None:
+    def _cancel_mark(self) -> str | None:
         return next((mark.cancelled for mark in sweeps(self.cluster, self.sweep.name)), None)
 
     def live(self) -> list[Action]:

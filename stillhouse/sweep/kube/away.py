@@ -216,7 +216,7 @@ class Away:
         for role in (checks.LAUNCHER, DRIVER, COLLECTOR):
             for one in checks.findings(self.cluster, self.site, role):
                 found.setdefault((one.ok, one.what.partition(" (Role")[0]), one)
-        return list(found.values())
+        return [*found.values(), *checks.default_queue(self.cluster)]
 
     # ---------------------------------------------------------------------------------- doing
 
@@ -242,6 +242,8 @@ class Away:
         secrets.refuse_words(sweep.words, "the command line")
         told = {text for point in sweep.points for text in (*point.tags, point.name or "")}
         secrets.refuse_texts([*told, sweep.name, sweep.question or ""], "the sweep")
+        where = f"namespace {self.cluster.namespace}"
+        roster.refuse_another_sweep(read_sweep(self.cluster, sweep.name), sweep, where)
         record = roster.record_of(sweep)
         named = {row["name"]: f"{row['slug']}-{row['id']}" for row in record["points"]}
         named = {name: directory for name, directory in named.items() if name}

@@ -52,6 +52,8 @@ def _judged(facts: Facts, code: str | None) -> tuple[State, str | None, dict[str
         if goes_alone(facts.failed.code, facts.has_company):
             return "waiting", facts.failed.cause, {"goes_alone": True}
         return _ended(facts.failed.code, facts.failed.cause)
+    if record is not None and record.state == "unreadable":
+        return "unreadable", record.cause, {}
     if record is not None and record.state in ("failed", "stopped"):
         return _ended(record.code, record.cause)
     if record is not None and record.state == "alone":

@@ -18,11 +18,15 @@ import json
 import re
 import threading
 import time
+import zlib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, cast
 
-from stillhouse.errors import ConfigError
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass as checked_dataclass
+
+from stillhouse.errors import ConfigError, ContractError
 from stillhouse.rundir import Json
 from stillhouse.sweep.backends.cluster import ApiError, Cluster
 from stillhouse.sweep.kube.manifest import SELECTOR, label_value
@@ -34,14 +38,19 @@ CAUSE, TAIL = 1500, 1000  # characters that a record keeps
 CANCELLED = "stillhouse/cancelled"  # annotation of a sweep's record: seconds since the epoch
 NAMES = "stillhouse-names"
 
-RecordState = Literal["done", "failed", "stopped", "cancelled", "alone"]
+RecordState = Literal["done", "failed", "stopped", "cancelled", "alone", "unreadable"]
+KEY = re.compile(
+    r"(prepare\.)?([a-z0-9-]*-)?[0-9a-f]{10,}(\.[0-9a-f]+)?"
+)  # as *_of below make them
 
 
 @dataclass(frozen=True, slots=True)
 class Record:
     """How a task ended. Times in seconds, `at` since the epoch."""
 
-    state: RecordState  # alone: its evaluation failed in company; the next one shows who it was
+    # alone: its evaluation failed in company; the next one shows who it was.
+    # unreadable: somebody edited it; `cause` says what is wrong.
+    state: RecordState
     code: int = 0
     cause: str | None = None
     tail: str | None = None  # the last lines that it printed
@@ -67,23 +76,51 @@ class Record:
         return Record(self.state, self.code, at=self.at)
 
 
+@checked_dataclass(frozen=True, config=ConfigDict(extra="ignore", strict=True))
+class _Written:
+    """A record in the ledger's short words."""
+
+    state: Literal["done", "failed", "stopped", "cancelled", "alone"]
+    code: int
+    at: float
+    cause: str | None = None
+    tail: str | None = None
+    q: float = 0.0
+    s: float = 0.0
+    r: float = 0.0
+    l: float = 0.0  # noqa: E741
+    n: int = 0
+    gpu: str | None = None
+
+    def record(self) -> Record:
+        return Record(
+            state=self.state,
+            code=self.code,
+            cause=self.cause,
+            tail=self.tail,
+            at=self.at,
+            queued=self.q,
+            starting=self.s,
+            running=self.r,
+            lost=self.l,
+            devices=self.n,
+            gpu=self.gpu,
+        )
+
+
+_WRITTEN = TypeAdapter(_Written)
+
+
 @functools.lru_cache(maxsize=50_000)
 def record_of(text: str) -> Record:
-    """A record as it was written."""
-    said = cast("Json", json.loads(text))
-    return Record(
-        state=said["state"],
-        code=said["code"],
-        cause=said.get("cause"),
-        tail=said.get("tail"),
-        at=said["at"],
-        queued=said.get("q", 0.0),
-        starting=said.get("s", 0.0),
-        running=said.get("r", 0.0),
-        lost=said.get("l", 0.0),
-        devices=said.get("n", 0),
-        gpu=said.get("gpu"),
-    )
+    """A record as it was written; an unreadable one, where somebody made something else of it."""
+    try:
+        return _WRITTEN.validate_json(text).record()
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(map(str, first["loc"]))
+        why = first["msg"][0].lower() + first["msg"][1:]
+        return Record("unreadable", cause=f"{where}: {why}" if where else why)
 
 
 def score_of(what: str, scores: str) -> str:
@@ -112,6 +149,7 @@ class Ledger:
         self._read_at = dict.fromkeys(DIGITS, float("-inf"))
         self._locks = {digit: threading.Lock() for digit in DIGITS}
         self._was_read = False
+        self.strangers: tuple[str, ...] = ()  # ConfigMaps that only look like parts of it
         self._cancelled: dict[str, float] = {}
 
     # ------------------------------------------------------------------------------ reading
@@ -121,8 +159,16 @@ class Ledger:
         labels = f"stillhouse/kind=ledger,stillhouse/claim={label_value(self.claim)}"
         began = time.monotonic()
         found = {digit: cast("Json", {}) for digit in DIGITS}
+        digits = {self._name(digit): digit for digit in DIGITS}
+        strangers: list[str] = []
         for items, _ in self.cluster.pages("configmaps", f"{SELECTOR},{labels}"):
-            found |= {item["metadata"]["name"][-1]: item for item in items}
+            for item in items:  # a copy has the labels of what it is a copy of: the name decides
+                name = item["metadata"]["name"]
+                if name in digits:
+                    found[digits[name]] = item
+                else:
+                    strangers.append(name)
+        self.strangers = tuple(sorted(strangers))
         for digit, item in found.items():
             with self._locks[digit]:
                 self._take(digit, item, began)
@@ -130,13 +176,40 @@ class Ledger:
 
     def get(self, key: str) -> Record | None:
         """How a task ended, as far as was read."""
-        said = self._said[shard_of(key)].get(key)
-        return record_of(said) if said else None
+        digit = shard_of(key)
+        said = self._said[digit].get(key)
+        if said is None:
+            return None
+        record = record_of(said)
+        if record.state != "unreadable":
+            return record
+        return replace(
+            record,
+            cause=f"ConfigMap {self._name(digit)}, key {key}: {record.cause}; put back what stood"
+            " there, or `stillhouse retry` takes it out and looks anew",
+        )
 
     def records(self) -> dict[str, Record]:
-        """All of it, by its keys."""
+        """All that can be read, by its keys."""
         said = [item for shard in self._said.values() for item in shard.items()]
-        return {key: record_of(text) for key, text in said}
+        found = {key: record_of(text) for key, text in said}
+        return {key: record for key, record in found.items() if record.state != "unreadable"}
+
+    def remarks(self) -> list[str]:
+        """What stands there and is no part of it, a line each."""
+        lines = [
+            f"ConfigMap {name} has the labels of the ledger and not its name: a copy? It is not"
+            " read"
+            for name in self.strangers
+        ]
+        for digit, shard in self._said.items():
+            odd = sorted(key for key in shard if KEY.fullmatch(key) is None)
+            if odd:
+                lines.append(
+                    f"ConfigMap {self._name(digit)}: {', '.join(odd[:3])} is no key of the ledger"
+                    f"{f', nor are {len(odd) - 3} more' if len(odd) > 3 else ''}; not read"
+                )
+        return lines
 
     def cancelled_at(self, key: str) -> float | None:
         """When we saw that somebody cancelled it, by our clock; None if it always was."""
@@ -292,7 +365,7 @@ class SweepMark:
     """A sweep that was started on this cluster."""
 
     name: str
-    cancelled: float | None  # when somebody last cancelled it, by that person's clock
+    cancelled: str | None  # changes whenever somebody cancels it
     created: float
 
 
@@ -316,12 +389,25 @@ def write_sweep(cluster: Cluster, record: Json) -> None:
 
 
 def read_sweep(cluster: Cluster, name: str) -> Json | None:
-    """A sweep as it was last asked here, or None."""
+    """A sweep as it was last asked here, or None.
+
+    Raises:
+        ContractError: what is there cannot be read.
+    """
     item = cluster.read("configmaps", sweep_object(name))
     if item is None:
         return None
-    packed = base64.b64decode(item["binaryData"]["sweep.json.gz"])
-    return cast("Json", json.loads(gzip.decompress(packed)))
+    try:
+        packed = base64.b64decode(item["binaryData"]["sweep.json.gz"])
+        record = json.loads(gzip.decompress(packed))
+    except (KeyError, TypeError, ValueError, EOFError, OSError, zlib.error) as error:
+        raise ContractError(
+            f"ConfigMap {sweep_object(name)}: holds no sweep that can be read ({error}); run the"
+            " sweep again, which writes it anew"
+        ) from error
+    if not isinstance(record, dict):
+        raise ContractError(f"ConfigMap {sweep_object(name)}: holds no JSON object; run it again")
+    return cast("Json", record)
 
 
 def sweeps(cluster: Cluster, name: str | None = None) -> list[SweepMark]:
@@ -337,9 +423,9 @@ def sweeps(cluster: Cluster, name: str | None = None) -> list[SweepMark]:
 
 def _mark(meta: Json) -> SweepMark:
     notes: dict[str, str] = meta.get("annotations") or {}
-    at = notes.get(CANCELLED)
     created = seconds(meta["creationTimestamp"]) or 0.0
-    return SweepMark(str(notes.get("stillhouse/name")), float(at) if at else None, created)
+    name = notes.get("stillhouse/name") or meta["name"].removeprefix("stillhouse-sweep-")
+    return SweepMark(name, notes.get(CANCELLED), created)
 
 
 def cancel_sweep(cluster: Cluster, name: str) -> bool:

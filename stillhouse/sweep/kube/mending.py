@@ -40,7 +40,8 @@ def forget_failures(
     """Let what failed start again: these Jobs go, and what the ledger says of these keys."""
     delete(cluster, jobs)  # first: as long as they are there, a driver writes down how they ended
     records = {key: ledger.get(key) for key in keys}
-    ledger.write({k: None for k, r in records.items() if r and r.state in ("failed", "alone")})
+    again = ("failed", "alone", "unreadable")
+    ledger.write({key: None for key, record in records.items() if record and record.state in again})
 
 
 def stop(cluster: Cluster, ledger: Ledger, jobs: Sequence[JobView], owner: str) -> None:

@@ -34,6 +34,7 @@ from stillhouse.sweep.listing import FAILED, as_json
 from stillhouse.sweep.plan import Observation
 from stillhouse.sweep.roster import Roster, Row
 from stillhouse.sweep.site import away_words
+from stillhouse.words import say as show
 
 Say = Callable[[str], None]
 
@@ -55,7 +56,7 @@ def send(
     if problem:
         raise ConfigError(problem)
     manifest = line.manifest  # whatever cannot be right in it is said before anybody is asked
-    say: Say = lambda said: print(said, file=sys.stderr if is_json else sys.stdout)  # noqa: E731
+    say: Say = lambda said: show(said, sys.stderr if is_json else sys.stdout)  # noqa: E731
     for said in line.about():
         say(said)
     sender = _Sender(line, connect(line.site.kube_context, line.site.namespace), say)

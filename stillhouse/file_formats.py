@@ -1,0 +1,179 @@
+"""This file is where it is said what our files must hold for others of ours to rely on them.
+
+One shape per format. Further fields are let through; a field that is missing, or of another type,
+is named with its file and what to do about it, so that one odd file is one line somewhere.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
+from typing_extensions import TypedDict  # pydantic reads no other before Python 3.12
+
+from stillhouse.errors import ContractError
+
+Json = dict[str, Any]
+
+
+def checked(content: Json, shape: Any, path: Path, cure: str) -> Json:
+    """The object that was read from `path`, unchanged, if it has the fields that are relied on.
+
+    Raises:
+        ContractError: it has not; names the first field that is odd, and the `cure`.
+    """
+    try:
+        shape.validate_python(content)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(map(str, first["loc"]))
+        reason = first["msg"][0].lower() + first["msg"][1:]
+        raise ContractError(f"{path}: {where}: {reason}; {cure}") from error
+    return content
+
+
+_LENIENT = ConfigDict(strict=True, extra="allow")
+
+
+@with_config(_LENIENT)
+class _Code(TypedDict):
+    digest: str
+
+
+class _Libraries(TypedDict, total=False):
+    versions: dict[str, str | None]
+
+
+class _Record(_Libraries):
+    """What is relied on in spec.json."""
+
+    versioned: dict[str, dict[str, Any]]
+    spec: dict[str, dict[str, Any]]
+    code: _Code
+
+
+class _Status(TypedDict, total=False):
+    """What is relied on in status.json; any of it may be missing."""
+
+    phase: str
+    step: int | None
+    max_steps: int | None
+    attempt: int
+    attempts_without_progress: int
+    pid: int | None
+    exit_code: int | None
+    cause: str | None
+    finished: float | None
+    warnings: dict[str, str] | None
+    stopped_by: str | None
+    eval_cause: str | None
+    eval_exit_code: int | None
+    eval_finished: float | None
+
+
+@with_config(_LENIENT)
+class _File(TypedDict):
+    size: int
+
+
+class _Contract(TypedDict):
+    """What is relied on in adapter/stillhouse.json, to say whether an adapter is there."""
+
+    id: str
+    files: dict[str, _File]
+
+
+class _Answer(TypedDict, total=False):
+    """What eval/<task>.json says of an answer; what of it is there is of these types."""
+
+    task: str
+    metric: str
+    value: float
+    metrics: dict[str, Any]
+    higher_is_better: bool
+    n: int
+    seconds: float
+    samples: list[dict[str, Any]]
+    versions: dict[str, Any]
+
+
+class _Score(_Answer):
+    """What says whether a score answers a question."""
+
+    key: str
+
+
+class _WholeScore(TypedDict):
+    """What tables and statistics are made of."""
+
+    key: str
+    metric: str
+    value: float
+    metrics: dict[str, Any]
+    higher_is_better: bool
+    n: int
+    seconds: float
+    samples: list[dict[str, Any]]
+    versions: dict[str, Any]
+
+
+@with_config(_LENIENT)
+class _Seconds(TypedDict):
+    load: float
+    total: float
+
+
+class _Cost(TypedDict):
+    """What is relied on in cost.json."""
+
+    seconds: _Seconds
+    tokens: dict[str, float]
+    device: str
+    devices: int
+    price_usd_per_hour: float | None
+
+
+@with_config(_LENIENT)
+class _Point(TypedDict):
+    id: str
+    slug: str
+    name: str | None
+    overrides: dict[str, Any]
+
+
+@with_config(_LENIENT)
+class _Baseline(TypedDict):
+    label: str
+    pair_name: str
+    quant_type: str | None
+    directory: str
+
+
+class _Sweep(TypedDict):
+    """What looking at a sweep relies on in its record."""
+
+    name: str
+    points: list[_Point]
+    baselines: list[_Baseline]
+    suite: dict[str, Any] | None
+    compare: dict[str, Any] | None
+
+
+class _WholeSweep(_Sweep):
+    """What a report is made of, too."""
+
+    axes: dict[str, list[Any]]
+    file: str | None
+    question: str | None
+    created: float
+
+
+RECORD: Any = TypeAdapter(with_config(_LENIENT)(_Record))
+STATUS: Any = TypeAdapter(with_config(_LENIENT)(_Status))
+CONTRACT: Any = TypeAdapter(with_config(_LENIENT)(_Contract))
+SCORE: Any = TypeAdapter(with_config(_LENIENT)(_Score))
+WHOLE_SCORE: Any = TypeAdapter(with_config(_LENIENT)(_WholeScore))
+COST: Any = TypeAdapter(with_config(_LENIENT)(_Cost))
+SWEEP: Any = TypeAdapter(with_config(_LENIENT)(_Sweep))
+WHOLE_SWEEP: Any = TypeAdapter(with_config(_LENIENT)(_WholeSweep))

@@ -1,0 +1,118 @@
+"""This file is where files are written whole or not at all, and JSON is read with its path in mind.
+
+Kill a process at any moment, or let two machines write one name on a shared volume: who reads finds
+one whole file, and what a killed writer left is swept up later.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import secrets
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any, cast
+
+from stillhouse.errors import ContractError
+
+Json = dict[str, Any]
+
+LEFT_S = 3600.0  # a temporary file of this age is nobody's any more
+_LEFTOVER = re.compile(r"\..+\.(\d+|[0-9a-f]{16})\.tmp")
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Write `data` so that a reader, or a crash, sees the old file or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = temporary_name(path)
+    try:
+        with temporary.open("xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def temporary_name(path: Path) -> Path:
+    """A name beside `path` that nobody else has: on a shared volume two pods have one pid."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+
+
+def sweep_leftovers(directory: Path) -> None:
+    """Remove what writers that were killed left in a directory.
+
+    What is younger than an hour may be at work still. Both times are the file server's, so no
+    clock of another machine is asked.
+    """
+    found = [entry for entry in directory.glob(".*.tmp") if _LEFTOVER.fullmatch(entry.name)]
+    if not found:
+        return
+    with tempfile.NamedTemporaryFile(dir=directory, prefix=".", suffix=".now") as mark:
+        now_there = os.stat(mark.name).st_mtime
+    for entry in found:
+        with contextlib.suppress(FileNotFoundError):
+            if now_there - entry.lstat().st_mtime < LEFT_S:
+                continue
+            if entry.is_dir() and not entry.is_symlink():
+                shutil.rmtree(entry, ignore_errors=True)
+            else:
+                entry.unlink()
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON-able content atomically; NaN is not JSON and is refused."""
+    write_atomic(path, (json.dumps(content, indent=1, allow_nan=False) + "\n").encode())
+
+
+def read_json(path: Path) -> Json | None:
+    """The object in a JSON file, or None where there is no file.
+
+    Raises:
+        ContractError: the file is there and is not a JSON object.
+    """
+    try:
+        content = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except OSError as error:  # a directory in its place, or not ours to read
+        raise ContractError(f"{path}: cannot be read ({error.strerror}); mend that") from error
+    except (ValueError, RecursionError) as error:
+        raise ContractError(f"{path}: not JSON ({error}); move it away and run again") from error
+    if not isinstance(content, dict):
+        raise ContractError(f"{path}: holds no JSON object; move it away and run again")
+    return cast("Json", content)
+
+
+def file_digest(path: Path) -> str:
+    """sha256 of a file's bytes, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sync_directory(path: Path) -> None:
+    """fsync every file below `path` and the directory, so that a rename publishes all of it."""
+    for entry in [*path.rglob("*"), path]:
+        handle = os.open(entry, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def publish(temporary: Path, final: Path) -> None:
+    """Make a finished directory visible under its name in one step, replacing what was there."""
+    sync_directory(temporary)
+    if final.exists():
+        old = temporary_name(final)
+        final.rename(old)
+        temporary.rename(final)
+        shutil.rmtree(old)
+    else:
+        temporary.rename(final)
