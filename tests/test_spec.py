@@ -464,7 +464,7 @@ def test_a_score_is_the_same_question_only_with_all_its_settings():
     changes: list[dict[str, typing.Any]] = [
         {"apply_chat_template": not suite.apply_chat_template},
         {"limit": 5},
-        {"max_gen_toks": suite.max_gen_toks + 1},
+        {"max_gen_toks": (suite.max_gen_toks or 0) + 1},
     ]
     for change in changes:
         assert score_key(dataclasses.replace(suite, **change), task) != key

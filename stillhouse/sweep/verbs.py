@@ -265,8 +265,8 @@ def _overview(call: Call) -> int:
         _print([f"{name}: unreadable: {why}" for name, why in unreadable.items()])
     if call.is_json:
         totals = {state: sum(one["totals"][state] for one in said) for state in STATES}
-        more: Json = {"sweeps": said, "unreadable": unreadable}
-        _print_json({"sweep": None, "totals": totals, "points": []} | more)
+        whole: Json = {"sweep": None, "totals": totals, "points": [], "sweeps": said}
+        _print_json(whole | {"unreadable": unreadable})
     elif not names:
         say(f"no sweep was started {ground.name} yet; `stillhouse run SWEEP.yaml` does")
     if not call.is_json:
