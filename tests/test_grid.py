@@ -735,28 +735,26 @@ def test_points_of_a_grid_are_those_that_train_py_would_make():
 
 
 TEN_THOUSAND = """
-import time
 from pathlib import Path
+from stillhouse import compose
 from stillhouse.sweep.grid import load_sweep
 ten = ",".join(str(i / 10) for i in range(10))
 rates = ",".join(f"{i}e-5" for i in range(1, 11))
 words = ["pair=tiny", f"learning_rate={rates}", f"beta={ten}", f"lmbda={ten}", "seeds=10"]
-before = time.process_time()
 sweep = load_sweep(None, words, Path("runs"))
-print(len(sweep.points), len({p.id for p in sweep.points}), time.process_time() - before, before)
+print(len(sweep.points), len({p.id for p in sweep.points}), compose._composed.cache_info().misses)
 """
 
 
-def test_ten_thousand_points_are_checked_in_seconds():
-    # In a process of its own: here every call is type-checked, which takes three times as long. And
-    # processor time, not wall time: a busy machine is no slow program.
+def test_ten_thousand_points_are_checked_and_hydra_composes_a_handful_of_times():
+    # In a process of its own: here every call is type-checked, which takes three times as long. What
+    # it takes is in docs/benchmarks.md (`plan` of 10,000 points); Hydra alone would need 12 minutes.
     done = subprocess.run(
         [sys.executable, "-c", TEN_THOUSAND], capture_output=True, text=True, check=True
     )
-    points, distinct, seconds, imports = done.stdout.split()
-    assert points == distinct == "10000"
-    assert float(seconds) < 3
-    assert float(seconds) + float(imports) < 5
+    points, distinct, composed = map(int, done.stdout.split())
+    assert (points, distinct) == (10_000, 10_000)
+    assert composed <= 3
 
 
 def test_adding_a_value_to_an_axis_adds_only_its_own_points():
