@@ -747,8 +747,8 @@ print(len(sweep.points), len({p.id for p in sweep.points}), compose._composed.ca
 
 
 def test_ten_thousand_points_are_checked_and_hydra_composes_a_handful_of_times():
-    # In a process of its own: here every call is type-checked, which takes three times as long. What
-    # it takes is in docs/benchmarks.md (`plan` of 10,000 points); Hydra alone would need 12 minutes.
+    # In a process of its own: here every call is type-checked, which takes three times as long. Its
+    # time is in docs/benchmarks.md (`plan` of 10,000 points); Hydra alone would need 12 minutes.
     done = subprocess.run(
         [sys.executable, "-c", TEN_THOUSAND], capture_output=True, text=True, check=True
     )
