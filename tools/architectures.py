@@ -242,7 +242,7 @@ Made by `python tools/architectures.py` with {made_with}; edit that.
 Each row is a random model of one or two layers: what decides is an architecture's code, not its
 weights. `tests/test_architectures.py` holds them: the log-probabilities of the loss, of a batch
 that is padded on the left, are those of the model's own logits to 1e-5 in float32. Your model is
-asked the same when it is loaded ([why](decisions/0006-logits-are-proven.md)). An architecture that
+asked the same when it is loaded ([why](decisions/0007-logits-are-proven.md)). An architecture that
 is not here trains if it passes, and is refused with the difference if not.
 
 - **Logits**: what becomes of the last hidden state h, solved from what the model answers. W is the

@@ -3,7 +3,7 @@
 The loss needs hidden states and the map from them to logits apart. What that map is, architectures
 decide in code: Granite divides, Cohere multiplies, Gemma caps, Phi adds a bias. So nothing is
 looked up by name. A few tokens are read, the form is solved from what comes out, and a model whose
-logits it does not give is refused (docs/decisions/0006-logits-are-proven.md).
+logits it does not give is refused (docs/decisions/0007-logits-are-proven.md).
 
 Legend: B rows, T positions, N real ones of them, n some of those, H hidden width, V vocabulary.
 """
