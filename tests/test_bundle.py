@@ -170,9 +170,9 @@ def test_more_than_a_config_map_can_take_is_refused_and_the_largest_named(
     checkout: Path, tmp_path: Path
 ):
     shutil.copytree(checkout, tmp_path / "mine")
-    (tmp_path / "mine" / "conf" / "data" / "rows.jsonl").write_bytes(os.urandom(2**20))
+    (tmp_path / "mine" / "conf" / "data" / "rows.yaml").write_bytes(os.urandom(2**20))
     refused = python(SAYS, tmp_path / "mine", tmp_path)
-    assert "conf/data/rows.jsonl" in refused.stderr
+    assert "conf/data/rows.yaml" in refused.stderr
 
 
 def test_a_sweep_file_travels_as_it_is_unless_it_holds_a_secret():
@@ -188,3 +188,35 @@ def test_this_process_can_make_its_own():
     made = bundle()
     assert made.digest == code_identity()["digest"]
     assert made.manifest["metadata"]["labels"]["stillhouse/code"] == made.digest
+
+
+def test_what_lies_beside_the_code_stays_at_home_and_a_key_in_any_of_it_is_refused(
+    tmp_path: Path,
+) -> None:
+    copy = tmp_path / "copy"
+    ignored = shutil.ignore_patterns("__pycache__")
+    for folder in ("stillhouse", "conf", "k8s"):
+        shutil.copytree(Path(__file__).parent.parent / folder, copy / folder, ignore=ignored)
+    key = "hf" + "_" + "a1" * 16
+    (copy / "stillhouse/wandb.env").write_text(f"WANDB_API_KEY={'0a' * 20}\n")
+    (copy / "k8s/a_link.yaml").symlink_to("/etc/hostname")
+    code = (
+        "import base64, gzip, io, sys, tarfile; from stillhouse.sweep.kube.bundle import bundle\n"
+        "packed = base64.b64decode(bundle().manifest['binaryData']['code.tar.gz'])\n"
+        "print(*tarfile.open(fileobj=io.BytesIO(packed), mode='r:gz').getnames())"
+    )
+
+    def made() -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-P", "-c", code]
+        env = {**os.environ, "PYTHONPATH": str(copy)}
+        return subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=env)
+
+    names = made().stdout.split()
+    assert "stillhouse/pod.py" in names and "k8s/job.yaml" in names
+    assert not [name for name in names if name.endswith((".env", "a_link.yaml"))]
+    for file in ("k8s/token.yaml", "stillhouse/mine.py"):
+        (copy / file).write_text(f"token: {key}\n")
+        refused = made()
+        assert refused.returncode != 0 and f"{file}, line 1" in refused.stderr
+        assert key not in refused.stderr
+        (copy / file).unlink()

@@ -31,6 +31,9 @@ from stillhouse.tasks import IN_BUNDLE, chosen
 
 MAX_BYTES = 2**20 - 4096  # a ConfigMap holds 1 MiB, its keys and labels included
 MAX_TASKS = 64 * 2**20  # of tasks' files before they are packed: more is not even read
+# What our code is made of: whatever else lies beside it (a .env, an archive) stays at home, as do
+# links, which may lead anywhere.
+KINDS = frozenset({".py", ".yaml", ".sh", ".j2"})
 SHOWN = 3  # of the largest files, where it is too much
 KEY_DIGITS = 8
 # The checkout's train.py and eval.py, which an installed package does not bring.
@@ -88,6 +91,8 @@ def bundle(suite: SuiteSpec | None = None) -> Bundle:
             _refuse_secrets(path, data)
         elif path.startswith(f"{IN_BUNDLE}/"):
             _refuse_keys(path, data)
+        else:  # ours, which holds digests; and whatever somebody laid beside it
+            _refuse_keys_of_any_form_but_digits(path, data)
     archive = _archive(files)
     packed = gzip.compress(archive, compresslevel=9, mtime=0)
     process_1 = files["stillhouse/pod.py"].decode()
@@ -130,7 +135,7 @@ def _config_map(name: str, labels: Mapping[str, str]) -> Json:
 
 
 def _files() -> dict[str, bytes]:
-    """All that travels, by its path in the archive."""
+    """All of ours that travels, by its path in the archive."""
     package = Path(__file__).parents[2]
     carried = {package / "conf", package / "k8s"}  # an installed package has them inside
     files = {name: text.encode() for name, text in DOORS.items()}
@@ -140,7 +145,9 @@ def _files() -> dict[str, bytes]:
             hidden = any(part.startswith((".", "__pycache__")) for part in inside.parts)
             if (
                 path.is_file()
+                and not path.is_symlink()
                 and not hidden
+                and (path.suffix in KINDS or path.name == "Dockerfile")
                 and not (top == "stillhouse" and carried & {*path.parents})
             ):
                 files[f"{top}/{inside.as_posix()}"] = path.read_bytes()
@@ -196,6 +203,12 @@ def _refuse_keys(path: str, data: bytes) -> None:
     """Of somebody's code, prompts and rows, what is a key by its form: `token = …` means others."""
     for number, line in enumerate(data.decode(errors="replace").splitlines(), start=1):
         if secrets.find(line) not in (None, secrets.BY_NAME):
+            secrets.refuse(line, "", f"{path}, line {number}")
+
+
+def _refuse_keys_of_any_form_but_digits(path: str, data: bytes) -> None:
+    for number, line in enumerate(data.decode(errors="replace").splitlines(), start=1):
+        if secrets.find_key(line) is not None:
             secrets.refuse(line, "", f"{path}, line {number}")
 
 

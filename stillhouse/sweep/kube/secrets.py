@@ -24,7 +24,7 @@ KINDS: dict[str, str] = {  # what it is -> how it looks
     "a Google key": rf"{_START}AIza[0-9A-Za-z_-]{{35}}",
     "a Slack token": rf"{_START}xox[a-z]-[A-Za-z0-9-]{{8,}}",
     "a signed token": rf"{_START}eyJ[A-Za-z0-9_-]{{8,}}\.[A-Za-z0-9_-]{{4,}}",
-    "a key in PEM": r"-----BEGIN ",
+    "a key in PEM": r"-{5}BEGIN ",  # not spelt out: this file travels, too
     "a password in a URL": r"://[^/\s:@]*:[^/\s:@]+@",
     BY_NAME: (
         r"(?i)(?:^|[^a-z])(?:password|passwd|secret|token|(?:api|access|private|secret)[_-]?key)"
