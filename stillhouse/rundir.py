@@ -270,16 +270,18 @@ class RunDir:
         return None if contract is None else checked(contract, CONTRACT, file, cure)
 
     def is_trained(self) -> bool:
-        """Whether the adapter is there, whole, and of this point."""
+        """Whether the adapter is there, whole, and of this point.
+
+        Raises:
+            ContractError: its contract is not what we write.
+        """
         contract = self.contract()
-        if contract is None or contract.get("id") != self.id:
+        if contract is None or contract["id"] != self.id:
             return False
-        files = contract.get("files")
-        return isinstance(files, dict) and all(
+        return all(
             (self.adapter / name).is_file()
-            and isinstance(entry, dict)
-            and (self.adapter / name).stat().st_size == cast("Json", entry).get("size")
-            for name, entry in cast("Json", files).items()
+            and (self.adapter / name).stat().st_size == entry["size"]
+            for name, entry in contract["files"].items()
         )
 
     @property

@@ -399,9 +399,13 @@ def test_a_contract_that_is_not_whole_is_refused_in_a_sentence(point, tmp_path):
             read_contract(adapter)
 
 
-def test_a_contract_that_is_not_whole_makes_no_trained_run(tmp_path):
+def test_a_contract_that_is_not_whole_makes_no_trained_run_and_is_named(tmp_path):
     run = RunDir(tmp_path / "slug-0123456789")
-    for files in (None, 3, {"adapter_model.safetensors": None}, {"gone.safetensors": {"size": 1}}):
+    for files in (None, 3, {"adapter_model.safetensors": None}):
         write_json(run.adapter / "stillhouse.json", {"id": run.id, "files": files})
         (run.adapter / "adapter_model.safetensors").write_bytes(b"")
-        assert not run.is_trained()
+        with pytest.raises(ContractError, match=r"adapter/stillhouse\.json: files"):
+            run.is_trained()
+    files = {"gone.safetensors": {"size": 1}}
+    write_json(run.adapter / "stillhouse.json", {"id": run.id, "files": files})
+    assert not run.is_trained()
