@@ -196,7 +196,7 @@ LINES: tuple[Line, ...] = (
         ),
     ),
     Line(
-        "the node's disk limited",
+        "volumes on the node's disk limited",
         "a cache that grows evicts every pod of the node, its own and those of others",
         evidence.has_a_share_of_the_disk,
     ),

@@ -256,9 +256,8 @@ def has_shared_memory(job: Job) -> bool:
 
 
 def has_a_share_of_the_disk(job: Job) -> bool:
-    limit = bytes_of(job.main["resources"]["limits"]["ephemeral-storage"])
     own = [job.volumes[name]["emptyDir"] for name in ("tmp", "home") if name in job.volumes]
-    return limit > sum(bytes_of(volume["sizeLimit"]) for volume in own)
+    return all(bytes_of(volume["sizeLimit"]) > 0 for volume in own)
 
 
 def bytes_of(quantity: str) -> int:

@@ -37,7 +37,6 @@ JOB_NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,50}[a-z0-9])?")
 PINNED = re.compile(r"[^@\s]+@sha256:([0-9a-f]{64})")
 GPU_PRODUCT = "nvidia.com/gpu.product"
 # A driver that waits for quota drives not.
-DISK = "24Gi"  # of the node's own: logs, /tmp and /home (k8s/job.yaml)
 QUEUED: tuple[Kind, ...] = ("prepare", "train", "eval", "preflight")
 WORKERS = QUEUED
 # Who may download or track online; k8s/network.yaml lets these kinds out, and no others.
@@ -315,7 +314,7 @@ def _resources(step: Step, site: SiteSpec, gpus: int) -> Json:
                 f"site {site.site_name}: shm_gib {site.shm_gib:g} counts in the memory of a pod,"
                 f" {memory:g} GiB here, and must be below it"
             )
-    limits: Json = {"memory": _gib(memory), "ephemeral-storage": DISK}
+    limits: Json = {"memory": _gib(memory)}
     if gpus:
         limits[cast("str", site.gpu_resource)] = str(gpus)
     cores = f"{cpu:g}" if float(cpu).is_integer() else f"{math.ceil(cpu * 1000)}m"
