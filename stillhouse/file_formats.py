@@ -157,13 +157,13 @@ class _Sweep(TypedDict):
     points: list[_Point]
     baselines: list[_Baseline]
     suite: dict[str, Any] | None
-    compare: dict[str, Any] | None
 
 
 class _WholeSweep(_Sweep):
     """What a report is made of, too."""
 
     axes: dict[str, list[Any]]
+    compare: dict[str, Any] | None
     file: str | None
     question: str | None
     created: float

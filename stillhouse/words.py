@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import time
-from typing import TextIO
+from typing import Any
 
 from stillhouse.errors import visible
 
 
-def say(text: str, file: TextIO | None = None, flush: bool = False) -> None:
+def say(text: str, file: Any = None, flush: bool = False) -> None:
     """Print for a person; to stdout if no `file` is given."""
     print(visible(text), file=file, flush=flush)
 
