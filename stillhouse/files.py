@@ -81,7 +81,8 @@ def read_json(path: Path) -> Json | None:
         content = json.loads(path.read_bytes())
     except FileNotFoundError:
         return None
-    except OSError as error:  # a directory in its place, or not ours to read
+    # A directory in its place, or not ours to read. Other trouble may pass: it is the machine's.
+    except (IsADirectoryError, NotADirectoryError, PermissionError) as error:
         raise ContractError(f"{path}: cannot be read ({error.strerror}); mend that") from error
     except (ValueError, RecursionError) as error:
         raise ContractError(f"{path}: not JSON ({error}); move it away and run again") from error
