@@ -117,7 +117,8 @@ def test_what_belongs_to_no_layer_of_the_model_may_be_left_out(here: Path) -> No
     extra = {"model.visual.proj.weight": torch.ones(2, 2), "mtp.fc.weight": torch.ones(2, 2)}
     change(here, lambda tensors: tensors.update(extra))
     with tiny.no_bars():
-        loading.causal_lm(here, None, torch.float32)
+        model = loading.causal_lm(here, None, torch.float32)
+    assert not extra.keys() & model.state_dict().keys()
 
 
 def test_other_shapes_than_the_config_says_are_a_sentence(here: Path) -> None:
@@ -146,7 +147,7 @@ def test_a_config_that_transformers_cannot_use_is_a_sentence(
     here: Path, config: dict[str, Any]
 ) -> None:
     say(here, **config)
-    refusal(here)
+    assert str(here) in refusal(here)
 
 
 @pytest.mark.parametrize(
