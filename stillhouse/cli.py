@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 import traceback
 from pathlib import Path
@@ -76,8 +77,15 @@ class Parser(argparse.ArgumentParser):
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The exit code of `stillhouse` with these words."""
-    words = sys.argv[1:] if argv is None else argv
+    """The exit code of `stillhouse` with these words, or with this process's own."""
+    code = _code_of(sys.argv[1:] if argv is None else argv)
+    if argv is None:
+        # The code is known, and Python still has seconds to take torch down: Ctrl-C would replace it.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    return code
+
+
+def _code_of(words: list[str]) -> int:
     try:
         return exit_code_of(lambda: _dispatch(words))
     except KeyboardInterrupt:

@@ -1,4 +1,7 @@
-"""This file is where the package's annotations, tensor shapes among them, become checks."""
+"""Annotations become checks of each call in the rooms that pyright cannot hold to strict mode.
+
+Tensor shapes are among them. The launcher is under strict pyright, which costs its tests nothing.
+"""
 
 import os
 
@@ -8,10 +11,10 @@ from jaxtyping import install_import_hook
 # Whoever runs the tests: a composed configuration is remembered, and Jobs carry their owner's name.
 os.environ["USER"] = "ada"
 
-# Before any test imports the package: each call of an annotated function of it is then checked. The
-# tower lets an int stand where a float is asked for, as type checkers do.
+# Before any test imports the package: each call of an annotated function of these is then checked.
+# The tower lets an int stand where a float is asked for, as type checkers do.
 CHECKER = "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"
-install_import_hook("stillhouse", CHECKER)
+install_import_hook(["stillhouse.distill", "stillhouse.evals", "stillhouse.results"], CHECKER)
 
 
 def pytest_configure(config: pytest.Config) -> None:

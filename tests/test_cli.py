@@ -72,6 +72,19 @@ def test_the_module_and_the_script_are_one_door() -> None:
     assert 'no verb "statsu"' in done.stderr and 'Did you mean "status"?' in done.stderr
 
 
+def test_ctrl_c_after_the_end_leaves_the_exit_code_as_it_was() -> None:
+    program = (
+        "import atexit, os, signal, sys; from stillhouse.cli import main\n"
+        "atexit.register(lambda: (os.kill(os.getpid(), signal.SIGINT), print('taken down')))\n"
+        "sys.argv = ['stillhouse', '--help']; sys.exit(main())"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.endswith("taken down\n")
+
+
 @pytest.mark.parametrize("verb", VERBS)
 def test_every_verb_has_a_help_of_its_own(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
