@@ -80,7 +80,7 @@ def main(argv: list[str] | None = None) -> int:
     """The exit code of `stillhouse` with these words, or with this process's own."""
     code = _code_of(sys.argv[1:] if argv is None else argv)
     if argv is None:
-        # The code is known, and Python still has seconds to take torch down: Ctrl-C would replace it.
+        # The code is known; Ctrl-C while Python takes torch down would replace it.
         signal.signal(signal.SIGINT, signal.SIG_IGN)
     return code
 
