@@ -54,6 +54,7 @@ check: $(READY)
 	$(BIN)/lint-imports --no-logo
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/python tools/lock.py check
+	$(BIN)/python tools/lines.py
 
 bench: $(READY)
 	$(BIN)/python benchmarks/run.py
