@@ -7,6 +7,9 @@ NAME is a repository that the cluster can pull from (registry.example/team/still
 is pushed there, and the line for conf/site is printed, with the digest that the registry knows.
 Without NAME, or with ARCHIVE=FILE in the environment, nothing is pushed. Standard library only.
 
+The builder sees a copy of what `.dockerignore` names, and of that only what git tracks, as it is
+now: nothing else can get into a layer, and a secret in any of it is refused.
+
 Environment: ENGINE (docker, podman or buildah; the first that works), BASE, INDEX, UV_VERSION (the
 Dockerfile's arguments), ARCHIVE (with podman or buildah: write an OCI archive, for a node that
 imports it).
@@ -21,6 +24,8 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
 
 ENGINES = ("docker", "podman", "buildah")
 ARGUMENTS = ("UV_VERSION", "BASE", "INDEX")
@@ -43,7 +48,7 @@ def engine() -> str:
             return name
     raise Refused(
         f"no {asked or 'docker, podman or buildah'} that works here; install one of them (buildah"
-        " and podman need no daemon), or build k8s/Dockerfile elsewhere"
+        " and podman need no daemon), or build k8s/Dockerfile elsewhere, from `git archive HEAD`"
     )
 
 
@@ -62,14 +67,40 @@ def tag() -> str:
     return described.stdout.strip() or "local"
 
 
+def context(into: Path) -> None:
+    """Copy what the image is built from.
+
+    Raises:
+        Refused: a file is in the way that nobody tracks, or a secret is in one of them.
+    """
+    sys.path.insert(0, str(ROOT))  # this file is started as it is, by any Python
+    from stillhouse.errors import ConfigError
+    from stillhouse.sweep.kube.carried import project_files, refuse_secrets
+
+    lines = (ROOT / ".dockerignore").read_text(encoding="utf-8").splitlines()
+    names = [line[1:] for line in lines if line.startswith("!")]
+    try:
+        for path, file in project_files(ROOT, names).items():
+            refuse_secrets(path, file.read_bytes())
+            (into / path).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(file, into / path)
+    except ConfigError as error:
+        raise Refused(str(error)) from error
+    for name in names:  # the Dockerfile copies a folder that may be empty, too
+        if (ROOT / name).is_dir():
+            (into / name).mkdir(parents=True, exist_ok=True)
+
+
 def build(builder: str, reference: str) -> None:
-    """Build k8s/Dockerfile from the checkout in which we are."""
+    """Build k8s/Dockerfile from a copy of the checkout that holds nothing else."""
     given = {name: os.environ.get(name, "") for name in ARGUMENTS}
     options = [f"--build-arg={name}={value}" for name, value in given.items() if value]
     # OCI, because the digest of the manifest is what a cluster pulls by.
     kind = [] if builder == "docker" else ["--format=oci"]
-    file = ["--file=k8s/Dockerfile", f"--tag={reference}", "."]
-    run(builder, "build", *kind, *options, *file, shows=True)
+    with tempfile.TemporaryDirectory() as folder:
+        context(Path(folder))
+        file = [f"--file={folder}/k8s/Dockerfile", f"--tag={reference}", folder]
+        run(builder, "build", *kind, *options, *file, shows=True)
 
 
 def push(builder: str, reference: str, to: str | None) -> str:

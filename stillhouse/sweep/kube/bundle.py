@@ -5,6 +5,8 @@ Pods run what was submitted, whatever their image holds and whatever changes her
     code.tar.gz    stillhouse/ conf/ k8s/ train.py eval.py    pod.py    process 1, which unpacks it
                    tasks/: what the suite's tasks of the user's own are made of
 
+Of the project only what is of it (`carried`); of the tasks what the suite names.
+
 The name has two digests: of the sources (`code_identity`, which says whether a point was begun by
 other code) and of all that travels, because another `conf/` is another bundle of the same code.
 """
@@ -21,19 +23,21 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from stillhouse.compose import conf_dir
 from stillhouse.errors import ConfigError
 from stillhouse.rundir import Json, code_identity
 from stillhouse.spec import SuiteSpec
 from stillhouse.sweep.kube import secrets
-from stillhouse.sweep.kube.manifest import k8s_dir, label_value
+from stillhouse.sweep.kube.carried import (
+    KINDS,
+    project_files,
+    refuse_secrets,
+    refuse_secrets_in_settings,
+)
+from stillhouse.sweep.kube.manifest import label_value
 from stillhouse.tasks import IN_BUNDLE, chosen
 
 MAX_BYTES = 2**20 - 4096  # a ConfigMap holds 1 MiB, its keys and labels included
 MAX_TASKS = 64 * 2**20  # of tasks' files before they are packed: more is not even read
-# What our code is made of: whatever else lies beside it (a .env, an archive) stays at home, as do
-# links, which may lead anywhere.
-KINDS = frozenset({".py", ".yaml", ".sh", ".j2"})
 SHOWN = 3  # of the largest files, where it is too much
 KEY_DIGITS = 8
 # The checkout's train.py and eval.py, which an installed package does not bring.
@@ -76,8 +80,8 @@ def bundle(suite: SuiteSpec | None = None) -> Bundle:
     asks of the user's own.
 
     Raises:
-        ConfigError: the sources changed since this process began, conf/ or a task holds a secret,
-            or it is more than a ConfigMap can take.
+        ConfigError: the sources changed since this process began, some are not the project's, a
+            file holds a secret, or it is more than a ConfigMap can take.
     """
     files = _files() | (_task_files(suite) if suite else {})
     digest = _digest(files)
@@ -87,12 +91,10 @@ def bundle(suite: SuiteSpec | None = None) -> Bundle:
             " checked; run it again"
         )
     for path, data in files.items():
-        if path.startswith("conf/"):
-            _refuse_secrets(path, data)
-        elif path.startswith(f"{IN_BUNDLE}/"):
+        if path.startswith(f"{IN_BUNDLE}/"):
             _refuse_keys(path, data)
-        else:  # ours, which holds digests; and whatever somebody laid beside it
-            _refuse_keys_of_any_form_but_digits(path, data)
+        else:
+            refuse_secrets(path, data)
     archive = _archive(files)
     packed = gzip.compress(archive, compresslevel=9, mtime=0)
     process_1 = files["stillhouse/pod.py"].decode()
@@ -119,7 +121,7 @@ def sweep_file(name: str, sweep: str, file: str, content: bytes) -> Json:
     Raises:
         ConfigError: the file holds a secret.
     """
-    _refuse_secrets(file, content)
+    refuse_secrets_in_settings(file, content)
     labels = {"stillhouse/kind": "sweep-file", "stillhouse/sweep": label_value(sweep)}
     return _config_map(name, labels) | {"data": {file: content.decode()}}
 
@@ -137,20 +139,15 @@ def _config_map(name: str, labels: Mapping[str, str]) -> Json:
 def _files() -> dict[str, bytes]:
     """All of ours that travels, by its path in the archive."""
     package = Path(__file__).parents[2]
-    carried = {package / "conf", package / "k8s"}  # an installed package has them inside
+    # An installed package has them inside.
+    inside = [top for top in ("conf", "k8s") if (package / top).is_dir()]
+    beside = [top for top in ("conf", "k8s") if top not in inside]
+    found = project_files(package.parent, [package.name, *beside])
     files = {name: text.encode() for name, text in DOORS.items()}
-    for top, folder in (("stillhouse", package), ("conf", conf_dir()), ("k8s", k8s_dir())):
-        for path in sorted(folder.rglob("*")):
-            inside = path.relative_to(folder)
-            hidden = any(part.startswith((".", "__pycache__")) for part in inside.parts)
-            if (
-                path.is_file()
-                and not path.is_symlink()
-                and not hidden
-                and (path.suffix in KINDS or path.name == "Dockerfile")
-                and not (top == "stillhouse" and carried & {*path.parents})
-            ):
-                files[f"{top}/{inside.as_posix()}"] = path.read_bytes()
+    for path, file in found.items():
+        if file.suffix in KINDS or file.name == "Dockerfile":
+            is_inside = path.startswith(tuple(f"{package.name}/{top}/" for top in inside))
+            files[path.partition("/")[2] if is_inside else path] = file.read_bytes()
     return files
 
 
@@ -204,17 +201,3 @@ def _refuse_keys(path: str, data: bytes) -> None:
     for number, line in enumerate(data.decode(errors="replace").splitlines(), start=1):
         if secrets.find(line) not in (None, secrets.BY_NAME):
             secrets.refuse(line, "", f"{path}, line {number}")
-
-
-def _refuse_keys_of_any_form_but_digits(path: str, data: bytes) -> None:
-    for number, line in enumerate(data.decode(errors="replace").splitlines(), start=1):
-        if secrets.find_key(line) is not None:
-            secrets.refuse(line, "", f"{path}, line {number}")
-
-
-def _refuse_secrets(path: str, data: bytes) -> None:
-    lines = data.decode(errors="replace").splitlines()
-    for number, line in enumerate(lines, start=1):
-        name, _, value = line.partition(":")
-        if not name.lstrip().startswith("#"):
-            secrets.refuse(value.strip(), name.strip(), f"{path}, line {number}")

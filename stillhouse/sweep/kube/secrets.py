@@ -37,7 +37,12 @@ _KEYS = {
     kind: re.compile(pattern)
     for kind, pattern in KINDS.items()
     if kind not in ("a W&B key", "a password or token")
-} | {"a W&B key": re.compile(rf"{_START}wandb_v1_[A-Za-z0-9_]{{20,}}")}
+} | {
+    "a W&B key": re.compile(
+        rf"{_START}wandb_v1_[A-Za-z0-9_]{{20,}}"
+        rf"|(?i:(?:wandb|api)[a-z_-]*key)[\"']?\s*[=:]\s*[\"']?[0-9a-f]{{40}}{_END}"
+    )
+}
 _ANY_KEY = re.compile("|".join(f"(?:{p.pattern})" for p in _KEYS.values()))
 # The singular: max_new_tokens counts them.
 _NAME = re.compile(
