@@ -56,7 +56,7 @@ CODES = {
     "cancel": {0},
 }
 PATIENCE_S = 900  # on a machine that does other things; what hangs is found after it
-EARLY = 0.3  # share of the moments that are counted in seconds, and so before the first step
+EARLY = 0.5  # share of the moments that are counted in seconds, and so before the first step
 INTERRUPTED, WITH_ALL = 0.15, 0.35  # shares of Ctrl-C, and of kills of all that a launcher started
 UNLIKE = ("seconds", "finished")  # of a score: when, and how long
 
@@ -101,7 +101,11 @@ class Place:
     def steps(self) -> int:
         """Steps in all metrics files, scores counted too."""
         lines = sum(len(f.read_bytes().splitlines()) for f in self.runs.glob("*/metrics.jsonl"))
-        return lines + 2 * len(list(self.runs.glob("**/eval/*.json")))
+        return lines + 2 * len(self.scores())
+
+    def scores(self) -> list[Path]:
+        # Not by "**": checkpoints come and go below, and a folder that is gone ends such a walk.
+        return sorted([*self.runs.glob("*/eval/*.json"), *self.runs.glob("*/*/eval/*.json")])
 
     def outcome(self) -> dict[str, object]:
         """Everything a sweep is asked for that must not depend on what befell it."""
@@ -112,7 +116,7 @@ class Place:
             found[f"{run.path.name}/metrics.jsonl"] = [
                 {k: v for k, v in m.items() if not k.startswith("time/")} for m in run.metrics()
             ]
-        for file in sorted(self.runs.glob("**/eval/*.json")):
+        for file in self.scores():
             score = json.loads(file.read_text())
             kept = {key: value for key, value in score.items() if key not in UNLIKE}
             found[str(file.relative_to(self.runs))] = kept
@@ -158,7 +162,7 @@ def _let_pass(place: Place, launchers: list[subprocess.Popen[bytes]], rng: rando
     """Wait for some time, or for some steps of whoever makes them, so that each phase is struck."""
     if rng.random() < EARLY:
         return time.sleep(rng.uniform(0, 4))
-    goal, end = place.steps() + rng.randrange(1, 10), time.monotonic() + PATIENCE_S
+    goal, end = place.steps() + rng.randrange(1, 7), time.monotonic() + PATIENCE_S
     while place.steps() < goal and any(launcher.poll() is None for launcher in launchers):
         assert time.monotonic() < end, f"nothing moves in {place.path}"
         time.sleep(0.01)
