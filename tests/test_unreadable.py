@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from stillhouse import cli
 from stillhouse.errors import ContractError, visible
 from stillhouse.results.report import write_report
 from stillhouse.rundir import RunDir, link_path, sweep_leftovers, temporary_name, write_json
+from stillhouse.sweep import roster
 
 Said = Callable[..., tuple[int, str]]
 
@@ -185,8 +187,6 @@ def test_two_writers_of_one_name_never_share_a_temporary_file(tmp_path: Path) ->
 def test_a_killed_writers_leftover_stops_nobody_and_is_swept_up_when_it_is_old(
     tmp_path: Path,
 ) -> None:
-    import os
-
     old, new = tmp_path / ".a.json.17.tmp", temporary_name(tmp_path / "b.json")
     other = tmp_path / ".a.json.mine"
     (tmp_path / ".mine.17.tmp").symlink_to("nowhere")
@@ -202,6 +202,58 @@ def test_a_killed_writers_leftover_stops_nobody_and_is_swept_up_when_it_is_old(
     sweep_leftovers(tmp_path)
     left = {file.name for file in tmp_path.iterdir()}
     assert left == {new.name, other.name, "a.json", "mine", "x-0123456789"}
+
+
+def make_old(path: Path) -> None:
+    """As if nobody had written there for two hours."""
+    for entry in (path, *path.rglob("*")):
+        long_ago = entry.stat().st_mtime - 7200
+        os.utime(entry, (long_ago, long_ago))
+
+
+def test_a_directory_in_which_somebody_still_writes_is_nobodys_leftover(tmp_path: Path) -> None:
+    dead, alive = temporary_name(tmp_path / "adapter"), temporary_name(tmp_path / "adapter")
+    for home in (dead, alive):
+        (home / "deep").mkdir(parents=True)
+        (home / "deep/weights").write_text("half")
+        make_old(home)
+    (alive / "deep/weights").write_text("more")  # hours after its directories were made
+    sweep_leftovers(tmp_path)
+    assert [*tmp_path.iterdir()] == [alive]
+    sweep_leftovers(tmp_path / "nowhere")
+
+
+def test_leftovers_go_wherever_something_is_written_again(
+    runs: list[RunDir], said: Said, tmp_path: Path
+) -> None:
+    from stillhouse.distill.cache import made_once
+
+    places = [Path("runs/reports/grid"), Path("runs/sweeps"), Path("cache/pairs")]
+    left = [temporary_name(place / "x") for place in places]
+    for file in left:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("half")
+        make_old(file)
+    write_report("grid", Path("runs"))
+    roster.write_record(Path("runs"), json.loads(Path("runs/sweeps/grid.json").read_bytes()))
+
+    def make(into: Path) -> dict[str, Any]:
+        (into / "rows").write_text("all")
+        return {"rows": 3}
+
+    assert made_once(Path("cache/pairs/tiny"), print, make) == {"rows": 3}
+    assert not any(file.exists() for file in left)
+    names: list[str] = []
+    for home in ("cache/pairs/a", "cache/pairs/b"):  # nobody's else, and gone where making fails
+
+        def breaks(into: Path) -> dict[str, Any]:
+            names.append(into.name.split(".")[2])
+            raise ValueError("no")
+
+        with pytest.raises(ValueError, match="no"):
+            made_once(Path(home), print, breaks)
+    assert len({*names}) == 2
+    assert not [*Path("cache/pairs").glob(".*")]
 
 
 def test_what_a_terminal_would_act_on_is_spelt_out(runs: list[RunDir], said: Said) -> None:

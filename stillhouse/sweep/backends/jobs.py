@@ -124,8 +124,8 @@ class JobsBackend:
                 found[group] = True
         return found
 
-    def is_cancelled(self, since: float) -> bool:
-        """Whether somebody cancelled the sweep since this was made (clocks may differ)."""
+    def is_cancelled(self) -> bool:
+        """Whether somebody cancelled the sweep since this was made."""
         if self._must_ask or time.monotonic() - self._asked_at >= CANCEL_S:
             self._mark, self._must_ask = self._cancel_mark(), False
             self._asked_at = time.monotonic()

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
+import secrets
 import shutil
-import socket
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -161,8 +160,7 @@ class Holder:
             raise Interrupted(f"its Job {self._name} was deleted again and again; run it again")
         code = bundle()
         self._create("configmaps", code.manifest)
-        key = f"{socket.gethostname()} {os.getpid()} {time.time_ns()} {self._count}"
-        step = self._step(self.about, key)
+        step = self._step(self.about, secrets.token_hex(16))
         self._name = step.name
         self._create("jobs", to_yaml(render(step, self.site, code.key)))
         return self._found_job()

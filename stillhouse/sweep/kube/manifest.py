@@ -263,7 +263,8 @@ def _args(step: Step, code: str) -> list[str]:
         options.append(f"--log={RUNS}/{step.log}")
     if step.processes:
         options.append(f"--processes={step.processes}")
-    return [*options, step.kind, "--", *step.words]
+    # A kubelet fills in $(NAME) from the container's environment; to it, $$ is a $.
+    return [*options, step.kind, "--", *(word.replace("$", "$$") for word in step.words)]
 
 
 def _env(pattern: list[Json], step: Step, site: SiteSpec, gpus: int) -> list[Json]:

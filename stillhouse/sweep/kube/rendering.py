@@ -60,7 +60,7 @@ def _evaluations(
         baselines=baselines,
         prepared=dict.fromkeys(groups.values(), True),
         live=(),
-        since=0.0,
+        old_stops={},
     )
     return actions(now, len(groups) + len(baselines), sweep.pack)
 
