@@ -23,7 +23,8 @@ from stillhouse.cli import main
 from stillhouse.rundir import Json, Runs
 from stillhouse.sweep import roster
 from stillhouse.sweep.grid import Sweep, load_sweep
-from stillhouse.sweep.kube.ledger import Names, read_sweep, sweeps
+from stillhouse.sweep.kube.ledger import read_sweep, sweeps
+from stillhouse.sweep.kube.names import Names
 
 ROOT = Path(__file__).parent.parent
 PUBLISHED = [line for line in lines(TRAIN) + lines(EVAL) if line.startswith("k8s/")]

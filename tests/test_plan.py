@@ -309,7 +309,7 @@ class World:
 
     def now(self) -> Situation:
         rows = tuple(self.baselines.values())
-        return Situation(self.groups, self.packs, self.seen, rows, self.prepared, self.live, 0.0)
+        return Situation(self.groups, self.packs, self.seen, rows, self.prepared, self.live, {})
 
     def crash(self, who: str) -> bool:
         """Count an infrastructure death; true where it was one too many."""

@@ -22,7 +22,6 @@ from stillhouse.sweep.kube import checks, collect, detach, finding, mending, pod
 from stillhouse.sweep.kube.bundle import bundle
 from stillhouse.sweep.kube.facts import Facts, judge
 from stillhouse.sweep.kube.ledger import (
-    Names,
     cancel_sweep,
     read_sweep,
     score_of,
@@ -30,6 +29,7 @@ from stillhouse.sweep.kube.ledger import (
     write_sweep,
 )
 from stillhouse.sweep.kube.manifest import label_value, refuse_secrets, render
+from stillhouse.sweep.kube.names import Names
 from stillhouse.sweep.kube.particulars import particulars, said_of_drivers
 from stillhouse.sweep.kube.rendering import every_step
 from stillhouse.sweep.kube.scene import Scene, baselines_seen, keys_of
@@ -155,8 +155,8 @@ class Away:
 
     def remarks(self, rows: Roster | None) -> list[str]:
         if rows is None:
-            return self._said_of_lines()
-        lines = said_of_drivers(self._jobs_of(rows), self.scene)
+            return [*self._said_of_lines(), *self.sight.ledger.remarks()]
+        lines = said_of_drivers(self._jobs_of(rows), self.scene) + self.sight.ledger.remarks()
         if len(rows.rows) != 1:
             return lines
         (row,) = rows.rows
@@ -166,7 +166,7 @@ class Away:
         for job in jobs:  # a look at a sweep reads the pods only where it needs them
             for pod in pod_logs.pods(self.cluster, job.name):
                 self.scene.learn("pods", pod)
-        return particulars(jobs, self.scene, records)
+        return [*particulars(jobs, self.scene, records), *self.sight.ledger.remarks()]
 
     def _said_of_lines(self) -> list[str]:
         """Jobs that belong to no sweep: lines of k8s/train.sh and k8s/eval.sh, and preflights."""

@@ -22,6 +22,7 @@ from stillhouse.spec import SiteSpec
 from stillhouse.sweep.backends.cluster import ApiError, Cluster, CommandFailed, Gone
 from stillhouse.sweep.kube.bundle import bundle
 from stillhouse.sweep.kube.manifest import image_problem, render, to_yaml
+from stillhouse.sweep.kube.named import have_config_map, have_job
 from stillhouse.sweep.kube.reasons import by_age, how_it_failed, why_waiting
 from stillhouse.sweep.kube.steps import RUNS, Step, collect_step
 from stillhouse.sweep.kube.views import JobView, Note, PodView, job_view, note, pod_view
@@ -159,22 +160,15 @@ class Holder:
         if self._count > TRIES:
             raise Interrupted(f"its Job {self._name} was deleted again and again; run it again")
         code = bundle()
-        self._create("configmaps", code.manifest)
+        have_config_map(self.cluster, code.manifest)
         step = self._step(self.about, secrets.token_hex(16))
         self._name = step.name
-        self._create("jobs", to_yaml(render(step, self.site, code.key)))
+        have_job(self.cluster, step, to_yaml(render(step, self.site, code.key)))
         return self._found_job()
 
     @property
     def _selector(self) -> str:
         return f"batch.kubernetes.io/job-name={self._name}"
-
-    def _create(self, resource: str, body: bytes | Json) -> None:
-        try:
-            self.cluster.create(resource, body)
-        except ApiError as error:
-            if error.status != 409:  # it is there: of this content, or of this very name
-                raise
 
     def _pods(self) -> tuple[list[PodView], str]:
         """The pods of the Job, oldest first, and the version of the world in which they are so."""

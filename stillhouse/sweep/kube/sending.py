@@ -21,11 +21,12 @@ from stillhouse.sweep.asked import text
 from stillhouse.sweep.backends.cluster import ApiError, Cluster, connect
 from stillhouse.sweep.drive import SOME_FAILED
 from stillhouse.sweep.kube import checks
-from stillhouse.sweep.kube.detach import create
 from stillhouse.sweep.kube.facts import Facts, judge
-from stillhouse.sweep.kube.ledger import Ledger, Names
+from stillhouse.sweep.kube.ledger import Ledger
 from stillhouse.sweep.kube.line import Kind, Line, read
 from stillhouse.sweep.kube.manifest import HASH_DIGITS, image_problem
+from stillhouse.sweep.kube.named import have_config_map, have_job
+from stillhouse.sweep.kube.names import Names
 from stillhouse.sweep.kube.pod_logs import pods
 from stillhouse.sweep.kube.scene import Scene
 from stillhouse.sweep.kube.steps import RUNS
@@ -99,8 +100,8 @@ class _Sender:
         if self.job is None and seen.state in ("new", "waiting"):
             checks.require(self.cluster, self.site)
             self._claim()
-            create(self.cluster, "configmaps", self.line.code.manifest)
-            if create(self.cluster, "jobs", manifest):
+            have_config_map(self.cluster, self.line.code.manifest)
+            if have_job(self.cluster, self.step, manifest):
                 self.say(f"sent: Job {self.step.name} in namespace {self.cluster.namespace}")
                 self._how_to_go_on()
                 return True
