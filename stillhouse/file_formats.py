@@ -7,9 +7,9 @@ is named with its file and what to do about it, so that one odd file is one line
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
+from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError, with_config
 from typing_extensions import TypedDict  # pydantic reads no other before Python 3.12
 
 from stillhouse.errors import ContractError
@@ -104,6 +104,12 @@ class _Score(_Answer):
     key: str
 
 
+@with_config(_LENIENT)
+class _Sample(TypedDict):
+    doc: int
+    value: float
+
+
 class _WholeScore(TypedDict):
     """What tables and statistics are made of."""
 
@@ -112,22 +118,22 @@ class _WholeScore(TypedDict):
     value: float
     metrics: dict[str, Any]
     higher_is_better: bool
-    n: int
+    n: Annotated[int, Field(ge=0)]
     seconds: float
-    samples: list[dict[str, Any]]
+    samples: list[_Sample]
     versions: dict[str, Any]
 
 
-@with_config(_LENIENT)
-class _Seconds(TypedDict):
-    load: float
-    total: float
+def _has_totals(seconds: dict[str, float]) -> dict[str, float]:
+    if missing := {"load", "total"} - seconds.keys():
+        raise ValueError(f"no {min(missing)}")
+    return seconds
 
 
 class _Cost(TypedDict):
     """What is relied on in cost.json."""
 
-    seconds: _Seconds
+    seconds: Annotated[dict[str, float], AfterValidator(_has_totals)]
     tokens: dict[str, float]
     device: str
     devices: int

@@ -336,7 +336,7 @@ def test_the_words_of_an_evaluation_compose_to_pair_quantiser_data_and_suite(lin
 
 def test_what_no_word_can_say_is_refused_with_the_way_out():
     point, sweep = tiny()
-    data = dataclasses.replace(point.spec.data, prompt_template="{question}\\\\'")
+    data = dataclasses.replace(point.spec.data, prompt_template="{question} ${price}")
     odd = dataclasses.replace(point, spec=dataclasses.replace(point.spec, data=data))
     with pytest.raises(ConfigError, match="conf/data"):
         eval_step([odd], [], sweep)

@@ -9,8 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from sample_runs import Sample, write_sample
 
 import stillhouse
@@ -138,42 +136,6 @@ def test_metrics_that_are_no_json_are_named_by_line(runs: list[RunDir]) -> None:
         runs[0].metrics()
     file.write_bytes(b"".join(lines[:2]) + b'{"step": 2, "lo')  # cut by a kill
     assert [one["step"] for one in runs[0].metrics()] == [0, 1]
-
-
-VALUES = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=4),
-    lambda inner: (
-        st.lists(inner, max_size=2) | st.dictionaries(st.text(max_size=3), inner, max_size=2)
-    ),
-    max_leaves=3,
-)
-
-
-@settings(
-    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
-@given(data=st.data())
-def test_whatever_one_field_of_a_file_becomes_the_answer_is_a_state_or_a_sentence(
-    runs: list[RunDir], said: Said, data: st.DataObject
-) -> None:
-    run = runs[0]
-    files = [run.status_file, run.spec_file, run.adapter / "stillhouse.json", run.cost_file,
-             run.eval_file("tiny_gen"), Path("runs/sweeps/grid.json")]  # fmt: skip
-    file = data.draw(st.sampled_from(files))
-    before = file.read_bytes()
-    content = json.loads(before)
-    key = data.draw(st.sampled_from(sorted(content)))
-    if data.draw(st.booleans()):
-        content[key] = data.draw(VALUES)
-    else:
-        del content[key]
-    file.write_text(json.dumps(content))
-    try:
-        for words in (("status",), ("status", "grid", "--json"), ("status", "grid", "--cost")):
-            assert said(*words)[0] in (0, 1, 42)
-        assert said("report", "grid")[0] in (0, 42)
-    finally:
-        file.write_bytes(before)
 
 
 # ------------------------------------------------------------------------- names and leftovers

@@ -352,4 +352,4 @@ def cancel_mark(runs: Path, name: str) -> float | None:
     asked = read_json(file)
     if asked is not None and not isinstance(asked.get("asked"), int | float):
         raise ContractError(f"{file}: says no time; remove it, and run again")
-    return asked and asked["asked"]
+    return None if asked is None else float(asked["asked"])

@@ -155,8 +155,8 @@ class Away:
 
     def remarks(self, rows: Roster | None) -> list[str]:
         if rows is None:
-            return [*self._said_of_lines(), *self.sight.ledger.remarks()]
-        lines = said_of_drivers(self._jobs_of(rows), self.scene) + self.sight.ledger.remarks()
+            return [*self._said_of_lines(), *self._odd()]
+        lines = said_of_drivers(self._jobs_of(rows), self.scene) + self._odd()
         if len(rows.rows) != 1:
             return lines
         (row,) = rows.rows
@@ -166,7 +166,11 @@ class Away:
         for job in jobs:  # a look at a sweep reads the pods only where it needs them
             for pod in pod_logs.pods(self.cluster, job.name):
                 self.scene.learn("pods", pod)
-        return [*particulars(jobs, self.scene, records), *self.sight.ledger.remarks()]
+        return [*particulars(jobs, self.scene, records), *self._odd()]
+
+    def _odd(self) -> list[str]:
+        """What stands there and is not what we make of its kind."""
+        return [*self.sight.ledger.remarks(), *sorted(self.scene.odd)]
 
     def _said_of_lines(self) -> list[str]:
         """Jobs that belong to no sweep: lines of k8s/train.sh and k8s/eval.sh, and preflights."""

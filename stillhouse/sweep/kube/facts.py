@@ -42,6 +42,8 @@ def _judged(facts: Facts, code: str | None) -> tuple[State, str | None, dict[str
     job, record = facts.live, facts.record
     if facts.is_done:
         return "done", None, {}
+    if job is not None and job.odd is not None:
+        return "unreadable", job.odd, {}
     if job is not None:
         if facts.waits is None:
             return "running", None, {}

@@ -25,7 +25,7 @@ from stillhouse.sweep.kube.manifest import image_problem, render, to_yaml
 from stillhouse.sweep.kube.named import have_config_map, have_job
 from stillhouse.sweep.kube.reasons import by_age, how_it_failed, why_waiting
 from stillhouse.sweep.kube.steps import RUNS, Step, collect_step
-from stillhouse.sweep.kube.views import JobView, Note, PodView, job_view, note, pod_view
+from stillhouse.sweep.kube.views import JobView, Note, PodView, job_view, notes, pod_view, viewed
 from stillhouse.sweep.kube.workload import OF_JOBS, QueueView, queue_view
 
 TRIES = 4  # of one request in a row
@@ -126,7 +126,7 @@ class Holder:
         """
         said, began, hopeful = "", time.monotonic(), time.monotonic()
         while True:
-            job = job_view(self._found_job())
+            job = viewed(job_view, self._found_job())
             pods, version = self._pods()
             running = [p for p in pods if p.started and not p.is_over and not p.is_deleting]
             if running:
@@ -175,7 +175,7 @@ class Holder:
         found: list[PodView] = []
         version = ""
         for items, at in self.cluster.pages("pods", self._selector):
-            found += [pod_view(item) for item in items]
+            found += [viewed(pod_view, item) for item in items]
             version = at
         return by_age(found), version
 
@@ -194,8 +194,8 @@ class Holder:
         """What the cluster said of the Job and its pods."""
         names = {self._name, *(pod.name for pod in pods)}
         pages = self.cluster.pages("events", fields="type=Warning")
-        notes = (note(item) for items, _ in pages for item in items)
-        return [said for said in notes if said.name in names]
+        said = (said for items, _ in pages for said in notes(items))
+        return [one for one in said if one.name in names]
 
     def _remove(self) -> None:
         if self._name:

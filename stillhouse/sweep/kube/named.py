@@ -14,7 +14,7 @@ from stillhouse.rundir import Json
 from stillhouse.sweep.backends.cluster import ApiError, Cluster
 from stillhouse.sweep.kube.manifest import HASH_DIGITS
 from stillhouse.sweep.kube.steps import Step
-from stillhouse.sweep.kube.views import OURS, PART_OF, JobView, job_view
+from stillhouse.sweep.kube.views import OURS, PART_OF, JobView, job_view, viewed
 
 KIND = "stillhouse/kind"
 TRIES = 5  # where what was in the way is gone again each time we look
@@ -88,7 +88,7 @@ def ours(there: Json, step: Step) -> JobView:
         ContractError: it is about something else.
     """
     labels = _mapping(there["metadata"].get("labels"))
-    job = job_view(there)
+    job = viewed(job_view, there)
     if labels.get(PART_OF) != OURS or not job.hash:
         raise ConfigError(
             f"Job {job.name} is there and is not ours; delete or rename it"
@@ -111,8 +111,10 @@ def refuse_stranger(there: Json | None, kind: str | None) -> None:
     Raises:
         ConfigError: it has not our labels.
     """
-    labels = _mapping(there["metadata"].get("labels")) if there is not None else {}
-    if there is None or (labels.get(PART_OF) == OURS and labels.get(KIND) == kind):
+    if there is None:
+        return
+    labels = _mapping(there["metadata"].get("labels"))
+    if labels.get(PART_OF) == OURS and labels.get(KIND) == kind:
         return
     name, wanted = there["metadata"]["name"], f"{PART_OF}={OURS}" + (f" {KIND}={kind}" * bool(kind))
     raise ConfigError(

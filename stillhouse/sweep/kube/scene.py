@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
+from stillhouse.errors import ContractError
 from stillhouse.rundir import Json
 from stillhouse.spec import suite_key
 from stillhouse.sweep.grid import Sweep
@@ -22,14 +24,19 @@ from stillhouse.sweep.kube.views import (
     JobView,
     Note,
     PodView,
+    View,
     job_view,
     note,
     pod_view,
+    viewed,
 )
 from stillhouse.sweep.kube.workload import QueueView, queue_view
 from stillhouse.sweep.plan import Baseline, Observation, groups_of
 from stillhouse.sweep.roster import baseline_rows
 
+VIEWS: dict[str, Callable[[Json], Any]] = {
+    "jobs": job_view, "pods": pod_view, "workloads": queue_view, "events": note,
+}  # fmt: skip
 KEPT_PODS = 8  # ended pods of one Job that stay known
 ENDED = ("failed", "stopped", "alone")  # what the ledger says of what is not tried again by itself
 
@@ -45,6 +52,7 @@ class Scene:
         self.lock = threading.RLock()
         self.news = threading.Condition(self.lock)
         self.is_followed = False  # whether what vanishes is told at once
+        self.odd: set[str] = set()  # what is said of objects that have not the form of their kind
         self._jobs: dict[str, JobView] = {}
         self._pods: dict[str, dict[str, PodView]] = {}  # uid of the Job -> uid -> pod
         self._queued: dict[str, QueueView] = {}  # uid of the Job -> its Workload
@@ -178,15 +186,24 @@ class Scene:
     def learn(self, resource: str, item: Json, is_deleted: bool = False) -> None:
         """Take in one Job, pod, Workload or event as the API tells it."""
         with self.news:
-            if resource == "jobs":
-                self._learn_job(job_view(item), is_deleted)
-            elif resource == "pods":
-                self._learn_pod(pod_view(item), is_deleted)
-            elif resource == "workloads" and (queued := queue_view(item)) is not None:
-                self._queued[queued.job_uid] = queued
-            elif resource == "events":
-                self._learn_note(note(item))
+            seen = self.viewed(VIEWS[resource], item)
+            if isinstance(seen, JobView):
+                self._learn_job(seen, is_deleted)
+            elif isinstance(seen, PodView):
+                self._learn_pod(seen, is_deleted)
+            elif isinstance(seen, QueueView):
+                self._queued[seen.job_uid] = seen
+            elif isinstance(seen, Note):
+                self._learn_note(seen)
             self.news.notify_all()
+
+    def viewed(self, view: Callable[[Json], View], item: Json) -> View | None:
+        """What a view makes of an object; None, and a remark, of one that has an odd form."""
+        try:
+            return viewed(view, item)
+        except ContractError as error:
+            self.odd.add(str(error))
+            return None
 
     def touch(self, name: str) -> None:
         """Wake whoever waits for news, about a Job."""

@@ -30,7 +30,7 @@ from stillhouse.sweep.kube.names import Names
 from stillhouse.sweep.kube.pod_logs import pods
 from stillhouse.sweep.kube.scene import Scene
 from stillhouse.sweep.kube.steps import RUNS
-from stillhouse.sweep.kube.views import OURS, PART_OF, JobView, job_view
+from stillhouse.sweep.kube.views import OURS, PART_OF, JobView, job_view, viewed
 from stillhouse.sweep.listing import FAILED, as_json
 from stillhouse.sweep.plan import Observation
 from stillhouse.sweep.roster import Roster, Row
@@ -129,7 +129,7 @@ class _Sender:
         if found is None:
             return None, scene.look(id_, None)
         labels: dict[str, str] = found["metadata"].get("labels") or {}
-        job = job_view(found)
+        job = viewed(job_view, found)
         if labels.get(PART_OF) != OURS or (
             name == self.step.name and job.hash != self.step.hash[:HASH_DIGITS]
         ):

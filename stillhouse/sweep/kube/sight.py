@@ -11,7 +11,7 @@ import random
 import threading
 import time
 from collections.abc import Callable, Iterable
-from typing import Any, TypeVar
+from typing import Any
 
 from stillhouse.rundir import Json
 from stillhouse.sweep.backends.cluster import ApiError, Cluster, Gone
@@ -19,7 +19,7 @@ from stillhouse.sweep.kube.facts import keys_of
 from stillhouse.sweep.kube.ledger import Ledger
 from stillhouse.sweep.kube.manifest import SELECTOR
 from stillhouse.sweep.kube.scene import Scene
-from stillhouse.sweep.kube.views import JobView, Note, job_view, note, pod_view
+from stillhouse.sweep.kube.views import JobView, Note, View, job_view, note, pod_view
 from stillhouse.sweep.kube.workload import OF_JOBS, queue_view
 from stillhouse.sweep.plan import Observation
 
@@ -28,8 +28,6 @@ WATCH_S = 300.0  # a watch is asked for anew this often
 NOTES_S = 20.0  # how often a follower reads the warning events, while something waits
 QUEUE_S = 60.0  # how often it reads what Kueue says, while something is suspended
 UNFINISHED = "status.phase!=Succeeded"  # pods that are worth a LIST
-
-View = TypeVar("View")
 
 
 class Sight:
@@ -95,7 +93,8 @@ class Sight:
             seen = ""
             try:
                 for items, version in self.cluster.pages(resource, SELECTOR, fields=fields):
-                    found += map(view, items)
+                    views = (self.scene.viewed(view, item) for item in items)
+                    found += [one for one in views if one is not None]
                     seen = version
                 return found, seen
             except Gone:  # it took longer than the server remembers: begin again
@@ -107,7 +106,8 @@ class Sight:
         found: list[Note] = []
         with contextlib.suppress(Gone, ApiError):  # gone, or not ours to read: they only explain
             for items, _ in self.cluster.pages("events", fields="type=Warning"):
-                found += [said for said in map(note, items) if said.uid in wanted]
+                views = (self.scene.viewed(note, item) for item in items)
+                found += [said for said in views if said is not None and said.uid in wanted]
             self.scene.replace_notes(found)
 
     def read_queue(self) -> None:
@@ -116,7 +116,8 @@ class Sight:
             if self.cluster.kueue() is None:
                 return
             for items, _ in self.cluster.pages("workloads", OF_JOBS):
-                self.scene.learn_queue(view for view in map(queue_view, items) if view)
+                views = (self.scene.viewed(queue_view, item) for item in items)
+                self.scene.learn_queue(view for view in views if view)
             for queue in {job.queue for job in self.scene.queued() if job.queue}:
                 line = [item["metadata"]["name"] for item in self.cluster.pending(queue)]
                 self.scene.learn_line(line)

@@ -7,12 +7,13 @@ which tells by the reason of QuotaReserved what before only its message told.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from sys import intern
 from typing import Literal
 
+from pydantic.dataclasses import dataclass
+
 from stillhouse.rundir import Json
-from stillhouse.sweep.kube.views import conditions_of
+from stillhouse.sweep.kube.views import STRICT, conditions_of
 
 OF_JOBS = "kueue.x-k8s.io/job-uid"  # label of a Job's Workload: its uid
 
@@ -44,7 +45,7 @@ _FULL = ("insufficient unused quota", "more needed")
 _RESTARTED = frozenset({"LocalQueueRestarted", "ClusterQueueRestarted"})
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, config=STRICT)
 class QueueView:
     """What Kueue says of a Job: its Workload."""
 
