@@ -282,7 +282,9 @@ def _text(value: Any) -> str:
     return str(value)
 
 
-def _is_plain_key(text: str) -> bool:
+def _is_plain_key(text: Any) -> bool:
+    if not isinstance(text, str):  # of a sweep file, before anybody checked it
+        return False
     return re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", text) is not None and _is_plain_word(text)
 
 

@@ -97,7 +97,21 @@ def test_a_view_has_the_types_that_it_says(place: Path, monkeypatch: pytest.Monk
         assert last_words(odd).exit_code is None
 
 
-def test_tags_are_text(tmp_path: Path) -> None:
-    (tmp_path / "s.yaml").write_text("base: {pair: tiny, tags: [[a]]}\n")
-    with pytest.raises(ConfigError, match=r"s\.yaml: tags: \['a'\] is not text"):
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("base: {pair: tiny, tags: [[a]]}", r"s\.yaml: tags: \['a'\] is not text"),
+        ("base: {pair: tiny, [1]: 2}", "found a list or a mapping as a key"),
+        ("base: {pair: tiny, seed: !!int x}", "a value is not of its type"),
+        ("base: {pair: tiny, seed: !!bool x}", "a value is not of its type"),
+        ("base: {pair: tiny, seed: " + "9" * 5000 + "}", "a value is not of its type"),
+        ("base: {pair: tiny}\ngrid: {lmbda: [0, 1]}\neval: {suite: tiny}\n"
+         "compare: {by: lmbda, metric: tiny_gen/exact_match, baseline: [0]}",
+         r"compare\.baseline = \[0\]: not a value of lmbda"),
+        ("base: {pair: tiny, chat_template_kwargs: {1: 2}}", "chat_template_kwargs = 1"),
+    ],
+)  # fmt: skip
+def test_a_sweep_file_that_cannot_be_meant_says_where(text: str, says: str, tmp_path: Path) -> None:
+    (tmp_path / "s.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=says):
         load_sweep(str(tmp_path / "s.yaml"), [], tmp_path)

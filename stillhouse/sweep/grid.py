@@ -340,7 +340,8 @@ def _compare(
         )
     baseline: Any = compare.baseline
     if isinstance(baseline, list):
-        baseline = tuple(tuple(knot) for knot in cast("list[list[float]]", baseline))
+        knots = cast("list[Any]", baseline)
+        baseline = tuple(tuple(cast("list[float]", k)) if isinstance(k, list) else k for k in knots)
     if baseline not in axes[by]:
         if by in asked.words:
             return None
