@@ -437,7 +437,7 @@ def test_nothing_is_deleted_while_the_ledger_cannot_be_written(
         made(fake, backend)
         cluster.longest_delay_s = 0.001
         down: list[Kind] = ["unavailable"] * 50
-        fake.faults.script("PATCH", "/configmaps", *down)
+        fake.faults.script("POST", "/configmaps", *down)  # the first write makes it
         fake.complete(NAME)
         assert finished(backend).exit_code == 0
         assert fake.faults.struck["unavailable"] == 50
