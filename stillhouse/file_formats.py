@@ -7,10 +7,14 @@ is named with its file and what to do about it, so that one odd file is one line
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import (
+    Annotated,
+    Any,
+    NotRequired,  # pydantic reads no other before Python 3.12
+)
 
 from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError, with_config
-from typing_extensions import TypedDict  # pydantic reads no other before Python 3.12
+from typing_extensions import TypedDict
 
 from stillhouse.errors import ContractError
 
@@ -45,12 +49,55 @@ class _Libraries(TypedDict, total=False):
     versions: dict[str, str | None]
 
 
+@with_config(_LENIENT)
+class _Place(TypedDict):
+    cache_dir: str
+
+
+@with_config(_LENIENT)
+class _Training(TypedDict):
+    max_steps: int
+    seed: int
+
+
+@with_config(_LENIENT)
+class _Pair(TypedDict):
+    pair_name: str
+
+
+@with_config(_LENIENT)
+class _Method(TypedDict):
+    method_name: str
+
+
+@with_config(_LENIENT)
+class _Spec(TypedDict):
+    """Of a resolved config, what is read without composing it anew."""
+
+    pair: _Pair
+    quant: dict[str, Any]
+    data: dict[str, Any]
+    loss: dict[str, Any]
+    method: _Method
+    training: _Training
+    place: _Place
+
+
 class _Record(_Libraries):
     """What is relied on in spec.json."""
 
     versioned: dict[str, dict[str, Any]]
-    spec: dict[str, dict[str, Any]]
+    spec: _Spec
     code: _Code
+
+
+class _Row(TypedDict):
+    """What is relied on in a baseline's baseline.json."""
+
+    label: str
+    pair: _Pair
+    quant: dict[str, Any] | None
+    chat: NotRequired[str]
 
 
 class _Status(TypedDict, total=False):
@@ -165,17 +212,25 @@ class _Sweep(TypedDict):
     suite: dict[str, Any] | None
 
 
+@with_config(_LENIENT)
+class _Compared(TypedDict):
+    by: str
+    metric: str
+    baseline: Any
+
+
 class _WholeSweep(_Sweep):
     """What a report is made of, too."""
 
     axes: dict[str, list[Any]]
-    compare: dict[str, Any] | None
+    compare: _Compared | None
     file: str | None
     question: str | None
     created: float
 
 
 RECORD: Any = TypeAdapter(with_config(_LENIENT)(_Record))
+ROW: Any = TypeAdapter(with_config(_LENIENT)(_Row))
 STATUS: Any = TypeAdapter(with_config(_LENIENT)(_Status))
 CONTRACT: Any = TypeAdapter(with_config(_LENIENT)(_Contract))
 SCORE: Any = TypeAdapter(with_config(_LENIENT)(_Score))

@@ -234,7 +234,7 @@ def score(draw: Any) -> None:
     """A file that an evaluation left."""
     run = sample()
     baseline = next(Path("runs/baselines").glob("teacher-*"))
-    files = [run.eval_file("tiny_gen"), run.eval_file("tiny_mc"), *baseline.glob("eval/*.json")]
+    files = [run.eval_file("tiny_gen"), run.eval_file("tiny_mc"), *baseline.rglob("*.json")]
     with bent_file(draw, draw(st.sampled_from(files))):
         answered("status", "grid", "--json")
         if draw(st.integers(0, 40)) == 37:
