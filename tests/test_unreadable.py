@@ -125,6 +125,24 @@ def test_a_sweeps_record_that_is_odd_is_one_line_and_its_runs_are_found_by_id(
         assert code == 42 and str(record) in text
 
 
+def test_a_baseline_that_says_something_else_is_named_and_its_points_are_shown(
+    runs: list[RunDir], said: Said
+) -> None:
+    teacher = next(Path("runs/baselines").glob("teacher-*/baseline.json"))
+    whole = json.loads(teacher.read_bytes())
+    for odd in (
+        {"label": 1},
+        whole | {"pair": {}},
+        whole | {"pair": whole["pair"] | {"student": 5}},
+    ):
+        teacher.write_text(json.dumps(odd))
+        for words in (("status", "grid"), ("status", "grid", "--json")):
+            code, text = said(*words)
+            assert code in (0, 1, 42) and "done" in text, odd
+        code, text = said("report", "grid")
+        assert code == 0 or str(teacher) in text, odd
+
+
 def test_metrics_that_are_no_json_are_named_by_line(runs: list[RunDir]) -> None:
     file = runs[0].metrics_file
     lines = file.read_bytes().splitlines(keepends=True)
