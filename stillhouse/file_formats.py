@@ -66,6 +66,11 @@ class _Pair(TypedDict):
 
 
 @with_config(_LENIENT)
+class _Quant(TypedDict):
+    quant_type: str
+
+
+@with_config(_LENIENT)
 class _Method(TypedDict):
     method_name: str
 
@@ -75,7 +80,7 @@ class _Spec(TypedDict):
     """Of a resolved config, what is read without composing it anew."""
 
     pair: _Pair
-    quant: dict[str, Any]
+    quant: _Quant
     data: dict[str, Any]
     loss: dict[str, Any]
     method: _Method
@@ -96,7 +101,7 @@ class _Row(TypedDict):
 
     label: str
     pair: _Pair
-    quant: dict[str, Any] | None
+    quant: _Quant | None
     chat: NotRequired[str]
 
 

@@ -452,7 +452,7 @@ def run(kind: str, count: int, number: int = 0) -> None:
     @seed(number)
     @settings(
         max_examples=count, deadline=None, database=None, phases=[Phase.generate, Phase.shrink],
-        suppress_health_check=list(HealthCheck),
+        suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
     )  # fmt: skip
     @given(st.data())
     def one(data: st.DataObject) -> None:
