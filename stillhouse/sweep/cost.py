@@ -271,11 +271,9 @@ def _measure(run: RunDir, wanted: set[Shape]) -> Measure | None:
     try:
         steps = plain["training"]["max_steps"]
         this = shape(plain)
-        is_wanted = this in wanted and steps > 0
-    # Of a version that knew fewer knobs, or other ones: not known to be alike.
-    except (KeyError, TypeError, ValueError, AttributeError):
+    except KeyError:  # of a version that knew fewer knobs: not known to be alike
         return None
-    if not is_wanted:
+    if this not in wanted or not steps:
         return None
     # "total" holds the loading too, which is paid once.
     load, total = cost["seconds"]["load"], cost["seconds"]["total"]
