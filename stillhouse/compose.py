@@ -267,19 +267,29 @@ def _text(value: Any) -> str:
         return f"[{','.join(_text(item) for item in items)}]"
     if isinstance(value, dict):
         entries = cast("dict[str, Any]", value).items()
+        if not all(_is_plain_key(key) for key, _ in entries):  # Hydra's grammar quotes no key
+            return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
         # A template writes 2.0 and 2 as they are.
         texts = (f"{k}:{v if isinstance(v, float) else _text(v)}" for k, v in entries)
         return f"{{{','.join(texts)}}}"
     if isinstance(value, float) and value.is_integer() and math.fabs(value) < 1e6:
         return str(int(value))
     if isinstance(value, str) and not _is_plain_word(value):
-        escaped = value.replace("\\'", "\\\\'").replace("'", "\\'")
+        # In Hydra's quotes a backslash is one, except in a row of them before a quote.
+        escaped = re.sub(r"(\\*)'", r"\1\1\\'", value)
+        escaped = re.sub(r"(\\+)\Z", r"\1\1", escaped)
         return f"'{escaped}'"
     return str(value)
 
 
+def _is_plain_key(text: Any) -> bool:
+    if not isinstance(text, str):  # of a sweep file, before anybody checked it
+        return False
+    return re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", text) is not None and _is_plain_word(text)
+
+
 def _is_plain_word(text: str) -> bool:
     """Whether Hydra's grammar reads these characters as the text they are, and nothing else."""
-    if re.fullmatch(r"[A-Za-z_][\w./:@-]*|[/.][\w./:@-]*", text) is None:
+    if re.fullmatch(r"[A-Za-z_][\w./:@-]*|[/.][\w./:@-]*", text, re.ASCII) is None:
         return False
     return text.lower() not in ("null", "true", "false", "nan", "inf")

@@ -31,18 +31,28 @@ from stillhouse.errors import (
     STOPPED,
     ConfigError,
     ContractError,
-    Diverged,
     Interrupted,
+    NoProgress,
     StillhouseError,
     exit_code_of,
 )
-from stillhouse.rundir import Json, Runs, code_identity, link_path, now, read_json, write_json
+from stillhouse.rundir import (
+    Json,
+    Runs,
+    code_identity,
+    link_path,
+    now,
+    read_json,
+    sweep_leftovers,
+    write_json,
+)
 from stillhouse.sources import differences, drift, refusal, sources_of
 from stillhouse.spec import EvalSpec, TrainSpec, eval_id, point_id
 from stillhouse.stop import StopFlag
 
 PROMPTS = 64  # that a preflight asks, if not told otherwise
-# Attempts in a row that may end without one completed step more than before (then exit 43).
+# Pods of one Job in a row that may end without one completed step more than before. Evictions and
+# 85 cost a Job no attempt: then one is charged, so that the site's retries bound them, too.
 ATTEMPTS_WITHOUT_PROGRESS = 3
 
 
@@ -177,6 +187,7 @@ def look(spec: TrainSpec, prompts: int, pilot: int | None, prefixes: tuple[int, 
     }
     numbers |= verdict.asked_numbers(spec.loss.beta, spec.training.max_steps)
     whole = asked | verdict.decide(rules, numbers) | found | {"measured": how}
+    sweep_leftovers(file.parent)
     write_json(file, whole)
     return whole
 
@@ -314,12 +325,20 @@ def _attempt(spec: TrainSpec, run: Any) -> int:
     before = run.status()
     job = os.environ.get("STILLHOUSE_JOB")  # uid of the pod's Job: another one, somebody asked for
     idle = before.get("attempts_without_progress", 0) if before.get("job") == job else 0
-    if idle >= ATTEMPTS_WITHOUT_PROGRESS:
-        raise Diverged(
-            f"{run.path}: {idle} attempts in a row ended before they completed a step"
-            f" (last cause: {before.get('cause')}); see {run.log_file}, then `stillhouse retry` it"
+    if _is_in_pod() and idle >= ATTEMPTS_WITHOUT_PROGRESS:
+        last = before.get("cause") or "ended without a word"
+        said = (
+            f"{idle} pods in a row ended before they completed a step (the last one: {last}); this"
+            f" one is charged to site.infra_retries; see {run.log_file}"
         )
+        run.update_status(
+            phase="waiting", exit_code=NoProgress.exit_code, cause=said, finished=now(),
+            attempts_without_progress=0,
+        )  # fmt: skip
+        raise NoProgress(said)
     stop = _stop()
+    for place in (run.path, run.checkpoints, run.path / "eval"):
+        sweep_leftovers(place)
     run.update_status(
         phase="starting",
         attempt=before.get("attempt", 0) + 1,
@@ -343,7 +362,7 @@ def _attempt(spec: TrainSpec, run: Any) -> int:
         cause = f"{type(error).__name__}: {error}"
         if error.exit_code == STOPPED or (error.exit_code == AGAIN and not _is_in_pod()):
             # A rule's stop and a person's Ctrl-C are nobody's failure. A cluster that stops a run
-            # three times before it gets anywhere would do so for ever, and others pay for it.
+            # before it gets anywhere would do so for ever, and others pay for it.
             after = run.status().get("attempts_without_progress", 0)
             run.update_status(attempts_without_progress=min(idle, after))
         run.update_status(

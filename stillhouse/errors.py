@@ -4,11 +4,12 @@
     ├── ConfigError            42   a key, a flag, a value, a sweep file
     ├── DataError              42   a data file, a row, a prompt set
     ├── ContractError          42   an adapter, base or run that cannot be what it says it is
-    ├── Diverged               43   NaN, an exploding loss, no progress in three attempts
+    ├── Diverged               43   NaN, an exploding loss, a rollout gap beyond its bound
     ├── OutOfMemory            44   retry only with a smaller micro_batch
     ├── Stopped                46   a watch rule ended the run; state is saved, an outcome
     ├── Interrupted            85   asked to stop; state is saved, run me again
-    └── NodeFault               1   this machine cannot do it, another one may: tried again
+    ├── NodeFault               1   this machine cannot do it, another one may: tried again
+    └── NoProgress              1   stopped again and again before a step: tried again
 
 Anything else that ends a process is infrastructure and may be retried.
 """
@@ -76,6 +77,12 @@ class Interrupted(StillhouseError):
 
 class NodeFault(StillhouseError):
     """This machine lacks what it was asked for; the same run may go well on another one."""
+
+    exit_code = 1
+
+
+class NoProgress(StillhouseError):
+    """What carries the run ended it again and again before it got anywhere."""
 
     exit_code = 1
 

@@ -7,10 +7,14 @@ is named with its file and what to do about it, so that one odd file is one line
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import (
+    Annotated,
+    Any,
+    NotRequired,  # pydantic reads no other before Python 3.12
+)
 
-from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
-from typing_extensions import TypedDict  # pydantic reads no other before Python 3.12
+from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError, with_config
+from typing_extensions import TypedDict
 
 from stillhouse.errors import ContractError
 
@@ -45,12 +49,60 @@ class _Libraries(TypedDict, total=False):
     versions: dict[str, str | None]
 
 
+@with_config(_LENIENT)
+class _Place(TypedDict):
+    cache_dir: str
+
+
+@with_config(_LENIENT)
+class _Training(TypedDict):
+    max_steps: int
+    seed: int
+
+
+@with_config(_LENIENT)
+class _Pair(TypedDict):
+    pair_name: str
+
+
+@with_config(_LENIENT)
+class _Quant(TypedDict):
+    quant_type: str
+
+
+@with_config(_LENIENT)
+class _Method(TypedDict):
+    method_name: str
+
+
+@with_config(_LENIENT)
+class _Spec(TypedDict):
+    """Of a resolved config, what is read without composing it anew."""
+
+    pair: _Pair
+    quant: _Quant
+    data: dict[str, Any]
+    loss: dict[str, Any]
+    method: _Method
+    training: _Training
+    place: _Place
+
+
 class _Record(_Libraries):
     """What is relied on in spec.json."""
 
     versioned: dict[str, dict[str, Any]]
-    spec: dict[str, dict[str, Any]]
+    spec: _Spec
     code: _Code
+
+
+class _Row(TypedDict):
+    """What is relied on in a baseline's baseline.json."""
+
+    label: str
+    pair: _Pair
+    quant: _Quant | None
+    chat: NotRequired[str]
 
 
 class _Status(TypedDict, total=False):
@@ -104,6 +156,12 @@ class _Score(_Answer):
     key: str
 
 
+@with_config(_LENIENT)
+class _Sample(TypedDict):
+    doc: int
+    value: float
+
+
 class _WholeScore(TypedDict):
     """What tables and statistics are made of."""
 
@@ -112,22 +170,22 @@ class _WholeScore(TypedDict):
     value: float
     metrics: dict[str, Any]
     higher_is_better: bool
-    n: int
+    n: Annotated[int, Field(ge=0)]
     seconds: float
-    samples: list[dict[str, Any]]
+    samples: list[_Sample]
     versions: dict[str, Any]
 
 
-@with_config(_LENIENT)
-class _Seconds(TypedDict):
-    load: float
-    total: float
+def _has_totals(seconds: dict[str, float]) -> dict[str, float]:
+    if missing := {"load", "total"} - seconds.keys():
+        raise ValueError(f"no {min(missing)}")
+    return seconds
 
 
 class _Cost(TypedDict):
     """What is relied on in cost.json."""
 
-    seconds: _Seconds
+    seconds: Annotated[dict[str, float], AfterValidator(_has_totals)]
     tokens: dict[str, float]
     device: str
     devices: int
@@ -159,17 +217,25 @@ class _Sweep(TypedDict):
     suite: dict[str, Any] | None
 
 
+@with_config(_LENIENT)
+class _Compared(TypedDict):
+    by: str
+    metric: str
+    baseline: Any
+
+
 class _WholeSweep(_Sweep):
     """What a report is made of, too."""
 
     axes: dict[str, list[Any]]
-    compare: dict[str, Any] | None
+    compare: _Compared | None
     file: str | None
     question: str | None
     created: float
 
 
 RECORD: Any = TypeAdapter(with_config(_LENIENT)(_Record))
+ROW: Any = TypeAdapter(with_config(_LENIENT)(_Row))
 STATUS: Any = TypeAdapter(with_config(_LENIENT)(_Status))
 CONTRACT: Any = TypeAdapter(with_config(_LENIENT)(_Contract))
 SCORE: Any = TypeAdapter(with_config(_LENIENT)(_Score))

@@ -48,9 +48,11 @@ def temporary_name(path: Path) -> Path:
 def sweep_leftovers(directory: Path) -> None:
     """Remove what writers that were killed left in a directory.
 
-    What is younger than an hour may be at work still. Both times are the file server's, so no
-    clock of another machine is asked.
+    What somebody wrote in, at whatever depth, in the last hour may be at work still. Both times are
+    the file server's, so no clock of another machine is asked.
     """
+    if not directory.is_dir():
+        return
     found = [entry for entry in directory.glob(".*.tmp") if _LEFTOVER.fullmatch(entry.name)]
     if not found:
         return
@@ -58,12 +60,18 @@ def sweep_leftovers(directory: Path) -> None:
         now_there = os.stat(mark.name).st_mtime
     for entry in found:
         with contextlib.suppress(FileNotFoundError):
-            if now_there - entry.lstat().st_mtime < LEFT_S:
+            if now_there - _last_written(entry) < LEFT_S:
                 continue
             if entry.is_dir() and not entry.is_symlink():
                 shutil.rmtree(entry, ignore_errors=True)
             else:
                 entry.unlink()
+
+
+def _last_written(entry: Path) -> float:
+    """When something was last written at or below a path: a large file's own time goes on."""
+    inside = entry.rglob("*") if entry.is_dir() and not entry.is_symlink() else ()
+    return max(path.lstat().st_mtime for path in (entry, *inside))
 
 
 def write_json(path: Path, content: Any) -> None:

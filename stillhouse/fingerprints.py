@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from stillhouse.errors import ContractError
-from stillhouse.rundir import Json, file_digest, read_json, write_json
+from stillhouse.rundir import Json, file_digest, read_json, sweep_leftovers, write_json
 from stillhouse.spec import digest
 
 WHOLE = 2**28  # bytes of a weights file up to which all of it is read: half a second
@@ -87,6 +87,7 @@ def of_file(file: Path, cache_dir: Path, samples: bool = False) -> str:
     is_settled = max(file.stat().st_mtime, file.stat().st_ctime) < time.time() - SETTLED_S
     if is_settled and _identity(file) == before:
         with contextlib.suppress(OSError):  # a cache that cannot be written is no cache
+            sweep_leftovers(memory.parent)
             write_json(memory, {"identity": before, "digest": found})
     return found
 

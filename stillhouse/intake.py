@@ -32,6 +32,7 @@ from pathlib import Path
 from typing import cast
 
 from stillhouse.errors import ConfigError, exit_code_of
+from stillhouse.files import write_atomic
 from stillhouse.parcel import Json, say_used, unpack
 
 FORMAT = 1
@@ -106,7 +107,7 @@ class _Place:
         if not self.final.exists():
             for folder in (self.whole, self.parts):
                 folder.mkdir(parents=True, exist_ok=True)
-            (self.coming / "list.json").write_bytes(data)
+            write_atomic(self.coming / "list.json", data)
         return files
 
     def listed(self) -> Json:

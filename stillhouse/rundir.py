@@ -35,6 +35,7 @@ from stillhouse.file_formats import (
     CONTRACT,
     COST,
     RECORD,
+    ROW,
     SCORE,
     STATUS,
     WHOLE_SCORE,
@@ -65,6 +66,7 @@ __all__ = [  # who works on run directories needs files.py too, and has it from 
     "new_record",
     "now",
     "publish",
+    "read_baseline",
     "read_json",
     "read_score",
     "sweep_leftovers",
@@ -88,6 +90,18 @@ def read_score(directory: Path, task: str, whole: bool = False) -> Json | None:
     score = read_json(file)
     cure = "move it away, and `stillhouse run` scores anew"
     return None if score is None else checked(score, WHOLE_SCORE if whole else SCORE, file, cure)
+
+
+def read_baseline(directory: Path) -> Json | None:
+    """What a row that no run trained is (baseline.json), None where nobody said.
+
+    Raises:
+        ContractError: the file is there and says no such thing.
+    """
+    file = directory / "baseline.json"
+    row = read_json(file)
+    cure = "move it away, and `stillhouse run` writes it anew"
+    return None if row is None else checked(row, ROW, file, cure)
 
 
 @cache

@@ -19,7 +19,7 @@ from cheap import CACHE, cheap, words
 
 from stillhouse import doors
 from stillhouse.compose import compose, from_command_line
-from stillhouse.errors import ConfigError, Diverged, Interrupted
+from stillhouse.errors import POISON, ConfigError, Interrupted, NoProgress
 from stillhouse.evals import find
 from stillhouse.rundir import RunDir, Runs, code_identity
 from stillhouse.spec import EvalSpec, eval_id, point_id, suite_key
@@ -196,15 +196,24 @@ def attempt(run: RunDir, *point: str) -> None:
     thread.join()
 
 
-def test_three_pods_stopped_before_a_step_are_a_failure(tmp_path: Path, in_pod: None) -> None:
+def test_three_pods_stopped_before_a_step_cost_the_job_one_attempt(
+    tmp_path: Path, in_pod: None
+) -> None:
+    """They cost none by themselves, so nothing else would ever end it."""
     point = ["lmbda=0", "max_steps=500"]
     run = Runs(tmp_path).of(cheap(tmp_path, *point))
     for number in (1, 2, 3):
         attempt(run, *point)
         assert run.status()["attempts_without_progress"] == number
         assert run.metrics() == []
-    with pytest.raises(Diverged, match="3 attempts in a row ended before they completed a step"):
+    with pytest.raises(NoProgress, match="3 pods in a row ended before") as no:
         doors.train(cheap(tmp_path, *point))
+    assert no.value.exit_code == 1 and no.value.exit_code not in POISON
+    status = run.status()
+    assert (status["phase"], status["exit_code"], status["cause"]) == ("waiting", 1, str(no.value))
+    assert "asked to stop" in status["cause"], "and that is why"
+    attempt(run, *point)  # the Job's next pod tries again
+    assert run.status()["attempts_without_progress"] == 1
 
 
 def test_a_new_job_counts_its_attempts_anew(
@@ -215,8 +224,9 @@ def test_a_new_job_counts_its_attempts_anew(
     run = Runs(tmp_path).of(cheap(tmp_path, *SHORT))
     run.path.mkdir()
     run.update_status(job="uid-1", attempts_without_progress=3)
-    with pytest.raises(Diverged):
+    with pytest.raises(NoProgress, match=r"ended without a word\); .* site\.infra_retries"):
         doors.train(cheap(tmp_path, *SHORT))
+    run.update_status(attempts_without_progress=3)
     monkeypatch.setenv("STILLHOUSE_JOB", "uid-2")
     assert doors.train(cheap(tmp_path, *SHORT)) == 0
     assert run.status()["job"] == "uid-2"

@@ -20,7 +20,6 @@ from stillhouse.sweep.backends.cluster import Cluster
 from stillhouse.sweep.kube.ledger import (
     DIGITS,
     Ledger,
-    Names,
     Record,
     cancel_sweep,
     prepare_of,
@@ -32,6 +31,7 @@ from stillhouse.sweep.kube.ledger import (
     sweeps,
     write_sweep,
 )
+from stillhouse.sweep.kube.names import Names
 from stillhouse.sweep.roster import of_record, roster_of
 from stillhouse.sweep.roster import record_of as record_of_sweep
 

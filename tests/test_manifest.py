@@ -100,7 +100,6 @@ def test_the_pattern_is_the_job_of_its_own_words():
     job = rendered(step, sweep.site)
     for meta in (job["metadata"], job["spec"]["template"]["metadata"]):
         del meta["labels"]["stillhouse/code"]
-    del job["metadata"]["annotations"]["stillhouse/asks"]  # who edits a file sends it from no site
     main = container(job)
     assert main["args"].pop(0).startswith("--code=")
     assert main["command"] == ["python", "/bundle/pod.py"]
@@ -337,7 +336,7 @@ def test_the_words_of_an_evaluation_compose_to_pair_quantiser_data_and_suite(lin
 
 def test_what_no_word_can_say_is_refused_with_the_way_out():
     point, sweep = tiny()
-    data = dataclasses.replace(point.spec.data, prompt_template="{question}\\\\'")
+    data = dataclasses.replace(point.spec.data, prompt_template="{question} ${price}")
     odd = dataclasses.replace(point, spec=dataclasses.replace(point.spec, data=data))
     with pytest.raises(ConfigError, match="conf/data"):
         eval_step([odd], [], sweep)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from sample_runs import Sample, write_sample
 
 import stillhouse
@@ -17,6 +16,7 @@ from stillhouse import cli
 from stillhouse.errors import ContractError, visible
 from stillhouse.results.report import write_report
 from stillhouse.rundir import RunDir, link_path, sweep_leftovers, temporary_name, write_json
+from stillhouse.sweep import roster
 
 Said = Callable[..., tuple[int, str]]
 
@@ -125,6 +125,24 @@ def test_a_sweeps_record_that_is_odd_is_one_line_and_its_runs_are_found_by_id(
         assert code == 42 and str(record) in text
 
 
+def test_a_baseline_that_says_something_else_is_named_and_its_points_are_shown(
+    runs: list[RunDir], said: Said
+) -> None:
+    teacher = next(Path("runs/baselines").glob("teacher-*/baseline.json"))
+    whole = json.loads(teacher.read_bytes())
+    for odd in (
+        {"label": 1},
+        whole | {"pair": {}},
+        whole | {"pair": whole["pair"] | {"student": 5}},
+    ):
+        teacher.write_text(json.dumps(odd))
+        for words in (("status", "grid"), ("status", "grid", "--json")):
+            code, text = said(*words)
+            assert code in (0, 1, 42) and "done" in text, odd
+        code, text = said("report", "grid")
+        assert code == 0 or str(teacher) in text, odd
+
+
 def test_metrics_that_are_no_json_are_named_by_line(runs: list[RunDir]) -> None:
     file = runs[0].metrics_file
     lines = file.read_bytes().splitlines(keepends=True)
@@ -138,42 +156,6 @@ def test_metrics_that_are_no_json_are_named_by_line(runs: list[RunDir]) -> None:
     assert [one["step"] for one in runs[0].metrics()] == [0, 1]
 
 
-VALUES = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=4),
-    lambda inner: (
-        st.lists(inner, max_size=2) | st.dictionaries(st.text(max_size=3), inner, max_size=2)
-    ),
-    max_leaves=3,
-)
-
-
-@settings(
-    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
-@given(data=st.data())
-def test_whatever_one_field_of_a_file_becomes_the_answer_is_a_state_or_a_sentence(
-    runs: list[RunDir], said: Said, data: st.DataObject
-) -> None:
-    run = runs[0]
-    files = [run.status_file, run.spec_file, run.adapter / "stillhouse.json", run.cost_file,
-             run.eval_file("tiny_gen"), Path("runs/sweeps/grid.json")]  # fmt: skip
-    file = data.draw(st.sampled_from(files))
-    before = file.read_bytes()
-    content = json.loads(before)
-    key = data.draw(st.sampled_from(sorted(content)))
-    if data.draw(st.booleans()):
-        content[key] = data.draw(VALUES)
-    else:
-        del content[key]
-    file.write_text(json.dumps(content))
-    try:
-        for words in (("status",), ("status", "grid", "--json"), ("status", "grid", "--cost")):
-            assert said(*words)[0] in (0, 1, 42)
-        assert said("report", "grid")[0] in (0, 42)
-    finally:
-        file.write_bytes(before)
-
-
 # ------------------------------------------------------------------------- names and leftovers
 
 
@@ -185,8 +167,6 @@ def test_two_writers_of_one_name_never_share_a_temporary_file(tmp_path: Path) ->
 def test_a_killed_writers_leftover_stops_nobody_and_is_swept_up_when_it_is_old(
     tmp_path: Path,
 ) -> None:
-    import os
-
     old, new = tmp_path / ".a.json.17.tmp", temporary_name(tmp_path / "b.json")
     other = tmp_path / ".a.json.mine"
     (tmp_path / ".mine.17.tmp").symlink_to("nowhere")
@@ -202,6 +182,58 @@ def test_a_killed_writers_leftover_stops_nobody_and_is_swept_up_when_it_is_old(
     sweep_leftovers(tmp_path)
     left = {file.name for file in tmp_path.iterdir()}
     assert left == {new.name, other.name, "a.json", "mine", "x-0123456789"}
+
+
+def make_old(path: Path) -> None:
+    """As if nobody had written there for two hours."""
+    for entry in (path, *path.rglob("*")):
+        long_ago = entry.stat().st_mtime - 7200
+        os.utime(entry, (long_ago, long_ago))
+
+
+def test_a_directory_in_which_somebody_still_writes_is_nobodys_leftover(tmp_path: Path) -> None:
+    dead, alive = temporary_name(tmp_path / "adapter"), temporary_name(tmp_path / "adapter")
+    for home in (dead, alive):
+        (home / "deep").mkdir(parents=True)
+        (home / "deep/weights").write_text("half")
+        make_old(home)
+    (alive / "deep/weights").write_text("more")  # hours after its directories were made
+    sweep_leftovers(tmp_path)
+    assert [*tmp_path.iterdir()] == [alive]
+    sweep_leftovers(tmp_path / "nowhere")
+
+
+def test_leftovers_go_wherever_something_is_written_again(
+    runs: list[RunDir], said: Said, tmp_path: Path
+) -> None:
+    from stillhouse.distill.cache import made_once
+
+    places = [Path("runs/reports/grid"), Path("runs/sweeps"), Path("cache/pairs")]
+    left = [temporary_name(place / "x") for place in places]
+    for file in left:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("half")
+        make_old(file)
+    write_report("grid", Path("runs"))
+    roster.write_record(Path("runs"), json.loads(Path("runs/sweeps/grid.json").read_bytes()))
+
+    def make(into: Path) -> dict[str, Any]:
+        (into / "rows").write_text("all")
+        return {"rows": 3}
+
+    assert made_once(Path("cache/pairs/tiny"), print, make) == {"rows": 3}
+    assert not any(file.exists() for file in left)
+    names: list[str] = []
+    for home in ("cache/pairs/a", "cache/pairs/b"):  # nobody's else, and gone where making fails
+
+        def breaks(into: Path) -> dict[str, Any]:
+            names.append(into.name.split(".")[2])
+            raise ValueError("no")
+
+        with pytest.raises(ValueError, match="no"):
+            made_once(Path(home), print, breaks)
+    assert len({*names}) == 2
+    assert not [*Path("cache/pairs").glob(".*")]
 
 
 def test_what_a_terminal_would_act_on_is_spelt_out(runs: list[RunDir], said: Said) -> None:

@@ -1,145 +1,125 @@
-"""Each row of the guide's table of words is said by the launcher, and all it says is in a row."""
+"""What somebody wrote is what a pod is given: no quote or backslash gets lost on the way.
+
+value ─► words ─► flags        and        words ─► manifest ─► YAML ─► kubelet ─► words
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import re
-from collections.abc import Iterator
-from dataclasses import replace
+import shlex
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from test_sight import WAITS
-from test_workload import BY, LATER, NEVER, job, pod, why
+import pytest
+import yaml
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
 
-from stillhouse.sweep.kube.facts import DELETED
-from stillhouse.sweep.kube.reasons import how_it_failed, why_orphan, why_waiting
-from stillhouse.sweep.kube.refusals import why_not_made
-from stillhouse.sweep.kube.scene import NOT_READ
-from stillhouse.sweep.kube.views import Note, job_view
+from stillhouse.compose import Overrides, as_command_line, from_command_line
+from stillhouse.errors import ConfigError
+from stillhouse.spec import TrainSpec
+from stillhouse.sweep.grid import Sweep, load_sweep
+from stillhouse.sweep.kube.checklist import check
+from stillhouse.sweep.kube.manifest import render, to_yaml
+from stillhouse.sweep.kube.steps import train_step
 
-GUIDE = (Path(__file__).parent.parent / "docs" / "cluster.md").read_text()
-SILENT = ("Ready", "False", None), ("ContainersReady", "True", None)
-GIVEN_UP = ("DisruptionTarget", "True", "DeletionByTaintManager")
-PULLED = 'pods "x-" is forbidden: '
-REFUSED = [
-    message for reason, message, *_ in WAITS if reason == "FailedCreate"
-] + [
-    PULLED + "failed quota: team: must specify limits.cpu",
-    PULLED + "maximum memory usage per Container is 1Gi, but limit is 48Gi",
-    'Pod "x" is invalid: spec.containers[0].resources.requests: Invalid value: "4": must be less'
-    " than or equal to cpu limit of 500m",
-    'admission webhook "policy.example" denied the request: no',
-]  # fmt: skip
-# What these say comes from the pod, or is put together where a person's act is written down.
-TOLD = [
-    DELETED, "cancelled by ada", "its Job is made anew", "Job x is still being deleted",
-    "cannot start: image not pulled", "just sent to queue lab", f"queue lab: {NOT_READ}",
-    "waits in queue lab (it was sent from another site: cpu is 1 there and 4 here)",
-    "OutOfMemory: the device's memory is full: micro_batch=2", "Diverged: step 3: the loss is NaN",
-]  # fmt: skip
-
-
-def rows() -> dict[str, list[re.Pattern[str]]]:
-    """The table's first column, and what each row of it looks like when it is said."""
-    table = GUIDE.split("| what `status` and `run` say |")[1].split("\n\n")[0]
-    found = re.findall(r"^\| ([^|]+) \| [^|]+ \| [^|]+ \|$", table, re.M)
-    return {
-        row: [
-            re.compile(".*".join(map(re.escape, re.split(r" ?… ?", one))), re.DOTALL)
-            for one in row.split("; or ")
-        ]
-        for row in found
-    }
+ODD = "\\'\"$(){}[],:= \n\t#%aé0~!*&|>\u2028\x85"
+TEXT = st.one_of(st.text(max_size=12), st.text(alphabet=ODD, max_size=8)).filter(
+    lambda text: "${" not in text  # refused, in a file and on a command line
+)
+SETTING = st.none() | st.booleans() | st.integers() | TEXT
+SETTING |= st.floats(allow_nan=False, allow_infinity=False)
+VALUES = {
+    "place.name": TEXT,
+    "place.tags": st.lists(TEXT, max_size=3),
+    "data.data_path": TEXT,
+    "data.prompt_template": TEXT,
+    "data.chat_template_kwargs": st.dictionaries(TEXT, SETTING, max_size=3),
+    "site.pod_env": st.dictionaries(TEXT, TEXT, max_size=2),
+    "optim.learning_rate": st.floats(allow_nan=False),
+}
 
 
-def event(message: str, reason: str = "FailedCreate") -> list[Note]:
-    return [Note("Job", "j", "u", reason, f"Error creating: {message}", 9e9)]
+@settings(max_examples=120, deadline=None)
+@given(st.sampled_from(sorted(VALUES)), st.data())
+def test_a_value_that_becomes_a_word_is_read_as_the_same_value(
+    path: str, data: st.DataObject
+) -> None:
+    value = data.draw(VALUES[path])
+    (word,) = as_command_line(Overrides({}, {path: value}))
+    assume("${" not in word)
+    back = from_command_line([word], TrainSpec).values[path]
+    assert back == value and (repr(back) == repr(value) or isinstance(value, float)), word
 
 
-def waiting(reason: str, message: str) -> Any:
-    """A pod that waits, as the node or the scheduler says it."""
-    if reason == "Unschedulable":
-        return replace(pod(), phase="Pending", node=None, unscheduled=message)
-    return replace(pod(), phase="Pending", waiting=reason, waiting_message=message)
+@pytest.mark.parametrize(
+    ("value", "word"),
+    [
+        ("\\", r"'\\'"),
+        (r"C:\new", r"'C:\new'"),
+        (r"a\'b", r"'a\\\'b'"),
+        ("it's", r"'it\'s'"),
+        ("é", "'é'"),
+        ("two\nlines", "'two\nlines'"),
+    ],
+)
+def test_in_hydras_quotes_only_backslashes_before_a_quote_are_doubled(
+    value: str, word: str
+) -> None:
+    assert as_command_line(Overrides({}, {"place.name": value})) == [f"name={word}"]
+    assert from_command_line([f"name={word}"], TrainSpec).values == {"place.name": value}
 
 
-def said_while_it_waits() -> Iterator[str]:
-    awake, asleep = job(suspend=False), job()
-    for reason, message, *_ in WAITS:
-        if reason != "FailedCreate":
-            notes = event(message, reason) if reason.startswith("Failed") else []
-            yield why_waiting(awake, [waiting(reason, message)], notes=notes).words
-    for message in REFUSED:
-        yield why_waiting(awake, [], notes=event(message)).words
-    sandbox = event("no runtime for handler nvidia", "FailedCreatePodSandBox")
-    taints = "0/2 nodes are available: 2 node(s) had untolerated taint {spot: }."
-    yield from (
-        why_waiting(awake, []).words,
-        why_waiting(awake, [waiting("Unschedulable", taints)]).words,
-        why_waiting(awake, [replace(pod(), phase="Pending", node=None)]).words,
-        why_waiting(awake, [waiting("", "")], notes=sandbox).words,
-        why_waiting(awake, [pod(*SILENT)]).words,
-        why_waiting(awake, [pod(*SILENT, GIVEN_UP, deletionTimestamp="x")]).words,
-        why_waiting(replace(awake, is_deleting=True), []).words,
-        why_waiting(awake, [ended(disrupted="EvictionByEvictionAPI")]).words,
-        why_waiting(replace(asleep, queue=None), []).words,
-        why_waiting(asleep, []).words,
-        why_orphan(pod()),
-        why_not_made('jobs.batch "j" is forbidden: exceeded quota: team, requested:'
-                     " count/jobs.batch=1, used: count/jobs.batch=9, limited: count/jobs.batch=9"),
-        why_waiting(replace(asleep, queue="default", asks="cpu=1"), []).words,
-    )  # fmt: skip
-    pending = ("QuotaReserved", "False", "Pending", LATER)
-    yield from (
-        one.words
-        for one in (
-            why(pending),
-            why(("QuotaReserved", "False", "Pending", NEVER)),
-            why(("QuotaReserved", "False", "Suspended", "LocalQueue lab is inactive")),
-            why(("QuotaReserved", "False", "Pending", ""), active=False),
-            why(("QuotaReserved", "True", "", ""), checks=[{"name": "budget", "state": "Pending"}]),
-            why(("QuotaReserved", "True", "", "")),
-            why(("Evicted", "True", "Preempted", BY), ("Preempted", "True", "InClusterQueue", BY)),
-            why(("Evicted", "True", "PodsReadyTimeout", "Exceeded the timeout"), pending),
-        )
-    )
+def kubelets(text: str, environment: Mapping[str, str]) -> str:
+    """What a container is given for an argument: $(NAME) is filled in, and $$ is $."""
+
+    def filled(found: re.Match[str]) -> str:
+        if found[0] == "$$":
+            return "$"
+        return environment.get(found[1], found[0])
+
+    return re.sub(r"\$\$|\$\(([^)]*)\)", filled, text)
 
 
-def ended(**more: Any) -> Any:
-    return replace(pod(), phase="Failed", exit_code=143, finished=1.0, **more)
+@pytest.fixture(scope="module")
+def sweep(tmp_path_factory: pytest.TempPathFactory) -> Sweep:
+    runs = tmp_path_factory.mktemp("runs")
+    return load_sweep(None, ["pair=tiny", "seeds=1", "owner=ada"], runs, site="cluster")
 
 
-def said_of_ends() -> Iterator[str]:
-    def end(reason: str, conditions: Any = (), **more: Any) -> str:
-        failed = {"type": "Failed", "status": "True", "reason": reason}
-        meta = {"name": "j", "uid": "u"}
-        status = {"conditions": [failed, *conditions], "failed": 4}
-        view = job_view({"metadata": meta, "spec": {}, "status": status})
-        return how_it_failed(view, [ended(**more)]).cause
-
-    yield end("BackoffLimitExceeded")
-    yield end("DeadlineExceeded")
-    held = end("DeadlineExceeded", [{"type": "Suspended", "status": "True"}])
-    assert "that passed while it was suspended, since only Kueue stops the clock" in held
-    yield held
-    yield end("BackoffLimitExceeded", end_reason="OOMKilled").removesuffix("(given up after 4)")
-    for reason in (
-        "DeletionByPodGC", "PreemptionByScheduler", "TerminationByKubelet", "EvictionByEvictionAPI",
-    ):  # fmt: skip
-        yield end("", disrupted=reason)
+WORD = st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1, max_size=9)
+WORD |= st.text(alphabet=ODD.replace("\x85", ""), min_size=1, max_size=9)
+WORD |= st.sampled_from(["$(HOME)", "$$(HOME)", "$$", "a=$(OMP_NUM_THREADS)"])
 
 
-SAID = [*said_while_it_waits(), *said_of_ends(), *TOLD]
+@settings(max_examples=60, deadline=None)
+@given(words=st.lists(WORD, max_size=3))
+def test_a_pod_is_given_the_words_that_the_launcher_has(sweep: Sweep, words: list[str]) -> None:
+    step = train_step(sweep.points[0], sweep)
+    step = dataclasses.replace(step, words=(*words, *step.words))
+    body = to_yaml(render(step, sweep.site, "0123456789abcdef-01234567"))
+    job: Any = yaml.safe_load(body)
+    assert shlex.split(job["metadata"]["annotations"]["stillhouse/words"]) == [*step.words]
+    args: list[str] = job["spec"]["template"]["spec"]["containers"][0]["args"]
+    given_ = [kubelets(word, {"HOME": "/home", "OMP_NUM_THREADS": "8"}) for word in args]
+    assert given_[given_.index("--") + 1 :] == [*step.words]
+    assert [said for said in check(job) if "words" in said] == []
 
 
-def test_everything_that_is_said_is_explained() -> None:
-    patterns = [pattern for several in rows().values() for pattern in several]
-    assert len(rows()) > 30
-    for words in SAID:
-        assert any(pattern.match(words) for pattern in patterns), words
-
-
-def test_every_row_and_each_of_its_variants_is_said() -> None:
-    for row, patterns in rows().items():
-        for pattern in patterns:
-            assert any(pattern.match(words) for words in SAID), (row, pattern.pattern)
+@pytest.mark.parametrize("where", ["question", "tag", "key", "name"])
+def test_a_sweep_file_fills_in_nothing_and_says_so(
+    where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MINE", "a private thing")
+    text = {
+        "question": "question: 'Does ${oc.env:MINE} help?'\nbase: {pair: tiny}\n",
+        "tag": "base: {pair: tiny, tags: ['${oc.env:MINE}']}\n",
+        "key": "base: {pair: tiny, chat_template_kwargs: {'${oc.env:MINE}': 1}}\n",
+        "name": "base: {pair: tiny}\npoints: [{name: '${MINE}', lmbda: 0}]\n",
+    }[where]
+    (tmp_path / "s.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=r"\$\{…\} is not filled in") as refused:
+        load_sweep(str(tmp_path / "s.yaml"), [], tmp_path)
+    assert "private" not in str(refused.value)

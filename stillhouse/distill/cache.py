@@ -15,7 +15,14 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from stillhouse.errors import ContractError
-from stillhouse.rundir import Json, publish, read_json, write_json
+from stillhouse.rundir import (
+    Json,
+    publish,
+    read_json,
+    sweep_leftovers,
+    temporary_name,
+    write_json,
+)
 from stillhouse.spec import digest
 
 Say = Callable[[str], None]
@@ -33,17 +40,21 @@ def made_once(home: Path, say: Say, make: Callable[[Path], Json]) -> Json:
     with alone(home.with_name(f"{home.name}.lock"), say):
         if (done := _whole(home)) is not None:
             return done
-        temporary = home.with_name(f".{home.name}.tmp")
-        shutil.rmtree(temporary, ignore_errors=True)  # of an attempt that was killed
+        sweep_leftovers(home.parent)
+        temporary = temporary_name(home)
         temporary.mkdir()
-        facts = make(temporary)
-        files = {
-            str(f.relative_to(temporary)): f.stat().st_size
-            for f in sorted(temporary.rglob("*"))
-            if f.is_file()
-        }
-        write_json(temporary / "made.json", {"facts": facts, "files": files})
-        publish(temporary, home)
+        try:
+            facts = make(temporary)
+            files = {
+                str(f.relative_to(temporary)): f.stat().st_size
+                for f in sorted(temporary.rglob("*"))
+                if f.is_file()
+            }
+            write_json(temporary / "made.json", {"facts": facts, "files": files})
+            publish(temporary, home)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
         return dict(facts)
 
 
@@ -81,6 +92,7 @@ def remembered(cache_dir: Path, content: Any, compute: Callable[[], Json]) -> Js
     facts = read_json(file)
     if facts is None:
         facts = compute()
+        sweep_leftovers(file.parent)
         write_json(file, facts)
     return facts
 

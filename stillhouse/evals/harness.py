@@ -24,7 +24,15 @@ from stillhouse.distill.chat import chat_of
 from stillhouse.errors import ContractError, OutOfMemory
 from stillhouse.evals import find
 from stillhouse.evals.suite import Asked, Scorer, Stop, clear_torch_cache, load_tasks
-from stillhouse.rundir import Json, Runs, eval_file, now, read_json, write_json
+from stillhouse.rundir import (
+    Json,
+    Runs,
+    eval_file,
+    now,
+    read_json,
+    sweep_leftovers,
+    write_json,
+)
 from stillhouse.sources import sources_of
 from stillhouse.spec import (
     DataSpec,
@@ -395,7 +403,9 @@ def _write(row: Row, task: TaskSpec, suite: SuiteSpec, score: Json) -> None:
         "versions": score["versions"] | ours,
         "finished": now(),
     }
-    write_json(eval_file(row.home, task.task), score)
+    file = eval_file(row.home, task.task)
+    sweep_leftovers(file.parent)
+    write_json(file, score)
     _say(
         f"  {row.label} {task.task}: {score['metric']} {score['value']:.4f}"
         f" ({score['n']} documents, {score['seconds']:.1f} s)"

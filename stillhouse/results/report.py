@@ -34,7 +34,7 @@ from stillhouse.results.predictions import Predictions
 from stillhouse.results.sections import sections
 from stillhouse.results.summary import remarks, summary, to_markdown, wide
 from stillhouse.results.table import Frame
-from stillhouse.rundir import Runs, write_atomic
+from stillhouse.rundir import Runs, sweep_leftovers, write_atomic
 from stillhouse.verdict import rules_of
 
 MEANING = {
@@ -115,6 +115,7 @@ def write_report(sweep_name: str, runs: Path) -> Path:
         files["arms.csv"] = as_csv({k: v for part in row for k, v in part.items()} for row in rows)
     if asked.cases:
         files["predictions.csv"] = as_csv(calibration.as_rows(asked.cases))
+    sweep_leftovers(directory)
     for name, text in files.items():
         write_atomic(directory / name, text.encode())
     content |= {

@@ -17,7 +17,7 @@ from stillhouse.errors import ConfigError, ContractError, nearest
 from stillhouse.file_formats import WHOLE_SWEEP, checked
 from stillhouse.results import rests
 from stillhouse.results.stats import NAN, binomial_se
-from stillhouse.rundir import FORMAT, RunDir, Runs, eval_file, read_json, read_score
+from stillhouse.rundir import FORMAT, RunDir, Runs, eval_file, read_baseline, read_json, read_score
 from stillhouse.spec import SuiteSpec, as_before, chat_settings, digest, score_key
 
 if TYPE_CHECKING:
@@ -197,7 +197,7 @@ def _baseline_facts(entry: Json, directory: Path) -> Json:
     name = f"ptq_{entry['quant_type']}" if entry["label"] == "ptq" else entry["label"]
     facts: Json = {"kind": entry["label"], "name": name, "arm": name, "trained": False}
     facts |= {"pair_name": entry["pair_name"], "quant_type": entry["quant_type"]}
-    told = read_json(directory / "baseline.json")
+    told = read_baseline(directory)
     if told is None:
         return facts
     chat = told.get("chat", chat_settings({}))

@@ -16,7 +16,7 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from stillhouse.errors import ContractError
-from stillhouse.rundir import Json, RunDir, read_json
+from stillhouse.rundir import Json, RunDir, read_baseline
 from stillhouse.scores import changes
 from stillhouse.sources import drift_of, of_pair, sources_of
 from stillhouse.spec import PairSpec, TaskSpec, TrainSpec, digest, filled, from_plain
@@ -77,12 +77,19 @@ class Beneath:
 
     def under_baseline(self, directory: Path) -> Below | None:
         """What the scores of a row that no run trained rest on now; None: it has none."""
-        told = read_json(directory / "baseline.json")
+        told = read_baseline(directory)
         if told is None or self.cache_dir is None:
             return None
         key = json.dumps(told["pair"], sort_keys=True)
         if key not in self._pairs:
-            pair = TypeAdapter(PairSpec).validate_python(filled("pair", told["pair"]))
+            try:
+                pair = TypeAdapter(PairSpec).validate_python(filled("pair", told["pair"]))
+            except ValidationError as error:
+                first = error.errors(include_url=False)[0]
+                raise ContractError(
+                    f"{directory / 'baseline.json'}: pair.{'.'.join(map(str, first['loc']))}:"
+                    f" {first['msg'].lower()}; move it away, and `stillhouse run` writes it anew"
+                ) from error
             self._pairs[key] = pair, of_pair(pair, self.cache_dir, self.commits)
         pair, here = self._pairs[key]
         return Below(told["label"], pair, here, self.cache_dir)

@@ -271,9 +271,11 @@ def _measure(run: RunDir, wanted: set[Shape]) -> Measure | None:
     try:
         steps = plain["training"]["max_steps"]
         this = shape(plain)
-    except KeyError:  # of a version that knew fewer knobs: not known to be alike
+        is_wanted = this in wanted and steps > 0
+    # Of a version that knew fewer knobs, or other ones: not known to be alike.
+    except (KeyError, TypeError, ValueError, AttributeError):
         return None
-    if this not in wanted or not steps:
+    if not is_wanted:
         return None
     # "total" holds the loading too, which is paid once.
     load, total = cost["seconds"]["load"], cost["seconds"]["total"]

@@ -11,13 +11,13 @@ import dataclasses
 import functools
 import signal
 from collections.abc import Generator, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from stillhouse.compose import Overrides, compose
 from stillhouse.errors import AGAIN, DONE, POISON
-from stillhouse.rundir import RunDir, code_identity, now, write_json
+from stillhouse.rundir import RunDir, code_identity, write_json
 from stillhouse.spec import EvalSpec
 from stillhouse.sweep.commits import placed
 from stillhouse.sweep.grid import Point, Sweep
@@ -86,16 +86,12 @@ class Backend(Protocol):
         """Groups of which it is known that their pair is at hand."""
         ...
 
-    def is_cancelled(self, since: float) -> bool:
-        """Whether somebody asked, after this moment, that the sweep's loop end."""
+    def is_cancelled(self) -> bool:
+        """Whether somebody asked, since this was made, that the sweep's loop end."""
         ...
 
     def live(self) -> Sequence[Action]:
         """What is at work, or waits to be."""
-        ...
-
-    def waits(self) -> Mapping[Action, str]:
-        """Why something live is not at work, where no point's state says it."""
         ...
 
     def start(self, task: Task) -> None:
@@ -123,7 +119,6 @@ class Picture:
     observations: Mapping[str, Observation]
     live: Sequence[Action]
     is_stopping: bool
-    waits: Mapping[Action, str] = field(default_factory=dict[Action, str])  # `Backend.waits`
 
 
 @runtime_checkable
@@ -179,8 +174,9 @@ class Drive:
         # Cut of the whole sweep: a point's pack is the same, whichever points this loop is about.
         packs = fixed_packs(groups, sweep.pack) if backend.has_fixed_packs else groups
         self.packs = {id_: packs[id_] for id_ in self.points}
-        self.since = now()
         self.observations = backend.observe()
+        # Stops that were there when we came: by what was there, as clocks of machines differ.
+        self.old_stops = {id_: seen.asked_to_stop for id_, seen in self.observations.items()}
         self.baselines = backend.baselines()
         self.prepared = dict(backend.prepared())
         self.failed_to_prepare: dict[str, int] = {}
@@ -206,7 +202,7 @@ class Drive:
     def _is_asked_to_stop(self, interrupts: Interrupts) -> bool:
         if interrupts.count:
             return True
-        if self.backend.is_cancelled(self.since):
+        if self.backend.is_cancelled():
             self.watcher.says("cancelled by `stillhouse cancel`")
             return True
         return False
@@ -228,8 +224,7 @@ class Drive:
 
     def _turn(self, is_stopping: bool = False) -> None:
         live = tuple(self.backend.live())
-        waits = self.backend.waits()
-        self.watcher.sees(Picture(self.roster, self.observations, live, is_stopping, waits))
+        self.watcher.sees(Picture(self.roster, self.observations, live, is_stopping))
         for finished in self.backend.wait(TICK_S):
             self._finish(finished)
 
@@ -248,7 +243,7 @@ class Drive:
             self.baselines,
             self.prepared,
             self.backend.live(),
-            self.since,
+            self.old_stops,
         )
         for action in actions(situation, self.sweep.site.max_parallel, self.sweep.pack):
             # Another `run`, or a person, may have been quicker since we looked.

@@ -33,7 +33,7 @@ from stillhouse.spec import (
     suite_content,
 )
 from stillhouse.sweep import asked as request
-from stillhouse.sweep.asked import OWN, SEED, Asked, Axes, Compare, Knobs, label, text
+from stillhouse.sweep.asked import OWN, SEED, Asked, Axes, Compare, Knobs, label, short, text
 
 MAX_POINTS = (
     100_000  # ten times the largest grid that is planned for; more is a slip of the keyboard
@@ -230,6 +230,9 @@ def _tags(asked: Asked, own: Knobs) -> list[str]:
             raise ConfigError(
                 f"{asked.where}: tags is not a list. Did you mean tags: [{text(tags)}]?"
             )
+        odd = [tag for tag in cast("list[Any]", tags) if not isinstance(tag, str)]
+        if odd:
+            raise ConfigError(f"{asked.where}: tags: {short(odd[0])} is not text; quote it")
         found += cast("list[str]", tags)
     return list(dict.fromkeys(found))
 
@@ -337,7 +340,8 @@ def _compare(
         )
     baseline: Any = compare.baseline
     if isinstance(baseline, list):
-        baseline = tuple(tuple(knot) for knot in cast("list[list[float]]", baseline))
+        knots = cast("list[Any]", baseline)
+        baseline = tuple(tuple(cast("list[float]", k)) if isinstance(k, list) else k for k in knots)
     if baseline not in axes[by]:
         if by in asked.words:
             return None

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 from stillhouse.errors import AGAIN, POISON, STOPPED, ContractError
-from stillhouse.rundir import Json, RunDir, code_identity, now, read_score
+from stillhouse.rundir import Json, RunDir, code_identity, read_score
 from stillhouse.spec import SuiteSpec, score_key
 from stillhouse.sweep.beneath import Below, Beneath
 from stillhouse.sweep.grid import Sweep
@@ -51,7 +51,8 @@ class Observation:
     pid: int | None = None  # of the process that has it, while it is running
     is_trained: bool = False
     goes_alone: bool = False  # an evaluation with others failed: the next one is to show who it was
-    asked_to_stop: float | None = None  # seconds since the epoch, where that ended it
+    # Where that ended it: seconds since the epoch, by the clock of whoever wrote it down.
+    asked_to_stop: float | None = None
     warnings: tuple[str, ...] = ()  # what its watch rules found, a line each
     # What it, or a score of it, rests on and is another here now; a sentence each.
     rests_on_other: tuple[str, ...] = ()
@@ -107,7 +108,8 @@ class Situation:
     baselines: Sequence[Baseline]
     prepared: Mapping[str, bool]  # group -> whether its pair is there; missing: not tried yet
     live: Sequence[Action]
-    since: float  # who was asked to stop after this is left alone by this loop
+    # When each was asked to stop before this loop began; who is asked anew is left alone by it.
+    old_stops: Mapping[str, float | None]
 
     @property
     def spreads(self) -> bool:
@@ -279,7 +281,7 @@ def judge(found: Found, code: str) -> Observation:
     if found.code not in (None, code):
         return observed("drifted", f"begun by code {found.code}, this is {code}")
     if exit_code == AGAIN:
-        return observed("waiting", cause, asked_to_stop=_in_order(status.get("finished")))
+        return observed("waiting", cause, asked_to_stop=status.get("finished"))
     if status.get("phase") in ("starting", "training"):
         cause = "its process ended without a word"
     elif status.get("phase") == "done":
@@ -300,17 +302,9 @@ def _judge_unscored(found: Found, observed: Any) -> Observation:
         "waiting",
         cause or told or f"trained, to be scored on {', '.join(found.unscored)}",
         goes_alone=bool(status.get("eval_alone")),
-        asked_to_stop=_in_order(at),
+        asked_to_stop=at,
         rests_on_other=drifted,
     )
-
-
-def _in_order(stopped: float | None) -> float | None:
-    """When somebody stopped it, by the clock of who wrote that; None for a time that is to come.
-
-    A clock that was ahead cannot say whether that was before or after a loop began.
-    """
-    return None if stopped is not None and stopped > now() else stopped
 
 
 # --------------------------------------------------------------------------------- planning
@@ -355,7 +349,7 @@ def _idle(now: Situation) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
         seen = now.observations[id_]
         if id_ in busy or seen.state not in ("new", "waiting"):
             continue
-        if seen.asked_to_stop is not None and seen.asked_to_stop >= now.since:
+        if seen.asked_to_stop not in (None, now.old_stops.get(id_)):
             continue  # somebody stopped it while we ran; starting it again would undo that
         if seen.is_trained:
             to_score.setdefault(now.packs[id_], []).append(id_)

@@ -158,7 +158,9 @@ def refuse_another_sweep(before: Json | None, sweep: Sweep, where: str) -> None:
 
 def write_record(runs: Path, record: Json) -> None:
     """Keep a sweep's record where the verbs of this machine find it."""
-    write_json(Runs(runs).sweep_file(record["name"]), record)
+    file = Runs(runs).sweep_file(record["name"])
+    sweep_leftovers(file.parent)
+    write_json(file, record)
 
 
 def record_of(sweep: Sweep) -> Json:
@@ -344,10 +346,10 @@ def cancel(runs: Path, name: str) -> None:
     write_json(Runs(runs).cancel_file(name), {"asked": now()})
 
 
-def is_cancelled(runs: Path, name: str, since: float) -> bool:
-    """Whether somebody asked that at `since` (seconds since the epoch) or later."""
+def cancel_mark(runs: Path, name: str) -> float | None:
+    """What changes whenever somebody asks that; its value is by the clock of whoever asked."""
     file = Runs(runs).cancel_file(name)
     asked = read_json(file)
     if asked is not None and not isinstance(asked.get("asked"), int | float):
         raise ContractError(f"{file}: says no time; remove it, and run again")
-    return asked is not None and asked["asked"] >= since
+    return None if asked is None else float(asked["asked"])

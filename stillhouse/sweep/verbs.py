@@ -228,7 +228,7 @@ def status(call: Call) -> int:
     if call.is_json:
         said = listing.as_json(rows, observations)
         cost = {"cost": ground.spent(rows).as_json()} if call.shows_cost else {}
-        _print_json(said | cost | {"remarks": [line.strip() for line in ground.remarks(rows)]})
+        _print_json(said | cost | {"remarks": ground.remarks(rows)})
         return code
     say(listing.headline(rows, observations))
     if call.shows_all or len(rows.rows) == 1:
@@ -266,7 +266,7 @@ def _overview(call: Call) -> int:
     if call.is_json:
         totals = {state: sum(one["totals"][state] for one in said) for state in STATES}
         whole: Json = {"sweep": None, "totals": totals, "points": [], "sweeps": said}
-        _print_json(whole | {"unreadable": unreadable})
+        _print_json(whole | {"unreadable": unreadable, "remarks": ground.remarks(None)})
     elif not names:
         say(f"no sweep was started {ground.name} yet; `stillhouse run SWEEP.yaml` does")
     if not call.is_json:

@@ -66,6 +66,10 @@ def _mapping(loader: Any, node: Any) -> dict[Any, Any]:
     seen: set[Any] = set()
     for key_node, _ in node.value:
         key = key_node.value
+        if not isinstance(key_node, yaml.ScalarNode):
+            raise yaml.constructor.ConstructorError(
+                problem="found a list or a mapping as a key", problem_mark=key_node.start_mark
+            )
         if key in seen:
             raise yaml.constructor.ConstructorError(
                 problem=f"found duplicate key {key}", problem_mark=key_node.start_mark
@@ -88,4 +92,7 @@ def read_yaml(text: str) -> Any:
             `problem` says which, its `problem_mark` where.
         RecursionError: it nests too deep.
     """
-    return yaml.load(text, Loader=_Loader)
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except (KeyError, ValueError) as error:  # !!int x, or a number of ten thousand digits
+        raise yaml.YAMLError(f"a value is not of its type: {error}") from error

@@ -46,7 +46,7 @@ from stillhouse.sweep.plan import (
     look,
     observe,
 )
-from stillhouse.sweep.roster import Roster, is_cancelled, log_file
+from stillhouse.sweep.roster import Roster, cancel_mark, log_file
 
 # Named, not imported: this room holds no torch, and the doors open rooms from above.
 WORK = {
@@ -80,6 +80,7 @@ class LocalBackend:
     ) -> None:
         self.sweep, self.rows, self.work = sweep, rows, work
         self.threads = max(1, _cores() // sweep.site.max_parallel)
+        self._first_mark = cancel_mark(sweep.runs, sweep.name)
         self._beneath = rows.beneath()
         self._elsewhere: set[str] = set()  # points that some other process has at work
         self._context = multiprocessing.get_context("forkserver")
@@ -132,17 +133,14 @@ class LocalBackend:
         """Nothing is known before a task has looked: the cache is no part of the runs."""
         return {}
 
-    def is_cancelled(self, since: float) -> bool:
-        """Whether `stillhouse cancel` was called after this moment."""
-        return is_cancelled(self.sweep.runs, self.sweep.name, since)
+    def is_cancelled(self) -> bool:
+        """Whether `stillhouse cancel` was called since this was made."""
+        return cancel_mark(self.sweep.runs, self.sweep.name) != self._first_mark
 
     def live(self) -> list[Action]:
         """What is at work or waits for the server."""
         tasks = [*self._queue, *(worker.task for worker in self._workers)]
         return [task.action for task in tasks]
-
-    def waits(self) -> dict[Action, str]:
-        return {}  # what is live here is at work, or next
 
     # ----------------------------------------------------------------------------- at work
 

@@ -13,16 +13,15 @@ from __future__ import annotations
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
-from stillhouse.errors import ConfigError, ContractError
-from stillhouse.rundir import Json
 from stillhouse.spec import suite_key
 from stillhouse.sweep.backends.cluster import ApiError, Cluster
 from stillhouse.sweep.grid import Sweep
 from stillhouse.sweep.kube.bundle import Bundle
 from stillhouse.sweep.kube.ledger import Ledger, Record, prepare_of, score_of
-from stillhouse.sweep.kube.manifest import HASH_DIGITS, render, to_yaml
+from stillhouse.sweep.kube.manifest import render, to_yaml
+from stillhouse.sweep.kube.named import have_config_map, ours
 from stillhouse.sweep.kube.steps import Step, Steps
-from stillhouse.sweep.kube.views import OURS, PART_OF, JobView, job_view
+from stillhouse.sweep.kube.views import JobView
 from stillhouse.sweep.plan import Action, groups_of
 from stillhouse.sweep.roster import Roster, baseline_rows
 
@@ -69,14 +68,14 @@ class Maker:
         return Work(action, step.name, keys, tuple(map(self.ledger.get, keys)), step)
 
     def send_code(self) -> None:
-        """Send the code, once, before the first Job that needs it."""
+        """Send the code, once, before the first Job that needs it.
+
+        Raises:
+            ConfigError: something else has its name.
+        """
         if self._is_code_there:
             return
-        try:
-            self.cluster.create("configmaps", self.code.manifest)
-        except ApiError as error:
-            if error.status != 409:  # it is there, and immutable
-                raise
+        have_config_map(self.cluster, self.code.manifest)
         self._is_code_there = True
 
     def make(self, work: Work) -> Made:
@@ -165,25 +164,3 @@ def _keys(action: Action, step: Step) -> tuple[str, ...]:
         return (prepare_of(step.id),)
     assert step.scores is not None
     return tuple(score_of(what, step.scores) for what in (*step.points, *step.baselines))
-
-
-def ours(there: Json, step: Step) -> JobView:
-    """A Job that has the name of a step, if it is that step's.
-
-    Raises:
-        ConfigError: it is not ours.
-        ContractError: it is about something else.
-    """
-    labels: dict[str, str] = there["metadata"].get("labels") or {}
-    job = job_view(there)
-    if labels.get(PART_OF) != OURS or not job.hash:
-        raise ConfigError(
-            f"Job {job.name} is there and is not ours; delete or rename it"
-            f" (kubectl describe job {job.name}), then run again"
-        )
-    if job.hash != step.hash[:HASH_DIGITS]:
-        raise ContractError(
-            f"Job {job.name} is there with another content (hash {job.hash[:12]}, this is"
-            f" {step.hash[:12]}): drift. `kubectl delete job {job.name}`, then run again"
-        )
-    return job

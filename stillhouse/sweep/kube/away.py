@@ -11,9 +11,8 @@ import functools
 import os
 from collections.abc import Callable, Generator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
 
-from stillhouse.rundir import Json, Runs, code_identity
+from stillhouse.rundir import Runs, code_identity
 from stillhouse.spec import SiteSpec, suite_key
 from stillhouse.sweep import commits, cost, listing, roster, spent
 from stillhouse.sweep.backends.cluster import Cluster, connect
@@ -23,7 +22,6 @@ from stillhouse.sweep.kube import checks, collect, detach, finding, mending, pod
 from stillhouse.sweep.kube.bundle import bundle
 from stillhouse.sweep.kube.facts import Facts, judge
 from stillhouse.sweep.kube.ledger import (
-    Names,
     cancel_sweep,
     read_sweep,
     score_of,
@@ -31,8 +29,9 @@ from stillhouse.sweep.kube.ledger import (
     write_sweep,
 )
 from stillhouse.sweep.kube.manifest import label_value, refuse_secrets, render
-from stillhouse.sweep.kube.particulars import particulars, said_of_others
-from stillhouse.sweep.kube.rendering import every_step, prepares_of
+from stillhouse.sweep.kube.names import Names
+from stillhouse.sweep.kube.particulars import particulars, said_of_drivers
+from stillhouse.sweep.kube.rendering import every_step
 from stillhouse.sweep.kube.scene import Scene, baselines_seen, keys_of
 from stillhouse.sweep.kube.sight import Sight
 from stillhouse.sweep.kube.views import JobView
@@ -94,9 +93,6 @@ class Away:
         scores = suite_key(rows.suite) if rows.suite else None
         self.scene.code = code_identity()["digest"] if minds_code else None
         found = self.sight.observe(rows.by_id, scores)
-        if any(seen.state in ("new", "failed", "waiting") for seen in found.values()):
-            self.sight.look_for_orphans()
-            found = self.sight.observe(rows.by_id, scores)
         for row in rows.rows:
             job = self.scene.job(row.directory)
             if job is not None and job.kind != "train":  # a line of k8s/eval.sh, a driver
@@ -146,15 +142,6 @@ class Away:
     def _preparing(self, rows: Roster) -> list[JobView]:
         return [job for job in self._jobs_of(rows) if job.kind == "prepare"]
 
-    def _jobs_for(self, rows: Roster) -> list[JobView]:
-        """The Jobs that this sweep waits for, also where another sweep of the same pair sent it."""
-        record = read_sweep(self.cluster, rows.name) or {}
-        prepares: Any = record.get("prepares")
-        known = cast("list[Any]", prepares) if isinstance(prepares, list) else []
-        names = {*map(str, known)}
-        mine = {job.name: job for job in self._jobs_of(rows)}
-        return [job for job in self.scene.jobs() if job.name in mine or job.name in names]
-
     def _jobs_of(self, rows: Roster) -> list[JobView]:
         """The Jobs that were made for this sweep."""
         label = label_value(rows.name)
@@ -168,9 +155,8 @@ class Away:
 
     def remarks(self, rows: Roster | None) -> list[str]:
         if rows is None:
-            others = [job for job in self.scene.jobs() if job.kind in ("collect", "push")]
-            return [*self._said_of_lines(), *said_of_others(others, self.scene)]
-        lines = said_of_others(self._jobs_for(rows), self.scene)
+            return [*self._said_of_lines(), *self._odd()]
+        lines = said_of_drivers(self._jobs_of(rows), self.scene) + self._odd()
         if len(rows.rows) != 1:
             return lines
         (row,) = rows.rows
@@ -180,7 +166,11 @@ class Away:
         for job in jobs:  # a look at a sweep reads the pods only where it needs them
             for pod in pod_logs.pods(self.cluster, job.name):
                 self.scene.learn("pods", pod)
-        return particulars(jobs, self.scene, records)
+        return [*particulars(jobs, self.scene, records), *self._odd()]
+
+    def _odd(self) -> list[str]:
+        """What stands there and is not what we make of its kind."""
+        return [*self.sight.ledger.remarks(), *sorted(self.scene.odd)]
 
     def _said_of_lines(self) -> list[str]:
         """Jobs that belong to no sweep: lines of k8s/train.sh and k8s/eval.sh, and preflights."""
@@ -258,7 +248,7 @@ class Away:
         secrets.refuse_texts([*told, sweep.name, sweep.question or ""], "the sweep")
         where = f"namespace {self.cluster.namespace}"
         roster.refuse_another_sweep(read_sweep(self.cluster, sweep.name), sweep, where)
-        record: Json = roster.record_of(sweep) | {"prepares": prepares_of(sweep)}
+        record = roster.record_of(sweep)
         named = {row["name"]: f"{row['slug']}-{row['id']}" for row in record["points"]}
         named = {name: directory for name, directory in named.items() if name}
         if named:
@@ -287,11 +277,7 @@ class Away:
         self.look_again()
 
     def detach(self, sweep: Sweep, options: Sequence[str]) -> list[str]:
-        before = [job for job in self._jobs_of(roster.roster_of(sweep)) if job.kind == "drive"]
-        said = detach.detach(self.cluster, sweep, options)
-        # One that was there already may wait, and for what is better said now.
-        waits = [job for job in before if job.state == "live" and job.name in said[0]]
-        return [*said, *said_of_others(waits, self.scene)]
+        return detach.detach(self.cluster, sweep, options)
 
     def forget(self, rows: Roster, is_whole: bool) -> int:
         scores = suite_key(rows.suite) if rows.suite else None

@@ -16,16 +16,16 @@ from stillhouse.spec import SiteSpec
 from stillhouse.sweep.backends.cluster import ApiError, Cluster
 from stillhouse.sweep.kube.access import Rule, rules
 from stillhouse.sweep.kube.manifest import HASH_DIGITS, image_problem, label_value
-from stillhouse.sweep.kube.reasons import DEFAULT_QUEUE
-from stillhouse.sweep.kube.refusals import short
+from stillhouse.sweep.kube.reasons import short
 from stillhouse.sweep.kube.steps import Step
-from stillhouse.sweep.kube.views import JobView, note
+from stillhouse.sweep.kube.views import JobView, notes
 
 LAUNCHER = "stillhouse-launcher"
 OTHERS = "app.kubernetes.io/part-of!=stillhouse"
 AT_ONCE = 8
 SHOWN = 3  # mistakes that one error names
 KUEUE = "kueue.x-k8s.io"
+DEFAULT_QUEUE = "default"
 UNBOUND = ("FailedBinding", "ProvisioningFailed")
 
 
@@ -176,7 +176,8 @@ def _claim(cluster: Cluster, name: str) -> Finding:
 def _why_unbound(cluster: Cluster, claim: Json) -> str | None:
     meta = claim["metadata"]
     fields = f"involvedObject.kind=PersistentVolumeClaim,involvedObject.name={meta['name']}"
-    said = [note(item) for items, _ in cluster.pages("events", fields=fields) for item in items]
+    pages = cluster.pages("events", fields=fields)
+    said = [one for items, _ in pages for one in notes(items)]
     told = [one for one in said if one.reason in UNBOUND and one.uid == meta["uid"]]
     return short(max(told, key=lambda one: one.at).message) if told else None
 

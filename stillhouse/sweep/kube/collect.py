@@ -21,7 +21,16 @@ from filelock import FileLock, Timeout
 
 from stillhouse.errors import ConfigError, ContractError
 from stillhouse.parcel import state
-from stillhouse.rundir import Json, RunDir, Runs, now, publish, read_json, write_json
+from stillhouse.rundir import (
+    Json,
+    RunDir,
+    Runs,
+    now,
+    publish,
+    read_json,
+    sweep_leftovers,
+    write_json,
+)
 from stillhouse.spec import SiteSpec
 from stillhouse.sweep.backends.cluster import Cluster
 from stillhouse.sweep.kube.holder import Holder, Say
@@ -121,6 +130,8 @@ def _alone(runs: Path) -> Generator[None, None, None]:
     """Let no two collects write below `runs` at once."""
     try:
         with FileLock(runs / f"{STAGE}.lock", blocking=False):
+            for place in (runs, runs / "baselines", Runs(runs).verdicts):
+                sweep_leftovers(place)
             yield
             shutil.rmtree(runs / STAGE, ignore_errors=True)
     except Timeout as error:

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from stillhouse.rundir import Json
-from stillhouse.sweep.backends.cluster import ApiError, Cluster
+from stillhouse.sweep.backends.cluster import Cluster
 from stillhouse.sweep.grid import Sweep
 from stillhouse.sweep.kube.bundle import bundle, sweep_file
 from stillhouse.sweep.kube.manifest import render, to_yaml
+from stillhouse.sweep.kube.named import have_config_map, have_job, ours
 from stillhouse.sweep.kube.steps import drive_step
-from stillhouse.sweep.kube.views import job_view
 from stillhouse.sweep.site import away_words
 
 
@@ -19,36 +18,26 @@ def detach(cluster: Cluster, sweep: Sweep, options: Sequence[str]) -> list[str]:
     """Send the driver of a sweep, or find the one that is at work; what there is to say about it.
 
     Raises:
-        ConfigError: the sweep's file cannot travel.
+        ConfigError: the sweep's file cannot travel, or something else has a name that is needed.
+        ContractError: the Job there is about something else.
     """
     content = Path(sweep.file).read_bytes() if sweep.file else None
     step = drive_step(sweep, content, options)
     there = cluster.read("jobs", step.name)
     said = "sent"
     if there is not None:
-        job = job_view(there)
+        job = ours(there, step)
         if job.state == "live" and not job.is_deleting:
             return _how_to_follow(sweep, step.name, f"driver {step.name} is at work already")
         cluster.delete("jobs", job.name, job.uid)  # it came to its end; there is more to do now
         said = f"sent again (the last one ended: {job.state})"
     code = bundle(sweep.suite)
-    create(cluster, "configmaps", code.manifest)
+    have_config_map(cluster, code.manifest)
     if content is not None and step.sweep_file is not None and sweep.file is not None:
         file = sweep_file(step.sweep_file, sweep.name, Path(sweep.file).name, content)
-        create(cluster, "configmaps", file)
-    create(cluster, "jobs", to_yaml(render(step, sweep.site, code.key)))
+        have_config_map(cluster, file)
+    have_job(cluster, step, to_yaml(render(step, sweep.site, code.key)))
     return _how_to_follow(sweep, step.name, f"driver {step.name}: {said}")
-
-
-def create(cluster: Cluster, resource: str, body: bytes | Json) -> bool:
-    """Create what is named by its content; False where it is there already."""
-    try:
-        cluster.create(resource, body)
-    except ApiError as error:
-        if error.status != 409:
-            raise
-        return False
-    return True
 
 
 def _how_to_follow(sweep: Sweep, driver: str, said: str) -> list[str]:

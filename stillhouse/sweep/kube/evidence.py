@@ -96,7 +96,7 @@ class Job:
     @property
     def words(self) -> list[str]:
         args = cast("list[str]", self.main["args"])
-        return args[args.index("--") + 1 :]
+        return [word.replace("$$", "$") for word in args[args.index("--") + 1 :]]
 
     @property
     def volumes(self) -> dict[str, Json]:

@@ -17,8 +17,9 @@ from stillhouse.errors import ConfigError, nearest
 from stillhouse.rundir import Json
 from stillhouse.sweep import roster
 from stillhouse.sweep.backends.cluster import Cluster
-from stillhouse.sweep.kube.ledger import Names, read_sweep, sweeps
+from stillhouse.sweep.kube.ledger import read_sweep, sweeps
 from stillhouse.sweep.kube.manifest import SELECTOR
+from stillhouse.sweep.kube.names import Names
 from stillhouse.sweep.roster import Roster, Row
 
 

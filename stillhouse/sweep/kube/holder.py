@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
+import secrets
 import shutil
-import socket
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -23,9 +22,10 @@ from stillhouse.spec import SiteSpec
 from stillhouse.sweep.backends.cluster import ApiError, Cluster, CommandFailed, Gone
 from stillhouse.sweep.kube.bundle import bundle
 from stillhouse.sweep.kube.manifest import image_problem, render, to_yaml
+from stillhouse.sweep.kube.named import have_config_map, have_job
 from stillhouse.sweep.kube.reasons import by_age, how_it_failed, why_waiting
 from stillhouse.sweep.kube.steps import RUNS, Step, collect_step
-from stillhouse.sweep.kube.views import JobView, Note, PodView, job_view, note, pod_view
+from stillhouse.sweep.kube.views import JobView, Note, PodView, job_view, notes, pod_view, viewed
 from stillhouse.sweep.kube.workload import OF_JOBS, QueueView, queue_view
 
 TRIES = 4  # of one request in a row
@@ -126,7 +126,7 @@ class Holder:
         """
         said, began, hopeful = "", time.monotonic(), time.monotonic()
         while True:
-            job = job_view(self._found_job())
+            job = viewed(job_view, self._found_job())
             pods, version = self._pods()
             running = [p for p in pods if p.started and not p.is_over and not p.is_deleting]
             if running:
@@ -160,30 +160,22 @@ class Holder:
         if self._count > TRIES:
             raise Interrupted(f"its Job {self._name} was deleted again and again; run it again")
         code = bundle()
-        self._create("configmaps", code.manifest)
-        key = f"{socket.gethostname()} {os.getpid()} {time.time_ns()} {self._count}"
-        step = self._step(self.about, key)
+        have_config_map(self.cluster, code.manifest)
+        step = self._step(self.about, secrets.token_hex(16))
         self._name = step.name
-        self._create("jobs", to_yaml(render(step, self.site, code.key)))
+        have_job(self.cluster, step, to_yaml(render(step, self.site, code.key)))
         return self._found_job()
 
     @property
     def _selector(self) -> str:
         return f"batch.kubernetes.io/job-name={self._name}"
 
-    def _create(self, resource: str, body: bytes | Json) -> None:
-        try:
-            self.cluster.create(resource, body)
-        except ApiError as error:
-            if error.status != 409:  # it is there: of this content, or of this very name
-                raise
-
     def _pods(self) -> tuple[list[PodView], str]:
         """The pods of the Job, oldest first, and the version of the world in which they are so."""
         found: list[PodView] = []
         version = ""
         for items, at in self.cluster.pages("pods", self._selector):
-            found += [pod_view(item) for item in items]
+            found += [viewed(pod_view, item) for item in items]
             version = at
         return by_age(found), version
 
@@ -202,8 +194,8 @@ class Holder:
         """What the cluster said of the Job and its pods."""
         names = {self._name, *(pod.name for pod in pods)}
         pages = self.cluster.pages("events", fields="type=Warning")
-        notes = (note(item) for items, _ in pages for item in items)
-        return [said for said in notes if said.name in names]
+        said = (said for items, _ in pages for said in notes(items))
+        return [one for one in said if one.name in names]
 
     def _remove(self) -> None:
         if self._name:

@@ -1,11 +1,10 @@
 """This file is where a cluster remembers what is done, when the Jobs that did it are gone.
 
     stillhouse-done-<runs claim>-<digit>   how each task ended, by the id's first digit: 16 of them
-    stillhouse-names                       what people call a run: name -> run directory
     stillhouse-sweep-<name>                a sweep as it was asked, and whether it was cancelled
 
 Nobody holds a lock: a record is one key of a merge patch, so drivers that write at the same time
-leave all of it. Names are claimed against the version that was read.
+leave all of it. What people call a run is in `names`.
 """
 
 from __future__ import annotations
@@ -30,18 +29,16 @@ from stillhouse.errors import ConfigError, ContractError
 from stillhouse.rundir import Json
 from stillhouse.sweep.backends.cluster import ApiError, Cluster
 from stillhouse.sweep.kube.manifest import SELECTOR, label_value
+from stillhouse.sweep.kube.named import refuse_stranger
 from stillhouse.sweep.kube.views import OURS, PART_OF, seconds
 
 DIGITS = "0123456789abcdef"
 ROOM = 900 * 1024  # bytes of one ConfigMap that we fill; the API takes 1 MiB
 CAUSE, TAIL = 1500, 1000  # characters that a record keeps
 CANCELLED = "stillhouse/cancelled"  # annotation of a sweep's record: seconds since the epoch
-NAMES = "stillhouse-names"
 
 RecordState = Literal["done", "failed", "stopped", "cancelled", "alone", "unreadable"]
-KEY = re.compile(
-    r"(prepare\.)?([a-z0-9-]*-)?[0-9a-f]{10,}(\.[0-9a-f]+)?"
-)  # as *_of below make them
+KEY = re.compile(r"(prepare\.)?([a-z0-9-]*-)?[0-9a-f]{10,}(\.[0-9a-f]+)?")  # as *_of make them
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +134,7 @@ def shard_of(key: str) -> str:
     """Which ConfigMap holds a key: the first digit of the id in it."""
     what, _, rest = key.partition(".")
     id_ = rest if what == "prepare" else what.rpartition("-")[2]
-    return id_[0]
+    return id_[:1]
 
 
 class Ledger:
@@ -149,6 +146,7 @@ class Ledger:
         self._read_at = dict.fromkeys(DIGITS, float("-inf"))
         self._locks = {digit: threading.Lock() for digit in DIGITS}
         self._was_read = False
+        self._is_ours: set[str] = set()  # digits of ConfigMaps that have our labels
         self.strangers: tuple[str, ...] = ()  # ConfigMaps that only look like parts of it
         self._cancelled: dict[str, float] = {}
 
@@ -169,6 +167,7 @@ class Ledger:
                 else:
                     strangers.append(name)
         self.strangers = tuple(sorted(strangers))
+        self._is_ours = {digit for digit, item in found.items() if item}
         for digit, item in found.items():
             with self._locks[digit]:
                 self._take(digit, item, began)
@@ -177,7 +176,7 @@ class Ledger:
     def get(self, key: str) -> Record | None:
         """How a task ended, as far as was read."""
         digit = shard_of(key)
-        said = self._said[digit].get(key)
+        said = self._said.get(digit, {}).get(key)
         if said is None:
             return None
         record = record_of(said)
@@ -197,11 +196,8 @@ class Ledger:
 
     def remarks(self) -> list[str]:
         """What stands there and is no part of it, a line each."""
-        lines = [
-            f"ConfigMap {name} has the labels of the ledger and not its name: a copy? It is not"
-            " read"
-            for name in self.strangers
-        ]
+        copies = "has the labels of the ledger and not its name: a copy? It is not read"
+        lines = [f"ConfigMap {name} {copies}" for name in self.strangers]
         for digit, shard in self._said.items():
             odd = sorted(key for key in shard if KEY.fullmatch(key) is None)
             if odd:
@@ -246,7 +242,7 @@ class Ledger:
         """Write records, one request for each ConfigMap that they lie in; None removes one.
 
         Raises:
-            ConfigError: a ConfigMap is full.
+            ConfigError: a ConfigMap is full, or has the name and not the labels of ours.
         """
         shards: dict[str, dict[str, str | None]] = {}
         for key, record in records.items():
@@ -280,81 +276,43 @@ class Ledger:
             "metadata": {"name": self._name(digit), "labels": labels},
             "data": {key: said for key, said in data.items() if said is not None},
         }
+        if digit not in self._is_ours:
+            made = _make(self.cluster, body)
+            self._is_ours.add(digit)
+            if made is not None:
+                return made
         return _put(self.cluster, body, {"data": dict(data)})
 
     def _name(self, digit: str) -> str:
         return f"stillhouse-done-{self.claim}-{digit}"
 
 
+def _make(cluster: Cluster, body: Json) -> Json | None:
+    """Make a ConfigMap; None where it is there, and is ours."""
+    try:
+        return cluster.create("configmaps", config_map(body))
+    except ApiError as error:
+        if error.status != 409:
+            raise
+    meta = body["metadata"]
+    refuse_stranger(cluster.read("configmaps", meta["name"]), meta["labels"]["stillhouse/kind"])
+    return None
+
+
 def _put(cluster: Cluster, body: Json, patch: Json) -> Json:
     """Change a ConfigMap, or make it."""
-    name = body["metadata"]["name"]
-    while (item := cluster.patch("configmaps", name, patch)) is None:
-        try:
-            return cluster.create("configmaps", _config_map(body))
-        except ApiError as error:
-            if error.status != 409:  # else somebody just made it
-                raise
-    return item
+    while True:
+        item = cluster.patch("configmaps", body["metadata"]["name"], patch)
+        item = item or _make(cluster, body)  # None: somebody just made it
+        if item is not None:
+            return item
 
 
-def _config_map(body: Json) -> Json:
+def config_map(body: Json) -> Json:
+    """A ConfigMap of ours."""
     labels = {PART_OF: OURS, **body["metadata"].get("labels", {})}
     head: Json = {"apiVersion": "v1", "kind": "ConfigMap"}
     return head | body | {"metadata": body["metadata"] | {"labels": labels}}
-
-
-# ------------------------------------------------------------------------------------- names
-
-
-class Names:
-    """What people call their runs: one meaning each, in one namespace."""
-
-    def __init__(self, cluster: Cluster) -> None:
-        self.cluster = cluster
-
-    def read(self) -> dict[str, str]:
-        """Every name, and the run directory that it means."""
-        item = self.cluster.read("configmaps", NAMES)
-        return dict(item.get("data") or {}) if item else {}
-
-    def claim(self, name: str, directory: str) -> bool:
-        """Make a name mean a run directory; False if it already did."""
-        return bool(self.claim_all({name: directory}))
-
-    def claim_all(self, names: Mapping[str, str]) -> set[str]:
-        """Make names mean run directories, all or none; those that are new.
-
-        Raises:
-            ConfigError: a name already means another directory, or there is no room.
-        """
-        while True:
-            item = self.cluster.read("configmaps", NAMES)
-            there: dict[str, str] = (item or {}).get("data") or {}
-            new = {name: to for name, to in names.items() if there.get(name) != to}
-            for name in new.keys() & there.keys():
-                raise ConfigError(
-                    f'the name "{name}" already means {there[name]} on this cluster, and this is'
-                    f" {new[name]}: another configuration. Choose another name"
-                )
-            if not new:
-                return set()
-            data = there | new
-            if sum(len(name) + len(to) for name, to in data.items()) > ROOM:
-                raise ConfigError(
-                    f"configmap {NAMES}: full ({len(there)} names); remove some with `kubectl edit"
-                    f" configmap {NAMES}`"
-                )
-            try:
-                if item is None:
-                    body: Json = {"metadata": {"name": NAMES}, "data": data}
-                    self.cluster.create("configmaps", _config_map(body))
-                else:
-                    self.cluster.replace("configmaps", NAMES, item | {"data": data})
-                return set(new)
-            except ApiError as error:
-                if error.status not in (404, 409):  # somebody was quicker: read again
-                    raise
 
 
 # ------------------------------------------------------------------------------------ sweeps
@@ -373,7 +331,7 @@ def write_sweep(cluster: Cluster, record: Json) -> None:
     """Write a sweep down as it is asked now; `record` as roster writes it, with its "name".
 
     Raises:
-        ConfigError: it is too large for a ConfigMap.
+        ConfigError: it is too large for a ConfigMap, or something else has its name.
     """
     name: str = record["name"]
     packed = base64.b64encode(gzip.compress(json.dumps(record).encode(), mtime=0)).decode()
@@ -385,7 +343,8 @@ def write_sweep(cluster: Cluster, record: Json) -> None:
     meta: Json = {"name": sweep_object(name), "annotations": {"stillhouse/name": name}}
     meta["labels"] = {"stillhouse/kind": "sweep", "stillhouse/sweep": label_value(name)}
     body: Json = {"metadata": meta, "binaryData": {"sweep.json.gz": packed}}
-    _put(cluster, body, body)
+    if _make(cluster, body) is None:
+        _put(cluster, body, body)
 
 
 def read_sweep(cluster: Cluster, name: str) -> Json | None:
@@ -402,11 +361,10 @@ def read_sweep(cluster: Cluster, name: str) -> Json | None:
         record = json.loads(gzip.decompress(packed))
     except (KeyError, TypeError, ValueError, EOFError, OSError, zlib.error) as error:
         raise ContractError(
-            f"ConfigMap {sweep_object(name)}: holds no sweep that can be read ({error}); run the"
-            " sweep again, which writes it anew"
+            f"ConfigMap {sweep_object(name)}: no sweep that can be read ({error}); run it again"
         ) from error
-    if not isinstance(record, dict):
-        raise ContractError(f"ConfigMap {sweep_object(name)}: holds no JSON object; run it again")
+    if not isinstance(record, dict) or cast("Json", record).get("name") != name:
+        raise ContractError(f"ConfigMap {sweep_object(name)}: not the sweep {name}; run it again")
     return cast("Json", record)
 
 
@@ -417,14 +375,17 @@ def sweeps(cluster: Cluster, name: str | None = None) -> list[SweepMark]:
         wanted += f",stillhouse/sweep={label_value(name)}"
     found: list[SweepMark] = []
     for items, _ in cluster.pages("configmaps", wanted, metadata_only=True):
-        found += [_mark(item["metadata"]) for item in items]
+        found += [mark for item in items if (mark := _mark(item["metadata"])) is not None]
     return sorted((mark for mark in found if name in (None, mark.name)), key=lambda m: m.name)
 
 
-def _mark(meta: Json) -> SweepMark:
+def _mark(meta: Json) -> SweepMark | None:
+    """What a sweep's ConfigMap says; None of a copy, which has all of it but the name."""
     notes: dict[str, str] = meta.get("annotations") or {}
     created = seconds(meta["creationTimestamp"]) or 0.0
     name = notes.get("stillhouse/name") or meta["name"].removeprefix("stillhouse-sweep-")
+    if meta["name"] != sweep_object(name):
+        return None
     return SweepMark(name, notes.get(CANCELLED), created)
 
 

@@ -16,7 +16,7 @@ from stillhouse.sweep.backends.cluster import ApiError, Cluster
 from stillhouse.sweep.kube.collect import fetch_log
 from stillhouse.sweep.kube.ledger import Ledger
 from stillhouse.sweep.kube.reasons import by_age
-from stillhouse.sweep.kube.views import JobView, PodView, job_view, pod_view
+from stillhouse.sweep.kube.views import JobView, PodView, job_view, pod_view, viewed
 from stillhouse.sweep.listing import FAILED, SHOWN
 from stillhouse.sweep.logs import TAIL_LINES
 from stillhouse.sweep.plan import Observation
@@ -117,7 +117,7 @@ def _followed(sources: Sources, row: Row) -> Iterator[bytes]:
         for pod in fresh:
             seen.add(pod.uid)
             yield from sources.cluster.log(pod.name, follow=True)
-        if live is None or job_view(live).state != "live":
+        if live is None or viewed(job_view, live).state != "live":
             return
         if not fresh:
             cause = sources.observations[row.id].cause
@@ -160,7 +160,7 @@ def pods(cluster: Cluster, job: str) -> Iterator[Json]:
 
 
 def _pods(cluster: Cluster, job: str) -> list[PodView]:
-    return by_age([pod_view(pod) for pod in pods(cluster, job)])
+    return by_age([viewed(pod_view, pod) for pod in pods(cluster, job)])
 
 
 def _raise_unless_missing(error: ApiError) -> None:

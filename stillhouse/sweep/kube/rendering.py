@@ -41,12 +41,6 @@ def every_step(sweep: Sweep, only: Roster) -> list[Step]:
     return steps
 
 
-def prepares_of(sweep: Sweep) -> list[str]:
-    """Names of the Jobs that prepare its pairs; sweeps of one pair share one."""
-    steps, groups = Steps(sweep), dict.fromkeys(groups_of(sweep).values())
-    return [steps.of(Action("prepare", group)).name for group in groups]
-
-
 def _evaluations(
     sweep: Sweep, everywhere: dict[str, str], groups: dict[str, str]
 ) -> Iterable[Action]:
@@ -66,7 +60,7 @@ def _evaluations(
         baselines=baselines,
         prepared=dict.fromkeys(groups.values(), True),
         live=(),
-        since=0.0,
+        old_stops={},
     )
     return actions(now, len(groups) + len(baselines), sweep.pack)
 

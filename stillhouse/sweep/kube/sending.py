@@ -7,7 +7,6 @@ the name means something else        refused, with the difference
 
 from __future__ import annotations
 
-import contextlib
 import json
 import shlex
 import sys
@@ -22,16 +21,16 @@ from stillhouse.sweep.asked import text
 from stillhouse.sweep.backends.cluster import ApiError, Cluster, connect
 from stillhouse.sweep.drive import SOME_FAILED
 from stillhouse.sweep.kube import checks
-from stillhouse.sweep.kube.detach import create
 from stillhouse.sweep.kube.facts import Facts, judge
-from stillhouse.sweep.kube.ledger import Ledger, Names
+from stillhouse.sweep.kube.ledger import Ledger
 from stillhouse.sweep.kube.line import Kind, Line, read
 from stillhouse.sweep.kube.manifest import HASH_DIGITS, image_problem
+from stillhouse.sweep.kube.named import have_config_map, have_job
+from stillhouse.sweep.kube.names import Names
 from stillhouse.sweep.kube.pod_logs import pods
 from stillhouse.sweep.kube.scene import Scene
 from stillhouse.sweep.kube.steps import RUNS
-from stillhouse.sweep.kube.views import OURS, PART_OF, JobView, job_view
-from stillhouse.sweep.kube.workload import OF_JOBS, queue_view
+from stillhouse.sweep.kube.views import OURS, PART_OF, JobView, job_view, viewed
 from stillhouse.sweep.listing import FAILED, as_json
 from stillhouse.sweep.plan import Observation
 from stillhouse.sweep.roster import Roster, Row
@@ -101,8 +100,8 @@ class _Sender:
         if self.job is None and seen.state in ("new", "waiting"):
             checks.require(self.cluster, self.site)
             self._claim()
-            create(self.cluster, "configmaps", self.line.code.manifest)
-            if create(self.cluster, "jobs", manifest):
+            have_config_map(self.cluster, self.line.code.manifest)
+            if have_job(self.cluster, self.step, manifest):
                 self.say(f"sent: Job {self.step.name} in namespace {self.cluster.namespace}")
                 self._how_to_go_on()
                 return True
@@ -128,11 +127,9 @@ class _Sender:
         scene = Scene(self.ledger)
         found = self.cluster.read("jobs", name)
         if found is None:
-            for pod in pods(self.cluster, name):
-                scene.learn("pods", pod)  # one whose Job is gone may still write where this would
             return None, scene.look(id_, None)
         labels: dict[str, str] = found["metadata"].get("labels") or {}
-        job = job_view(found)
+        job = viewed(job_view, found)
         if labels.get(PART_OF) != OURS or (
             name == self.step.name and job.hash != self.step.hash[:HASH_DIGITS]
         ):
@@ -161,20 +158,16 @@ class _Sender:
 
     def _learn_reasons(self, scene: Scene, job: JobView, about: set[str]) -> None:
         """What events and the queue say of a Job that may wait, where they may be read."""
-        if job.is_suspended:
+        resources = {"events": "type=Warning"} if not job.is_suspended else {"workloads": ""}
+        for resource, fields in resources.items():
             try:
-                of_it = f"{OF_JOBS}={job.uid}"
-                pages = self.cluster.pages("workloads", of_it) if self.cluster.kueue() else ()
-                views = [queue_view(item) for items, _ in pages for item in items]
+                for items, _ in self.cluster.pages(resource, fields=fields):
+                    for item in items:
+                        is_event = resource == "events"
+                        if not is_event or item.get("involvedObject", {}).get("name") in about:
+                            scene.learn(resource, item)
             except ApiError:
-                views, scene.may_read_queue = [], False
-            scene.replace_queue([view for view in views if view], [job.uid])
-            return
-        with contextlib.suppress(ApiError):
-            for items, _ in self.cluster.pages("events", fields="type=Warning"):
-                for item in items:
-                    if item.get("involvedObject", {}).get("name") in about:
-                        scene.learn("events", item)
+                continue
 
     # ------------------------------------------------------------------------------ names
 

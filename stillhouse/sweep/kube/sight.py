@@ -11,7 +11,7 @@ import random
 import threading
 import time
 from collections.abc import Callable, Iterable
-from typing import Any, TypeVar
+from typing import Any
 
 from stillhouse.rundir import Json
 from stillhouse.sweep.backends.cluster import ApiError, Cluster, Gone
@@ -19,20 +19,15 @@ from stillhouse.sweep.kube.facts import keys_of
 from stillhouse.sweep.kube.ledger import Ledger
 from stillhouse.sweep.kube.manifest import SELECTOR
 from stillhouse.sweep.kube.scene import Scene
-from stillhouse.sweep.kube.views import JobView, Note, job_view, note, pod_view
-from stillhouse.sweep.kube.workload import OF_JOBS, QueueView, queue_view
+from stillhouse.sweep.kube.views import JobView, Note, View, job_view, note, pod_view
+from stillhouse.sweep.kube.workload import OF_JOBS, queue_view
 from stillhouse.sweep.plan import Observation
 
 DICE = random.Random()  # not the process's own: its state is others' business
 WATCH_S = 300.0  # a watch is asked for anew this often
 NOTES_S = 20.0  # how often a follower reads the warning events, while something waits
 QUEUE_S = 60.0  # how often it reads what Kueue says, while something is suspended
-SOON_S = 5.0  # how soon after a Job was sent to a queue
-UNSEEN_S = 15.0  # how often, while Kueue has said nothing of a Job
-SHARE = 20  # and never more than a part of the time: of 10,000 Jobs one reading takes seconds
 UNFINISHED = "status.phase!=Succeeded"  # pods that are worth a LIST
-
-View = TypeVar("View")
 
 
 class Sight:
@@ -85,11 +80,6 @@ class Sight:
                 for item in items:
                     self.scene.learn("pods", item)
 
-    def look_for_orphans(self) -> None:
-        """Read the pods, where that was not needed so far: one may be at work without its Job."""
-        if "pods" not in self._versions:
-            self._list_pods()
-
     def _list_pods(self) -> None:
         found, self._versions["pods"] = self._listed("pods", pod_view, UNFINISHED)
         self.scene.replace_pods(found)
@@ -103,7 +93,8 @@ class Sight:
             seen = ""
             try:
                 for items, version in self.cluster.pages(resource, SELECTOR, fields=fields):
-                    found += map(view, items)
+                    views = (self.scene.viewed(view, item) for item in items)
+                    found += [one for one in views if one is not None]
                     seen = version
                 return found, seen
             except Gone:  # it took longer than the server remembers: begin again
@@ -115,27 +106,18 @@ class Sight:
         found: list[Note] = []
         with contextlib.suppress(Gone, ApiError):  # gone, or not ours to read: they only explain
             for items, _ in self.cluster.pages("events", fields="type=Warning"):
-                found += [said for said in map(note, items) if said.uid in wanted]
+                views = (self.scene.viewed(note, item) for item in items)
+                found += [said for said in views if said is not None and said.uid in wanted]
             self.scene.replace_notes(found)
 
     def read_queue(self) -> None:
         """Read what Kueue says of the Jobs that wait in its queues."""
-        asked, found = {job.uid for job in self.scene.queued()}, list[QueueView]()
-        try:
-            if self.cluster.kueue() is not None:
-                for items, _ in self.cluster.pages("workloads", OF_JOBS):
-                    found += [view for view in map(queue_view, items) if view]
-            self.scene.may_read_queue = True
-        except ApiError as error:  # not ours to read, or too slow: it only explains
-            if error.status != 403:
+        with contextlib.suppress(Gone, ApiError):  # not ours to read: it only explains
+            if self.cluster.kueue() is None:
                 return
-            self.scene.may_read_queue = False
-        self.scene.replace_queue(found, asked)
-        if found:
-            self._read_places()
-
-    def _read_places(self) -> None:
-        with contextlib.suppress(Gone, ApiError):  # not ours to read, or not served
+            for items, _ in self.cluster.pages("workloads", OF_JOBS):
+                views = (self.scene.viewed(queue_view, item) for item in items)
+                self.scene.learn_queue(view for view in views if view)
             for queue in {job.queue for job in self.scene.queued() if job.queue}:
                 line = [item["metadata"]["name"] for item in self.cluster.pending(queue)]
                 self.scene.learn_line(line)
@@ -196,23 +178,14 @@ class Sight:
 
     def _read_on(self) -> None:
         """What is worth a LIST now and then, and no watch."""
-        noted = queued = time.monotonic()
-        took = 0.0
-        while not self._closing.wait(SOON_S):
-            if time.monotonic() - noted >= NOTES_S and self.scene.waiting():
+        last_queue = time.monotonic()
+        while not self._closing.wait(NOTES_S):
+            if self.scene.waiting():
                 self.read_notes()
-                noted = time.monotonic()
-            if self.scene.queued() and time.monotonic() - queued >= self._queue_s() + SHARE * took:
-                began = time.monotonic()
+            is_due = time.monotonic() - last_queue >= QUEUE_S
+            if self.scene.queued() and (is_due or self.scene.unseen()):
                 self.read_queue()
-                queued = time.monotonic()
-                took = queued - began
-
-    def _queue_s(self) -> float:
-        """How long to wait between two readings of what Kueue says."""
-        if self.scene.unasked():
-            return SOON_S
-        return UNSEEN_S if self.scene.unseen() else QUEUE_S
+                last_queue = time.monotonic()
 
     def wait(self, timeout_s: float) -> None:
         """Return as soon as something changed, or when the time is over.

@@ -6,31 +6,35 @@ held. Plain dicts in, no requests; what is missing in an object is missing in it
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import shlex
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 from sys import intern
-from typing import Any, Literal, cast
+from typing import Any, Literal, NotRequired, TypeVar, cast
 
+from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
+from pydantic.dataclasses import dataclass
+from typing_extensions import TypedDict
+
+from stillhouse.errors import ContractError
 from stillhouse.rundir import Json
 
 STILLHOUSE = "stillhouse/"  # what our own labels and annotations begin with
 ATTEMPTS = "stillhouse/attempts"  # annotation of a Job: how its earlier pods failed
-BEFORE = "before"  # of an attempt there: it was one of the Job that this one replaced
-ASKS = "stillhouse/asks"  # annotation of a Job: what of its site decides where it may start
 QUEUE_LABEL = "kueue.x-k8s.io/queue-name"
 PRIORITY_LABEL = "kueue.x-k8s.io/priority-class"
 PART_OF, OURS = "app.kubernetes.io/part-of", "stillhouse"
 MAIN = "main"  # name of the container that does the work
 
 JobState = Literal["live", "complete", "failed"]
+STRICT = ConfigDict(strict=True)  # a view has the types that it says, whatever an object has
 _STATES: dict[str, JobState] = {"": "live", "Complete": "complete", "Failed": "failed"}
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, config=STRICT)
 class JobView:
     """A Job, as far as we care. Times are seconds since the epoch, by the server's clock."""
 
@@ -43,7 +47,6 @@ class JobView:
     sweep: str
     state: JobState
     is_suspended: bool
-    was_held: bool  # it ended without having been let go since it was last suspended
     is_deleting: bool
     created: float
     started: float | None  # when it was last let go
@@ -62,7 +65,7 @@ class JobView:
     end_reason: str | None  # of the condition that ended it
     end_message: str | None
     attempts: str | None  # the annotation, as it is
-    asks: str | None  # what its site asks of the cluster (`manifest.asked`), as it was sent
+    odd: str | None = None  # which of its annotations somebody made something else of
 
     @property
     def is_running(self) -> bool:
@@ -71,10 +74,33 @@ class JobView:
 
 def told_attempts(job: JobView) -> list[Json]:
     """What earlier attempts of a Job left behind, the oldest first (`settle.attempt`)."""
-    return cast("list[Json]", json.loads(job.attempts)) if job.attempts else []
+    return _attempts(job.attempts) or []
 
 
-@dataclass(frozen=True, slots=True)
+@with_config(ConfigDict(strict=True, extra="allow"))
+class _Attempt(TypedDict):
+    """What is relied on of an attempt."""
+
+    pod: str
+    code: int
+    cause: str
+    ran: float
+    start: float
+    tail: NotRequired[str]
+
+
+_ATTEMPTS: Any = TypeAdapter(list[_Attempt])
+
+
+def _attempts(text: str | None) -> list[Json] | None:
+    """The annotation's content; None where it cannot be read."""
+    try:
+        return cast("list[Json]", _ATTEMPTS.validate_json(text)) if text else []
+    except ValidationError:
+        return None
+
+
+@dataclass(frozen=True, slots=True, config=STRICT)
 class PodView:
     """A pod of a Job of ours."""
 
@@ -97,14 +123,13 @@ class PodView:
     is_deleting: bool
     is_silent: bool  # its node stopped to answer: what else is told of it is old
     is_orphan: bool  # no Job owns it: it goes on, and nobody would replace it
-    point: str | None  # the id that it trains
 
     @property
     def is_over(self) -> bool:
         return self.phase in ("Succeeded", "Failed") or self.exit_code is not None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, config=STRICT)
 class Note:
     """A warning event: something the cluster said about a Job or a pod."""
 
@@ -116,7 +141,7 @@ class Note:
     at: float
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, config=STRICT)
 class LastWords:
     """What a pod of ours leaves when it ends: its termination message."""
 
@@ -125,11 +150,42 @@ class LastWords:
     tail: str | None  # the last lines that it printed
 
 
+View = TypeVar("View")
+
+
+def short_of(error: Exception) -> str:
+    """What is wrong, in a line: of several things the first one."""
+    if isinstance(error, ValidationError):
+        first = error.errors(include_url=False)[0]
+        return f"{'.'.join(map(str, first['loc']))}: {first['msg'].lower()}"
+    return f"{type(error).__name__}: {error}"
+
+
+def viewed(view: Callable[[Json], View], item: Json) -> View:
+    """What `view` makes of an object as the API tells it.
+
+    Raises:
+        ContractError: it has not the form that an object of its kind has.
+    """
+    try:
+        return view(item)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        meta: Any = item.get("metadata")
+        name = cast("Json", meta).get("name") if isinstance(meta, dict) else None
+        said = short_of(error)
+        what = {"job_view": "Job", "pod_view": "pod", "note": "event"}.get(view.__name__, "object")
+        raise ContractError(
+            f"{what} {name or '(without a name)'}: not of the form that one has ({said});"
+            " look at it with `kubectl get -o yaml`"
+        ) from error
+
+
 def job_view(job: Json) -> JobView:
     """The facts of a Job."""
     meta, spec, status = job["metadata"], job.get("spec", {}), job.get("status", {})
     labels: Mapping[str, str] = meta.get("labels") or {}
     notes: Mapping[str, str] = meta.get("annotations") or {}
+    told, odd = _told(notes)
     end = _end(status) or {}
     point = labels.get(STILLHOUSE + "point")
     return JobView(
@@ -142,7 +198,6 @@ def job_view(job: Json) -> JobView:
         sweep=intern(labels.get(STILLHOUSE + "sweep", "")),
         state=_STATES[end.get("type", "")],
         is_suspended=bool(spec.get("suspend")),
-        was_held=conditions_of(status).get("Suspended", {}).get("status") == "True",
         is_deleting="deletionTimestamp" in meta,
         created=seconds(meta.get("creationTimestamp")) or 0.0,
         started=seconds(status.get("startTime")),
@@ -150,18 +205,55 @@ def job_view(job: Json) -> JobView:
         active=status.get("active") or 0,
         ready=status.get("ready") or 0,
         failed=status.get("failed") or 0,
-        points=(intern(point),) if point else _comma(notes.get(STILLHOUSE + "points")),
-        baselines=_comma(notes.get(STILLHOUSE + "baselines")),
-        scores=_interned(notes.get(STILLHOUSE + "scores")),
-        names=_words(notes.get(STILLHOUSE + "names")),
+        points=(intern(point),) if point else _comma(told["points"]),
+        baselines=_comma(told["baselines"]),
+        scores=_interned(told["scores"]),
+        names=_words(told["names"]),
         queue=_interned(labels.get(QUEUE_LABEL)),
         priorities=tuple(map(intern, filter(None, _priorities(labels, spec)))),
-        devices=int(notes.get(STILLHOUSE + "devices") or 0),
+        devices=int(told["devices"] or 0),
         gpu=_interned(notes.get(STILLHOUSE + "gpu-product")),
         end_reason=_interned(end.get("reason")),
         end_message=end.get("message"),
-        attempts=notes.get(ATTEMPTS),
-        asks=_interned(notes.get(ASKS)),
+        attempts=told["attempts"],
+        odd=_odd(meta["name"], odd),
+    )
+
+
+def _is_words(text: str) -> bool:
+    try:
+        shlex.split(text)
+    except ValueError:
+        return False
+    return True
+
+
+_ID = r"[0-9a-f]{10,}"
+_FORMS: dict[str, Callable[[str], object]] = {  # of our annotations, where they have one
+    "points": re.compile(rf"{_ID}(,{_ID})*").fullmatch,
+    "baselines": re.compile(rf"[a-z0-9-]+-{_ID}(,[a-z0-9-]+-{_ID})*").fullmatch,
+    "scores": re.compile(r"[0-9a-f]+").fullmatch,
+    "names": _is_words,
+    "devices": re.compile(r"[0-9]{1,6}").fullmatch,
+    "attempts": lambda text: _attempts(text) is not None,
+}
+
+
+def _told(notes: Mapping[str, str]) -> tuple[dict[str, str | None], list[str]]:
+    """Our annotations of a Job; and the names of those that are not what we write."""
+    said = {name: notes.get(STILLHOUSE + name) for name in _FORMS}
+    odd = [name for name, text in said.items() if text and not _FORMS[name](text)]
+    return said | dict.fromkeys(odd), odd
+
+
+def _odd(job: str, names: Sequence[str]) -> str | None:
+    if not names:
+        return None
+    which = " and ".join(f"{STILLHOUSE}{name}" for name in names)
+    off = " ".join(f"{STILLHOUSE}{name}-" for name in names)
+    return (
+        f"Job {job}: annotation {which}: not what we write there; `kubectl annotate job {job}"
+        f" {off}` takes it off"
     )
 
 
@@ -217,7 +309,6 @@ def pod_view(pod: Json) -> PodView:
         is_deleting="deletionTimestamp" in meta,
         is_silent=_is_silent(conditions),
         is_orphan=not any(owner.get("controller") for owner in meta.get("ownerReferences") or ()),
-        point=_interned(labels.get(STILLHOUSE + "point")),
     )
 
 
@@ -252,19 +343,35 @@ def note(event: Json) -> Note:
     )
 
 
+def notes(events: Iterable[Json]) -> Iterator[Note]:
+    """What events say; one that has not the form of an event says nothing."""
+    for event in events:
+        with contextlib.suppress(ContractError):
+            yield viewed(note, event)
+
+
 def last_words(said: str) -> LastWords:
     """A termination message as our pods write it; or the end of a log, where they could not."""
-    try:
-        words: Any = json.loads(said) if said.startswith("{") else None
-    except json.JSONDecodeError:  # cut by whoever passed it on
-        code = re.search(r'"exit_code": *(\d+)', said)
-        cause = re.search(r'"cause": *("(?:[^"\\]|\\.)*")', said)
-        words = {"exit_code": int(code[1]), "cause": json.loads(cause[1])} if code and cause else 0
-    if not isinstance(words, dict):
+    told = _told_in(said) if said.startswith("{") else None
+    if told is None:
         lines = said.strip().splitlines()
         return LastWords(None, lines[-1].strip() if lines else None, said.strip() or None)
-    told = cast("Json", words)
-    return LastWords(told.get("exit_code"), told.get("cause"), told.get("tail") or None)
+    return told
+
+
+def _told_in(said: str) -> LastWords | None:
+    """What our pods' JSON says; None where it is something else."""
+    with contextlib.suppress(ValueError, TypeError, RecursionError, AttributeError):
+        try:
+            words: Any = json.loads(said)
+        except json.JSONDecodeError:  # cut by whoever passed it on
+            code = re.search(r'"exit_code": *(\d+)', said)
+            cause = re.search(r'"cause": *("(?:[^"\\]|\\.)*")', said)
+            if code is None or cause is None:
+                return None
+            words = {"exit_code": int(code[1]), "cause": json.loads(cause[1])}
+        return LastWords(words.get("exit_code"), words.get("cause"), words.get("tail") or None)
+    return None
 
 
 def seconds(time: str | None) -> float | None:

@@ -7,12 +7,13 @@ which tells by the reason of QuotaReserved what before only its message told.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from sys import intern
 from typing import Literal
 
+from pydantic.dataclasses import dataclass
+
 from stillhouse.rundir import Json
-from stillhouse.sweep.kube.views import conditions_of
+from stillhouse.sweep.kube.views import STRICT, conditions_of
 
 OF_JOBS = "kueue.x-k8s.io/job-uid"  # label of a Job's Workload: its uid
 
@@ -44,7 +45,7 @@ _FULL = ("insufficient unused quota", "more needed")
 _RESTARTED = frozenset({"LocalQueueRestarted", "ClusterQueueRestarted"})
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, config=STRICT)
 class QueueView:
     """What Kueue says of a Job: its Workload."""
 
@@ -74,10 +75,9 @@ def _told(workload: Json) -> tuple[QueueState, str, str]:
     spec: Json = workload.get("spec") or {}
     if spec.get("active") is False:
         # An Evicted of before stays as it was: only one that says so is of this.
-        reason = evicted.get("reason") or ""
-        said = evicted if reason.startswith("Deactivated") else {}
-        why = reason if said and reason != "Deactivated" else ""  # else a person did it
-        return "deactivated", why, said.get("message") or now
+        is_told = (evicted.get("reason") or "").startswith("Deactivated")
+        said = evicted if is_told else {}
+        return "deactivated", said.get("reason") or "", said.get("message") or now
     if _holds(conditions, "Admitted"):
         return "admitted", "", now
     if _holds(conditions, "QuotaReserved"):
