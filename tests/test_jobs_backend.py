@@ -539,7 +539,7 @@ def test_a_job_that_somebody_deletes_is_not_made_again_by_this_run(
         assert (end.exit_code, end.cause) == (AGAIN, "its Job was deleted")
         with World(fake):
             one = Drive(SWEEP, backend, Lines(roster_of(SWEEP), [].append))
-            one.old_stops = {}
+            one.since = 0.0
             assert one.run() == AGAIN
     assert fake.created("jobs")[NAME] == 1
     with World(fake):

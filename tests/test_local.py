@@ -207,3 +207,23 @@ def test_what_the_server_prints_while_it_imports_goes_to_the_log(tmp_path: Path)
     assert "noise" not in done.stderr
     (log,) = (tmp_path / "sweeps").glob("*.log")
     assert log.read_text() == "noise\n"
+
+
+def test_a_stop_counts_by_when_we_saw_it_whatever_the_clock_that_wrote_it_said(
+    sweep: Sweep, backend: LocalBackend
+) -> None:
+    """Machines that share the runs do not share a clock."""
+    first, second = (roster_of(sweep).run(point.id) for point in sweep.points[:2])
+    ahead, behind = 9e12, 1.0
+    for run in (first, second):
+        run.path.mkdir(parents=True)
+        run.update_status(phase="waiting", exit_code=85, finished=ahead)
+    drive = Drive(sweep, backend, Lines(roster_of(sweep), [].append))
+    assert drive.observations[first.id].asked_to_stop is None, "it was so when we came"
+    second.update_status(finished=behind)
+    at = backend.look(second.id).asked_to_stop
+    assert at is not None and at >= drive.since
+    assert backend.look(second.id).asked_to_stop == at
+    assert backend.look(first.id).asked_to_stop is None
+    second.update_status(exit_code=None, phase="training", finished=None)
+    assert backend.look(second.id).asked_to_stop is None

@@ -75,9 +75,9 @@ def test_a_watch_rule_stops_a_point_for_good() -> None:
     assert state(status={"phase": "failed", "exit_code": 46}) == "stopped"
 
 
-def test_being_asked_to_stop_is_waiting_and_says_when() -> None:
+def test_being_asked_to_stop_is_waiting_and_leaves_a_mark() -> None:
     seen = judge(Found({"phase": "waiting", "exit_code": 85, "finished": 7.0}, OURS), OURS)
-    assert (seen.state, seen.asked_to_stop) == ("waiting", 7.0)
+    assert (seen.state, seen.stop_mark, seen.asked_to_stop) == ("waiting", 7.0, None)
 
 
 @pytest.mark.parametrize("phase", ["starting", "training"])
@@ -215,7 +215,7 @@ def situation(observations: dict[str, Observation], **more: Any) -> Situation:
     groups = more.pop("groups", dict.fromkeys(observations, "g"))
     packs = more.pop("packs", groups)
     defaults: dict[str, Any] = {"baselines": (), "prepared": {"g": True}, "live": ()}
-    defaults["old_stops"] = {}
+    defaults["since"] = 0.0
     return Situation(groups, packs, observations, **{**defaults, **more})
 
 
@@ -280,12 +280,11 @@ def test_baselines_ride_along_once_and_alone_after_they_failed_in_company() -> N
 
 
 def test_what_somebody_stopped_while_we_run_is_left_alone() -> None:
-    """By what was there when we came: a clock that is ahead says nothing about order."""
     stopped = {"a": Observation("waiting", asked_to_stop=5.0)}
-    assert actions(situation(stopped), 1, 1) == []
-    assert actions(situation(stopped, old_stops={"a": 4.0}), 1, 1) == []
-    train = [Action("train", "g", ("a",))]
-    assert actions(situation(stopped, old_stops={"a": 5.0}), 1, 1) == train
+    assert actions(situation(stopped, since=5.0), 1, 1) == []
+    assert actions(situation(stopped, since=5.1), 1, 1) == [Action("train", "g", ("a",))]
+    by_another_clock = {"a": Observation("waiting", stop_mark=9e12)}
+    assert actions(situation(by_another_clock), 1, 1) == [Action("train", "g", ("a",))]
 
 
 # --------------------------------------------------------------------- any course of events
@@ -309,7 +308,7 @@ class World:
 
     def now(self) -> Situation:
         rows = tuple(self.baselines.values())
-        return Situation(self.groups, self.packs, self.seen, rows, self.prepared, self.live, {})
+        return Situation(self.groups, self.packs, self.seen, rows, self.prepared, self.live, 0.0)
 
     def crash(self, who: str) -> bool:
         """Count an infrastructure death; true where it was one too many."""

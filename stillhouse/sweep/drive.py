@@ -17,7 +17,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from stillhouse.compose import Overrides, compose
 from stillhouse.errors import AGAIN, DONE, POISON
-from stillhouse.rundir import RunDir, code_identity, write_json
+from stillhouse.rundir import RunDir, code_identity, now, write_json
 from stillhouse.spec import EvalSpec
 from stillhouse.sweep.commits import placed
 from stillhouse.sweep.grid import Point, Sweep
@@ -174,9 +174,8 @@ class Drive:
         # Cut of the whole sweep: a point's pack is the same, whichever points this loop is about.
         packs = fixed_packs(groups, sweep.pack) if backend.has_fixed_packs else groups
         self.packs = {id_: packs[id_] for id_ in self.points}
+        self.since = now()
         self.observations = backend.observe()
-        # Stops that were there when we came: by what was there, as clocks of machines differ.
-        self.old_stops = {id_: seen.asked_to_stop for id_, seen in self.observations.items()}
         self.baselines = backend.baselines()
         self.prepared = dict(backend.prepared())
         self.failed_to_prepare: dict[str, int] = {}
@@ -243,7 +242,7 @@ class Drive:
             self.baselines,
             self.prepared,
             self.backend.live(),
-            self.old_stops,
+            self.since,
         )
         for action in actions(situation, self.sweep.site.max_parallel, self.sweep.pack):
             # Another `run`, or a person, may have been quicker since we looked.

@@ -51,8 +51,9 @@ class Observation:
     pid: int | None = None  # of the process that has it, while it is running
     is_trained: bool = False
     goes_alone: bool = False  # an evaluation with others failed: the next one is to show who it was
-    # Where that ended it: seconds since the epoch, by the clock of whoever wrote it down.
+    # When we saw that somebody stopped it, by our clock; None where it was so when we came.
     asked_to_stop: float | None = None
+    stop_mark: float | None = None  # changes with each stop: a time, by the clock of who wrote it
     warnings: tuple[str, ...] = ()  # what its watch rules found, a line each
     # What it, or a score of it, rests on and is another here now; a sentence each.
     rests_on_other: tuple[str, ...] = ()
@@ -108,8 +109,7 @@ class Situation:
     baselines: Sequence[Baseline]
     prepared: Mapping[str, bool]  # group -> whether its pair is there; missing: not tried yet
     live: Sequence[Action]
-    # When each was asked to stop before this loop began; who is asked anew is left alone by it.
-    old_stops: Mapping[str, float | None]
+    since: float  # who was asked to stop after this is left alone by this loop
 
     @property
     def spreads(self) -> bool:
@@ -281,7 +281,7 @@ def judge(found: Found, code: str) -> Observation:
     if found.code not in (None, code):
         return observed("drifted", f"begun by code {found.code}, this is {code}")
     if exit_code == AGAIN:
-        return observed("waiting", cause, asked_to_stop=status.get("finished"))
+        return observed("waiting", cause, stop_mark=status.get("finished"))
     if status.get("phase") in ("starting", "training"):
         cause = "its process ended without a word"
     elif status.get("phase") == "done":
@@ -302,7 +302,7 @@ def _judge_unscored(found: Found, observed: Any) -> Observation:
         "waiting",
         cause or told or f"trained, to be scored on {', '.join(found.unscored)}",
         goes_alone=bool(status.get("eval_alone")),
-        asked_to_stop=at,
+        stop_mark=at,
         rests_on_other=drifted,
     )
 
@@ -349,7 +349,7 @@ def _idle(now: Situation) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
         seen = now.observations[id_]
         if id_ in busy or seen.state not in ("new", "waiting"):
             continue
-        if seen.asked_to_stop not in (None, now.old_stops.get(id_)):
+        if seen.asked_to_stop is not None and seen.asked_to_stop >= now.since:
             continue  # somebody stopped it while we ran; starting it again would undo that
         if seen.is_trained:
             to_score.setdefault(now.packs[id_], []).append(id_)

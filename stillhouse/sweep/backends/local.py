@@ -32,7 +32,7 @@ from typing import Any, cast
 from filelock import Timeout
 
 from stillhouse.errors import AGAIN, DONE, StillhouseError
-from stillhouse.rundir import RunDir, code_identity
+from stillhouse.rundir import RunDir, code_identity, now
 from stillhouse.spec import EvalSpec, TrainSpec
 from stillhouse.sweep.drive import Finished, Task
 from stillhouse.sweep.endings import Ending, check_promise, write_ending
@@ -80,6 +80,7 @@ class LocalBackend:
     ) -> None:
         self.sweep, self.rows, self.work = sweep, rows, work
         self.threads = max(1, _cores() // sweep.site.max_parallel)
+        self._stops: dict[str, tuple[float | None, float | None]] = {}  # id -> mark, when we saw it
         self._first_mark = cancel_mark(sweep.runs, sweep.name)
         self._beneath = rows.beneath()
         self._elsewhere: set[str] = set()  # points that some other process has at work
@@ -107,19 +108,30 @@ class LocalBackend:
 
     def observe(self) -> dict[str, Observation]:
         """The state of every point, from its files."""
-        found = observe(self.rows)
+        found = {id_: self._in_order(id_, seen) for id_, seen in observe(self.rows).items()}
         self._beneath = self.rows.beneath()
         self._elsewhere = {id_ for id_, seen in found.items() if seen.state == "running"}
         return found
 
     def look(self, id_: str) -> Observation:
         """The state of one point, from its files."""
-        seen = look(self.rows.run(id_), self.rows.suite, self._beneath)
+        seen = self._in_order(id_, look(self.rows.run(id_), self.rows.suite, self._beneath))
         if seen.state == "running" and not any(id_ in action.points for action in self.live()):
             self._elsewhere.add(id_)
         else:
             self._elsewhere.discard(id_)
         return seen
+
+    def _in_order(self, id_: str, seen: Observation) -> Observation:
+        """What was seen, with when a stop came that was not there when we first looked.
+
+        By our clock: that of whoever wrote it down may be another.
+        """
+        mark, at = self._stops.setdefault(id_, (seen.stop_mark, None))
+        if seen.stop_mark != mark:
+            at = now()
+            self._stops[id_] = seen.stop_mark, at
+        return seen if seen.stop_mark is None else dataclasses.replace(seen, asked_to_stop=at)
 
     def changed(self) -> list[str]:
         """The points that others have at work."""

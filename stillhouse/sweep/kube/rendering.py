@@ -60,7 +60,7 @@ def _evaluations(
         baselines=baselines,
         prepared=dict.fromkeys(groups.values(), True),
         live=(),
-        old_stops={},
+        since=0.0,
     )
     return actions(now, len(groups) + len(baselines), sweep.pack)
 
