@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from stillhouse.errors import AGAIN, DONE, MISTAKE, ConfigError, exit_code_of, nearest
+from stillhouse.words import say
 
 VERBS = {
     "plan": "how many points are new, done, running, failed or drifted, and what the rest costs",
@@ -278,5 +279,5 @@ def _report(call: object) -> int:
     if call.is_json:
         return verbs.status(call)
     print((page.parent / "table.md").read_text(), end="")
-    print(f"the page: {page}")
+    say(f"the page: {page}")
     return DONE

@@ -6,7 +6,8 @@
 A request is JSON, made one word by `pack`:
 
     {"runs": root, "directories": [below root], "files": [glob patterns in each],
-     "have": {directory: its state}}       a directory whose `state` is still that is left out
+     "have": {directory: its state},       a directory whose `state` is still that is left out
+     "largest": bytes, "most": bytes}      of one file, and of all: what whoever asked will take
 
 The stream is a gzipped tar of `directory/file`, its last member `manifest.json`, so that a stream
 that was cut has none:
@@ -48,6 +49,11 @@ FORMAT = 1
 MANIFEST = "manifest.json"
 # Of one stream: 200 directories of some ten files each, or adapters of a few GiB.
 MOST_FILES, MOST_BYTES = 100_000, 64 << 30
+MOST_MANIFEST = 64 << 20  # bytes; it is read as a whole
+MOST_HEADER = 1 << 20  # bytes of a name and the like: tarfile reads each into memory
+# A part of a member's name: what tasks, adapters' files and our own are called, never hidden.
+PART = re.compile(r"(?!\.)[\w.,:=+@%~|()\[\] -]{1,200}")
+SHOWN = 5  # names in an error
 STOPS = (signal.SIGTERM, signal.SIGINT)
 
 
@@ -176,8 +182,8 @@ def receive(chunks: Iterable[bytes], into: Path, asked: Json) -> Json:
     """Unpack what `send` wrote into an empty directory, and return its manifest.
 
     Whoever may write to the volume, or stand in for the pod, decides what is in the stream. So each
-    name must be one that `asked` (a request) asked for, and counts and sizes have limits; both are
-    looked at before a file is written.
+    name must be one that `asked` (a request) asked for, made of plain letters, and counts and sizes
+    have limits; all are looked at before a file is written.
 
     Raises:
         ValueError: it was cut, or is not what its manifest says, or not what was asked for; keep
@@ -185,13 +191,17 @@ def receive(chunks: Iterable[bytes], into: Path, asked: Json) -> Json:
     """
     into.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=into) as file:  # /tmp may be memory, and adapters are large
+        most = _most(asked) + MOST_MANIFEST
         for chunk in chunks:
-            if file.tell() + len(chunk) > MOST_BYTES:
-                raise ValueError(f"more than {MOST_BYTES >> 30} GiB came; nothing asks for so much")
+            if file.tell() + len(chunk) > most:
+                raise ValueError(f"more than {most:,} bytes came; nothing asks for so much")
             file.write(chunk)
         file.seek(0)
         try:
-            with tarfile.open(fileobj=file, mode="r:gz") as tar:
+            with (
+                _Bounded(fileobj=cast("Any", file), mode="rb") as plain,
+                tarfile.open(fileobj=plain, mode="r:") as tar,
+            ):
                 found = _extract(tar, into, asked)
         except (OSError, EOFError, zlib.error, tarfile.TarError) as error:
             raise ValueError(f"the stream was cut: {error}") from error
@@ -204,15 +214,28 @@ def receive(chunks: Iterable[bytes], into: Path, asked: Json) -> Json:
         odd = [
             n for n in {**found, **manifest["files"]} if found.get(n) != manifest["files"].get(n)
         ]
-        raise ValueError(f"what came is not what was sent: {', '.join(map(repr, odd))}")
+        raise ValueError(f"what came is not what was sent: {', '.join(map(repr, odd[:SHOWN]))}")
     return manifest
+
+
+def _most(asked: Json) -> int:
+    return min(asked.get("most", MOST_BYTES), MOST_BYTES)
+
+
+class _Bounded(gzip.GzipFile):
+    """A gzipped tar of which no header is so long that memory would not do."""
+
+    def read(self, size: int | None = -1) -> bytes:
+        if size is None or not 0 <= size <= MOST_HEADER:
+            raise ValueError(f"a member's header is longer than {MOST_HEADER:,} bytes")
+        return super().read(size)
 
 
 def _manifest(data: bytes, asked: Json) -> Json:
     """A manifest, of which every name was checked."""
     try:
         manifest: Any = json.loads(data)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"its manifest is not JSON ({error})") from error
     shape = {"format": int, "files": dict, "unchanged": list, "missing": list, "names": dict}
     found: Json = cast("Json", manifest) if isinstance(manifest, dict) else {}
@@ -239,7 +262,7 @@ def _is_asked(name: str, asked: Json) -> bool:
         for pattern in asked["files"]:
             wanted = pattern.split("/")
             if len(wanted) == len(parts) and all(map(fnmatch.fnmatchcase, parts, wanted)):
-                return not {"", ".", ".."} & {*parts}
+                return all(map(PART.fullmatch, parts))
     return False
 
 
@@ -248,13 +271,15 @@ def _extract(tar: tarfile.TarFile, into: Path, asked: Json) -> Json:
     size = 0
     for member in tar:
         name = member.name
-        if not member.isfile() or not (name == MANIFEST or _is_asked(name, asked)):
-            raise ValueError(f"{name!r}: not a plain file that was asked for")
-        size += member.size
-        if size > MOST_BYTES or len(found) >= MOST_FILES:
+        is_plain = member.isfile() and not member.issparse() and name not in found
+        if not is_plain or not (name == MANIFEST or _is_asked(name, asked)):
+            raise ValueError(f"{name[:200]!r}: not a plain file that was asked for")
+        largest = MOST_MANIFEST if name == MANIFEST else asked.get("largest", MOST_BYTES)
+        size += member.size if name != MANIFEST else 0
+        if member.size > largest or size > _most(asked) or len(found) >= MOST_FILES:
             raise ValueError(
-                f"more than {MOST_FILES:,} files or {MOST_BYTES >> 30} GiB came; nothing asks for"
-                " so much"
+                f"{name!r}: more than {MOST_FILES:,} files, {largest:,} bytes of this or"
+                f" {_most(asked):,} of all; nothing asks for so much"
             )
         path = into / name
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -407,3 +407,10 @@ def test_a_file_gets_lines_and_a_terminal_gets_a_board_that_stays_put(tmp_path: 
         drawn = screen.read()
     assert "1 trained, 1 running, 1 new" in drawn
     assert f"trains  lmbda=0 seed=42 ({first[:6]})  step 5/10" in drawn
+    seen[first] = Observation("waiting", cause="[/b] of \x1b[2J a registry")
+    with (tmp_path / "screen").open("w+") as screen:
+        console = Console(file=screen, force_terminal=True, width=80)
+        with Board(rows, console, has_files=False) as board:
+            board.sees(picture)
+        screen.seek(0)
+        assert "[/b] of \\x1b[2J a" in screen.read(), "as it came, and inert"

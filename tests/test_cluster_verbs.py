@@ -520,6 +520,9 @@ def test_logs_come_from_the_pod_while_it_is_there_and_then_from_what_was_collect
     job = only(fake)
     fake.logs[fake.run_pod(job)] = b"step 1\nstep 2\n"
     assert say("logs", "mine", *CLUSTER) == "step 1\nstep 2\n"
+    fake.logs[fake.pods_of(job)[0]["metadata"]["name"]] = "10%\r20%\r\n\x1b[2Jé\n".encode()
+    assert say("logs", "mine", *CLUSTER) == "10%\n20%\n\\x1b[2Jé\n"
+    fake.logs[fake.pods_of(job)[0]["metadata"]["name"]] = b"step 1\nstep 2\n"
     assert json.loads(say("logs", "mine", *CLUSTER, "--json"))["logs"].popitem()[1] == (
         "step 1\nstep 2\n"
     )

@@ -321,6 +321,25 @@ def test_teacher_and_untrained_student_of_a_self_pair_are_asked_once(place, tmp_
     assert values == {"teacher", "student"}
 
 
+def test_of_two_that_score_the_same_at_once_one_score_stays(place, tmp_path, monkeypatch):
+    spec = asked(place, tmp_path, "eval_student=false", "eval_ptq=false")
+    score, overtaken = Scorer.score, []
+
+    def slowly(self: Scorer, model: Any, task: Asked, label: str, examples: int = 0) -> Any:
+        if not overtaken:
+            overtaken.append(label)
+            harness.run_suite(spec, Never())
+            overtaken.extend(file.read_bytes() for file in scored())
+        return score(self, model, task, label, examples)
+
+    def scored() -> list[Path]:
+        return sorted(tmp_path.glob("baselines/teacher-*/eval/*.json"))
+
+    monkeypatch.setattr(Scorer, "score", slowly)
+    harness.run_suite(spec, Never())
+    assert overtaken == ["teacher", *(file.read_bytes() for file in scored())]
+
+
 # ---------------------------------------------------------------- merged and quantised again
 
 

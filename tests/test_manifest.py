@@ -5,12 +5,14 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import itertools
 import json
 import os
+import re
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import yaml
@@ -39,6 +41,7 @@ from stillhouse.sweep.kube.manifest import (
     to_yaml,
 )
 from stillhouse.sweep.kube.steps import (
+    Kind,
     Step,
     Steps,
     collect_step,
@@ -681,6 +684,23 @@ def test_nobody_may_read_secrets_and_a_worker_may_do_nothing():
     assert "stillhouse-driver" in bound
 
 
+def test_a_launcher_may_delete_what_people_are_told_to_delete_and_no_more():
+    root = k8s_dir().parent
+    texts = [*root.glob("docs/*.md"), *root.glob("k8s/*"), *root.glob("stillhouse/**/*.py")]
+    commands = [re.findall(r"kubectl delete ([a-z,]+)", file.read_text()) for file in texts]
+    told = {
+        f"{kind.rstrip('s')}s" for kinds in itertools.chain(*commands) for kind in kinds.split(",")
+    }
+    may = {rule.resource for rule in rules("stillhouse-launcher") if rule.verb == "delete"}
+    assert may == told - {"nodes"} == {"jobs", "configmaps"}
+    assert (
+        "a Node that is gone for good is deleted by whoever runs the cluster"
+        in (k8s_dir() / "access.yaml").read_text()
+    )
+    drives = {rule.resource for rule in rules("stillhouse-driver") if rule.verb == "delete"}
+    assert drives == {"jobs"}, "a driver starts nothing over"
+
+
 def test_a_driver_may_do_nothing_that_a_launcher_may_not():
     launcher, driver = rules("stillhouse-launcher"), rules("stillhouse-driver")
     own = {dataclasses.replace(rule, role="") for rule in driver}
@@ -695,6 +715,29 @@ def test_accounts_claims_and_queue_are_those_that_the_sites_name():
     assert accounts == {site.service_account, site.driver_account}
     assert claims == {site.runs_claim, site.cache_claim}
     assert queue["metadata"]["name"] == site.queue
+
+
+def test_the_kinds_of_jobs_that_go_online_are_those_that_the_network_lets_out():
+    """By what each rendered pod holds: no word to stay offline, or a tracker's key."""
+    point, sweep = tiny("suite=tiny wandb_secret=wandb hf_secret=hf")
+    file = dataclasses.replace(sweep, file="sweeps/first.yaml")
+    line = dataclasses.replace(train_step(point, sweep, fetch=True), sweep=None)
+    steps = [
+        train_step(point, sweep), line, prepare_step(point, sweep.suite, sweep),
+        eval_step([point], ["teacher-0123456789"], sweep), eval_line_step("x", Overrides({}, {})),
+        preflight_step("tiny", PREFLIGHT, []), drive_step(file, b"grid: {}\n"),
+        collect_step("first", "a laptop"), push_step("small", "a laptop"),
+    ]  # fmt: skip
+    assert {step.kind for step in steps} == set(get_args(Kind))
+    online: set[str] = set()
+    for step in steps:
+        env = environment(rendered(step, sweep.site))
+        if "HF_HUB_OFFLINE" not in env or "WANDB_API_KEY" in env:
+            online.add(step.kind)
+        assert ("HF_TOKEN" in env) <= ("HF_HUB_OFFLINE" not in env), step.kind
+    (https,) = (d for d in documents("network.yaml") if d["metadata"]["name"] == "stillhouse-https")
+    (let_out,) = https["spec"]["podSelector"]["matchExpressions"]
+    assert online == set(ONLINE) == set(let_out["values"])
 
 
 def test_the_network_is_closed_for_our_pods_alone_and_open_for_whom_it_must():

@@ -156,6 +156,14 @@ def told(name: str, data: bytes, **said: Any) -> bytes:
         (lambda n, d: (n.replace(f"{ONE}/spec.json", "/etc/x"), d), NOT_ASKED),
         (lambda n, d: (n.replace("eval/", "eval/../"), d), NOT_ASKED),
         (lambda n, d: (n.replace(ONE, TWO), d), NOT_ASKED),
+        (lambda n, d: (n.replace("eval/", "eval/\x1b[2J"), d), NOT_ASKED),
+        (lambda n, d: (n.replace("eval/", "eval/\u202e"), d), NOT_ASKED),
+        (lambda n, d: (n.replace("eval/", "eval/a\\"), d), NOT_ASKED),
+        (lambda n, d: (n.replace("eval/", "eval/a\n"), d), NOT_ASKED),
+        (lambda n, d: (n.replace("eval/", "eval/."), d), NOT_ASKED),
+        (lambda n, d: (n.replace("eval/", f"eval/{'a' * 250}"), d), NOT_ASKED),
+        (lambda n, d: (n.replace("metrics.jsonl", "spec.json"), d), NOT_ASKED),  # twice
+        (lambda n, d: (n, b"[" * 100_000 if n == "manifest.json" else d), "is not JSON"),
         (lambda n, d: (n, told(n, d, names={"../../outside/evil": ONE})), "no name of a run"),
         (lambda n, d: (n, told(n, d, names={"/absolute": ONE})), "no name of a run"),
         (lambda n, d: (n, told(n, d, names={"a\nb": ONE})), "no name of a run"),
@@ -185,6 +193,33 @@ def test_more_files_or_bytes_than_anything_asks_for_are_refused_before_they_are_
                 received(request(runs, ONE), tmp_path / name)
         written = [path for path in (tmp_path / name).rglob("*") if path.is_file()]
         assert sum(path.stat().st_size for path in written) <= 10_000
+
+
+def test_the_limits_of_a_request_hold_for_its_answer_before_anything_of_it_is_written(
+    runs: Path, tmp_path: Path
+) -> None:
+    for limit in ({"largest": 100}, {"most": 150}):
+        with pytest.raises(ValueError, match="nothing asks for so much"):
+            received(request(runs, ONE) | limit, tmp_path / "home")
+        written = [path for path in (tmp_path / "home").rglob("*") if path.is_file()]
+        assert sum(path.stat().st_size for path in written) <= 150
+
+
+def test_a_header_that_memory_would_not_hold_is_refused(runs: Path, tmp_path: Path) -> None:
+    """A gibibyte of zeros packs to a megabyte: it is the header that says how much is read."""
+    info = tarfile.TarInfo("x")
+    info.type, info.size = tarfile.XHDTYPE, 1 << 30
+    bomb = gzip.compress(info.tobuf(tarfile.USTAR_FORMAT) + bytes(1 << 21), compresslevel=1)
+    with pytest.raises(ValueError, match="header is longer than"):
+        parcel.receive([bomb], tmp_path / "home", request(runs, ONE))
+
+
+def test_a_sparse_file_is_no_plain_one(runs: Path, tmp_path: Path) -> None:
+    info = tarfile.TarInfo(f"{ONE}/spec.json")
+    info.type = tarfile.GNUTYPE_SPARSE
+    stream = gzip.compress(info.tobuf(tarfile.GNU_FORMAT) + bytes(1024))
+    with pytest.raises(ValueError, match=NOT_ASKED):
+        parcel.receive([stream], tmp_path / "home", request(runs, ONE))
 
 
 def test_a_file_that_grows_is_sent_as_far_as_it_was(runs: Path, tmp_path: Path) -> None:

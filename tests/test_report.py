@@ -5,7 +5,9 @@
 
 from __future__ import annotations
 
+import csv
 import dataclasses
+import io
 import itertools
 import math
 import re
@@ -20,7 +22,7 @@ from stillhouse.errors import ConfigError
 from stillhouse.results import plots
 from stillhouse.results.curves import Group, Run, grouped, jumps, named, over_steps, read, score_key
 from stillhouse.results.figures import draw
-from stillhouse.results.layout import duration, interval, probability, signed
+from stillhouse.results.layout import as_csv, duration, interval, probability, signed
 from stillhouse.results.predictions import Predictions
 from stillhouse.results.report import _share, commands, cost_table, failure_table, write_report
 from stillhouse.results.table import load
@@ -152,6 +154,37 @@ def test_what_failed_and_why_is_on_the_page(runs: Path) -> None:
     assert CAUSE in text, "angle brackets are escaped, not lost"
     assert "2 of 12 points are not scored in full" in text
     assert "So far, with 10 of 12 points scored" in text
+
+
+def test_what_others_wrote_is_inert_in_every_file(tmp_path: Path) -> None:
+    asked = ["=1+1 {question}", "+{question}", "@SUM {question} $\\frac$"]
+    cause = "=bad\x1b]0;owned\x07 <img src=x> row"
+    write_sample(tmp_path, Sample(
+        axes={"prompt_template": asked}, ability=lambda _: 0.0, failed={0: cause}, compare=None,
+        question="=1+1 \x1b[2J?", baselines=(), steps=4,
+    ))  # fmt: skip
+    page = write_report("sample", tmp_path)
+    for file in (page, *page.parent.glob("*.csv"), page.parent / "table.md"):
+        text = file.read_text()
+        assert not [c for c in text if ord(c) < 32 and c not in "\n\t"], file.name
+    assert "<img" not in page.read_text() and "&lt;img src=x&gt;" in page.read_text()
+    for file in page.parent.glob("*.csv"):
+        for row in csv.reader(file.read_text().splitlines()):
+            assert not [cell for cell in row if cell.startswith(("=", "+", "@"))], file.name
+    points = (page.parent / "points.csv").read_text()
+    assert all(f"'{template}" in points for template in asked)
+
+
+def test_text_that_begins_a_formula_gets_an_apostrophe_and_numbers_stay_numbers() -> None:
+    begins = ["=1+1", "+1", "-1", "@SUM(A1)", "\t=1", "\r=1", "\n=1"]
+    for text in begins:
+        (_, row) = csv.reader(io.StringIO(as_csv([{"arm": text, "n": 1}]), newline=""))
+        assert row[0].startswith("'") and row[1] == "1"
+    numbers = {"a": -1, "b": -0.5, "c": 1e-7, "d": True, "e": None, "f": float("nan")}
+    plain = pd.DataFrame([numbers, {"a": 2}])
+    assert as_csv(plain) == plain.to_csv(index=False)
+    assert as_csv([{"=x": 1}, {"=x": -2}]) == "'=x\n1\n-2\n"
+    assert as_csv([{"arm": "a = -1"}]) == "arm\na = -1\n"
 
 
 def test_points_with_one_cause_fail_in_one_row(tmp_path: Path) -> None:

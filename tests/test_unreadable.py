@@ -240,7 +240,8 @@ def test_what_a_terminal_would_act_on_is_spelt_out(runs: list[RunDir], said: Sai
     assert visible("a\x1b[2J\x07b\r\u202ec\td\n") == "a\\x1b[2J\\x07b\\r\\u202ec\td\n"
     runs[0].update_status(phase="failed", exit_code=42, cause="bad\x1b]0;owned\x07 row")
     (runs[0].adapter / "stillhouse.json").unlink()
-    for verb in ("status", "plan"):
-        target = "grid" if verb == "status" else "pair=tiny"
+    runs[0].log_file.write_text("10%\r20%\nstep \x1b[31m3\n")
+    for verb, target in (("status", "grid"), ("plan", "pair=tiny"), ("logs", "grid")):
         text = said(verb, target)[1]
         assert not [c for c in text if ord(c) < 32 and c not in "\n\t"]
+    assert "step \\x1b[31m3" in text and "10%\n20%\n" in text

@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from stillhouse.errors import visible
 from stillhouse.results.comparisons import Comparison
 from stillhouse.results.stats import Estimate, number
+from stillhouse.results.table import Frame
 
 Table = tuple[list[str], list[list[str]]]  # header, rows
+BEGINS_A_FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n")
 ROUNDING = 1e-12  # of a difference of two scores: far above float64's, far below one document's
 
 
@@ -72,11 +75,24 @@ def records(family: Iterable[Comparison]) -> list[dict[str, Any]]:
     ]
 
 
-def as_csv(rows: Iterable[Mapping[str, Any]]) -> str:
-    """Rows as a CSV file's text; a row that lacks a column leaves it empty."""
+def as_csv(rows: Frame | Iterable[Mapping[str, Any]]) -> str:
+    """Rows as a CSV file's text; a row that lacks a column leaves it empty.
+
+    Names and values come from whoever wrote the sweep, and a spreadsheet runs what begins like a
+    formula: such text, and no number, gets an apostrophe before it.
+    """
     import pandas as pd
 
-    return pd.DataFrame(list(rows)).to_csv(index=False)
+    frame = pd.DataFrame(rows if isinstance(rows, pd.DataFrame) else list(rows))
+    cells = {name: [_inert(cell) for cell in frame[name]] for name in frame.columns}
+    columns = {_inert(name): pd.Series(cells[name], dtype=object) for name in frame.columns}
+    return pd.DataFrame(columns).to_csv(index=False)
+
+
+def _inert(cell: Any) -> Any:
+    if not isinstance(cell, str):
+        return cell
+    return f"'{visible(cell)}" if cell.startswith(BEGINS_A_FORMULA) else visible(cell)
 
 
 def signed(value: float) -> str:

@@ -6,6 +6,7 @@ same tables as Markdown and CSV and the same figures as SVG and PNG.
 
 from __future__ import annotations
 
+import html
 import re
 import shlex
 import time
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from stillhouse.compose import data_file
-from stillhouse.errors import DIVERGED, MISTAKE, OUT_OF_MEMORY, STOPPED
+from stillhouse.errors import DIVERGED, MISTAKE, OUT_OF_MEMORY, STOPPED, visible
 from stillhouse.results import (
     budget,
     calibration,
@@ -95,8 +96,8 @@ def write_report(sweep_name: str, runs: Path) -> Path:
         "costs": cost_table(frame),
     }
     files = {
-        "points.csv": frame.to_csv(index=False),
-        "table.csv": arms.to_csv(index=False),
+        "points.csv": as_csv(frame),
+        "table.csv": as_csv(arms),
         "table.md": _markdown(content),
         "comparisons.csv": as_csv(
             {"family": name, **record}
@@ -134,7 +135,11 @@ def _page(**content: Any) -> str:
 
     loader = FileSystemLoader(Path(__file__).parent)
     environment = Environment(
-        loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True
+        loader=loader,
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        finalize=lambda value: visible(value) if type(value) is str else value,  # not our own HTML
     )
     return environment.get_template("report.html.j2").render(**content)
 
@@ -153,7 +158,7 @@ def _markdown(content: Mapping[str, Any]) -> str:
         parts.append(section.note)
     if content["costs"][1]:
         parts += ["## What it cost", to_markdown(*content["costs"]).rstrip()]
-    return "\n\n".join(part for part in parts if part) + "\n"
+    return visible("\n\n".join(part for part in parts if part) + "\n")
 
 
 def inline(picture: Picture) -> str:
@@ -166,7 +171,7 @@ def inline(picture: Picture) -> str:
     width, height = re.findall(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', text)[0]
     opening = (
         f'<svg viewBox="0 0 {width} {height}" style="max-width: {float(width) * 4 / 3:.0f}px"'
-        f' role="img" aria-label="{picture.title}">'
+        f' role="img" aria-label="{html.escape(picture.title)}">'
     )
     return opening + text[text.index(">") + 1 :]
 

@@ -24,6 +24,7 @@ from stillhouse.sweep.endings import forget_failures
 from stillhouse.sweep.grid import Sweep
 from stillhouse.sweep.plan import Baseline, Observation, baselines_of, groups_of, observe
 from stillhouse.sweep.roster import Roster
+from stillhouse.words import say
 
 Observations = Mapping[str, Observation]
 
@@ -286,6 +287,6 @@ def _ask_to_stop(row: roster.Row, seen: Observation) -> bool:
     try:
         os.kill(seen.pid, signal.SIGTERM)
     except (ProcessLookupError, PermissionError) as error:
-        print(f"  cannot stop {row}, process {seen.pid}: {error}", file=sys.stderr)
+        say(f"  cannot stop {row}, process {seen.pid}: {error}", file=sys.stderr)
         return False
     return True

@@ -9,6 +9,7 @@ from pathlib import Path
 from stillhouse.sweep.listing import FAILED, SHOWN
 from stillhouse.sweep.plan import Observation, observe
 from stillhouse.sweep.roster import Roster, log_file
+from stillhouse.words import say
 
 TAIL_LINES = 10  # of each log, where several are shown
 FOLLOW_S = 0.3  # how often a followed log is looked at
@@ -58,7 +59,7 @@ def _show_new(title: str, path: Path, shown: dict[Path, int], is_single: bool) -
         new = file.read()
     lines = new.decode(errors="replace").splitlines()
     if not is_single:
-        print(f"==> {title} <==")
+        say(f"==> {title} <==")
         lines = lines if path in shown else lines[-TAIL_LINES:]
-    print("\n".join(lines), flush=True)
+    say("\n".join(lines), flush=True)
     shown[path] = shown.get(path, 0) + len(new)

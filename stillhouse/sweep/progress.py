@@ -251,10 +251,11 @@ class Board:
                 said.insert(0, pace.told(at.done, at.of, clock))
             elif why := _waits(action, picture):
                 said.insert(0, why)
-            rows.add_row(f"  {DOING[action.kind]}", about(action, self.roster), ", ".join(said))
+            cells = (f"  {DOING[action.kind]}", about(action, self.roster), ", ".join(said))
+            rows.add_row(*(Text(visible(cell)) for cell in cells))  # no markup in others' words
         more = len(picture.live) - LIVE_ROWS
         tail = [Text(f"  and {more} more")] if more > 0 else []
-        return Group(Text(", ".join(words)), bar, rows, *tail)
+        return Group(Text(visible(", ".join(words))), bar, rows, *tail)
 
 
 def _waits(action: Action, picture: Picture) -> str | None:

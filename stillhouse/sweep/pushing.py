@@ -20,6 +20,7 @@ from stillhouse.sweep.kube.collect import size
 from stillhouse.sweep.kube.manifest import image_problem
 from stillhouse.sweep.kube.push import PUSHED, Load
 from stillhouse.sweep.site import CLUSTER
+from stillhouse.words import say
 
 
 def push(call: Call) -> int:
@@ -56,8 +57,8 @@ def _push(call: Call, load: Load) -> int:
         said = {"path": there, "words": words, "files": len(files), "bytes": load.bytes}
         print(json.dumps(said | {"sent": sent}))
         return DONE
-    print(f"{size(sent)} were sent; pods find it at {there}" if sent else f"{there} was there")
-    print(f"  {words}{f'   ({more})' if more else ''}")
+    say(f"{size(sent)} were sent; pods find it at {there}" if sent else f"{there} was there")
+    say(f"  {words}{f'   ({more})' if more else ''}")
     return DONE
 
 
@@ -79,8 +80,8 @@ def words_for(load: Load, there: str) -> tuple[str, str]:
 
 def _print(lines: list[str]) -> None:
     for line in lines:
-        print(line)
+        say(line)
 
 
 def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    say(text, file=sys.stderr, flush=True)

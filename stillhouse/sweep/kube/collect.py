@@ -45,6 +45,9 @@ WEIGHTS = ("adapter/*",)
 STAGE = ".collecting"  # below runs: what has come and is not in its place yet
 BATCH = 200  # directories of one request: it travels in a URL, and some proxies cut at 8 KB
 BATCH_BYTES = 1 << 30  # of adapters; what is lost when a stream is cut
+# Bytes of one file that come at most: a metrics.jsonl of a million steps, a log; then a verdict.
+LARGEST_SMALL, LARGEST_VERDICT = 1 << 28, 1 << 24
+SLACK = 1 << 26  # bytes on top of what contracts say of adapters: the contracts themselves
 SHOWN = 5  # directories that a list names before it only counts them
 
 
@@ -120,7 +123,8 @@ def fetch_log(cluster: Cluster, site: SiteSpec, sweep: str, file: str, say: Say)
         Holder(cluster, site, sweep, say) as holder,
     ):
         stage = Path(place) / "stage"
-        holder.ask({"directories": [directory], "files": [glob.escape(name)]}, stage)
+        wanted = {"directories": [directory], "files": [glob.escape(name)]}
+        holder.ask(wanted | {"largest": LARGEST_SMALL}, stage)
         path = stage / file
         return path.read_bytes() if path.exists() else None
 
@@ -173,7 +177,8 @@ class _Home:
     def fetch_verdicts(self) -> None:
         """What preflights found on the cluster, where nothing newer is known here."""
         there = Runs(self.runs).verdicts
-        self.holder.ask({"directories": [there.name], "files": ["*.json"]}, self.stage)
+        wanted = {"directories": [there.name], "files": ["*.json"], "largest": LARGEST_VERDICT}
+        self.holder.ask(wanted, self.stage)
         for came in sorted((self.stage / there.name).glob("*.json")):
             name = f"{there.name}/{came.name}"
             try:
@@ -203,8 +208,7 @@ class _Home:
         batch: list[str] = []
         weight = 0
         for directory in directories:
-            contract = RunDir(self.runs / directory).contract() or {"files": {}}
-            own = sum(entry["size"] for entry in contract["files"].values())
+            own = self._weight(directory)
             if batch and (weight + own > BATCH_BYTES or len(batch) == BATCH):
                 yield batch
                 batch, weight = [], 0
@@ -213,9 +217,18 @@ class _Home:
         if batch:
             yield batch
 
+    def _weight(self, directory: str) -> int:
+        """Bytes of a run's adapter, as its contract says."""
+        contract = RunDir(self.runs / directory).contract() or {"files": {}}
+        return sum(entry["size"] for entry in contract["files"].values())
+
     def _ask(self, batch: Sequence[str], files: Sequence[str], have: dict[str, str]) -> Json:
         """Fetch and put into place the files of some directories; the manifest of what came."""
-        request = {"directories": list(batch), "files": list(files), "have": have}
+        request: Json = {"directories": list(batch), "files": list(files), "have": have}
+        if files is WEIGHTS:
+            request["most"] = sum(map(self._weight, batch)) + SLACK
+        else:
+            request["largest"] = LARGEST_SMALL
         manifest = self.holder.ask(request, self.stage)
         for directory in batch:
             came = [name for name in manifest["files"] if name.startswith(f"{directory}/")]

@@ -6,10 +6,12 @@ else the one on the volume, which a short-lived pod sends.
 
 from __future__ import annotations
 
+import codecs
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from stillhouse.errors import visible
 from stillhouse.rundir import Json
 from stillhouse.spec import SiteSpec
 from stillhouse.sweep.backends.cluster import ApiError, Cluster
@@ -21,6 +23,7 @@ from stillhouse.sweep.listing import FAILED, SHOWN
 from stillhouse.sweep.logs import TAIL_LINES
 from stillhouse.sweep.plan import Observation
 from stillhouse.sweep.roster import Roster, Row
+from stillhouse.words import say
 
 FOLLOW_S = 2.0  # how often we look again whether a pod that is waited for has begun
 
@@ -48,9 +51,9 @@ def show(sources: Sources, follows: bool) -> bool:
     tails |= {job.name: _tail_of(sources.cluster, job) for job in others[-SHOWN:]}
     found = {title: tail for title, tail in tails.items() if tail}
     for title, tail in found.items():
-        print(f"==> {title} <==\n{tail}", flush=True)
+        say(f"==> {title} <==\n{tail}", flush=True)
     if follows:
-        print("-f follows one point: name it with --point", file=sys.stderr)
+        _say("-f follows one point: name it with --point")
     return bool(found)
 
 
@@ -72,9 +75,11 @@ def _of_interest(sources: Sources) -> list[Row]:
 
 def _show_one(sources: Sources, row: Row, follows: bool) -> bool:
     found = False
+    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")  # pieces end anywhere
     for piece in _followed(sources, row) if follows else _whole(sources, row):
         found = True
-        sys.stdout.write(piece.decode(errors="replace"))
+        text = decoder.decode(piece).replace("\r\n", "\n").replace("\r", "\n")
+        sys.stdout.write(visible(text))
         sys.stdout.flush()
     return found
 
@@ -90,7 +95,7 @@ def _whole(sources: Sources, row: Row) -> Iterator[bytes]:
             _raise_unless_missing(error)
     here = sources.rows.run(row.id).log_file
     if here.is_file():
-        print(f"(as collected: {here})", file=sys.stderr)
+        _say(f"(as collected: {here})")
         yield here.read_bytes()
         return
     if sources.observations[row.id].state == "new":
@@ -170,4 +175,4 @@ def _raise_unless_missing(error: ApiError) -> None:
 
 
 def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    say(text, file=sys.stderr, flush=True)

@@ -74,7 +74,7 @@ def _dry_run(line: Line) -> int:
     sys.stdout.write(line.manifest.decode())
     problem = image_problem(line.site)
     if problem:
-        print(f"not to be sent as it is: {problem}", file=sys.stderr)
+        show(f"not to be sent as it is: {problem}", sys.stderr)
     more = [f"ConfigMap stillhouse-code-{line.code.key} (the code)"]
     more += ["the name, in ConfigMap stillhouse-names"] if line.kind == "train" else []
     print(f"would be sent too, where it is not there yet: {', '.join(more)}", file=sys.stderr)
