@@ -283,9 +283,8 @@ def _text(value: Any) -> str:
 
 
 def _is_plain_key(text: Any) -> bool:
-    if not isinstance(text, str):  # of a sweep file, before anybody checked it
-        return False
-    return re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", text) is not None and _is_plain_word(text)
+    # What is no text is of a sweep file, before anybody checked it.
+    return isinstance(text, str) and ":" not in text and _is_plain_word(text)
 
 
 def _is_plain_word(text: str) -> bool:

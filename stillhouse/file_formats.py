@@ -215,6 +215,9 @@ class _Sweep(TypedDict):
     points: list[_Point]
     baselines: list[_Baseline]
     suite: dict[str, Any] | None
+    path: NotRequired[str | None]
+    cache_dir: NotRequired[str | None]
+    commits: NotRequired[dict[str, str] | None]
 
 
 @with_config(_LENIENT)

@@ -60,6 +60,8 @@ def odd_files(run: RunDir) -> list[tuple[str, Path, bytes]]:
         ("a step in words", run.status_file, json.dumps(status | {"step": "9"}).encode()),
         ("no versioned fields", run.spec_file, less(record, "versioned")),
         ("no code", run.spec_file, less(record, "code")),
+        ("no number", run.spec_file,
+         json.dumps(record | {"versioned": {"data": {"x": float("inf")}}}).encode()),
         ("another format", run.spec_file, json.dumps(record | {"format": 99}).encode()),
         ("no files", run.adapter / "stillhouse.json", less(contract, "files")),
         ("a file of no size", run.adapter / "stillhouse.json",
@@ -113,7 +115,9 @@ def test_a_sweeps_record_that_is_odd_is_one_line_and_its_runs_are_found_by_id(
     record = Path("runs/sweeps/grid.json")
     whole = json.loads(record.read_bytes())
     for content in (b'{"format":1}', b"{", json.dumps(whole | {"points": [{}]}).encode(),
-                    json.dumps(whole | {"suite": {"tasks": 5}}).encode()):  # fmt: skip
+                    json.dumps(whole | {"suite": {"tasks": 5}}).encode(),
+                    json.dumps(whole | {"cache_dir": []}).encode(),
+                    json.dumps(whole | {"commits": ["a"]}).encode()):  # fmt: skip
         record.write_bytes(content)
         code, text = said("status")
         assert code == 42 and "other: 1 point: 1 done" in text and str(record) in text, content

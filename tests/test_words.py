@@ -37,6 +37,7 @@ VALUES = {
     "data.data_path": TEXT,
     "data.prompt_template": TEXT,
     "data.chat_template_kwargs": st.dictionaries(TEXT, SETTING, max_size=3),
+    "place.commits": st.dictionaries(st.from_regex(r"[A-Za-z/._@-]{1,9}", fullmatch=True), TEXT),
     "site.pod_env": st.dictionaries(TEXT, TEXT, max_size=2),
     "optim.learning_rate": st.floats(allow_nan=False),
 }

@@ -144,6 +144,7 @@ def refuse_another_sweep(before: Json | None, sweep: Sweep, where: str) -> None:
     """
     if before is None or sweep.file is None or not before.get("path"):
         return
+    checked(before, SWEEP, Path(where) / sweep.name, MEND)
     was, is_ = Path(before["path"]), Path(sweep.file).resolve()
     if was == is_:
         return
@@ -247,7 +248,9 @@ def read(runs: Path, name: str) -> Roster | None:
 
 def recorded_commits(runs: Path, name: str) -> dict[str, str]:
     """What open revisions meant when the sweep of this name first ran here; {} where it did not."""
-    return (read_json(Runs(runs).sweep_file(name)) or {}).get("commits") or {}
+    file = Runs(runs).sweep_file(name)
+    record = read_json(file)
+    return {} if record is None else checked(record, SWEEP, file, MEND).get("commits") or {}
 
 
 def of_record(record: Json, runs: Path, where: str) -> Roster:
