@@ -119,7 +119,9 @@ def test_of_an_installed_package_its_record_says_what_is_of_it(tmp_path: Path):
     git(tmp_path.parent, "init", "-q", str(tmp_path))  # an environment inside somebody's checkout
     assert set(project_files(site, ["stillhouse"])) == set(listed)
     put(site / "stillhouse" / "conf" / "site" / "mine.yaml")
-    with pytest.raises(ConfigError, match="RECORD lists.*move it away, or add its line to RECORD"):
+    with pytest.raises(
+        ConfigError, match="RECORD lists.*move it away, or add its line to RECORD .PATH"
+    ):
         project_files(site, ["stillhouse"])
 
 

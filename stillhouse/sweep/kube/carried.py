@@ -39,7 +39,7 @@ def project_files(root: Path, names: Sequence[str]) -> dict[str, Path]:
             f"{_some(links)}: a link, and links are not followed: no pod would have it. Put the"
             " file itself there, or move the link away"
         )
-    listed, cure = _recorded(root), "move it away, or add its line to RECORD"
+    listed, cure = _recorded(root), "move it away, or add its line to RECORD (PATH,,)"
     if listed is None:
         listed = _tracked(root, names)
         cure = "`git add` it (-f where .gitignore has it), or move it away"
