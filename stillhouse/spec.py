@@ -516,7 +516,7 @@ class SiteSpec:
     cpu: Positive  # cores per process
     memory_gib: Positive  # per process
     shm_gib: Positive  # /dev/shm of a pod; counts in its memory
-    deadline_s: Count  # of a Job, from its start; it begins anew after a suspension
+    deadline_s: Count  # of a Job, from its start; begins anew after a suspension by Kueue
     grace_s: Count  # between SIGTERM and SIGKILL: a save must fit
     patience_s: (
         Count  # a Job that cannot start (image, secret, volume, quota) keeps its slot so long

@@ -140,6 +140,16 @@ class Hands:
                     self._end_pod(name, ns, exit_code, message, "Error")
                     self.store.vanish("pods", ns, name)
 
+    def let_go(self, job: str, ns: str = "lab") -> None:
+        """The Job is deleted, and its pods are not (`--cascade=orphan`)."""
+        with self.store.changed:
+            pods = self.pods_of(job, ns)
+            self.store.delete(RESOURCES["jobs"], ns, job, {"propagationPolicy": "Orphan"})
+            for pod in pods:
+                name = pod["metadata"]["name"]
+                meta = {"metadata": {"ownerReferences": None}}
+                self.store.patch(RESOURCES["pods"], ns, name, meta)
+
     # How a Job ends.
 
     def complete(self, job: str, message: str = "", ns: str = "lab") -> None:
@@ -222,13 +232,17 @@ class Hands:
         self, job: str, queue: str = "lab", state: str = "pending", message: str = "",
         ns: str = "lab",
     ) -> Json:  # fmt: skip
-        """The Workload of a Job: pending, admitted, inadmissible, preempted or finished.
+        """The Workload of a Job: pending, admitted, inadmissible, oversized, deactivated, checking,
+        preempted or finished.
 
         `message` takes the place of what Kueue says about quota or preemption.
         """
         owner = self._need("jobs", job, ns)["metadata"]
         lacks = f"insufficient unused quota for nvidia.com/gpu in flavor {queue}, 1 more needed"
         lacks = f"couldn't assign flavors to pod set main: {lacks}"
+        never = f"insufficient quota for nvidia.com/gpu in flavor {queue}, previously considered"
+        never += " podsets requests (0) + current podset request (4) > maximum capacity (2)"
+        never = f"couldn't assign flavors to pod set main: {never}"
         by = "Preempted to accommodate a workload (UID: 1, JobUID: 2) due to prioritization in the"
         by = message or f"{by} ClusterQueue; preemptor path: /{queue}; preemptee path: /{queue}"
         missing = f"LocalQueue {queue} doesn't exist"
@@ -239,6 +253,12 @@ class Hands:
         done = ("Finished", "True", "Succeeded", "Reached expected number of succeeded pods")
         conditions = {
             "pending": [("QuotaReserved", "False", "Pending", message or lacks)],
+            "oversized": [("QuotaReserved", "False", "Pending", never)],
+            "deactivated": [
+                ("QuotaReserved", "False", "Pending", "The workload is deactivated"),
+                ("Evicted", "True", "Deactivated", "The workload is deactivated"),
+            ],
+            "checking": admitted[:1],
             "inadmissible": [("QuotaReserved", "False", "Inadmissible", message or missing)],
             "admitted": admitted,
             "preempted": [
@@ -253,6 +273,8 @@ class Hands:
         status: Json = {"conditions": [self._condition(*c, probe=None) for c in conditions]}
         for condition in status["conditions"]:
             del condition["lastProbeTime"]
+        if state == "checking":
+            status["admissionChecks"] = [{"name": "budget", "state": "Pending", "message": ""}]
         if state in ("admitted", "finished"):
             assigned = {"name": "main", "count": 1, "flavors": {"nvidia.com/gpu": queue}}
             status["admission"] = {"clusterQueue": queue, "podSetAssignments": [assigned]}
@@ -262,7 +284,10 @@ class Hands:
                 "labels": {"kueue.x-k8s.io/job-uid": owner["uid"]},
                 "ownerReferences": [_owner("batch/v1", "Job", owner)],
             },
-            "spec": {"queueName": queue, "active": True, "podSets": [{"name": "main", "count": 1}]},
+            "spec": {
+                "queueName": queue, "active": state != "deactivated",
+                "podSets": [{"name": "main", "count": 1}],
+            },
             "status": status,
         }, ns)  # fmt: skip
 

@@ -598,6 +598,54 @@ def test_a_pair_that_cannot_be_prepared_is_named_and_tried_again(
     assert say("status", name, *CLUSTER).startswith(f"{name}: 4 points: 4 new")
 
 
+def test_a_pair_that_waits_says_why_and_another_site_is_heeded(
+    fake: FakeApi, tmp_path: Path, say: Callable[..., str]
+) -> None:
+    def driver(*more: str) -> subprocess.Popen[str]:
+        words = [sys.executable, "-m", "stillhouse", "run", *GRID, *CLUSTER, *SITE, *more]
+        return subprocess.Popen(words, cwd=tmp_path, stdout=subprocess.PIPE, text=True)
+
+    def uid(job: str) -> str:
+        return ((fake.get("jobs", job) or {}).get("metadata") or {}).get("uid", "")
+
+    first = driver()
+    _until(lambda: bool(fake.names("jobs")))
+    job = only(fake, "prepare")
+    fake.pending(job, "ImagePullBackOff", "not found")
+    first.send_signal(signal.SIGINT)
+    first.communicate(timeout=30)
+    name = grid().name
+    why = f"preparing {job}: waits: image not pulled: not found"
+    assert why in say("status", name, *CLUSTER)
+    told = json.loads(say("status", name, *CLUSTER, "--json"))
+    assert any(why in line for line in told["remarks"])
+    before = uid(job)
+    second = driver("image=lab.example/other@sha256:" + "b2" * 32)
+    _until(lambda: job not in fake.names("jobs") or uid(job) != before)
+    _until(lambda: job in fake.names("jobs"))
+    second.send_signal(signal.SIGINT)
+    second.communicate(timeout=30)
+    there = fake.get("jobs", job) or {}
+    assert "lab.example/other" in there["spec"]["template"]["spec"]["containers"][0]["image"]
+    # Another sweep of the same pair waits for the same Job.
+    say("run", *GRID, "name=other", "lmbda=0.25", *CLUSTER, *SITE, "--detach")
+    other = grid(Path("runs"), "name=other", "lmbda=0.25").name
+    assert f"preparing {job}: waits" in say("status", other, *CLUSTER)
+
+
+def test_a_pod_that_goes_on_without_its_job_is_seen_and_nothing_is_sent_beside_it(
+    fake: FakeApi, say: Callable[..., str]
+) -> None:
+    say(*train("mine"))
+    job = only(fake)
+    pod = fake.run_pod(job)
+    fake.let_go(job)
+    out = say("status", "mine", *CLUSTER)
+    assert "1 running" in out and f"pod {pod} goes on, its Job was deleted without it" in out
+    assert "nothing was sent" in (out := say(*train("mine"))) and pod in out
+    assert fake.names("jobs") == []
+
+
 def test_a_run_that_still_saves_is_waited_for(fake: FakeApi, say: Callable[..., str]) -> None:
     fake.pods_linger = True
     say(*train("mine"))

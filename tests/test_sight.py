@@ -25,8 +25,8 @@ from stillhouse.sweep.kube.reasons import (
     End,
     Reason,
     how_it_failed,
-    quantity,
 )
+from stillhouse.sweep.kube.refusals import quantity
 from stillhouse.sweep.kube.scene import Scene
 from stillhouse.sweep.kube.settle import attempts, attempts_patch, records_of, times_of
 from stillhouse.sweep.kube.sight import Sight

@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import signal
 from collections.abc import Generator, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -94,6 +94,10 @@ class Backend(Protocol):
         """What is at work, or waits to be."""
         ...
 
+    def waits(self) -> Mapping[Action, str]:
+        """Why something live is not at work, where no point's state says it."""
+        ...
+
     def start(self, task: Task) -> None:
         """Take a task on; returns at once."""
         ...
@@ -119,6 +123,7 @@ class Picture:
     observations: Mapping[str, Observation]
     live: Sequence[Action]
     is_stopping: bool
+    waits: Mapping[Action, str] = field(default_factory=dict[Action, str])  # `Backend.waits`
 
 
 @runtime_checkable
@@ -223,7 +228,8 @@ class Drive:
 
     def _turn(self, is_stopping: bool = False) -> None:
         live = tuple(self.backend.live())
-        self.watcher.sees(Picture(self.roster, self.observations, live, is_stopping))
+        waits = self.backend.waits()
+        self.watcher.sees(Picture(self.roster, self.observations, live, is_stopping, waits))
         for finished in self.backend.wait(TICK_S):
             self._finish(finished)
 

@@ -147,6 +147,15 @@ class Lines:
             if seen.state == "waiting" and seen.cause and not seen.is_trained:
                 causes.setdefault(fingerprint(seen), []).append(seen.cause)
         words = {kind: f"{len(found)} wait: {found[0]}" for kind, found in causes.items()}
+        tasks: dict[str, list[Action]] = {}
+        for action, why in picture.waits.items():
+            kind = f"{action.kind} {fingerprint(Observation('waiting', why))}"
+            tasks.setdefault(kind, []).append(action)
+        for kind, actions in tasks.items():
+            who = f"{len(actions)} Jobs wait"
+            if len(actions) == 1:
+                who = f"{DOING[actions[0].kind]} {about(actions[0], self.roster)}, waits"
+            words[kind] = f"{who}: {picture.waits[actions[0]]}"
         if trouble := self.trouble():
             words[TROUBLE] = f"requests are tried again: {trouble}"
         self.since = {kind: self.since.get(kind, clock) for kind in words}
@@ -259,7 +268,9 @@ class Board:
 
 
 def _waits(action: Action, picture: Picture) -> str | None:
-    """Why a task does not run, as its first point says; None where it does."""
+    """Why a task does not run, as its first point or its Job says; None where it does."""
+    if action in picture.waits:
+        return picture.waits[action]
     seen = picture.observations.get(action.points[0]) if action.points else None
     return seen.cause if seen is not None and seen.state == "waiting" else None
 

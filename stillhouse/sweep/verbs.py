@@ -228,7 +228,7 @@ def status(call: Call) -> int:
     if call.is_json:
         said = listing.as_json(rows, observations)
         cost = {"cost": ground.spent(rows).as_json()} if call.shows_cost else {}
-        _print_json(said | cost | {"remarks": ground.remarks(rows)})
+        _print_json(said | cost | {"remarks": [line.strip() for line in ground.remarks(rows)]})
         return code
     say(listing.headline(rows, observations))
     if call.shows_all or len(rows.rows) == 1:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import concurrent.futures
 import time
 from collections import deque
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -19,17 +20,26 @@ from stillhouse.errors import AGAIN, DONE
 from stillhouse.rundir import Json
 from stillhouse.spec import suite_key
 from stillhouse.sweep.backends.cluster import Cluster
-from stillhouse.sweep.backends.making import KEEP_S, Maker, Whose, Work
+from stillhouse.sweep.backends.making import KEEP_S, Made, Maker, Whose, Work
 from stillhouse.sweep.drive import Finished, Task
 from stillhouse.sweep.grid import Sweep
 from stillhouse.sweep.kube.bundle import bundle
 from stillhouse.sweep.kube.facts import DELETED, keys_of
 from stillhouse.sweep.kube.ledger import Record, prepare_of, score_of, sweeps
-from stillhouse.sweep.kube.reasons import CANNOT_START, End, by_age, end_of_pod, is_killed_by_memory
+from stillhouse.sweep.kube.reasons import (
+    CANNOT_START,
+    End,
+    by_age,
+    end_of_pod,
+    is_killed_by_memory,
+    why_orphan,
+)
+from stillhouse.sweep.kube.refusals import why_not_made
+from stillhouse.sweep.kube.renewing import carried_attempts, is_better_made_anew, of_other_site
 from stillhouse.sweep.kube.scene import ENDED, baselines_seen
 from stillhouse.sweep.kube.settle import attempts_patch, records_of
 from stillhouse.sweep.kube.sight import Sight
-from stillhouse.sweep.kube.views import JobView
+from stillhouse.sweep.kube.views import ATTEMPTS, JobView, PodView
 from stillhouse.sweep.plan import Action, Baseline, Observation
 from stillhouse.sweep.roster import Roster
 
@@ -81,6 +91,8 @@ class JobsBackend:
         self._live: dict[str, Work] = {}  # name of the Job -> what it does
         self._settled: set[str] = set()  # uids of Jobs whose ends are in the ledger
         self._stuck: dict[str, tuple[str, float]] = {}  # uid of a Job that cannot start -> since
+        self._blocked: dict[str, str] = {}  # name of a Job -> why it is not made yet
+        self._carried: dict[str, str] = {}  # name of a Job that is made anew -> its attempts
         self._told: dict[str, Json] = {}  # uid -> what was last written about its attempts
         self._unwritten: dict[str, Record] = {}  # ends that the ledger does not say yet
         self._ended: list[JobView] = []  # the Jobs that they are of: they stay until then
@@ -93,6 +105,8 @@ class JobsBackend:
         self._asked_at, self._must_ask = time.monotonic(), False
         self._turned_at, self._reread_at = 0.0, time.monotonic()
         self.sight.follow()
+        # Only these are made anew where another site sent them: two launchers do not take turns.
+        self._there_before = {job.uid for job in self.scene.jobs() if job.state == "live"}
         self._turn()
 
     # --------------------------------------------------------------- how the points stand
@@ -138,6 +152,22 @@ class JobsBackend:
         """What is at work or waits in the cluster, whoever sent it."""
         return [] if self._is_stopping else [work.action for work in self._live.values()]
 
+    def waits(self) -> dict[Action, str]:
+        """Why Jobs are not at work, or not made, of which no point's state says it."""
+        said = {work.action: self._why(work) for work in self._live.values()}
+        return {action: why for action, why in said.items() if why is not None}
+
+    def _why(self, work: Work) -> str | None:
+        job = self.scene.job(work.name)
+        if work.name in self._blocked:
+            return self._blocked[work.name]
+        if job is None or job.uid != work.uid or job.is_running:
+            return None
+        reason, other = self.scene.why(job), of_other_site(job, self.site)
+        if reason is None or (job.kind == "train" and not other):
+            return None  # it runs, or its point says it
+        return f"{reason.words} (it was sent from another site: {other})" if other else reason.words
+
     # ----------------------------------------------------------------------------- starting
 
     def start(self, task: Task) -> None:
@@ -148,8 +178,17 @@ class JobsBackend:
         self._submit(work)
 
     def _submit(self, work: Work) -> None:
+        orphan = self.scene.orphan(work.name)
+        if orphan is not None:
+            self._block(work, why_orphan(orphan))
+            return
         work.making = self._pool.submit(self.maker.make, work)
         work.making.add_done_callback(lambda _: self.scene.touch(work.name))
+
+    def _block(self, work: Work, why: str) -> None:
+        """Make its Job later."""
+        self._blocked[work.name] = why
+        work.again_at = time.monotonic() + self.blocked_s
 
     # ------------------------------------------------------------------------------ waiting
 
@@ -194,12 +233,20 @@ class JobsBackend:
                 continue
             made, work.making = work.making.result(), None
             if made.blocked_by is not None:
-                work.again_at = time.monotonic() + self.blocked_s
-            elif made.uid is None:
+                self._block(work, why_not_made(made.blocked_by))
+                continue
+            self._blocked.pop(work.name, None)
+            attempts = self._carried.pop(work.name, None)
+            if made.uid is None:
                 del self._live[work.name]
                 finished.append(self._told_by_ledger(work, QUICKER))
             else:
                 work.uid, work.step = made.uid, None
+                if attempts is not None:
+                    told: Json = {"metadata": {"annotations": {ATTEMPTS: attempts}}}
+                    self._errands.append(
+                        self._pool.submit(self.cluster.patch, "jobs", work.name, told)
+                    )
         return finished
 
     def _try_again(self) -> None:
@@ -215,11 +262,11 @@ class JobsBackend:
             return []  # looked at again when it is made
         if job is None:
             return self._look_at_none(work, finished) if work is not None else []
+        if work is not None and job.uid in work.replaced:
+            return []  # we were not told yet that it went and another came in its place
         if work is not None and work.uid is None:
             work.again_at = 0.0  # what was in its way may be gone
             return []
-        if work is not None and job.uid in work.replaced:
-            return []  # we were not told yet that it went and another came in its place
         action = self.whose.action(job)
         if action is None or (work is None and job.uid in self._settled):
             return []
@@ -273,6 +320,10 @@ class JobsBackend:
         if patch is not None and self._told.get(job.uid) != patch:
             self._told[job.uid] = patch
             self._errands.append(self._pool.submit(self.cluster.patch, "jobs", job.name, patch))
+        was_there = job.uid in self._there_before
+        if is_better_made_anew(job, pods, self.site, was_there):
+            self._make_anew(job, pods)
+            return []
         killed = next((pod for pod in reversed(by_age(pods)) if is_killed_by_memory(pod)), None)
         if killed is not None and not job.is_deleting:
             return [_Ended(job, end_of_pod(killed), is_to_go=True)]
@@ -284,6 +335,27 @@ class JobsBackend:
         if time.monotonic() - since < self.site.patience_s:
             return []
         return [_Ended(job, End(CANNOT_START, f"cannot start: {reason.words}"), is_to_go=True)]
+
+    # ------------------------------------------------------------------------------ made anew
+
+    def _make_anew(self, job: JobView, pods: Sequence[PodView]) -> None:
+        """Delete a Job, and have it made when it is gone: once, since only this uid is deleted."""
+        action = self.whose.action(job)
+        work = self.maker.work(action) if action is not None else None
+        if work is None or work.name != job.name:
+            return  # it scores points of others, too
+        self.maker.send_code()
+        work.replaced.add(job.uid)
+        self._blocked[job.name] = "its Job is made anew"
+        self._live[job.name] = work
+        if (carried := carried_attempts(job, pods)) is not None:
+            self._carried[job.name] = carried
+        work.making = self._pool.submit(self._made_anew, work, job)
+        work.making.add_done_callback(lambda _: self.scene.touch(work.name))
+
+    def _made_anew(self, work: Work, job: JobView) -> Made:
+        self._deleted(job)
+        return self.maker.make(work)  # first it is told that the name is not free yet
 
     # ------------------------------------------------------------------------------- keeping
 

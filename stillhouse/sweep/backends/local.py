@@ -154,6 +154,9 @@ class LocalBackend:
         tasks = [*self._queue, *(worker.task for worker in self._workers)]
         return [task.action for task in tasks]
 
+    def waits(self) -> dict[Action, str]:
+        return {}  # what is live here is at work, or next
+
     # ----------------------------------------------------------------------------- at work
 
     def start(self, task: Task) -> None:

@@ -11,8 +11,9 @@ import functools
 import os
 from collections.abc import Callable, Generator, Mapping, Sequence
 from pathlib import Path
+from typing import Any, cast
 
-from stillhouse.rundir import Runs, code_identity
+from stillhouse.rundir import Json, Runs, code_identity
 from stillhouse.spec import SiteSpec, suite_key
 from stillhouse.sweep import commits, cost, listing, roster, spent
 from stillhouse.sweep.backends.cluster import Cluster, connect
@@ -30,8 +31,8 @@ from stillhouse.sweep.kube.ledger import (
 )
 from stillhouse.sweep.kube.manifest import label_value, refuse_secrets, render
 from stillhouse.sweep.kube.names import Names
-from stillhouse.sweep.kube.particulars import particulars, said_of_drivers
-from stillhouse.sweep.kube.rendering import every_step
+from stillhouse.sweep.kube.particulars import particulars, said_of_others
+from stillhouse.sweep.kube.rendering import every_step, prepares_of
 from stillhouse.sweep.kube.scene import Scene, baselines_seen, keys_of
 from stillhouse.sweep.kube.sight import Sight
 from stillhouse.sweep.kube.views import JobView
@@ -93,6 +94,9 @@ class Away:
         scores = suite_key(rows.suite) if rows.suite else None
         self.scene.code = code_identity()["digest"] if minds_code else None
         found = self.sight.observe(rows.by_id, scores)
+        if any(seen.state in ("new", "failed", "waiting") for seen in found.values()):
+            self.sight.look_for_orphans()
+            found = self.sight.observe(rows.by_id, scores)
         for row in rows.rows:
             job = self.scene.job(row.directory)
             if job is not None and job.kind != "train":  # a line of k8s/eval.sh, a driver
@@ -142,6 +146,15 @@ class Away:
     def _preparing(self, rows: Roster) -> list[JobView]:
         return [job for job in self._jobs_of(rows) if job.kind == "prepare"]
 
+    def _jobs_for(self, rows: Roster) -> list[JobView]:
+        """The Jobs that this sweep waits for, also where another sweep of the same pair sent it."""
+        record = read_sweep(self.cluster, rows.name) or {}
+        prepares: Any = record.get("prepares")
+        known = cast("list[Any]", prepares) if isinstance(prepares, list) else []
+        names = {*map(str, known)}
+        mine = {job.name: job for job in self._jobs_of(rows)}
+        return [job for job in self.scene.jobs() if job.name in mine or job.name in names]
+
     def _jobs_of(self, rows: Roster) -> list[JobView]:
         """The Jobs that were made for this sweep."""
         label = label_value(rows.name)
@@ -155,8 +168,10 @@ class Away:
 
     def remarks(self, rows: Roster | None) -> list[str]:
         if rows is None:
-            return [*self._said_of_lines(), *self._odd()]
-        lines = said_of_drivers(self._jobs_of(rows), self.scene) + self._odd()
+            others = [job for job in self.scene.jobs() if job.kind in ("collect", "push")]
+            said = said_of_others(others, self.scene)
+            return [*self._said_of_lines(), *said, *self._odd()]
+        lines = said_of_others(self._jobs_for(rows), self.scene) + self._odd()
         if len(rows.rows) != 1:
             return lines
         (row,) = rows.rows
@@ -248,7 +263,7 @@ class Away:
         secrets.refuse_texts([*told, sweep.name, sweep.question or ""], "the sweep")
         where = f"namespace {self.cluster.namespace}"
         roster.refuse_another_sweep(read_sweep(self.cluster, sweep.name), sweep, where)
-        record = roster.record_of(sweep)
+        record: Json = roster.record_of(sweep) | {"prepares": prepares_of(sweep)}
         named = {row["name"]: f"{row['slug']}-{row['id']}" for row in record["points"]}
         named = {name: directory for name, directory in named.items() if name}
         if named:
@@ -277,7 +292,11 @@ class Away:
         self.look_again()
 
     def detach(self, sweep: Sweep, options: Sequence[str]) -> list[str]:
-        return detach.detach(self.cluster, sweep, options)
+        before = [job for job in self._jobs_of(roster.roster_of(sweep)) if job.kind == "drive"]
+        said = detach.detach(self.cluster, sweep, options)
+        # One that was there already may wait, and for what is better said now.
+        waits = [job for job in before if job.state == "live" and job.name in said[0]]
+        return [*said, *said_of_others(waits, self.scene)]
 
     def forget(self, rows: Roster, is_whole: bool) -> int:
         scores = suite_key(rows.suite) if rows.suite else None

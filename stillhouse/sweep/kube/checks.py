@@ -16,7 +16,8 @@ from stillhouse.spec import SiteSpec
 from stillhouse.sweep.backends.cluster import ApiError, Cluster
 from stillhouse.sweep.kube.access import Rule, rules
 from stillhouse.sweep.kube.manifest import HASH_DIGITS, image_problem, label_value
-from stillhouse.sweep.kube.reasons import short
+from stillhouse.sweep.kube.reasons import DEFAULT_QUEUE
+from stillhouse.sweep.kube.refusals import short
 from stillhouse.sweep.kube.steps import Step
 from stillhouse.sweep.kube.views import JobView, notes
 
@@ -25,7 +26,6 @@ OTHERS = "app.kubernetes.io/part-of!=stillhouse"
 AT_ONCE = 8
 SHOWN = 3  # mistakes that one error names
 KUEUE = "kueue.x-k8s.io"
-DEFAULT_QUEUE = "default"
 UNBOUND = ("FailedBinding", "ProvisioningFailed")
 
 

@@ -10,8 +10,8 @@ from typing import Any
 
 from stillhouse.errors import POISON, STOPPED
 from stillhouse.sweep.kube.ledger import Record, prepare_of, score_of
-from stillhouse.sweep.kube.reasons import End, Reason
-from stillhouse.sweep.kube.views import JobView
+from stillhouse.sweep.kube.reasons import End, Reason, is_lost, why_orphan
+from stillhouse.sweep.kube.views import JobView, PodView
 from stillhouse.sweep.plan import Observation, State
 
 DELETED = "its Job was deleted"
@@ -24,6 +24,7 @@ class Facts:
     is_trained: bool = False
     is_done: bool = False
     live: JobView | None = None  # the unfinished Job that is about it
+    orphan: PodView | None = None  # a pod that trains it and whose Job somebody deleted
     waits: Reason | None = None  # why that Job does not run; None: it does
     failed: End | None = None  # how its Job failed, where the ledger does not say it yet
     has_company: bool = False  # that Job was about others too
@@ -50,6 +51,9 @@ def _judged(facts: Facts, code: str | None) -> tuple[State, str | None, dict[str
         if code is not None and job.code != code and not job.is_deleting:
             return "drifted", f"its Job waits with code {job.code}, this is {code}", {}
         return "waiting", facts.waits.words, {}
+    if facts.orphan is not None:
+        is_at_work = facts.orphan.phase == "Running" and not is_lost(facts.orphan)
+        return "running" if is_at_work else "waiting", why_orphan(facts.orphan), {}
     if facts.failed is not None:
         if goes_alone(facts.failed.code, facts.has_company):
             return "waiting", facts.failed.cause, {"goes_alone": True}

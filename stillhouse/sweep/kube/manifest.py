@@ -190,6 +190,25 @@ def _queue(step: Step, site: SiteSpec) -> Json:
     return {f"kueue.x-k8s.io/{key}": name for key, name in asked.items() if name is not None}
 
 
+def asked(kind: str, processes: int, site: SiteSpec) -> str:
+    """What of a site decides whether and where such a Job may start, in words: `queue=lab …`.
+
+    Jobs of one name may be sent from two sites: this tells them apart (`views.ASKS`).
+    """
+    knobs = ["image", "pull_secret", "priority_class", "node_selector", "tolerations"]
+    knobs += ["runs_claim", "cache_claim"]
+    knobs += ["driver_account" if kind == "drive" else "service_account"]
+    knobs += ["queue", "queue_priority"] if kind in QUEUED and site.queue is not None else []
+    knobs += ["cpu", "memory_gib", "shm_gib", "hf_secret"] if kind in WORKERS else []
+    knobs += ["wandb_secret"] if kind == "train" else []
+    knobs += ["gpu_resource", "gpu_product", "runtime_class"] if processes else []
+    values = {knob: getattr(site, knob) for knob in knobs}
+    said = sorted((knob, value) for knob, value in values.items() if value not in (None, (), {}))
+    return shlex.join(
+        f"{knob}={value if isinstance(value, str) else json.dumps(value)}" for knob, value in said
+    )
+
+
 def _annotations(step: Step, site: SiteSpec) -> Json:
     told = {
         "words": shlex.join(step.words),
@@ -200,6 +219,7 @@ def _annotations(step: Step, site: SiteSpec) -> Json:
         "tags": shlex.join(step.tags),
         "devices": str(step.processes),
         "gpu-product": site.gpu_product or "" if step.processes else "",
+        "asks": asked(step.kind, step.processes, site),
     }
     return {f"stillhouse/{key}": text for key, text in told.items() if text}
 

@@ -13,6 +13,14 @@ from stillhouse.sweep.kube.settle import attempts
 from stillhouse.sweep.kube.views import JobView, PodView
 from stillhouse.words import duration
 
+CALLED = {
+    "drive": "driver",
+    "prepare": "preparing",
+    "eval": "scoring",
+    "collect": "collector",
+    "push": "push",
+}  # kinds of Jobs that no point's state tells of
+
 
 def particulars(
     jobs: Sequence[JobView], scene: Scene, records: Mapping[str, Record | None]
@@ -35,16 +43,19 @@ def particulars(
     return lines
 
 
-def said_of_drivers(jobs: Sequence[JobView], scene: Scene) -> list[str]:
-    """The loops over a sweep that were left in the cluster."""
+def said_of_others(jobs: Sequence[JobView], scene: Scene) -> list[str]:
+    """Jobs that no point tells of: drivers, and whatever else is not at its end."""
     lines: list[str] = []
-    for job in sorted((j for j in jobs if j.kind == "drive"), key=lambda job: job.created):
-        if job.state == "live":
-            reason = scene.why(job)
-            how = f"waits: {reason.words}" if reason else _since("runs", job.started)
-        else:
+    for job in sorted(jobs, key=lambda job: job.created):
+        if job.kind not in CALLED or (job.state != "live" and job.kind != "drive"):
+            continue
+        if job.kind == "eval" and {*job.points} & {*scene.wanting(job)}:
+            continue  # those points say it
+        reason = scene.why(job) if job.state == "live" else None
+        how = f"waits: {reason.words}" if reason else _since("runs", job.started)
+        if job.state != "live":
             how = f"ended ({job.state}){_at(job.ended)}"
-        lines.append(f"  driver {job.name}: {how}")
+        lines.append(f"  {CALLED[job.kind]} {job.name}: {how}")
     return lines
 
 

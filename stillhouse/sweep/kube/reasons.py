@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from stillhouse.errors import AGAIN, OUT_OF_MEMORY
+from stillhouse.sweep.kube.asking import demands
+from stillhouse.sweep.kube.refusals import refused, short
 from stillhouse.sweep.kube.views import (
+    BEFORE,
     JobView,
     LastWords,
     Note,
@@ -20,6 +23,7 @@ from stillhouse.sweep.kube.views import (
 )
 from stillhouse.sweep.kube.workload import QueueView
 
+DEFAULT_QUEUE = "default"  # the LocalQueue that takes Jobs without a queue (Kueue 0.17)
 UNKNOWN = 1  # exit code of an end that nobody told one of
 TOO_LATE = 124  # its deadline passed; the code that timeout(1) has for it
 CANNOT_START = (
@@ -27,7 +31,6 @@ CANNOT_START = (
 )
 # What the Job controller waits before the second attempt, and at most before a later one.
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 10, 600
-SHORT = 240  # characters of the cluster's own words in one of our lines
 
 _IMAGE = frozenset(
     {"ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull",
@@ -44,6 +47,10 @@ _GONE = {
     "TerminationByKubelet": "its node ended it (short of memory or disk, or shutting down)",
 }
 _MEANS = {42: ", a mistake", 43: ", diverged", 44: ", out of memory", 46: ", stopped by a rule"}
+_HELD_TOO_LONG = (
+    "it took longer than its deadline (site.deadline_s): that passed while it was suspended, since"
+    " only Kueue stops the clock, and a person who sets spec.suspend does not"
+)
 _POD_GONE = "its pod is gone, `stillhouse logs` has what it printed"
 
 
@@ -85,15 +92,25 @@ def why_waiting(
     pod = next((p for p in reversed(by_age(pods)) if not p.is_over and not p.is_deleting), None)
     if pod is not None:
         return _why_pending(job, pod, notes)
-    refused = _latest(notes, {"FailedCreate"})
-    if refused is not None and job.active == 0:
-        return _why_refused(refused.message)
+    note = _latest(notes, {"FailedCreate"})
+    is_news = note is not None and all(pod.created <= note.at for pod in pods)
+    if note is not None and is_news and job.active == 0:
+        return Reason(*refused(note.message))
     return _why_between(job, pods)
 
 
 def is_lost(pod: PodView) -> bool:
     """Whether a pod counts as running only because its node cannot say otherwise."""
     return pod.is_silent and pod.phase == "Running" and not pod.is_over
+
+
+def why_orphan(pod: PodView) -> str:
+    """What a pod means that nobody's Job counts: a second one would write where it writes."""
+    where = f", on node {pod.node} that does not answer" if is_lost(pod) else ""
+    return (
+        f"pod {pod.name} goes on{where}, its Job was deleted without it (--cascade=orphan): no"
+        f" other is made beside it (`kubectl delete pod {pod.name}` ends it)"
+    )
 
 
 def _why_lost(pod: PodView) -> Reason:
@@ -115,7 +132,7 @@ def _why_between(job: JobView, pods: Sequence[PodView]) -> Reason:
     """Between two attempts the cluster waits, twice as long each time, also where an end costs no
     attempt (Kubernetes 1.34: 10 s, 20 s and so on, at most ten minutes)."""
     ended = {pod.name: end_of_pod(pod).cause for pod in by_age(pods) if pod.is_over}
-    told = {one["pod"]: one["cause"] for one in told_attempts(job)} | ended
+    told = {one["pod"]: one["cause"] for one in told_attempts(job) if BEFORE not in one} | ended
     if not told:
         return Reason("its pod is being made")
     pause = min(FIRST_PAUSE_S * 2 ** (len(told) - 1), LONGEST_PAUSE_S)
@@ -129,6 +146,13 @@ def _why_between(job: JobView, pods: Sequence[PodView]) -> Reason:
 def _why_suspended(job: JobView, queued: QueueView | None, position: int | None) -> Reason:
     if job.queue is None:
         return _why_held(job)
+    found = _why_queued(job, queued, position)
+    if job.queue == DEFAULT_QUEUE and job.asks and "queue" not in demands(job.asks):
+        return replace(found, words=f"{found.words} (Kueue queued it, its site names no queue)")
+    return found
+
+
+def _why_queued(job: JobView, queued: QueueView | None, position: int | None) -> Reason:
     queue = f"queue {job.queue}"
     if queued is None:
         return Reason(f"{queue}: {_unseen(job)}")
@@ -260,53 +284,6 @@ def _why_not_mounted(message: str) -> Reason:
     return Reason(f"{which} not mounted: {short(message)} (kubectl get pvc)", cannot_start=True)
 
 
-def _why_refused(message: str) -> Reason:
-    """Why the Job controller may not make a pod."""
-    said = re.sub(r'^Error creating: (pods "[^"]*" is forbidden: )?', "", message)
-    if "exceeded quota" in said:
-        return Reason(f"quota: {short(said)}", cannot_start=_can_never_fit(said))
-    if "failed quota" in said or "per Container is" in said or "per Pod is" in said:
-        return Reason(f"quota or limit range: {short(said)}", cannot_start=True)
-    if "PriorityClass" in said:
-        return Reason(
-            f"{short(said)}: set site.priority_class to one that exists", cannot_start=True
-        )
-    if "violates PodSecurity" in said:
-        return Reason(f"pod security: {short(said)}", cannot_start=True)
-    found = re.search(r'serviceaccount "([^"]+)" not found', said)
-    if found:
-        words = f'service account "{found[1]}" is missing: apply k8s/access.yaml'
-        return Reason(words, cannot_start=True)
-    if "must be less than or equal to" in said and "limit" in said:
-        words = f"{short(said)}: a LimitRange of the namespace sets that limit"
-        return Reason(f"{words} (kubectl get limitranges; site.cpu, site.memory_gib)", True)
-    is_passing = "failed calling webhook" in said or "timeout" in said.lower()
-    return Reason(f"its pod is refused: {short(said)}", cannot_start=not is_passing)
-
-
-def _can_never_fit(said: str) -> bool:
-    """Whether a pod asks more than a whole quota; else it waits until others leave room."""
-    amounts: list[dict[str, float]] = []
-    for word in ("requested", "limited"):
-        found = re.search(rf"{word}: (\S+)", said)
-        pairs = (pair.partition("=") for pair in (found[1].rstrip(",") if found else "").split(","))
-        amounts.append({name: quantity(value) for name, _, value in pairs if value})
-    requested, limited = amounts
-    return any(amount > limited.get(name, amount) for name, amount in requested.items())
-
-
-def quantity(text: str) -> float:
-    """A Kubernetes quantity as a number: 500m is 0.5, 2Gi is 2147483648; NaN where it is none."""
-    found = re.fullmatch(r"([0-9.]+(?:e[0-9]+)?)(m|[kMGTPE]i?|Ki)?", text)
-    if found is None:
-        return float("nan")
-    number, unit = float(found[1]), found[2] or ""
-    if unit == "m":
-        return number / 1000
-    power = "kMGTPE".find(unit[:1].replace("K", "k")) + 1 if unit else 0
-    return number * (1024 if unit.endswith("i") else 1000) ** power
-
-
 # ------------------------------------------------------------------------------------ ended
 
 
@@ -319,6 +296,8 @@ def how_it_failed(job: JobView, pods: Sequence[PodView]) -> End:
     last = ends[-1] if ends else None
     if job.end_reason == "DeadlineExceeded":
         tail = last.tail if last else None
+        if job.was_held:
+            return End(TOO_LATE, _HELD_TOO_LONG, tail)
         return End(TOO_LATE, "it took longer than its deadline (site.deadline_s)", tail)
     if job.end_reason == "PodFailurePolicy":
         found = re.search(r"failed with exit code (\d+)", job.end_message or "")
@@ -368,12 +347,6 @@ def _signal(code: int) -> str:
 
 
 # ---------------------------------------------------------------------------------- helpers
-
-
-def short(text: str | None) -> str:
-    """One line of at most SHORT characters."""
-    line = " ".join((text or "").split())
-    return line if len(line) <= SHORT else line[: SHORT - 1] + "…"
 
 
 def by_age(pods: Sequence[PodView]) -> list[PodView]:

@@ -41,6 +41,12 @@ def every_step(sweep: Sweep, only: Roster) -> list[Step]:
     return steps
 
 
+def prepares_of(sweep: Sweep) -> list[str]:
+    """Names of the Jobs that prepare its pairs; sweeps of one pair share one."""
+    steps, groups = Steps(sweep), dict.fromkeys(groups_of(sweep).values())
+    return [steps.of(Action("prepare", group)).name for group in groups]
+
+
 def _evaluations(
     sweep: Sweep, everywhere: dict[str, str], groups: dict[str, str]
 ) -> Iterable[Action]:

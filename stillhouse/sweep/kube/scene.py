@@ -30,14 +30,15 @@ from stillhouse.sweep.kube.views import (
     pod_view,
     viewed,
 )
-from stillhouse.sweep.kube.workload import QueueView, queue_view
+from stillhouse.sweep.kube.workload import QueueView
 from stillhouse.sweep.plan import Baseline, Observation, groups_of
 from stillhouse.sweep.roster import baseline_rows
 
 VIEWS: dict[str, Callable[[Json], Any]] = {
-    "jobs": job_view, "pods": pod_view, "workloads": queue_view, "events": note,
+    "jobs": job_view, "pods": pod_view, "events": note,
 }  # fmt: skip
 KEPT_PODS = 8  # ended pods of one Job that stay known
+NOT_READ = "what Kueue says of it is not ours to read (Role of k8s/access.yaml: list workloads)"
 ENDED = ("failed", "stopped", "alone")  # what the ledger says of what is not tried again by itself
 
 
@@ -55,7 +56,10 @@ class Scene:
         self.odd: set[str] = set()  # what is said of objects that have not the form of their kind
         self._jobs: dict[str, JobView] = {}
         self._pods: dict[str, dict[str, PodView]] = {}  # uid of the Job -> uid -> pod
+        self._orphans: dict[str, PodView] = {}  # uid -> a pod that goes on without its Job
         self._queued: dict[str, QueueView] = {}  # uid of the Job -> its Workload
+        self._asked: set[str] = set()  # uids of the Jobs whose Workloads we looked for
+        self.may_read_queue = True
         self._places: dict[str, int] = {}  # name of a Workload -> its place in the queue, from 0
         self._notes: dict[str, list[Note]] = {}  # uid -> what was said about it
         self._about: dict[str, set[str]] = {}  # id, or baseline's directory -> names of Jobs
@@ -112,9 +116,11 @@ class Scene:
             is_news = record is None or (record.state == "alone" and not company)
             if is_news and (failed is None or not company):  # who failed alone is known to have
                 failed, has_company = self.how(job), company
+        orphans = self._orphans.values()
         return Facts(
             is_trained=is_trained,
             live=live,
+            orphan=next((pod for pod in orphans if pod.point == key and not is_trained), None),
             waits=self.why(live) if live else None,
             failed=failed,
             has_company=has_company,
@@ -150,6 +156,11 @@ class Scene:
                 if is_at_work or (job.is_running and all(pod.is_over for pod in pods)):
                     return None
             queued = self._queued.get(job.uid)
+            if job.is_suspended and job.queue and queued is None and not job.is_deleting:
+                if not self.may_read_queue:
+                    return Reason(f"queue {job.queue}: {NOT_READ}")
+                if job.uid not in self._asked:
+                    return Reason(f"just sent to queue {job.queue}")
             notes = [*self._notes.get(job.uid, ())]
             for pod in pods:
                 notes += self._notes.get(pod.uid, ())
@@ -177,6 +188,11 @@ class Scene:
         with self.lock:
             return list(self._pods.get(job.uid, {}).values())
 
+    def orphan(self, name: str) -> PodView | None:
+        """A pod that goes on although its Job, of this name, was deleted: it still writes."""
+        with self.lock:
+            return next((pod for pod in self._orphans.values() if pod.job == name), None)
+
     def gone(self, uid: str) -> JobView | None:
         """A Job that we saw and that is no more, as it last was."""
         return self._gone.get(uid)
@@ -184,15 +200,13 @@ class Scene:
     # ------------------------------------------------------------------------------ learning
 
     def learn(self, resource: str, item: Json, is_deleted: bool = False) -> None:
-        """Take in one Job, pod, Workload or event as the API tells it."""
+        """Take in one Job, pod or event as the API tells it."""
         with self.news:
             seen = self.viewed(VIEWS[resource], item)
             if isinstance(seen, JobView):
                 self._learn_job(seen, is_deleted)
             elif isinstance(seen, PodView):
                 self._learn_pod(seen, is_deleted)
-            elif isinstance(seen, QueueView):
-                self._queued[seen.job_uid] = seen
             elif isinstance(seen, Note):
                 self._learn_note(seen)
             self.news.notify_all()
@@ -211,9 +225,10 @@ class Scene:
             self._touch(name)
             self.news.notify_all()
 
-    def _touch(self, name: str) -> None:
+    def _touch(self, name: str, point: str | None = None) -> None:
         job = self._jobs.get(name)
-        self._touched[name] = job.points if job else self._touched.get(name, ())
+        others = (point,) if point else ()
+        self._touched[name] = job.points if job else self._touched.get(name, ()) or others
 
     def wait(self, timeout_s: float) -> None:
         """Return as soon as something changed, or when the time is over."""
@@ -255,6 +270,7 @@ class Scene:
         self._gone[last.uid] = last
         for known in (self._pods, self._queued, self._notes):
             known.pop(last.uid, None)
+        self._asked.discard(last.uid)
         for what in (*before.points, *before.baselines):
             self._about[what].discard(last.name)
         if last.state == "live" and self.is_followed and last.uid not in self._leaving:
@@ -264,6 +280,9 @@ class Scene:
                     self._deleted[key] = time.time()
 
     def _learn_pod(self, pod: PodView, is_deleted: bool = False) -> None:
+        if pod.is_orphan or pod.uid in self._orphans:
+            self._learn_orphan(pod, is_deleted)
+            return
         if pod.job_uid in self._gone:
             return
         pods = self._pods.setdefault(pod.job_uid, {})
@@ -277,6 +296,15 @@ class Scene:
         dead = [uid for uid, other in pods.items() if other.is_over]
         for uid in dead[:-KEPT_PODS]:
             del pods[uid]
+
+    def _learn_orphan(self, pod: PodView, is_deleted: bool) -> None:
+        if is_deleted or pod.is_over or not pod.is_orphan:
+            before = self._orphans.pop(pod.uid, None)
+        else:
+            before, self._orphans[pod.uid] = self._orphans.get(pod.uid), pod
+            self._pods.get(pod.job_uid, {}).pop(pod.uid, None)
+        if before != self._orphans.get(pod.uid):
+            self._touch(pod.job, pod.point)
 
     def replace_jobs(self, jobs: Sequence[JobView]) -> None:
         """Take in a whole list of them: what is not in it is gone."""
@@ -296,6 +324,8 @@ class Scene:
             for known in self._pods.values():
                 for uid in [u for u, pod in known.items() if u not in there and not pod.is_over]:
                     self._touch(known.pop(uid).job)
+            for pod in [pod for uid, pod in self._orphans.items() if uid not in there]:
+                self._learn_orphan(pod, is_deleted=True)
             for pod in pods:
                 self._learn_pod(pod)
             self.news.notify_all()
@@ -310,10 +340,15 @@ class Scene:
                 self._touch(job.name)
             self.news.notify_all()
 
-    def learn_queue(self, queued: Iterable[QueueView]) -> None:
-        """Take in what Kueue says of Jobs."""
-        with self.lock:
-            self._queued |= {view.job_uid: view for view in queued}
+    def replace_queue(self, queued: Iterable[QueueView], asked: Iterable[str]) -> None:
+        """Take in all that Kueue says of Jobs; `asked`: uids of those that were there before."""
+        with self.news:
+            before, self._queued = self._queued, {view.job_uid: view for view in queued}
+            self._asked |= {uid for uid in asked if uid not in self._gone}
+            for job in self.queued():
+                if before.get(job.uid) != self._queued.get(job.uid):
+                    self._touch(job.name)
+            self.news.notify_all()
 
     def learn_line(self, workloads: Sequence[str]) -> None:
         """Take in who waits in one queue, the first one first: names of Workloads."""
@@ -334,6 +369,11 @@ class Scene:
         """Jobs that wait in a queue, and of which Kueue has said nothing that we read."""
         with self.lock:
             return [job for job in self.queued() if job.uid not in self._queued]
+
+    def unasked(self) -> list[JobView]:
+        """Jobs that wait in a queue, and whose Workloads nobody looked for yet."""
+        with self.lock:
+            return [job for job in self.queued() if job.uid not in self._asked]
 
     def notable(self) -> set[str]:
         """uids of the Jobs that should run and do not, and of their pods."""

@@ -7,6 +7,7 @@ the name means something else        refused, with the difference
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shlex
 import sys
@@ -31,6 +32,7 @@ from stillhouse.sweep.kube.pod_logs import pods
 from stillhouse.sweep.kube.scene import Scene
 from stillhouse.sweep.kube.steps import RUNS
 from stillhouse.sweep.kube.views import OURS, PART_OF, JobView, job_view, viewed
+from stillhouse.sweep.kube.workload import OF_JOBS, queue_view
 from stillhouse.sweep.listing import FAILED, as_json
 from stillhouse.sweep.plan import Observation
 from stillhouse.sweep.roster import Roster, Row
@@ -127,6 +129,8 @@ class _Sender:
         scene = Scene(self.ledger)
         found = self.cluster.read("jobs", name)
         if found is None:
+            for pod in pods(self.cluster, name):
+                scene.learn("pods", pod)  # one whose Job is gone may still write where this would
             return None, scene.look(id_, None)
         labels: dict[str, str] = found["metadata"].get("labels") or {}
         job = viewed(job_view, found)
@@ -158,16 +162,20 @@ class _Sender:
 
     def _learn_reasons(self, scene: Scene, job: JobView, about: set[str]) -> None:
         """What events and the queue say of a Job that may wait, where they may be read."""
-        resources = {"events": "type=Warning"} if not job.is_suspended else {"workloads": ""}
-        for resource, fields in resources.items():
+        if job.is_suspended:
             try:
-                for items, _ in self.cluster.pages(resource, fields=fields):
-                    for item in items:
-                        is_event = resource == "events"
-                        if not is_event or item.get("involvedObject", {}).get("name") in about:
-                            scene.learn(resource, item)
+                of_it = f"{OF_JOBS}={job.uid}"
+                pages = self.cluster.pages("workloads", of_it) if self.cluster.kueue() else ()
+                views = [scene.viewed(queue_view, item) for items, _ in pages for item in items]
             except ApiError:
-                continue
+                views, scene.may_read_queue = [], False
+            scene.replace_queue([view for view in views if view], [job.uid])
+            return
+        with contextlib.suppress(ApiError):
+            for items, _ in self.cluster.pages("events", fields="type=Warning"):
+                for item in items:
+                    if item.get("involvedObject", {}).get("name") in about:
+                        scene.learn("events", item)
 
     # ------------------------------------------------------------------------------ names
 

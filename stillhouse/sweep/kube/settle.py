@@ -14,7 +14,8 @@ from stillhouse.errors import AGAIN, DONE, STOPPED
 from stillhouse.rundir import Json
 from stillhouse.sweep.kube.facts import goes_alone, keys_of
 from stillhouse.sweep.kube.ledger import Record, score_of
-from stillhouse.sweep.kube.reasons import SHORT, End, by_age, end_of_pod, short
+from stillhouse.sweep.kube.reasons import End, by_age, end_of_pod
+from stillhouse.sweep.kube.refusals import SHORT, short
 from stillhouse.sweep.kube.scene import ENDED, Scene
 from stillhouse.sweep.kube.views import ATTEMPTS, JobView, PodView
 from stillhouse.sweep.kube.views import told_attempts as attempts

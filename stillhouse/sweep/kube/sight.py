@@ -20,13 +20,16 @@ from stillhouse.sweep.kube.ledger import Ledger
 from stillhouse.sweep.kube.manifest import SELECTOR
 from stillhouse.sweep.kube.scene import Scene
 from stillhouse.sweep.kube.views import JobView, Note, View, job_view, note, pod_view
-from stillhouse.sweep.kube.workload import OF_JOBS, queue_view
+from stillhouse.sweep.kube.workload import OF_JOBS, QueueView, queue_view
 from stillhouse.sweep.plan import Observation
 
 DICE = random.Random()  # not the process's own: its state is others' business
 WATCH_S = 300.0  # a watch is asked for anew this often
 NOTES_S = 20.0  # how often a follower reads the warning events, while something waits
 QUEUE_S = 60.0  # how often it reads what Kueue says, while something is suspended
+SOON_S = 5.0  # how soon after a Job was sent to a queue
+UNSEEN_S = 15.0  # how often, while Kueue has said nothing of a Job
+SHARE = 20  # and never more than a part of the time: of 10,000 Jobs one reading takes seconds
 UNFINISHED = "status.phase!=Succeeded"  # pods that are worth a LIST
 
 
@@ -80,6 +83,11 @@ class Sight:
                 for item in items:
                     self.scene.learn("pods", item)
 
+    def look_for_orphans(self) -> None:
+        """Read the pods, where that was not needed so far: one may be at work without its Job."""
+        if "pods" not in self._versions:
+            self._list_pods()
+
     def _list_pods(self) -> None:
         found, self._versions["pods"] = self._listed("pods", pod_view, UNFINISHED)
         self.scene.replace_pods(found)
@@ -112,12 +120,23 @@ class Sight:
 
     def read_queue(self) -> None:
         """Read what Kueue says of the Jobs that wait in its queues."""
-        with contextlib.suppress(Gone, ApiError):  # not ours to read: it only explains
-            if self.cluster.kueue() is None:
+        asked, found = {job.uid for job in self.scene.queued()}, list[QueueView]()
+        try:
+            if self.cluster.kueue() is not None:
+                for items, _ in self.cluster.pages("workloads", OF_JOBS):
+                    views = (self.scene.viewed(queue_view, item) for item in items)
+                    found += [view for view in views if view]
+            self.scene.may_read_queue = True
+        except ApiError as error:  # not ours to read, or too slow: it only explains
+            if error.status != 403:
                 return
-            for items, _ in self.cluster.pages("workloads", OF_JOBS):
-                views = (self.scene.viewed(queue_view, item) for item in items)
-                self.scene.learn_queue(view for view in views if view)
+            self.scene.may_read_queue = False
+        self.scene.replace_queue(found, asked)
+        if found:
+            self._read_places()
+
+    def _read_places(self) -> None:
+        with contextlib.suppress(Gone, ApiError):  # not ours to read, or not served
             for queue in {job.queue for job in self.scene.queued() if job.queue}:
                 line = [item["metadata"]["name"] for item in self.cluster.pending(queue)]
                 self.scene.learn_line(line)
@@ -178,14 +197,23 @@ class Sight:
 
     def _read_on(self) -> None:
         """What is worth a LIST now and then, and no watch."""
-        last_queue = time.monotonic()
-        while not self._closing.wait(NOTES_S):
-            if self.scene.waiting():
+        noted = queued = time.monotonic()
+        took = 0.0
+        while not self._closing.wait(SOON_S):
+            if time.monotonic() - noted >= NOTES_S and self.scene.waiting():
                 self.read_notes()
-            is_due = time.monotonic() - last_queue >= QUEUE_S
-            if self.scene.queued() and (is_due or self.scene.unseen()):
+                noted = time.monotonic()
+            if self.scene.queued() and time.monotonic() - queued >= self._queue_s() + SHARE * took:
+                began = time.monotonic()
                 self.read_queue()
-                last_queue = time.monotonic()
+                queued = time.monotonic()
+                took = queued - began
+
+    def _queue_s(self) -> float:
+        """How long to wait between two readings of what Kueue says."""
+        if self.scene.unasked():
+            return SOON_S
+        return UNSEEN_S if self.scene.unseen() else QUEUE_S
 
     def wait(self, timeout_s: float) -> None:
         """Return as soon as something changed, or when the time is over.

@@ -24,6 +24,8 @@ from stillhouse.rundir import Json
 
 STILLHOUSE = "stillhouse/"  # what our own labels and annotations begin with
 ATTEMPTS = "stillhouse/attempts"  # annotation of a Job: how its earlier pods failed
+BEFORE = "before"  # of an attempt there: it was one of the Job that this one replaced
+ASKS = "stillhouse/asks"  # annotation of a Job: what of its site decides where it may start
 QUEUE_LABEL = "kueue.x-k8s.io/queue-name"
 PRIORITY_LABEL = "kueue.x-k8s.io/priority-class"
 PART_OF, OURS = "app.kubernetes.io/part-of", "stillhouse"
@@ -47,6 +49,7 @@ class JobView:
     sweep: str
     state: JobState
     is_suspended: bool
+    was_held: bool  # it ended without having been let go since it was last suspended
     is_deleting: bool
     created: float
     started: float | None  # when it was last let go
@@ -65,6 +68,7 @@ class JobView:
     end_reason: str | None  # of the condition that ended it
     end_message: str | None
     attempts: str | None  # the annotation, as it is
+    asks: str | None  # what its site asks of the cluster (`manifest.asked`), as it was sent
     odd: str | None = None  # which of its annotations somebody made something else of
 
     @property
@@ -123,6 +127,7 @@ class PodView:
     is_deleting: bool
     is_silent: bool  # its node stopped to answer: what else is told of it is old
     is_orphan: bool  # no Job owns it: it goes on, and nobody would replace it
+    point: str | None  # the id that it trains
 
     @property
     def is_over(self) -> bool:
@@ -198,6 +203,7 @@ def job_view(job: Json) -> JobView:
         sweep=intern(labels.get(STILLHOUSE + "sweep", "")),
         state=_STATES[end.get("type", "")],
         is_suspended=bool(spec.get("suspend")),
+        was_held=conditions_of(status).get("Suspended", {}).get("status") == "True",
         is_deleting="deletionTimestamp" in meta,
         created=seconds(meta.get("creationTimestamp")) or 0.0,
         started=seconds(status.get("startTime")),
@@ -215,6 +221,7 @@ def job_view(job: Json) -> JobView:
         gpu=_interned(notes.get(STILLHOUSE + "gpu-product")),
         end_reason=_interned(end.get("reason")),
         end_message=end.get("message"),
+        asks=_interned(notes.get(ASKS)),
         attempts=told["attempts"],
         odd=_odd(meta["name"], odd),
     )
@@ -309,6 +316,7 @@ def pod_view(pod: Json) -> PodView:
         is_deleting="deletionTimestamp" in meta,
         is_silent=_is_silent(conditions),
         is_orphan=not any(owner.get("controller") for owner in meta.get("ownerReferences") or ()),
+        point=_interned(labels.get(STILLHOUSE + "point")),
     )
 
 

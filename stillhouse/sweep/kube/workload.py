@@ -75,9 +75,10 @@ def _told(workload: Json) -> tuple[QueueState, str, str]:
     spec: Json = workload.get("spec") or {}
     if spec.get("active") is False:
         # An Evicted of before stays as it was: only one that says so is of this.
-        is_told = (evicted.get("reason") or "").startswith("Deactivated")
-        said = evicted if is_told else {}
-        return "deactivated", said.get("reason") or "", said.get("message") or now
+        reason = evicted.get("reason") or ""
+        said = evicted if reason.startswith("Deactivated") else {}
+        why = reason if said and reason != "Deactivated" else ""  # else a person did it
+        return "deactivated", why, said.get("message") or now
     if _holds(conditions, "Admitted"):
         return "admitted", "", now
     if _holds(conditions, "QuotaReserved"):
