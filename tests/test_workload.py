@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-from pathlib import Path
 from typing import Any
 
 from stillhouse.rundir import Json
@@ -181,24 +179,3 @@ def test_a_job_that_a_person_holds_says_that_its_deadline_goes_on():
     assert "deadline" not in why_waiting(job_view(held), []).words
     began = held | {"status": {"startTime": "2026-11-30T00:00:00Z"}}
     assert "raise spec.activeDeadlineSeconds first" in why_waiting(job_view(began), []).words
-
-
-def test_every_sentence_about_a_queue_or_a_node_is_explained_in_the_guide():
-    guide = (Path(__file__).parent.parent / "docs" / "cluster.md").read_text()
-    rows = re.findall(r"^\| ([^|]+) \| [^|]+ \| [^|]+ \|$", guide, re.M)
-    patterns = [".*".join(map(re.escape, re.split(r" ?… ?|, place n", row))) for row in rows]
-    silent = ("Ready", "False", None), ("ContainersReady", "True", None)
-    gone = [*silent, ("DisruptionTarget", "True", "DeletionByTaintManager")]
-    said = [
-        why(("QuotaReserved", "False", "Pending", LATER)),
-        why(("QuotaReserved", "False", "Pending", NEVER)),
-        why(("QuotaReserved", "False", "Suspended", "LocalQueue lab is inactive")),
-        why(("QuotaReserved", "False", "Pending", ""), active=False),
-        why(("QuotaReserved", "True", "", ""), checks=[{"name": "budget", "state": "Pending"}]),
-        why(("Evicted", "True", "Preempted", BY), ("Preempted", "True", "InClusterQueue", BY)),
-        why_waiting(job(), []),
-        why_waiting(job(suspend=False), [pod(*silent)]),
-        why_waiting(job(suspend=False), [pod(*gone, deletionTimestamp="x")]),
-    ]
-    for reason in said:
-        assert any(re.search(pattern, reason.words) for pattern in patterns), reason.words
