@@ -45,10 +45,12 @@ from stillhouse.sweep.kube.facts import keys_of  # noqa: E402
 from stillhouse.sweep.kube.ledger import Ledger, Record, read_sweep, sweeps  # noqa: E402
 from stillhouse.sweep.kube.manifest import render  # noqa: E402
 from stillhouse.sweep.kube.names import Names  # noqa: E402
-from stillhouse.sweep.kube.particulars import particulars  # noqa: E402
+from stillhouse.sweep.kube.particulars import particulars, said_of_others  # noqa: E402
+from stillhouse.sweep.kube.renewing import carried_attempts, is_better_made_anew  # noqa: E402
 from stillhouse.sweep.kube.scene import Scene, baselines_seen  # noqa: E402
 from stillhouse.sweep.kube.settle import attempts_patch, records_of  # noqa: E402
 from stillhouse.sweep.kube.steps import Steps  # noqa: E402
+from stillhouse.sweep.kube.workload import queue_view  # noqa: E402
 from stillhouse.sweep.plan import Action, groups_of  # noqa: E402
 
 # --------------------------------------------------------------------------------- bending
@@ -355,7 +357,11 @@ def job_object(draw: Any) -> None:
     scene = Scene(ledger)
     others = [all_of[n] for n in range(len(all_of)) if n != number and draw(st.booleans())]
     for resource, one in [*others, (kind, item)]:
-        scene.learn(resource, one)
+        if resource == "workloads":
+            queued = scene.viewed(queue_view, one)
+            scene.replace_queue([queued] if queued else [], [job.uid for job in scene.jobs()])
+        else:
+            scene.learn(resource, one)
     assert sweep.suite is not None
     key = suite_key(sweep.suite)
     for point in sweep.points:
@@ -369,6 +375,9 @@ def job_object(draw: Any) -> None:
         ledger.write(records)
         ledger.refresh(keys_of(job), 0.0)
         particulars([job], scene, records)
+        said_of_others([job], scene)
+        is_better_made_anew(job, scene.pods_of(job), sweep.site, was_there=True)
+        carried_attempts(job, scene.pods_of(job))
     ledger.remarks()
 
 

@@ -144,6 +144,18 @@ def test_a_second_call_says_what_became_of_the_first(
     assert "is there already, done" in say(*line)
 
 
+def test_a_line_of_another_site_says_what_the_job_that_is_there_asks(
+    fake: FakeApi, say: Callable[..., str]
+) -> None:
+    say(*train("mine", "--memory-gib", "9"))
+    fake.pending(only(fake))
+    out = say(*train("mine", "--memory-gib", "12"))
+    assert (
+        "sent from another site: memory_gib is 9.0 there and 12.0 here; `stillhouse cancel" in out
+    )
+    assert "another site" not in say(*train("mine", "--memory-gib", "9"))
+
+
 def test_a_line_whose_job_is_gone_sends_it_again(fake: FakeApi, say: Callable[..., str]) -> None:
     line = train("mine", "--lmbda", "0")
     say(*line)

@@ -232,6 +232,10 @@ def test_after_the_second_end_that_cost_nothing_the_job_is_made_anew_once(
         fake.fail(name, 85, EVICTED, ends="Ignore")
         until(lambda: backend.wait(0.01) or len(told()) == 3)
         assert "waits 10 s before the second" in str(backend.look(IDS[0]).cause)
+        second = uid(fake, name)
+        fake.disrupt(name)
+        until(lambda: backend.wait(0.01) or "the third" in str(backend.look(IDS[0]).cause))
+        assert uid(fake, name) == second, "once: pods count their attempts by Job"
         fake.complete(name)
         assert ended(backend).exit_code == 0
     assert fake.created("jobs")[name] == fake.deleted("jobs")[name] == 1

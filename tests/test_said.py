@@ -36,6 +36,7 @@ TOLD = [
     "cannot start: image not pulled", "just sent to queue lab", f"queue lab: {NOT_READ}",
     "waits in queue lab (it was sent from another site: cpu is 1 there and 4 here)",
     "OutOfMemory: the device's memory is full: micro_batch=2", "Diverged: step 3: the loss is NaN",
+    "NoProgress: 3 pods in a row ended before they completed a step",
 ]  # fmt: skip
 
 

@@ -60,16 +60,19 @@ def _has_no_work(job: JobView, pods: Sequence[PodView]) -> bool:
 def _is_slowed_down(job: JobView, pods: Sequence[PodView]) -> bool:
     """Whether a Job that lost nothing but pods, and no attempt, waits longer than a new one would.
 
-    One that has failed is not: a new Job would count its attempts from 0. One of a queue is not: it
-    would lose its place there.
+    One that has failed is not: a new Job would count its attempts from 0. One that was made anew is
+    not: pods count how many of one Job in a row came to no step, and have to come to an end. One of
+    a queue is not: it would lose its place there.
     """
     if job.queue is not None or job.is_suspended or job.active:
         return False
     over = [pod for pod in by_age(pods) if pod.is_over]
     if not over or len(over) < len(pods):
         return False
-    names = {pod.name for pod in over}
-    names |= {one["pod"] for one in told_attempts(job) if BEFORE not in one}
+    told = told_attempts(job)
+    if any(BEFORE in one for one in told):
+        return False
+    names = {pod.name for pod in over} | {one["pod"] for one in told}
     return len(names) >= SLOW and _costs_nothing(over[-1])
 
 

@@ -29,6 +29,7 @@ from stillhouse.sweep.kube.manifest import HASH_DIGITS, image_problem
 from stillhouse.sweep.kube.named import have_config_map, have_job
 from stillhouse.sweep.kube.names import Names
 from stillhouse.sweep.kube.pod_logs import pods
+from stillhouse.sweep.kube.renewing import of_other_site
 from stillhouse.sweep.kube.scene import Scene
 from stillhouse.sweep.kube.steps import RUNS
 from stillhouse.sweep.kube.views import OURS, PART_OF, JobView, job_view, viewed
@@ -239,6 +240,10 @@ class _Sender:
             self.say(f"{name} is the same configuration as{other}: now a name of it, too")
         cause = f": {seen.cause}" if seen.cause else ""
         self.say(f"nothing was sent: {self.step.name} is there already, {seen.state}{cause}")
+        other = of_other_site(self.job, self.site) if self.job and self.job.state == "live" else ""
+        if other:
+            again = f"`stillhouse cancel {self._target} {there}`, then the same line, sends it anew"
+            self.say(f"  it was sent from another site: {other}; {again}")
         if self.job is not None and self.job.is_deleting:
             self.say("  its Job is being deleted; the same line sends it again once it is gone")
         elif seen.state in FAILED:
