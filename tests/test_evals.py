@@ -305,6 +305,24 @@ def test_a_score_of_other_weights_or_another_lm_eval_is_said_and_made_anew(place
         assert len(note["why"]) == 1
 
 
+def test_what_two_evaluations_score_at_once_is_kept_of_the_first(place, tmp_path, monkeypatch):
+    spec = asked(place, tmp_path, "eval_student=false", "eval_ptq=false", "suite=tiny")
+    trained(place, tmp_path)
+    score, firsts = Scorer.score, list[dict[Path, object]]()
+
+    def meanwhile(self, *args):
+        if not firsts:
+            firsts.append({})
+            harness.run_suite(spec, Never())
+            firsts.append({file: read_json(file) for file in tmp_path.glob("**/eval/*.json")})
+        return score(self, *args)
+
+    monkeypatch.setattr(Scorer, "score", meanwhile)
+    harness.run_suite(spec, Never())
+    kept = {file: read_json(file) for file in tmp_path.glob("**/eval/*.json")}
+    assert len(kept) == 4 and kept == firsts[1]
+
+
 def test_teacher_and_untrained_student_of_a_self_pair_are_asked_once(place, tmp_path, monkeypatch):
     runs, asked_for = tmp_path / "runs", []
     score = Scorer.score

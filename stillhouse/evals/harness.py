@@ -390,6 +390,8 @@ def _probe(model: Any, tokenizer: Any) -> Any:
 
 
 def _write(row: Row, task: TaskSpec, suite: SuiteSpec, score: Json) -> None:
+    if row.finished(suite, task):  # another evaluation, at the same time, was here first
+        return
     ours = {name: models.versions()[name] for name in ("transformers", "torch", "peft")}
     before, why = read_json(eval_file(row.home, task.task)), row.drift(suite, task)
     score = score | {
