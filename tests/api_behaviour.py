@@ -565,6 +565,20 @@ WORKLOADS = {
     "finished": [*ADMITTED, ("Finished", "True", "Succeeded", REACHED)],
 }
 
+# The same where Kueue tells by the reason what it waits for: by default from 0.20.
+NOT_ADMITTED = ("Admitted", "False", "NoReservation", "The workload has no reservation")
+NEXT_WORKLOADS = {
+    "pending": [("QuotaReserved", "False", "WaitingForQuota", LACKS), NOT_ADMITTED],
+    "inadmissible": [
+        ("QuotaReserved", "False", "Misconfigured", "LocalQueue nowhere doesn't exist"),
+        NOT_ADMITTED,
+    ],
+    "preempted": [
+        ("QuotaReserved", "False", "WaitingForQuota", LACKS),
+        *WORKLOADS["preempted"][1:],
+    ],
+}
+
 
 def workload_of(cluster: Cluster, name: str) -> list[tuple[str, str, str, str]]:
     """The conditions of the Workload that belongs to a Job; none, no Workload."""
@@ -576,5 +590,6 @@ def workload_of(cluster: Cluster, name: str) -> list[tuple[str, str, str, str]]:
         return [
             (c["type"], c["status"], c["reason"], re.sub(r"UID: [-0-9a-f]+", "UID", c["message"]))
             for c in found.get("status", {}).get("conditions", [])
+            if c["type"] != "PodsReady"  # since 0.18, and nobody here reads it
         ]
     return []

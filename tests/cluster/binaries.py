@@ -21,9 +21,9 @@ from pathlib import Path
 from filelock import FileLock
 
 SOURCES = Path(__file__).parent / "kube"
-GO_AT_LEAST = (1, 25)  # what Kueue asks for; Kubernetes itself would take 1.24
+GO_AT_LEAST = (1, 26)  # what Kueue asks for; Kubernetes itself would take 1.24
 KWOK = ("sigs.k8s.io/kwok", "v0.7.0")
-KUEUE = ("sigs.k8s.io/kueue", "v0.17.0")
+KUEUE = ("sigs.k8s.io/kueue", "v0.19.0")
 # Kueue keeps the certificate of its visibility server in /visibility. Ours has no right to that:
 # relative to where it is started will do.
 KUEUE_LINK = "-X sigs.k8s.io/kueue/pkg/visibility.certDir=visibility"

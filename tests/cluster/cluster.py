@@ -58,10 +58,11 @@ class Kubernetes:
         fast: bool = True,
         kueue: bool = False,
         gpus: int = 8,
+        kueue_gates: Sequence[str] = (),
     ) -> None:
         """`binaries`: see binaries.py. `images`: OCI archives for the real node. `fast`: the
         controllers may ask as often as they like (by default: 20 times a second). `gpus`: how many
-        each node says it has."""
+        each node says it has. `kueue_gates`: feature gates of Kueue that are on."""
         self.binaries = binaries
         self.fake_nodes = fake_nodes
         self.fast = fast
@@ -82,7 +83,7 @@ class Kubernetes:
         self.create = self.api.create
         self.fakes = Fakes(self)
         self.behave = self.fakes.behave
-        self.installed = Kueue(self) if kueue else None
+        self.installed = Kueue(self, kueue_gates) if kueue else None
 
     def __enter__(self) -> Kubernetes:
         try:

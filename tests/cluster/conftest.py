@@ -14,6 +14,7 @@ import pytest
 from tests.cluster import binaries
 from tests.cluster.cluster import Kubernetes
 from tests.cluster.desk import Desk, at_desk
+from tests.cluster.kueue import OBSERVABILITY
 
 
 def cannot(reason: str) -> NoReturn:
@@ -51,10 +52,11 @@ def kube(programs: Path) -> Iterator[Kubernetes]:
         yield up
 
 
-@pytest.fixture(scope="session")
-def kube_kueue(programs: Path) -> Iterator[Kubernetes]:
-    """The same, and Kueue without a queue."""
-    with Kubernetes(programs, fake_nodes=3, kueue=True) as up:
+@pytest.fixture(scope="session", params=["as it comes", "words of 0.20"])
+def kube_kueue(programs: Path, request: pytest.FixtureRequest) -> Iterator[Kubernetes]:
+    """The same, and Kueue without a queue: as it comes, and with the words of its next version."""
+    gates = [OBSERVABILITY] if request.param == "words of 0.20" else []
+    with Kubernetes(programs, fake_nodes=3, kueue=True, kueue_gates=gates) as up:
         yield up
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import base64
 import json
 import urllib.request
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import yaml
@@ -25,7 +25,9 @@ SYSTEM = "kueue-system"
 SERVICE = "kueue-webhook-service"
 POSITIONS = "visibility-server"
 POSITIONS_API = ("visibility.kueue.x-k8s.io", "v1beta2")
-CONVERTED = ("clusterqueues", "cohorts", "localqueues", "multikueueclusters", "workloads")
+# On by default from Kueue 0.20: reasons of a Workload that waits have other names (stillhouse's
+# sweep/kube/workload.py reads both).
+OBSERVABILITY = "UnadmittedWorkloadsObservability"
 # Webhooks of other groups are for kinds that are not installed here.
 HOOKED = {"batch", "kueue.x-k8s.io"}
 # A queue is asked for all that a pod asks; there is plenty of what a test does not mean to limit.
@@ -37,8 +39,9 @@ class Kueue:
 
     HOST = f"{SERVICE}.{SYSTEM}.svc"  # what its server's certificate must be good for
 
-    def __init__(self, kube: Kubernetes) -> None:
-        self.kube = kube
+    def __init__(self, kube: Kubernetes, gates: Sequence[str] = ()) -> None:
+        """`gates`: feature gates that are switched on."""
+        self.kube, self.gates = kube, gates
         self.folder = kube.work / "kueue"
         self.webhook, self.visibility, self.health = (free_port() for _ in range(3))
 
@@ -47,7 +50,7 @@ class Kueue:
         manifests = self.kube.binaries / "manifests"
         for path in sorted((manifests / "kueue").iterdir()):
             kind = yaml.load(path.read_text(), yaml.CSafeLoader)
-            if kind["spec"]["names"]["plural"] in CONVERTED:
+            if len(kind["spec"]["versions"]) > 1:
                 client = {"clientConfig": self.client("/convert")}
                 hook = {**client, "conversionReviewVersions": ["v1"]}
                 kind["spec"]["conversion"] = {"strategy": "Webhook", "webhook": hook}
@@ -106,6 +109,8 @@ class Kueue:
                 "groupKindConcurrency": {"Job.batch": 5, "Workload.kueue.x-k8s.io": 5},
             },
         }
+        if self.gates:
+            config["featureGates"] = dict.fromkeys(self.gates, True)
         (self.folder / "config.yaml").write_text(json.dumps(config))
         program = str(self.kube.binaries / "kueue")
         flags = (f"--config={self.folder}/config.yaml", f"--kubeconfig={self.kube.kubeconfig}")

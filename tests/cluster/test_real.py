@@ -49,6 +49,7 @@ STOPPING = (
     "compare: {by: learning_rate, metric: tiny_mc/acc, baseline: 0.005}",
     "eval: {suite: tiny, limit: 8, pack: 3}",
 )
+WITHIN_S = 60  # docs/cluster.md: why something waits is named within a minute
 NEEDED_S = 400.0  # for anything that a few pods do one after the other, on a busy machine
 
 
@@ -182,6 +183,23 @@ def test_a_preflight_is_a_job_that_succeeds_whatever_its_verdict(ada: Desk):
     assert "nothing was sent" in ada.say(*line)
 
 
+def test_what_is_pushed_lies_whole_on_the_cache_volume_and_is_not_sent_again(ada: Desk):
+    rows = ada.folder / "rows"
+    (rows / "deep").mkdir(parents=True)
+    (rows / "a.jsonl").write_text('{"prompt": "2 + 2 ="}\n' * 5000)
+    (rows / "deep" / "b.bin").write_bytes(bytes(range(256)) * 9000)
+    site = at_site(ada, gpu_resource="null").removeprefix("site: {").removesuffix("}")
+    line = ("push", "rows", *site.replace(": ", "=").split(", "))
+    said = ada.say(*line)
+    (there,) = ada.space.cache.glob("pushed/rows-*")
+    assert f"/cache/pushed/{there.name}" in said
+    for file in ("a.jsonl", "deep/b.bin"):
+        assert (there / file).read_bytes() == (rows / file).read_bytes()
+    before = {path: path.stat().st_mtime_ns for path in there.rglob("*")}
+    assert f"/cache/pushed/{there.name}" in ada.say(*line)
+    assert before == {path: path.stat().st_mtime_ns for path in there.rglob("*")}
+
+
 # --------------------------------------------------------------------------------- disturbances
 
 
@@ -210,6 +228,13 @@ class Rough:
         selector = f"?labelSelector=stillhouse/point={id_}"
         pods = self.kube.call("GET", PATHS["Pod"].format(self.ada.space.name) + selector)["items"]
         return [pod for pod in pods if is_at_work(pod)]
+
+    def cause(self, id_: str) -> str:
+        """What `status` says of it."""
+        said = self.ada.start("status", self.sweep, *AWAY, "--json")
+        said.process.wait(60)
+        (found,) = (p for p in json.loads(said.said)["points"] if p["id"] == id_)
+        return found["cause"] or ""
 
     def job(self, id_: str) -> Json:
         """Its Job as it last was."""
@@ -290,6 +315,8 @@ def test_whatever_befalls_pods_and_node_the_results_are_as_if_undisturbed(ada: D
     kube.kill_node()
     until("the node is missed", lambda: kube.ready_nodes("type=real") == 0)
     until("its pods are given up", lambda: not points.pods(lost))
+    until("the status names the node", lambda: "its node" in points.cause(lost), WITHIN_S)
+    assert "was lost" in points.cause(lost)
     kube.start_node()
     driver = ended(ada, "drive")
 
