@@ -1,4 +1,4 @@
-"""This file is where rollouts by the fast decoder are measured against transformers' `generate`.
+"""This file is where rollouts by our engine are measured against transformers' `generate`.
 
     python benchmarks/rollout.py       prints a Markdown table, in less than a minute
 
@@ -28,11 +28,11 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from stillhouse.distill import tiny
-from stillhouse.distill.decode import decode
+from stillhouse.distill.engine import Engine, generate
 from stillhouse.distill.models import load_base, new_student
 from stillhouse.distill.problems import problems
 from stillhouse.distill.recipes import RECIPES
-from stillhouse.distill.rollouts import _Draw, generate, pad_left, uniforms
+from stillhouse.distill.rollouts import _Draw, pad_left, uniforms
 from stillhouse.spec import LoraSpec, QuantSpec, RolloutSpec
 
 BATCH, NEW_TOKENS = 32, 32
@@ -61,29 +61,37 @@ def pair(directory: Path) -> dict[str, Any]:
     return {"student, int4 + LoRA": student.eval(), "teacher, dense": teacher}
 
 
+def refolded(engine: Engine, *args: Any, **settings: Any) -> Tensor:
+    """What an engine writes with the weights of now: folding them is part of a rollout."""
+    engine.refold()
+    return engine.tokens(*args, **settings)
+
+
 def counted(model: Any, ids_BP: Tensor, mask_BP: Tensor) -> list[Way]:
     """Both ways, drawing by counted randomness; with no end-of-text, so that no row is short."""
 
     def draw() -> _Draw:
-        rollout = RolloutSpec(NEW_TOKENS, NEW_TOKENS, 1.0, 1)
+        rollout = RolloutSpec(NEW_TOKENS, NEW_TOKENS, 1.0, 1, BATCH)
         draws = uniforms(1, "student", 0, range(BATCH), NEW_TOKENS)
         return _Draw(draws, [0] * BATCH, rollout, [1], lambda: None)
 
-    settings = {"eos_ids": [1], "max_new_tokens": NEW_TOKENS}
+    settings = {"pad_id": 0, "eos_ids": [1], "max_new_tokens": NEW_TOKENS}
+    engine = Engine(model)
     return [
-        lambda: decode(model, ids_BP, mask_BP, draw(), **settings),
-        lambda: generate(model, ids_BP, mask_BP, draw(), pad_id=0, **settings),
+        lambda: refolded(engine, ids_BP, mask_BP, draw(), **settings),
+        lambda: generate(model, ids_BP, mask_BP, draw(), **settings),
     ]
 
 
 def greedy(model: Any, ids_BP: Tensor, mask_BP: Tensor) -> list[Way]:
-    """The likeliest tokens by the decoder, and by `generate` with nothing of ours in it."""
+    """The likeliest tokens by the engine, and by `generate` with nothing of ours in it."""
     config = GenerationConfig(max_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=0)
     theirs = {"input_ids": ids_BP, "attention_mask": mask_BP, "generation_config": config}
+    engine = Engine(model)
     return [
-        lambda: decode(
-            model, ids_BP, mask_BP, lambda logits_BV: logits_BV.argmax(-1),
-            eos_ids=[], max_new_tokens=NEW_TOKENS,
+        lambda: refolded(
+            engine, ids_BP, mask_BP, lambda logits_bV, row_b: logits_bV.argmax(-1),
+            pad_id=0, eos_ids=[], max_new_tokens=NEW_TOKENS,
         ),
         lambda: model.generate(**theirs)[:, ids_BP.shape[1] :],
     ]  # fmt: skip
@@ -133,7 +141,7 @@ def table() -> None:
         f"The tiny pair, {BATCH} prompts, {NEW_TOKENS} new tokens each, float32, torch"
         f" {torch.__version__}, load average"
         f" {os.getloadavg()[0]:.1f} at the end. Times as fast: median of {PAIRS} alternating pairs"
-        " of rollouts, each generate's time over the decoder's.\n"
+        " of rollouts, each generate's time over the engine's.\n"
     )
     print("| model | draw | threads | times as fast | at least | ms, ours / generate | tokens |")
     print("|---|---|---|---|---|---|---|")

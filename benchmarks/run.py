@@ -17,7 +17,7 @@ HERE = Path(__file__).parent
 PAGE = HERE.parent / "docs" / "benchmarks.md"
 TITLES = {
     "loss": "The loss: memory and time against the dense computation",
-    "rollout": "A rollout: the fast decoder against transformers' `generate`",
+    "rollout": "A rollout: our engine against transformers' `generate`",
     "preflight": "A preflight: against a run of its pair",
     "plan": "The launcher: `--help` and `plan`",
     "local": "A point that does nothing, on the local backend",

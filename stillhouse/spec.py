@@ -44,6 +44,7 @@ Natural = Annotated[int, Field(ge=0), _Number]
 Share = Annotated[float, Field(ge=0, le=1), _Number]
 BelowOne = Annotated[float, Field(ge=0, lt=1), _Number]
 Positive = Annotated[float, Field(gt=0), _Number]
+AtLeastOne = Annotated[float, Field(ge=1), _Number]
 NonNegative = Annotated[float, Field(ge=0), _Number]
 # It becomes a file name below runs/names, so it is one, and nothing else.
 NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}"
@@ -262,6 +263,7 @@ class LossSpec:
     off_loss: Literal["jsd", "ce"]
     beta: Share  # of jsd, topk: 0 forward KL(teacher || student), 1 reverse KL(student || teacher)
     advantage_clip: Schedule  # of pg: |log q - log p| of a sampled token counts up to this, in nats
+    ratio_cap: AtLeastOne | None  # of pg: p / p_sample of a token counts up to this; null: no bound
     loss_top_k: Count  # of topk: tokens of a support; the rest is one bucket, exactly
     top_k_support: Literal["student", "teacher", "union", "intersection"]  # whose top k
     loss_temperature: Positive  # both sides' logits are divided by it
@@ -369,6 +371,7 @@ class RolloutSpec:
     min_new_tokens: Natural  # end-of-text is forbidden before it
     temperature: Positive  # of sampling; the loss has its own
     horizon: ShareSchedule  # share of max_new_tokens that a rollout may have, over the run
+    rollout_rows: Count  # written at once, at most: memory, and in float32 not meaning
 
     @model_validator(mode="after")
     def _room(self) -> RolloutSpec:
@@ -408,6 +411,9 @@ class TrainingSpec:
     sanity_max_nll: (
         Positive  # nats per token at step 0 above which inputs and targets are misaligned
     )
+    # Nats per token, mean: between log-probabilities as drawn and as trained; beyond it a run ends
+    # (43). null: by the dtype that the student computes in.
+    max_rollout_gap: Positive | None
     micro_batch: Count | None  # splits the per-device batch further; null: not at all
     save_steps: Count
 
@@ -556,6 +562,12 @@ class TrainSpec:
             raise ValueError(
                 f"micro_batch {t.micro_batch} must divide per_device_train_batch_size "
                 f"{t.per_device_train_batch_size}"
+            )
+        gap, least = t.max_rollout_gap, ROUNDING[computed_in(self)]
+        if gap is not None and gap < least:
+            raise ValueError(
+                f"max_rollout_gap {gap:g} is below the rounding of {computed_in(self)}, {least:g}"
+                f" nats per token: every run would end; null means {rollout_gap_bound(self):g}"
             )
         self._method_fits()
         self._rescue_fits()
@@ -706,6 +718,11 @@ class EvalSpec:
     place: PlaceSpec
 
 
+# Mean |log p as trained - log p as drawn|, nats per token: what rounding comes to between two
+# evaluations of one function at the least, and what a run may have. Measured: docs/log.md.
+ROUNDING: dict[str, float] = {"float32": 2e-5, "bfloat16": 0.02, "float16": 0.003}
+GAPS: dict[str, float] = {"float32": 1e-3, "bfloat16": 0.2, "float16": 0.05}
+
 # Not part of a point's identity, and why. Whole sections first.
 NOT_VERSIONED: dict[str, str] = {
     "monitor": "measures, does not train",
@@ -719,14 +736,18 @@ NOT_VERSIONED: dict[str, str] = {
     "training.micro_batch": "splits a sum",
     "training.save_steps": "a resumed run equals one that never stopped",
     "training.sanity_max_nll": "a check, not a computation",
+    "training.max_rollout_gap": "a check, not a computation",
 }
 
 # Knobs that came when there were runs already, and the value that is as before: a knob that has it
 # is no part of the content, so that those runs are still what they were asked to be. A key is a
 # section and its leaf; `task.LEAF` is a leaf of a suite's tasks.
+ROLLOUT_ROWS = 64
 AS_BEFORE: dict[str, Any] = {
     "loss.position_weights": 1,
+    "loss.ratio_cap": None,
     "rollout.horizon": 1,
+    "rollout.rollout_rows": ROLLOUT_ROWS,
     "rescue.cold_start": 0,
     "rescue.cold_prompts": 0,
     "rescue.kept_prompts": 1,
@@ -742,6 +763,7 @@ AS_BEFORE: dict[str, Any] = {
 # Knobs that are no part of the content and came when there were records already, and what a record
 # without them means.
 ADDED: dict[str, Any] = {
+    "training.max_rollout_gap": None,
     "place.commits": {},
     "place.sources": "same",
     "place.sweep": None,
@@ -788,8 +810,32 @@ def versioned(spec: TrainSpec) -> dict[str, dict[str, Any]]:
         del plain[section]
     for section, leaf in _SKIP_LEAVES:
         del plain[section][leaf]
+    if is_float32(spec):  # there the same tokens are drawn, however many rows are written at once
+        del plain["rollout"]["rollout_rows"]
     plain = {section: as_before(section, leaves) for section, leaves in plain.items()}
     return {section: leaves for section, leaves in plain.items() if leaves}
+
+
+def computed_in(spec: TrainSpec) -> Dtype:
+    """The dtype of the student's products."""
+    return "bfloat16" if spec.training.mixed_precision == "bf16" else spec.pair.student_dtype
+
+
+def rollout_gap_bound(spec: TrainSpec) -> float:
+    """What a step's mean gap may come to, in nats per token."""
+    asked = spec.training.max_rollout_gap
+    return GAPS[computed_in(spec)] if asked is None else asked
+
+
+def is_capped(spec: TrainSpec) -> bool:
+    """Whether a policy gradient's ratios have a bound."""
+    return spec.loss.on_loss == "pg" and spec.loss.ratio_cap is not None
+
+
+def is_float32(spec: TrainSpec) -> bool:
+    """Whether every model of a run computes in float32."""
+    dtypes = {spec.pair.student_dtype, spec.pair.teacher_dtype}
+    return dtypes == {"float32"} and spec.training.mixed_precision == "no"
 
 
 def as_before(section: str, leaves: dict[str, Any]) -> dict[str, Any]:

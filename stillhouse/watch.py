@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from statistics import fmean
 
 from stillhouse.errors import ConfigError, nearest
-from stillhouse.spec import TrainSpec, WatchRule
+from stillhouse.spec import TrainSpec, WatchRule, is_capped
 
 # What every step logs, and what only some do. A test holds these lists against real runs. Seconds
 # (time/*) are not here: they differ from process to process, and a rule must not.
@@ -40,6 +40,11 @@ _ON_POLICY = [
     "train/on_policy_loss",
     "train/kl_divergence",
     "rollout/staleness",
+    "rollout/gap_mean",
+    "rollout/gap_max",
+    "rollout/gap_k3",
+    "rollout/ess",
+    "rollout/ess_sequence",
     "rollout/length",
     "rollout/length_share",
     "rollout/compression",
@@ -80,6 +85,10 @@ def logged(spec: TrainSpec) -> set[str]:
         names.add("train/off_policy_loss")
     if writes or method.off_policy_source == "teacher":
         names.add("rollout/truncation_rate")
+    if writes and is_capped(spec):
+        names.add("train/ratio_capped")
+    if reads and method.off_policy_source == "teacher":
+        names.add("rollout/teacher_gap")
     if method.anchor_weight != 0:
         names.add("train/anchor_kl")
     if writes and monitor.overlap_steps:

@@ -1,4 +1,4 @@
-"""The fast decoder writes what transformers' generate writes, and refuses what it cannot."""
+"""Fused forms of a Llama write what transformers' generate writes; what they cannot is refused."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ from transformers import (
 )
 
 from stillhouse.distill import tiny
-from stillhouse.distill.decode import decode, obstacle
+from stillhouse.distill.decode import FusedLlama, obstacle
+from stillhouse.distill.engine import Engine
 from stillhouse.distill.models import load_base, new_student
 from stillhouse.distill.problems import problems
 from stillhouse.distill.quant import quantize_
@@ -69,6 +70,14 @@ def student(quant: QuantSpec = QUANTS["none"], **more: Any) -> Any:
     return moved(new_student(base, LORA, 0))
 
 
+def decode(model: nn.Module, ids_BP: Tensor, mask_BP: Tensor, pick: Any, **settings: Any) -> Tensor:
+    """What the fused forms write, with the weights of now."""
+    engine = Engine(model)
+    engine.refold()
+    assert isinstance(engine.form, FusedLlama)
+    return engine.tokens(ids_BP, mask_BP, pick, pad_id=0, **settings)
+
+
 PROMPTS = [[3, 5, 2, 9, 4], [7], [8, 8, 6]]
 FOLLOWING = torch.randint(V, (3, 6), generator=torch.Generator().manual_seed(5))
 
@@ -77,7 +86,7 @@ def decoded_logits(model: nn.Module, length: int = 7) -> Tensor:
     """Logits [B, C, V] of the decoder behind PROMPTS, where it is made to pick FOLLOWING."""
     seen: list[Tensor] = []
 
-    def pick(logits_BV: Tensor) -> Tensor:
+    def pick(logits_BV: Tensor, row_b: Tensor) -> Tensor:
         seen.append(logits_BV.clone())
         return FOLLOWING[:, len(seen) - 1]
 
@@ -177,7 +186,7 @@ def test_a_row_does_not_depend_on_its_neighbours_or_on_padding():
     picks = iter(FOLLOWING[1])
     alone: list[Tensor] = []
 
-    def pick(logits_BV: Tensor) -> Tensor:
+    def pick(logits_BV: Tensor, row_b: Tensor) -> Tensor:
         alone.append(logits_BV[0])
         return next(picks)[None]
 
@@ -188,10 +197,11 @@ def test_a_row_does_not_depend_on_its_neighbours_or_on_padding():
 def test_writing_ends_with_the_last_rows_end_whichever_of_the_ends_it_is():
     tokens = iter([[5, 1], [2, 6], [1, 2], [7, 7]])
     out = decode(
-        llama(), *pad_left([[4], [5, 5]], 2, 0), lambda _: torch.tensor(next(tokens)),
+        llama(), *pad_left([[4], [5, 5]], 2, 0),
+        lambda _, row_b: torch.tensor(next(tokens))[row_b],
         eos_ids=[1, 2], max_new_tokens=4,
     )  # fmt: skip
-    assert out.tolist() == [[5, 2], [1, 6]]
+    assert [cut_after_eos(row, [1, 2]) for row in out.tolist()] == [[5, 2], [1]]
 
 
 # --- the tiny pair's student, trained a little ----------------------------------------------------
@@ -211,7 +221,7 @@ def pair(tmp_path_factory):
     return directory, text([f"<|user|>{p.question}<|assistant|>" for p in source])["input_ids"]
 
 
-def argmax(logits_BV: Tensor) -> Tensor:
+def argmax(logits_BV: Tensor, row_b: Tensor) -> Tensor:
     return logits_BV.argmax(-1)
 
 
@@ -266,7 +276,7 @@ def prompt_tuned() -> nn.Module:
 
 DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
 REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
-    "another architecture": (qwen, "Qwen3ForCausalLM is not an architecture that the fast"),
+    "another architecture": (qwen, "Qwen3ForCausalLM has no fused form"),
     "bfloat16": (lambda: llama().bfloat16(), "torch.bfloat16"),
     "a rope that follows the length": (lambda: llama(rope_parameters=DYNAMIC), "dynamic"),
     "DoRA": (lambda: with_adapter(use_dora=True), "layers.0.self_attn.q_proj"),

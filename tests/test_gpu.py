@@ -16,8 +16,8 @@ import torch
 from cheap import words
 from torch import Tensor
 
-from stillhouse.distill.decode import decode
 from stillhouse.distill.diagnostics import Summary
+from stillhouse.distill.engine import Engine
 from stillhouse.distill.head import Head
 from stillhouse.distill.losses import distill_loss
 from stillhouse.distill.models import load_base, new_student
@@ -109,9 +109,12 @@ def test_the_decoder_writes_what_generate_writes(base: str, quant: QuantSpec) ->
                 parameter.normal_(std=0.05)
     prompts = [[5 + (7 * row + place) % 300 for place in range(9 + row)] for row in range(8)]
     ids_BP, mask_BP = (t.to(GPU) for t in pad_left(prompts, 16, 0))
-    ours = decode(
-        student, ids_BP, mask_BP, lambda logits_BV: logits_BV.argmax(-1),
-        eos_ids=[], max_new_tokens=24,
+    engine = Engine(student)
+    engine.refold()
+    assert engine.form is not None
+    ours = engine.tokens(
+        ids_BP, mask_BP, lambda logits_bV, row_b: logits_bV.argmax(-1),
+        pad_id=0, eos_ids=[], max_new_tokens=24,
     )  # fmt: skip
     theirs = student.generate(
         input_ids=ids_BP, attention_mask=mask_BP, max_new_tokens=24, do_sample=False,

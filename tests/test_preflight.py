@@ -111,16 +111,14 @@ def test_accuracies_are_of_greedy_answers_and_continuations_of_the_students_own(
     numbers = looked(spec, prefixes=(3, 20, 999))["numbers"]
     run = Run(spec, Runs(tmp_path).of(spec), StopFlag())
     prompts = run.prompts.held_out[:12]
-    writers, length = run.roles.writers(), max(len(e.prompt_ids) for e in prompts)
+    writers = run.roles.writers()
 
     def share(who: str, prefixes: list[list[int]] | None) -> float:
-        ids = writers[who](
-            prompts, preflight.FIRST, range(12), length, prefixes=prefixes, greedy=True
-        ).ids
+        ids = writers[who](prompts, preflight.FIRST, range(12), prefixes=prefixes, greedy=True).ids
         texts = run.tokenizer.batch_decode(ids, skip_special_tokens=True)
         return sum(answer_in(t) == e.answer for t, e in zip(texts, prompts, strict=True)) / 12
 
-    own = writers["student"](prompts, preflight.FIRST, range(12), length).ids
+    own = writers["student"](prompts, preflight.FIRST, range(12)).ids
     half = [ids[: len(ids) // 2] for ids in own]
     teacher, student = share("teacher", None), share("student", None)
     assert numbers["teacher_accuracy"]["value"] == pytest.approx(teacher)

@@ -164,10 +164,9 @@ def test_prompts_are_ranked_once_and_those_first_on_which_both_agree_most(tmp_pa
         orders[by] = ranking(spec, loaded)
         assert sorted(orders[by]) == list(range(24))
         asked = loaded.prompts.train
-        length = max(len(e.prompt_ids) for e in asked)
         means = []
         for row, example in enumerate(asked):  # one by one, as its place in the ranking's draw
-            ids = loaded.roles.writers()["student"]([example], RANKED, [row], length).ids
+            ids = loaded.roles.writers()["student"]([example], RANKED, [row]).ids
             numbers, rows_N = compared(spec, loaded, [example], ids, 4)
             name = {"mass": "mass_teacher", "kl": "reverse_kl"}[by]
             means.append(float(row_means(numbers[name], rows_N, 1)))
@@ -186,8 +185,7 @@ def test_seed_tokens_are_the_teachers_own_and_the_loss_does_not_count_them(tmp_p
     run = make(tmp_path, "method=teacher_seeded", "seed_tokens=3", "loss=ce_pg", "beta=1")
     metrics = run.loop.gradients(0)
     (share,) = shares(run)
-    places, length = range(4), run.loop.batches[0].prompt_length
-    alone = run.loop.sequences.writers["teacher"](share.examples, 0, places, length, tokens=3)
+    alone = run.loop.sequences.writers["teacher"](share.examples, 0, range(4), tokens=3)
     assert [ids[:3] for ids in share.written.ids] == alone.ids
     assert share.written.forced == [3] * 4, "none of these teachers ends within three tokens"
     own = sum(map(len, share.written.ids)) - 12
@@ -215,7 +213,7 @@ def test_a_rollout_whose_seed_already_ends_teaches_nothing(tmp_path):
     run = make(tmp_path, "method=teacher_seeded", "seed_tokens=3", "loss=ce_pg")
     eos = run.roles.eos_ids[0]
 
-    def ended(examples, step, rows, length, *, tokens=None, prefixes=None, greedy=False):
+    def ended(examples, step, rows, *, tokens=None, prefixes=None, greedy=False):
         ids = [[5, eos] for _ in examples]
         return Completions(ids, [False] * len(ids), [[-1.0, -1.0] for _ in ids], [0] * len(ids))
 

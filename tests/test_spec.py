@@ -77,6 +77,7 @@ OTHER: dict[str, object] = {
     "off_loss": "ce",
     "beta": 0.25,
     "advantage_clip": 3,
+    "ratio_cap": 2,
     "loss_top_k": 8,
     "top_k_support": "union",
     "loss_temperature": 2.0,
@@ -104,6 +105,7 @@ OTHER: dict[str, object] = {
     "min_new_tokens": 8,
     "temperature": 0.7,
     "horizon": 0.5,
+    "rollout_rows": 32,
     "learning_rate": 2e-5,
     "lr_scheduler_type": "constant",
     "warmup_ratio": 0.1,
@@ -120,6 +122,7 @@ OTHER: dict[str, object] = {
     "gradient_checkpointing": True,
     "seed": 7,
     "sanity_max_nll": 9.0,
+    "max_rollout_gap": 0.3,
     "micro_batch": 2,
     "save_steps": 10,
     "do_eval": True,
@@ -197,6 +200,11 @@ BESIDE: dict[str, dict[str, object]] = {
 
 # Of the knobs that came later, those that take knots: a flat line is the number that it is.
 SCHEDULES = {"position_weights", "horizon", "kept_prompts"}
+
+
+def test_how_many_rows_are_written_at_once_is_versioned_only_where_it_may_change_a_token():
+    assert point_id(train(rollout_rows=8)) != point_id(train())
+    assert point_id(train(pair="tiny", rollout_rows=8)) == point_id(train(pair="tiny"))
 
 
 def is_versioned(path: str) -> bool:

@@ -205,7 +205,8 @@ def _stored(family: Family) -> str:
 def _adapted(family: Family) -> tuple[str, str]:
     """The share that is adapted, of a student without a quantiser, and who writes its rollouts."""
     from stillhouse.distill.adapters import new_student
-    from stillhouse.distill.decode import obstacle
+    from stillhouse.distill.decode import FusedLlama
+    from stillhouse.distill.engine import Engine
     from stillhouse.distill.layers import coverage
     from stillhouse.errors import StillhouseError
     from stillhouse.spec import LoraSpec
@@ -223,7 +224,11 @@ def _adapted(family: Family) -> tuple[str, str]:
             if told is None or named:
                 return f"refused{named}: {_short(error)}", "–"
             named, targets = f" with `target_modules=[{told[1]}]`", told[1].split(",")
-    writer = "`generate`" if obstacle(student) else "fast decoder"
+    engine = Engine(student.eval())
+    engine.refold()
+    writer = "`generate`" if engine.form is None else "folded copy"
+    if isinstance(engine.form, FusedLlama):
+        writer = "fused forms"
     return f"{coverage(student).adapted_share:.0%}{named}", writer
 
 

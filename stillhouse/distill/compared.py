@@ -18,7 +18,6 @@ from stillhouse.distill.head import head_of
 from stillhouse.distill.loaded import Loaded
 from stillhouse.distill.loop import positions_of
 from stillhouse.distill.objectives import Jsd, evaluate_
-from stillhouse.distill.rollouts import Completions
 from stillhouse.rundir import Json
 from stillhouse.spec import TrainSpec, to_plain
 
@@ -93,13 +92,7 @@ def ranking(spec: TrainSpec, loaded: Loaded) -> list[int]:
     content = ["ranking", sections, how, spec.training.seed, loaded.prompts.key]
 
     def rank() -> Json:
-        length = max(len(e.prompt_ids) for e in asked)
-        parts: list[Completions] = []
-        for first in range(0, len(asked), BATCH):
-            places = range(first, min(first + BATCH, len(asked)))
-            examples = [asked[place] for place in places]
-            parts.append(loaded.roles.writers()["student"](examples, RANKED, places, length))
-        ids = Completions.joined(parts).ids
+        ids = loaded.roles.writers()["student"](asked, RANKED, range(len(asked))).ids
         numbers, rows_N = compared(spec, loaded, asked, ids, spec.monitor.overlap_k)
         is_mass = spec.rescue.kept_by == "mass"
         values_N = numbers["mass_teacher"] if is_mass else -numbers["reverse_kl"]

@@ -1,39 +1,42 @@
-"""This file is where a Llama in float32 writes fast: weights folded once, then plain products.
+"""This file is where a Llama in float32 writes fastest: weights folded once, then plain products.
 
 Each projection becomes one dense float32 matrix Q(W) + (alpha / r) B A, times the weight of the
-norm before it: the function that is trained, up to rounding, and never quantised anew. A rollout
-needs room for that copy of the weights. transformers' `generate` stays the reference: same logits
-within 1e-5, same tokens.
+norm before it: the function that is trained, up to rounding, and never quantised anew. Queries,
+keys and values are one product, as are gate and up, so a step is a third of the launches of the
+folded copy that every other model has (`folded.py`). transformers' `generate` stays the reference:
+same logits within 1e-5, same tokens.
 
-Legend: B rows, P prompt positions, S = P + new positions, n positions of one call, X = B n, H
-hidden width, V vocabulary, Q query heads, G key heads, D width of a head, [N, K] a map from K to N.
+Legend: B rows, b those still being written, P prompt positions, S = P + new positions, n positions
+of one call, X = b n, H hidden width, V vocabulary, Q query heads, G key heads, D width of a head,
+[N, K] a map from K to N.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Int
 from peft import PeftModel
-from peft.tuners.lora import LoraLayer, LoraModel
+from peft.tuners.lora import LoraModel
 from torch import Tensor, nn
 from transformers.models.llama import modeling_llama as llama
 
-from stillhouse.distill.quant import PackedLinear, dequantized_weight
+from stillhouse.distill.folded import base_of, can_fold, dense_weight
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 def obstacle(model: nn.Module) -> str | None:
-    """Why decode() would not compute what `model` computes here and now; None where it would."""
+    """Why these forms would not compute what `model` computes here and now; None where it would."""
     if isinstance(model, PeftModel) and not isinstance(model.base_model, LoraModel):
         return f"its adapter is a {type(model.base_model).__name__}, not LoRA"
-    causal_lm = _causal_lm(model)
+    causal_lm = base_of(model)
     if type(causal_lm) is not llama.LlamaForCausalLM:
-        return f"{type(causal_lm).__name__} is not an architecture that the fast decoder knows"
+        return f"{type(causal_lm).__name__} has no fused form"
     parameters = list(causal_lm.parameters())
     if torch.is_autocast_enabled(parameters[0].device.type):
         return "mixed precision"
@@ -46,10 +49,6 @@ def obstacle(model: nn.Module) -> str | None:
     return _odd_part(causal_lm)
 
 
-def _causal_lm(model: Any) -> Any:
-    return model.get_base_model() if isinstance(model, PeftModel) else model
-
-
 def _odd_part(causal_lm: Any) -> str | None:
     """The first module that is not what transformers builds, or whose adapter is not plain."""
     plain = {"embed_tokens": nn.Embedding, "lm_head": nn.Linear, "norm": llama.LlamaRMSNorm,
@@ -58,52 +57,68 @@ def _odd_part(causal_lm: Any) -> str | None:
     for name, module in causal_lm.named_modules():
         last = name.rpartition(".")[2]
         if last in PROJECTIONS:
-            if not _can_fold(module):
+            if not can_fold(module):
                 return f"{name} ({type(module).__name__}) is not W x, or W x + (alpha / r) B A x"
         elif last in plain and type(module) is not plain[last]:
             return f"{name} is a {type(module).__name__}"
     return None
 
 
-def _can_fold(layer: Any) -> bool:
-    if isinstance(layer, LoraLayer):
-        odd = layer.merged or layer.lora_variant or any(layer.lora_bias.values())
-        return not odd and _can_fold(layer.base_layer)
-    if type(layer) is nn.Linear or isinstance(layer, PackedLinear):
-        return True
-    state = getattr(getattr(layer, "weight", None), "quant_state", None)  # bitsandbytes
-    if state is None or getattr(state, "packing_format_for_cpu", False):
-        return False
-    return layer.compute_dtype in (None, torch.float32)
+class FusedLlama:
+    """The folded weights of a model that `obstacle` lets pass."""
 
+    def __init__(self, model: nn.Module) -> None:
+        """Nothing is copied before `fold_`."""
+        self.causal_lm = base_of(model)
+        self.layers: list[_Layer] = []
+        self.head: _Projection | None = None
 
-@torch.inference_mode()
-def decode(
-    model: nn.Module,
-    ids_BP: Int[Tensor, "B P"],
-    mask_BP: Int[Tensor, "B P"],
-    pick: Callable[[Tensor], Tensor],
-    *,
-    eos_ids: Sequence[int],
-    max_new_tokens: int,
-) -> Int[Tensor, "B C"]:
-    """What `model` writes behind prompts that end at the last position, as if in eval mode.
+    def bytes(self) -> int:
+        """What the folded matrices take."""
+        sizes = (p.numel() for p in self.causal_lm.parameters() if p.dim() == 2)
+        return 4 * sum(sizes)
 
-    `pick` gets each next position's logits [B, V] and gives its tokens [B]. C is `max_new_tokens`,
-    or less where every row has ended before; what follows a row's end is to be cut off.
-    """
-    state = _State(_causal_lm(model), mask_BP.bool(), max_new_tokens)
-    eos_E = torch.tensor(list(eos_ids), device=ids_BP.device)
-    ended_B = torch.zeros(len(ids_BP), dtype=torch.bool, device=ids_BP.device)
-    written: list[Tensor] = []
-    input_Bn = ids_BP
-    while True:
-        token_B = pick(state.next_logits(input_Bn))
-        written.append(token_B)
-        input_Bn = token_B.unsqueeze(1)
-        ended_B |= (input_Bn == eos_E).any(1)
-        if len(written) == max_new_tokens or ended_B.all():
-            return torch.stack(written, 1)
+    @torch.no_grad()
+    def fold_(self) -> str | None:
+        """Make them the function that the model is now, in place."""
+        decoder = self.causal_lm.model
+        config, attention = self.causal_lm.config, decoder.layers[0].self_attn
+        self.Q, self.G = config.num_attention_heads, config.num_key_value_heads
+        self.D = attention.head_dim
+        # The two channels that the rotary embedding turns together, i and i + D / 2 of each query
+        # and key head, side by side: a turn is one complex product, and q . k knows no order.
+        rows = torch.arange((self.Q + 2 * self.G) * self.D, device=decoder.norm.weight.device)
+        turned, kept = rows.split([(self.Q + self.G) * self.D, self.G * self.D])
+        order = torch.cat([turned.view(-1, 2, self.D // 2).mT.flatten(), kept])
+        before: list[_Layer | None] = [*self.layers] or [None] * len(decoder.layers)
+        self.layers = [
+            _Layer(
+                _fold(
+                    a.q_proj, a.k_proj, a.v_proj, norm=layer.input_layernorm, order=order,
+                    into=old and old.qkv,
+                ),
+                _fold(a.o_proj, into=old and old.out),
+                _fold(
+                    mlp.gate_proj, mlp.up_proj, norm=layer.post_attention_layernorm,
+                    into=old and old.gate_up,
+                ),
+                _fold(mlp.down_proj, into=old and old.down),
+            )
+            for layer, old in zip(decoder.layers, before, strict=True)
+            for a, mlp in [(layer.self_attn, layer.mlp)]
+        ]  # fmt: skip
+        self.head = _fold(self.causal_lm.lm_head, norm=decoder.norm, into=self.head)
+        return None
+
+    @contextlib.contextmanager
+    def arithmetic(self) -> Iterator[None]:
+        """In which its steps compute as the model does."""
+        with torch.inference_mode():
+            yield
+
+    def begin(self, mask_BP: Int[Tensor, "B P"], room: int) -> _State:
+        """A state for prompts of that mask and `room` more positions."""
+        return _State(self, mask_BP.bool(), room)
 
 
 class _Projection(NamedTuple):
@@ -127,123 +142,131 @@ class _Layer(NamedTuple):
     out: _Projection
     gate_up: _Projection
     down: _Projection
-    keys_BGDS: Tensor  # positions side by side: a step's product is then twice as fast
-    values_BGSD: Tensor
 
 
 class _State:
-    """The folded weights, and the keys and values of all positions so far."""
+    """The keys and values of all positions so far."""
 
-    def __init__(self, causal_lm: Any, mask_BP: Tensor, room: int) -> None:
-        decoder, config, device = causal_lm.model, causal_lm.config, mask_BP.device
-        (B, P), S = mask_BP.shape, mask_BP.shape[1] + room
-        self.Q, self.G = config.num_attention_heads, config.num_key_value_heads
-        self.D = decoder.layers[0].self_attn.head_dim
-        self.embedding_VH = decoder.embed_tokens.weight
+    def __init__(self, fused: FusedLlama, mask_BP: Tensor, room: int) -> None:
+        causal_lm, device = fused.causal_lm, mask_BP.device
+        decoder, config = causal_lm.model, causal_lm.config
+        self.layers, self.head = fused.layers, fused.head
+        self.Q, self.G, self.D = fused.Q, fused.G, fused.D
+        B, S = len(mask_BP), mask_BP.shape[1] + room
+        self.embed = decoder.embed_tokens  # as a module: whoever looks on sees what is read
         self.activation = decoder.layers[0].mlp.act_fn
         root = (config.hidden_size * config.rms_norm_eps) ** 0.5
         self.root_of_epsilon = torch.tensor(root, device=device)
-        # The two channels that the rotary embedding turns together, i and i + D / 2 of each query
-        # and key head, side by side: a turn is one complex product, and q . k knows no order.
-        rows = torch.arange((self.Q + 2 * self.G) * self.D, device=device)
-        turned, kept = rows.split([(self.Q + self.G) * self.D, self.G * self.D])
-        order = torch.cat([turned.view(-1, 2, self.D // 2).mT.flatten(), kept])
-        self.layers = [
-            _Layer(
-                _fold(
-                    attention.q_proj, attention.k_proj, attention.v_proj,
-                    norm=layer.input_layernorm, order=order,
-                ),
-                _fold(attention.o_proj),
-                _fold(mlp.gate_proj, mlp.up_proj, norm=layer.post_attention_layernorm),
-                _fold(mlp.down_proj),
-                torch.zeros(B, self.G, self.D, S, device=device),
-                torch.zeros(B, self.G, S, self.D, device=device),
-            )
-            for layer in decoder.layers
-            for attention, mlp in [(layer.self_attn, layer.mlp)]
-        ]  # fmt: skip
-        self.head = _fold(causal_lm.lm_head, norm=decoder.norm)
+        # Of the keys, positions side by side: a step's product is then twice as fast.
+        self.keys = [torch.zeros(B, self.G, self.D, S, device=device) for _ in self.layers]
+        self.values = [torch.zeros(B, self.G, S, self.D, device=device) for _ in self.layers]
         is_text_BS = F.pad(mask_BP, (0, room), value=True)
         position_BS = (is_text_BS.cumsum(1) - 1).clamp_min(0)
-        cos_BSD, sin_BSD = decoder.rotary_emb(self.embedding_VH, position_BS)
+        cos_BSD, sin_BSD = decoder.rotary_emb(decoder.norm.weight, position_BS)
         # The second half of its channels repeats the first.
         cos, sin = (x[..., : self.D // 2].contiguous() for x in (cos_BSD, sin_BSD))
         self.turn_BS1D = torch.complex(cos, sin).unsqueeze(2)
-        # A padded position sees itself: a softmax over nothing would be NaN.
-        causal_PP = torch.ones(P, P, dtype=torch.bool, device=device).tril()
-        seen_BPP = (causal_PP & mask_BP[:, None]) | torch.eye(P, dtype=torch.bool, device=device)
-        self.prompt_mask_B1PP = seen_BPP.unsqueeze(1)
-        padding_BS = torch.zeros(B, S, device=device).masked_fill_(~is_text_BS, -torch.inf)
-        self.padding_Y1S = padding_BS.repeat_interleave(self.G, 0).unsqueeze(1)
+        self.is_text_BS = is_text_BS
+        self.padding_BS = torch.zeros(B, S, device=device).masked_fill_(~is_text_BS, -torch.inf)
+        self.padding_Y1S = self.padding_BS.repeat_interleave(self.G, 0).unsqueeze(1)
         self.length = 0
 
-    def next_logits(self, ids_Bn: Tensor) -> Tensor:
-        """Logits [B, V] of what follows after these n more tokens: the prompt, then one by one."""
-        (B, n), start = ids_Bn.shape, self.length
-        attend = self._attend_in_prompt if start == 0 else self._attend
+    def keep(self, rows_b: Int[Tensor, " b"]) -> None:
+        """Go on with these rows alone."""
+        self.keys = [keys_BGDS[rows_b] for keys_BGDS in self.keys]
+        self.values = [values_BGSD[rows_b] for values_BGSD in self.values]
+        self.turn_BS1D, self.padding_BS = self.turn_BS1D[rows_b], self.padding_BS[rows_b]
+        self.is_text_BS = self.is_text_BS[rows_b]
+        self.padding_Y1S = self.padding_BS.repeat_interleave(self.G, 0).unsqueeze(1)
+
+    def next_logits(self, ids_bn: Int[Tensor, "b n"]) -> Tensor:
+        """Logits [b, V] of what follows after these n more tokens: the prompt, then one by one."""
+        assert self.head is not None, "fold_ comes first"
+        return self.head.of(self._direction(self._hidden(ids_bn)[:, -1]))
+
+    def logits(self, ids_bn: Int[Tensor, "b n"]) -> Tensor:
+        """Logits [b, n, V] of what follows after each of these n more tokens."""
+        assert self.head is not None, "fold_ comes first"
+        x_bnH = self._direction(self._hidden(ids_bn))
+        return self.head.of(x_bnH.flatten(0, 1)).unflatten(0, ids_bn.shape)
+
+    def _hidden(self, ids_bn: Tensor) -> Tensor:
+        """What the last norm gets, [b, n, H]."""
+        (B, n), start = ids_bn.shape, self.length
         self.length = start + n
-        turn_Bn1D = self.turn_BS1D[:, start : self.length]
-        x_XH = F.embedding(ids_Bn.flatten(), self.embedding_VH)
-        for layer in self.layers:
-            heads_BnAD = layer.qkv.of(self._direction(x_XH)).view(B, n, -1, self.D)
-            query_key, value_BnGD = heads_BnAD.split([self.Q + self.G, self.G], 2)
+        attend = self._attend
+        if start == 0 or n > 1:
+            attend = self._attend_to(self._seen(start, n))
+        turn_bn1D = self.turn_BS1D[:, start : self.length]
+        x_XH = self.embed(ids_bn).flatten(0, 1)
+        for layer, keys_BGDS, values_BGSD in zip(self.layers, self.keys, self.values, strict=True):
+            heads_bnAD = layer.qkv.of(self._direction(x_XH)).view(B, n, -1, self.D)
+            query_key, value_bnGD = heads_bnAD.split([self.Q + self.G, self.G], 2)
             pairs = torch.view_as_complex(query_key.unflatten(-1, (-1, 2)))
-            turned = torch.view_as_real(pairs * turn_Bn1D).flatten(-2)
-            query_BnQD, key_BnGD = turned.split([self.Q, self.G], 2)
-            layer.keys_BGDS[..., start : self.length] = key_BnGD.permute(0, 2, 3, 1)
-            layer.values_BGSD[:, :, start : self.length] = value_BnGD.transpose(1, 2)
-            layer.out.add_to_(x_XH, attend(query_BnQD, layer).reshape(B * n, -1))
+            turned = torch.view_as_real(pairs * turn_bn1D).flatten(-2)
+            query_bnQD, key_bnGD = turned.split([self.Q, self.G], 2)
+            keys_BGDS[..., start : self.length] = key_bnGD.permute(0, 2, 3, 1)
+            values_BGSD[:, :, start : self.length] = value_bnGD.transpose(1, 2)
+            attended = attend(query_bnQD, keys_BGDS, values_BGSD)
+            layer.out.add_to_(x_XH, attended.reshape(B * n, -1))
             gate, up = layer.gate_up.of(self._direction(x_XH)).chunk(2, -1)
             layer.down.add_to_(x_XH, self.activation(gate) * up)
-        return self.head.of(self._direction(x_XH.view(B, n, -1)[:, -1]))
+        return x_XH.view(B, n, -1)
+
+    def _seen(self, start: int, n: int) -> Tensor:
+        """Which positions each of n new ones attends to, [b, 1, n, start + n]."""
+        device = self.is_text_BS.device
+        new_n1 = torch.arange(start, start + n, device=device).unsqueeze(1)
+        position_S = torch.arange(start + n, device=device)
+        seen_bnS = (position_S <= new_n1) & self.is_text_BS[:, None, : start + n]
+        # A padded position sees itself: a softmax over nothing would be NaN.
+        return (seen_bnS | (position_S == new_n1)).unsqueeze(1)
 
     def _direction(self, x_XH: Tensor) -> Tensor:
         """RMSNorm without its weight, over sqrt(H): x / sqrt(|x|^2 + H epsilon)."""
         norm_X1 = torch.linalg.vector_norm(x_XH, dim=-1, keepdim=True)
         return x_XH / torch.hypot(norm_X1, self.root_of_epsilon)
 
-    def _attend_in_prompt(self, query_BPQD: Tensor, layer: _Layer) -> Tensor:
-        P = self.length
-        attended_BQPD = F.scaled_dot_product_attention(
-            query_BPQD.transpose(1, 2),
-            layer.keys_BGDS[..., :P].mT.contiguous(),
-            layer.values_BGSD[:, :, :P],
-            self.prompt_mask_B1PP,
-            enable_gqa=self.Q != self.G,
-        )
-        return attended_BQPD.transpose(1, 2)
+    def _attend_to(self, seen_b1nS: Tensor) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+        """Several new positions each."""
 
-    def _attend(self, query_B1QD: Tensor, layer: _Layer) -> Tensor:
-        """One new position each; Y = B G, and Z = Q / G query heads share a key head."""
+        def attend(query_bnQD: Tensor, keys_bGDS: Tensor, values_bGSD: Tensor) -> Tensor:
+            attended_bQnD = F.scaled_dot_product_attention(
+                query_bnQD.transpose(1, 2),
+                keys_bGDS[..., : self.length].mT.contiguous(),
+                values_bGSD[:, :, : self.length],
+                seen_b1nS,
+                enable_gqa=self.Q != self.G,
+            )
+            return attended_bQnD.transpose(1, 2)
+
+        return attend
+
+    def _attend(self, query_b1QD: Tensor, keys_bGDS: Tensor, values_bGSD: Tensor) -> Tensor:
+        """One new position each; Y = b G, and Z = Q / G query heads share a key head."""
         scores_YZS = torch.baddbmm(
             self.padding_Y1S[..., : self.length],
-            query_B1QD.reshape(len(self.padding_Y1S), -1, self.D),
-            layer.keys_BGDS.flatten(0, 1)[..., : self.length],
+            query_b1QD.reshape(len(self.padding_Y1S), -1, self.D),
+            keys_bGDS.flatten(0, 1)[..., : self.length],
             alpha=self.D**-0.5,
         )
-        return torch.bmm(scores_YZS.softmax(-1), layer.values_BGSD.flatten(0, 1)[:, : self.length])
+        return torch.bmm(scores_YZS.softmax(-1), values_bGSD.flatten(0, 1)[:, : self.length])
 
 
-def _fold(*parts: Any, norm: Any = None, order: Tensor | None = None) -> _Projection:
+def _fold(
+    *parts: Any, norm: Any = None, order: Tensor | None = None, into: _Projection | None = None
+) -> _Projection:
     """Projections of one input, and the norm of that input, as one; rows in the `order` given."""
-    weight_NK = torch.cat([_dense(part) for part in parts])
+    weight_NK = torch.cat([dense_weight(part) for part in parts])
     biases = [getattr(part, "base_layer", part).bias for part in parts]
     bias_N = None if biases[0] is None else torch.cat(biases)
     if norm is not None:
         weight_NK *= norm.weight * len(norm.weight) ** 0.5
     if order is not None:
         weight_NK, bias_N = weight_NK[order], None if bias_N is None else bias_N[order]
-    return _Projection(weight_NK.T.contiguous(), bias_N)
-
-
-def _dense(layer: Any) -> Tensor:
-    """The dense float32 matrix [N, K] of a projection and its active adapters."""
-    base = getattr(layer, "base_layer", layer)
-    weight_NK = dequantized_weight(base)
-    if base is not layer and not layer.disable_adapters:
-        for name in layer.active_adapters:
-            if name in layer.lora_A:
-                a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
-                weight_NK.addmm_(b, a, alpha=layer.scaling[name])
-    return weight_NK
+    if into is None:
+        return _Projection(weight_NK.T.contiguous(), bias_N)
+    into.weight_KN.copy_(weight_NK.T)
+    if bias_N is not None and into.bias_N is not None:
+        into.bias_N.copy_(bias_N)
+    return into

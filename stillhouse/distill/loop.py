@@ -8,19 +8,18 @@ positions, T positions, N trained tokens of a batch, H width.
 
 from __future__ import annotations
 
-import contextlib
 import math
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
 from stillhouse.distill.choice import Choice
+from stillhouse.distill.clock import Clock
 from stillhouse.distill.diagnostics import Summary
 from stillhouse.distill.encoded import Example
+from stillhouse.distill.gap import Drawn, Gap, check, numbers, watched
 from stillhouse.distill.head import head_of, hidden_states
 from stillhouse.distill.losses import distill_loss
 from stillhouse.distill.objectives import (
@@ -36,7 +35,7 @@ from stillhouse.distill.rollouts import Completions, counted_generator, pad_left
 from stillhouse.distill.sequences import Batch, Sequences, Share, Writer
 from stillhouse.errors import ConfigError, Diverged
 from stillhouse.methods import StepPlan, step_plan, value_at
-from stillhouse.spec import TrainSpec
+from stillhouse.spec import TrainSpec, is_capped
 
 Logits = Callable[[slice], Tensor]  # logits [n, V] of the rows a slice picks among N positions
 # (examples, completions, how many first tokens of each are not trained on) -> logits
@@ -45,23 +44,6 @@ Scorer = Callable[[Sequence[Example], Sequence[Sequence[int]], Sequence[int]], L
 # A distribution compared with itself: what rounding leaves of the loss, in nats per token.
 SAME_FUNCTION = 1e-4
 LEAST_ENTROPY = 1e-9  # nats per token, below which a teacher is certain and a ratio says nothing
-
-
-@dataclass
-class Clock:
-    """Seconds by phase."""
-
-    seconds: dict[str, float] = field(default_factory=dict[str, float])
-
-    @contextlib.contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()  # or the next phase pays for this one's kernels
-            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
 
 def positions_of(
@@ -127,11 +109,13 @@ class Loop:
         score: Scorer,
         start: Scorer,
         pad_id: int,
+        eos_ids: Sequence[int],
     ) -> None:
         """`score` gives the teacher's logits, `start` the student's as it was before step 0."""
         self.spec, self.accelerator, self.student = spec, accelerator, student
         self.sequences = Sequences(spec, accelerator, choice, writers)
-        self.score, self.start, self.pad_id = score, start, pad_id
+        self.score, self.start, self.pad_id, self.eos_ids = score, start, pad_id, eos_ids
+        self.step = 0  # at hand
         self.parameters = [p for p in student.parameters() if p.requires_grad]
         optim = spec.optim
         self.optimizer = torch.optim.AdamW(
@@ -143,6 +127,7 @@ class Loop:
         )
         self.clock = Clock()
         self.summary: Summary | None = None  # of the step at hand, if it is to be looked at
+        self.gaps = {"student": Gap(), "teacher": Gap()}  # of the step at hand, by who wrote
         self.batches: list[Batch] = []  # of the step at hand, for the monitor and for a post-mortem
 
     def gradients(self, step: int) -> dict[str, float]:
@@ -151,12 +136,13 @@ class Loop:
         Raises:
             Interrupted: asked to stop while writing; no parameter was changed.
         """
-        plan = step_plan(self.spec, step)
+        plan, self.step = step_plan(self.spec, step), step
         with self.clock.phase("rollout"):
             self.batches = self.sequences.batches(step, plan)
         assert_gradients_exact(self.student)
         self.student.train()
         self.summary = self._summary(step)
+        self.gaps = {who: Gap() for who in self.gaps}
         mixed = dict.fromkeys((f"train/{name}" for name in TokenStats._fields), 0.0)
         metrics: dict[str, float] = {}
         total = 0.0
@@ -172,6 +158,8 @@ class Loop:
                 metrics["train/on_policy_loss"] = means["train/loss"]
                 metrics["train/kl_divergence"] = means["train/reverse_kl"]
                 metrics["rollout/staleness"] = float(step - batch.step)
+                if "train/ratio_capped" in means:
+                    metrics["train/ratio_capped"] = means["train/ratio_capped"]
             else:
                 metrics["train/off_policy_loss"] = means["train/loss"]
         with self.clock.phase("train"):
@@ -181,6 +169,7 @@ class Loop:
             mixed["train/teacher_entropy"], LEAST_ENTROPY
         )
         metrics = mixed | metrics | self._wrote()
+        metrics |= self._gap(step, plan)
         if self.summary is not None:
             metrics |= self.summary.metrics(self._sum(self.summary.numbers()))
         return metrics | {
@@ -188,6 +177,23 @@ class Loop:
             "train/seed_tokens": float(plan.seed_tokens if on_policy else 0),
             "tokens/completion": total,
         }
+
+    def _gap(self, step: int, plan: StepPlan) -> dict[str, float]:
+        """How far what was written is from what is trained, over all processes.
+
+        Raises:
+            Diverged: beyond max_rollout_gap; no parameter was changed.
+        """
+        found = {
+            who: numbers(self._sum(gap.sums), self._largest(gap.largest))
+            for who, gap in self.gaps.items()
+        }
+        for who, of_writer in found.items():
+            check(self.spec, step, of_writer, who)
+        if found["teacher"] and not plan.is_cold:
+            # A cold start's answers are written with others after a stop: their last digits differ.
+            found["student"]["rollout/teacher_gap"] = found["teacher"]["rollout/gap_mean"]
+        return found["student"]
 
     def _summary(self, step: int) -> Summary | None:
         """What compares student and teacher in the steps that are to be looked at."""
@@ -204,7 +210,7 @@ class Loop:
         t = self.spec.training
         total = self._sum([float(batch.trained_tokens)])[0]
         each = max(total, 1.0)  # where seeds wrote everything, there is nothing to learn from
-        sums = torch.zeros(len(TokenStats._fields) + 1, dtype=torch.float64)
+        sums = torch.zeros(len(TokenStats._fields) + 2, dtype=torch.float64)
         size = t.micro_batch or t.per_device_train_batch_size
         for share in batch.shares:
             for first in range(0, len(share.examples), size):
@@ -217,8 +223,10 @@ class Loop:
         means = [value / each for value in self._sum(sums.tolist())]
         named = {f"train/{name}": m for name, m in zip(TokenStats._fields, means, strict=False)}
         if plan.anchor_weight:
-            named["train/anchor_kl"] = means[-1]
-            named["train/loss"] += plan.anchor_weight * means[-1]
+            named["train/anchor_kl"] = means[-2]
+            named["train/loss"] += plan.anchor_weight * means[-2]
+        if is_capped(self.spec) and batch.is_on_policy:
+            named["train/ratio_capped"] = means[-1]
         return named, total
 
     def _wrote(self) -> dict[str, float]:
@@ -249,7 +257,8 @@ class Loop:
     def _micro_batch(
         self, batch: Batch, share: Share, part: slice, plan: StepPlan, scale: float
     ) -> Tensor:
-        """Add the gradient of a part of a share; sums over its tokens, the anchor's KL last."""
+        """Add the gradient of a part of a share; sums over its tokens: the statistics, the
+        anchor's KL, how many ratios were capped."""
         loss_spec, examples, written = self.spec.loss, share.examples[part], share.written[part]
         sequences = (examples, written.ids, written.forced)
         with self.clock.phase("teacher"):
@@ -275,6 +284,11 @@ class Loop:
             seen = {}
             if self.summary is not None and batch.is_on_policy:
                 seen = {"summary": self.summary, "places_N": places_N}
+            drawn = self._drawn(batch, written)
+            if drawn is not None and batch.is_on_policy and not self.spec.lora.lora_dropout:
+                seen["drawn"] = drawn
+            if drawn is not None and not batch.is_on_policy:
+                logits = watched(logits, drawn, target_N)
             loss, stats = distill_loss(
                 hidden_NH,
                 head,
@@ -292,7 +306,44 @@ class Loop:
             if start is not None:
                 held, _ = distill_loss(hidden_NH, head, start, target_N, objective=Jsd(1.0), **how)
             ((loss + plan.anchor_weight * held) * scale).backward()
-        return torch.stack([*sums, held.detach().double()]).cpu()
+            if drawn is not None:
+                if not drawn.log_probs and len(target_N):
+                    self._ask_without_dropout(batch, examples, written, drawn)
+                self.gaps[batch.writer].add(drawn.seen_N(), written)
+        capped = objective.capped if isinstance(objective, PolicyGradient) else []
+        count = torch.as_tensor(sum(capped), dtype=torch.float64, device=loss.device)
+        return torch.stack([*sums, held.detach().double(), count]).cpu()
+
+    def _drawn(self, batch: Batch, written: Completions) -> Drawn | None:
+        """What is to be asked of these rows; None where nobody drew them, or nobody knows what the
+        student was when it did, or enough were looked at."""
+        is_old = batch.is_on_policy and batch.step != self.step
+        is_sample = batch.is_on_policy and not self.spec.lora.lora_dropout
+        if is_old or not any(written.log_probs):
+            return None
+        if not is_sample and self.gaps[batch.writer].sums[0]:
+            return None
+        rollout = self.spec.rollout
+        is_endless_N = places_of(written.ids, written.forced) < rollout.min_new_tokens
+        return Drawn(rollout.temperature, self.eos_ids, is_endless_N)
+
+    @torch.no_grad()
+    def _ask_without_dropout(
+        self, batch: Batch, examples: Sequence[Example], written: Completions, drawn: Drawn
+    ) -> None:
+        """Rollouts are written without dropout, so that is how a sample of them is asked for."""
+        self.student.eval()
+        with self.accelerator.autocast():
+            hidden_NH, target_N = positions_of(
+                self.student, [e.prompt_ids for e in examples], written.ids, written.forced,
+                batch.prompt_length, self.pad_id, self.accelerator.device,
+            )  # fmt: skip
+        self.student.train()
+        head = head_of(self.student)
+        hidden_NH = hidden_NH.to(head.weight_VH.dtype)
+        score = watched(lambda rows: head.logits(hidden_NH[rows]), drawn, target_N)
+        for first in range(0, len(target_N), self.spec.loss.loss_chunk):
+            score(slice(first, first + self.spec.loss.loss_chunk))
 
     def _weights(self, places_N: Tensor, like_NH: Tensor) -> Tensor | None:
         """Of each token's loss; None where all are 1."""
@@ -312,7 +363,8 @@ class Loop:
         if plan.on_loss == "pg":
             drawn = [number for row in written.log_probs for number in row]
             device = self.accelerator.device
-            return PolicyGradient(torch.tensor(drawn, device=device), plan.advantage_clip)
+            sampled_N = torch.tensor(drawn, device=device)
+            return PolicyGradient(sampled_N, plan.advantage_clip, loss.ratio_cap)
         return Jsd(loss.beta)
 
     def _sum(self, numbers: list[float]) -> list[float]:
@@ -321,6 +373,13 @@ class Loop:
             return numbers
         local = torch.tensor(numbers, dtype=torch.float64, device=self.accelerator.device)
         return torch.as_tensor(self.accelerator.reduce(local, "sum")).tolist()
+
+    def _largest(self, number: float) -> float:
+        """Of all processes'."""
+        if self.accelerator.num_processes == 1:
+            return number
+        local = torch.tensor([number], dtype=torch.float64, device=self.accelerator.device)
+        return float(torch.as_tensor(self.accelerator.gather(local)).max())
 
     def _sum_gradients(self) -> None:
         """One reduction for all adapters' gradients: they are small and the base has none."""

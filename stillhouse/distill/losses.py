@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from stillhouse.distill.diagnostics import Summary
+from stillhouse.distill.gap import Drawn
 from stillhouse.distill.head import Head, work_dtype
 from stillhouse.distill.objectives import (
     CrossEntropy,
@@ -51,6 +52,7 @@ def distill_loss(
     weights_N: Float[Tensor, " N"] | None = None,
     summary: Summary | None = None,
     places_N: Int[Tensor, " N"] | None = None,
+    drawn: Drawn | None = None,
 ) -> tuple[Float[Tensor, ""], TokenStats]:
     """Sum over positions of weight * objective in nats, and the numbers to log.
 
@@ -66,7 +68,8 @@ def distill_loss(
     makes the loss NaN. N = 0 gives 0, with a gradient path.
 
     A `summary` is told how student and teacher overlap at each position, and with `places_N` how
-    many tokens of its answer stand before it; what it is told is not weighted.
+    many tokens of its answer stand before it; what it is told is not weighted. `drawn` takes the
+    student's log-probabilities of the targets, processed as they were drawn.
 
     Raises ContractError if a target or a top k lies outside the shared vocabulary; ValueError or
     TypeError for arguments that mean nothing.
@@ -83,11 +86,16 @@ def distill_loss(
         if not seen:  # once: on a GPU, to look at the targets is to wait for them
             _refuse_outside(targets_N, objective, summary, V)
         shared_nV = logits_nV[:, :V]
+        add = None
+        if drawn is not None:
+            add = drawn.look(rows, logits_nV, targets_N[rows], logits_nV.shape[1] == V)
         stats, overlap = evaluate_(
             at_rows(objective, rows), shared_nV, teacher_nV[:, :V], targets_N[rows],
             temperature, wants_gradient, None if summary is None else summary.k,
         )  # fmt: skip
         seen.append(stats)
+        if add is not None:
+            add(stats.nll)
         if summary is not None and overlap is not None:
             assert places_N is not None, "a summary wants to know where the positions stand"
             summary.add(overlap, places_N[rows])

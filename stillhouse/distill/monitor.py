@@ -27,7 +27,6 @@ from stillhouse.spec import TrainSpec
 SCORED_ROWS = 8  # a teacher answer each; enough to see a curve, few enough to afford
 EVAL_BATCH = 16
 ASKED_ROWS = 256  # a share of right answers then has a standard error of at most 3 points
-ASKED_BATCH = 64
 
 
 def score(student: str, teacher: str) -> float:
@@ -97,24 +96,20 @@ class Monitor:
         """Mean score of fresh student answers against fresh teacher answers."""
         # Rows of their own, past every training row, so that no training draw is used twice.
         rows = range(10**9, 10**9 + len(examples))
-        length = max(len(e.prompt_ids) for e in examples)
         writers = [self.loop.sequences.writers[who] for who in ("student", "teacher")]
         with self.loop.clock.phase("eval"):
-            written = [write(examples, step, rows, length).ids for write in writers]
+            written = [write(examples, step, rows).ids for write in writers]
         texts = [self.tokenizer.batch_decode(ids, skip_special_tokens=True) for ids in written]
         return sum(map(score, *texts)) / len(examples)
 
     def right(self) -> Float[Tensor, " Q"]:
         """1 for each held-out question that the student answers right, greedily, and 0 else."""
-        right: list[bool] = []
         write = self.loop.sequences.writers["student"]
         with self.loop.clock.phase("eval"):
-            for start in range(0, len(self.questions), ASKED_BATCH):
-                part = self.questions[start : start + ASKED_BATCH]
-                length = max(len(e.prompt_ids) for e in part)
-                ids = write(part, 0, range(len(part)), length, greedy=True).ids
-                texts = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
-                right += [answer_in(t) == e.answer for t, e in zip(texts, part, strict=True)]
+            ids = write(self.questions, 0, range(len(self.questions)), greedy=True).ids
+            texts = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
+        asked = zip(texts, self.questions, strict=True)
+        right = [answer_in(text) == question.answer for text, question in asked]
         return torch.tensor(right, dtype=torch.float64)
 
     @torch.no_grad()

@@ -8,7 +8,7 @@ two, y a target. What ends in _ writes over the logits it is given.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple, TypeVar
 
 import torch
@@ -56,13 +56,16 @@ class PolicyGradient:
 
     `sampled_N` holds log p_sample(y), under the very distribution that y was drawn from. On policy
     (p_sample = p, nothing clipped) the expected gradient over y is that of KL(p || q). The ratio is
-    not bounded: where it overflows, the gradient is not finite, whatever the weight.
+    not bounded without a `cap`: where it overflows, the gradient is not finite, whatever the
+    weight. A capped one is a constant (truncated importance sampling): the token goes on pushing.
     Source: sampled-token form, Eq. 3 of arXiv:2604.13016, with tinker-cookbook's
     `importance_sampling` and the cliff seeds' clip.
     """
 
     sampled_N: Float[Tensor, " N"]
     clip: float
+    cap: float | None = None
+    capped: list[Tensor] = field(default_factory=list[Tensor], compare=False)  # counts, by chunk
 
     def __post_init__(self) -> None:
         if not self.clip >= 0:
@@ -226,6 +229,9 @@ def _evaluate_block_(
             sampled_n = objective.sampled_N.to(log_p_y.dtype)
             advantage = (log_q_y - sampled_n).clamp(-objective.clip, objective.clip)
             ratio = torch.exp(log_p_y - sampled_n)
+            if objective.cap is not None:
+                objective.capped.append((ratio > objective.cap).sum())
+                ratio = ratio.clamp(max=objective.cap)
             push = advantage * ratio
             # Of a token that the teacher never writes, the advantage is -clip, be that infinite.
             is_never = (log_q_y <= NEVER) & (ratio > 0)

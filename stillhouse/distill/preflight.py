@@ -20,7 +20,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from stillhouse.distill.chat import declared_stop_ids
-from stillhouse.distill.compared import BATCH, compared, row_means
+from stillhouse.distill.compared import compared, row_means
 from stillhouse.distill.encoded import Example
 from stillhouse.distill.loaded import Loaded, load
 from stillhouse.distill.monitor import answer_in
@@ -113,16 +113,8 @@ class _Look:
         prefixes: Sequence[Sequence[int]] | None = None,
         greedy: bool = False,
     ) -> Completions:
-        length = max(len(example.prompt_ids) for example in self.asked)
-        parts: list[Completions] = []
-        for first in range(0, len(self.asked), BATCH):
-            rows = range(first, min(first + BATCH, len(self.asked)))
-            begun = None if prefixes is None else [prefixes[row] for row in rows]
-            examples = [self.asked[row] for row in rows]
-            parts.append(
-                self.writers[who](examples, step, rows, length, prefixes=begun, greedy=greedy)
-            )
-        return Completions.joined(parts)
+        rows = range(len(self.asked))
+        return self.writers[who](self.asked, step, rows, prefixes=prefixes, greedy=greedy)
 
     def _right(self, written: Completions) -> Float[Tensor, " P"]:
         texts = self.loaded.tokenizer.batch_decode(written.ids, skip_special_tokens=True)

@@ -83,6 +83,8 @@ def dequantized_weight(layer: nn.Module) -> Tensor:
     Raises ContractError for anything else.
     """
     if isinstance(layer, PackedLinear):
+        if layer._constant is not None and layer._constant.dtype == torch.float32:
+            return layer._constant.clone()
         return _unpack(layer.packed, layer.scale, layer.zero)
     if type(layer) is nn.Linear:
         return layer.weight.detach().to(torch.float32, copy=True)
@@ -91,6 +93,9 @@ def dequantized_weight(layer: nn.Module) -> Tensor:
     if state is not None and not getattr(state, "packing_format_for_cpu", False):
         import bitsandbytes.functional as bnb
 
+        kept: Any = getattr(layer, "_constant", None)
+        if kept is not None and kept.dtype == torch.float32 and kept.device == weight.device:
+            return kept.clone()
         return bnb.dequantize_4bit(weight.data, state).float()
     raise ContractError(
         f"{type(layer).__name__} has no weight that can be read back; "

@@ -18,9 +18,10 @@ from torch import nn
 from stillhouse.distill import models
 from stillhouse.distill.chat import Chat
 from stillhouse.distill.encoded import Example
+from stillhouse.distill.engine import Engine
 from stillhouse.distill.loop import Logits, Scorer, positions_of
 from stillhouse.distill.pairs import PreparedPair
-from stillhouse.distill.rollouts import Completions, how, uniforms, write
+from stillhouse.distill.rollouts import Completions, uniforms, write
 from stillhouse.distill.sequences import Writer
 from stillhouse.spec import TrainSpec
 
@@ -60,6 +61,7 @@ class Roles:
             self.teacher = models.load_base(
                 prepared.teacher, prepared.teacher_revision, pair.teacher_dtype, None, device
             )
+        self.engines = {id(m): Engine(m) for m in (self.student, self.teacher)}
         self.eos_ids, pad = chat.stop_ids, chat.tokenizer.pad_token_id
         self.pad_id = self.eos_ids[0] if pad is None else pad
 
@@ -80,7 +82,7 @@ class Roles:
     def how(self) -> str:
         """How the student writes, for the log."""
         with self.accelerator.autocast():
-            return how(self.student)
+            return self.engines[id(self.student)].how()
 
     def teacher_scorer(self) -> Scorer:
         """Logits of the teacher, who may read exemplars first."""
@@ -119,7 +121,6 @@ class Roles:
                 examples: Sequence[Example],
                 step: int,
                 rows: Sequence[int],
-                length: int,
                 *,
                 tokens: int | None = None,
                 prefixes: Sequence[Sequence[int]] | None = None,
@@ -134,9 +135,9 @@ class Roles:
                 is_student = purpose == "student"
                 with self.accelerator.autocast() if is_student else self._frozen(model):
                     return write(
-                        model, prompts, draws, rollout, pad_id=self.pad_id,
+                        self.engines[id(model)], prompts, draws, rollout, pad_id=self.pad_id,
                         eos_ids=self.eos_ids, poll=self.poll, prefixes=prefixes, greedy=greedy,
-                        prompt_length=max(length, *map(len, prompts)),
+                        most_rows=rollout.rollout_rows,
                     )  # fmt: skip
 
             return sample

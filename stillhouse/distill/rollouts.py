@@ -2,23 +2,23 @@
 
 Every draw comes from a generator seeded by (seed, purpose, step, global row). So neither the number
 of processes nor a resume changes a rollout, and any step can be replayed alone.
-B rows, T positions.
+B rows, b those still being written, P prompt positions, T positions, V vocabulary, E ends.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
-from torch import Tensor, nn
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+from torch import Tensor
 
-from stillhouse.distill.decode import decode, obstacle
+from stillhouse.distill.engine import Engine
+from stillhouse.errors import OutOfMemory
 from stillhouse.spec import RolloutSpec
 
 
@@ -75,8 +75,8 @@ class Completions:
 class _Draw:
     """Picks each row's next token by the row's own uniform numbers; remembers its log-probability.
 
-    To be called once per position, for all rows at once. The first call is for position forced[b]
-    of row b's completion. Greedy: the likeliest token, and nothing to remember.
+    To be called once per position, for all rows that are still written. The first call is for
+    position forced[b] of row b's completion. Greedy: the likeliest token, nothing to remember.
     """
 
     def __init__(
@@ -97,48 +97,34 @@ class _Draw:
         is_endless_TB = step_T.unsqueeze(1) < torch.tensor(endless, device=device)
         penalty_TB = torch.zeros_like(is_endless_TB, dtype=torch.float64)
         self.penalty_TB1 = penalty_TB.masked_fill_(is_endless_TB, -torch.inf).unsqueeze(-1)
-        self.eos_BE = torch.tensor(list(eos_ids), device=device).expand(len(forced), -1)
-        self.log_probs: list[Tensor] = []  # [B] each
+        self.eos_E = torch.tensor(list(eos_ids), device=device)
+        self.log_probs_BT = torch.zeros_like(uniform_BT)  # of row b's steps, [b, step]
 
-    def __call__(self, logits_BV: Tensor) -> Tensor:
+    def __call__(self, logits_bV: Tensor, row_b: Tensor) -> Tensor:
         self.poll()
-        scores_BV = logits_BV.double()
-        if self.step < len(self.penalty_TB1):
-            penalty_BE = self.penalty_TB1[self.step].expand_as(self.eos_BE)
-            scores_BV.scatter_add_(1, self.eos_BE, penalty_BE)
-        uniform_B1 = self.uniform_TB1[self.step]
-        self.step += 1
+        step, self.step = self.step, self.step + 1
+        scores_bV = logits_bV.double()
+        if step < len(self.penalty_TB1):
+            eos_bE = self.eos_E.expand(len(row_b), -1)
+            penalty_bE = self.penalty_TB1[step][row_b].expand_as(eos_bE)
+            scores_bV.scatter_add_(1, eos_bE, penalty_bE)
         if self.greedy:
-            return scores_BV.argmax(-1)
+            return scores_bV.argmax(-1)
         # Inverse of the cumulative distribution, in float64: 150,000 summands lose the tail.
-        probability_BV = torch.softmax(scores_BV.div_(self.temperature), -1)
-        cdf_BV = probability_BV.cumsum(-1)
-        token_B1 = torch.searchsorted(cdf_BV, uniform_B1 * cdf_BV[:, -1:], right=True)
+        probability_bV = torch.softmax(scores_bV.div_(self.temperature), -1)
+        cdf_bV = probability_bV.cumsum(-1)
+        uniform_b1 = self.uniform_TB1[step][row_b]
+        token_b1 = torch.searchsorted(cdf_bV, uniform_b1 * cdf_bV[:, -1:], right=True)
         # The number searched is below the last sum, so only NaN needs this.
-        token_B1 = token_B1.clamp_max(logits_BV.shape[-1] - 1)
-        self.log_probs.append(probability_BV.gather(1, token_B1).log().squeeze(1))
-        return token_B1.squeeze(1)
-
-
-class _OnlyToken(LogitsProcessor):
-    """Leaves one token possible, the drawn one: greedy search then takes it."""
-
-    def __init__(self, draw: Callable[[Tensor], Tensor]) -> None:
-        self.draw = draw
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # type: ignore[override]
-        return torch.full_like(scores, -torch.inf).scatter_(1, self.draw(scores)[:, None], 0.0)
-
-
-def how(model: nn.Module) -> str:
-    """A line for the log: what writes this model's rollouts, as it is now."""
-    reason = obstacle(model)
-    return "the fast decoder" if reason is None else f"transformers' generate ({reason})"
+        token_b1 = token_b1.clamp_max(logits_bV.shape[-1] - 1)
+        log_prob_b1 = probability_bV.gather(1, token_b1).log()
+        self.log_probs_BT[row_b, step] = log_prob_b1.squeeze(1)
+        return token_b1.squeeze(1)
 
 
 @torch.no_grad()
 def write(
-    model: Any,
+    engine: Engine,
     prompts: Sequence[Sequence[int]],
     uniform_BT: Float[Tensor, "B T"],
     rollout: RolloutSpec,
@@ -146,15 +132,15 @@ def write(
     pad_id: int,
     eos_ids: Sequence[int],
     poll: Callable[[], None],
-    prompt_length: int | None = None,
     prefixes: Sequence[Sequence[int]] | None = None,
     greedy: bool = False,
+    most_rows: int | None = None,
 ) -> Completions:
-    """Completions of `prompts`, drawn from the model's own distribution at `rollout.temperature`.
+    """Completions of `prompts`, drawn from a model's own distribution at `rollout.temperature`.
 
-    The model writes as in eval mode (dropout off), and its generation_config is not read.
-    `prompt_length` pads the prompts (left) to a length that other processes use too. `poll` is
-    called once per token and may raise.
+    The model is the engine's, as it is now, and writes as in eval mode (dropout off); its
+    generation_config is not read. All rows are written at once, or `most_rows` at a time, rows of
+    like length together. `poll` is called once per token and may raise.
 
     `prefixes` are the first tokens of the completions, one list per row. They count towards
     max_new_tokens and min_new_tokens, and position t is drawn by uniform_BT[:, t] behind them too.
@@ -169,63 +155,45 @@ def write(
         for row, prefix in enumerate(begun)
         if len(prefix) < rollout.max_new_tokens and not (prefix and prefix[-1] in eos_ids)
     ]
+    texts = [[*prompt, *prefix] for prompt, prefix in zip(prompts, begun, strict=True)]
+    open_rows.sort(key=lambda row: len(texts[row]))
     ids, log_probs = [*begun], [list[float]() for _ in begun]
     if open_rows:
-        device = next(model.parameters()).device
-        forced = [len(begun[row]) for row in open_rows]
-        draw = _Draw(uniform_BT[open_rows].to(device), forced, rollout, eos_ids, poll, greedy)
-        texts = [[*prompts[row], *begun[row]] for row in open_rows]
-        length = (prompt_length or max(map(len, prompts))) + max(forced)
-        ids_BP, mask_BP = (t.to(device) for t in pad_left(texts, length, pad_id))
-        new = rollout.max_new_tokens - min(forced)
-        if obstacle(model) is None:
-            new_BC = decode(model, ids_BP, mask_BP, draw, eos_ids=eos_ids, max_new_tokens=new)
-        else:
-            new_BC = generate(
-                model, ids_BP, mask_BP, draw, pad_id=pad_id, eos_ids=eos_ids, max_new_tokens=new
-            )
-        values_BC = [[]] * len(open_rows) if greedy else torch.stack(draw.log_probs, 1).tolist()
-        for row, tokens, values in zip(open_rows, new_BC.tolist(), values_BC, strict=True):
+        engine.refold()
+    size = most_rows or max(1, len(open_rows))
+    for rows in [open_rows[first : first + size] for first in range(0, len(open_rows), size)]:
+        forced = [len(begun[row]) for row in rows]
+        draws_BT = uniform_BT[rows].to(engine.device)
+        draw = _Draw(draws_BT, forced, rollout, eos_ids, poll, greedy)
+        length = max(len(texts[row]) for row in rows)
+        padded = pad_left([texts[row] for row in rows], length, pad_id)
+        ids_BP, mask_BP = (t.to(engine.device) for t in padded)
+        with _told_of_memory(len(rows)):
+            new_BC = engine.tokens(
+                ids_BP, mask_BP, draw, pad_id=pad_id, eos_ids=eos_ids,
+                max_new_tokens=rollout.max_new_tokens - min(forced),
+            )  # fmt: skip
+        values_BT = draw.log_probs_BT.tolist()
+        for row, tokens, values in zip(rows, new_BC.tolist(), values_BT, strict=True):
             drawn = cut_after_eos(tokens[: rollout.max_new_tokens - len(begun[row])], eos_ids)
-            ids[row], log_probs[row] = begun[row] + drawn, values[: len(drawn)]
+            ids[row] = begun[row] + drawn
+            log_probs[row] = [] if greedy else values[: len(drawn)]
     truncated = [row[-1] not in eos_ids for row in ids]
     return Completions(ids, truncated, log_probs, list(map(len, begun)))
 
 
-def generate(
-    model: Any,
-    ids_BP: Int[Tensor, "B P"],
-    mask_BP: Int[Tensor, "B P"],
-    pick: Callable[[Tensor], Tensor],
-    *,
-    pad_id: int,
-    eos_ids: Sequence[int],
-    max_new_tokens: int,
-) -> Int[Tensor, "B C"]:
-    """What decode() gives, by transformers' `generate`: for every model, and slower."""
-    config = GenerationConfig(
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        num_beams=1,
-        use_cache=True,
-        pad_token_id=pad_id,
-        eos_token_id=list(eos_ids),
-    )
-    # generate() fills what `config` leaves at its default from the model's own; so that has none.
-    habits, model.generation_config = model.generation_config, GenerationConfig()
-    was_training = model.training
-    model.eval()
+@contextlib.contextmanager
+def _told_of_memory(rows: int) -> Iterator[None]:
     try:
-        out_BT = model.generate(
-            input_ids=ids_BP,
-            attention_mask=mask_BP,
-            generation_config=config,
-            logits_processor=LogitsProcessorList([_OnlyToken(pick)]),
-        )
-    finally:
-        model.train(was_training)
-        model.generation_config = habits
-    return out_BT[:, ids_BP.shape[1] :]
+        yield
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        # torch's CPU allocator has no class of its own.
+        if type(error) is RuntimeError and "can't allocate memory" not in str(error):
+            raise
+        fewer = "" if rows == 1 else f"; rollout_rows={rows // 2} writes fewer"
+        raise OutOfMemory(
+            f"the device's memory cannot hold {rows} rows that are written at once{fewer}"
+        ) from error
 
 
 def cut_after_eos(row: list[int], eos_ids: Sequence[int]) -> list[int]:

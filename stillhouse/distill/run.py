@@ -57,6 +57,7 @@ class Run:
         self.loop = Loop(
             spec, self.accelerator, self.student, choice, self.roles.writers(),
             self.roles.teacher_scorer(), self.roles.start_scorer(), self.roles.pad_id,
+            self.roles.eos_ids,
         )  # fmt: skip
         self.monitor = Monitor(spec, self.loop, self.prompts.held_out, self.tokenizer)
         if spec.method.lmbda != 0:

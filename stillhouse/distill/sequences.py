@@ -41,7 +41,6 @@ class Writer(Protocol):
         examples: Sequence[Example],
         step: int,
         rows: Sequence[int],  # places in the step's batch: what a row's random numbers hang on
-        length: int,  # to pad prompts to
         *,
         tokens: int | None = None,  # at most so many; None: as many as a rollout may have
         prefixes: Sequence[Sequence[int]] | None = None,  # what the completions begin with
@@ -137,34 +136,33 @@ class Sequences:
         return [self._write(who, step, plan, weight) for who, weight in shares.items() if weight]
 
     def _write(self, who: str, step: int, plan: StepPlan, weight: float = 1.0) -> Batch:
-        """New sequences of one kind."""
+        """New sequences of one kind: all shares of this process at once."""
         rows, asked = self.choice.rows(step), self.choice.examples
+        places = range(self.mine.start * self.per_share, self.mine.stop * self.per_share)
+        examples = [asked[rows[place]] for place in places]
+        seeds = None
+        if who == "student" and plan.seed_tokens:
+            forced = self.writers["teacher"](examples, step, places, tokens=plan.seed_tokens)
+            seeds = forced.ids
+            self.wrote["teacher"] += sum(map(len, seeds))
+        shorter = who == "student" and plan.rollout_tokens < self.spec.rollout.max_new_tokens
+        tokens = plan.rollout_tokens if shorter else None
+        if plan.is_cold:
+            written = self._cold_answers(step, [rows[place] for place in places])
+        else:
+            written = self.writers[who](examples, step, places, tokens=tokens, prefixes=seeds)
+            self._count(who, written)
+        if who == "student":
+            self.wrote["rollouts"] += len(written.ids)
+            self.wrote["length"] += sum(map(len, written.ids))
+            self.wrote["room"] += len(written.ids) * plan.rollout_tokens
+            self.wrote["compression"] += sum(map(compression, written.ids))
         length = max(len(asked[row].prompt_ids) for row in rows)
-        shares: list[Share] = []
-        for index in self.mine:
-            places = range(index * self.per_share, (index + 1) * self.per_share)
-            examples = [asked[rows[place]] for place in places]
-            seeds = None
-            if who == "student" and plan.seed_tokens:
-                teacher = self.writers["teacher"]
-                forced = teacher(examples, step, places, length, tokens=plan.seed_tokens)
-                seeds = forced.ids
-                self.wrote["teacher"] += sum(map(len, seeds))
-            shorter = who == "student" and plan.rollout_tokens < self.spec.rollout.max_new_tokens
-            tokens = plan.rollout_tokens if shorter else None
-            if plan.is_cold:
-                written = self._cold_answers(step, [rows[p] for p in places], length)
-            else:
-                written = self.writers[who](
-                    examples, step, places, length, tokens=tokens, prefixes=seeds
-                )
-                self._count(who, written)
-            if who == "student":
-                self.wrote["rollouts"] += len(written.ids)
-                self.wrote["length"] += sum(map(len, written.ids))
-                self.wrote["room"] += len(written.ids) * plan.rollout_tokens
-                self.wrote["compression"] += sum(map(compression, written.ids))
-            shares.append(Share(index, examples, written))
+        shares = [
+            Share(index, examples[part], written[part])
+            for number, index in enumerate(self.mine)
+            for part in [slice(number * self.per_share, (number + 1) * self.per_share)]
+        ]
         return Batch(who, weight, step, length, shares)
 
     def _count(self, who: str, written: Completions) -> None:
@@ -173,7 +171,7 @@ class Sequences:
             self.wrote["truncated"] += sum(written.is_truncated)
             self.wrote["rows"] += len(written.ids)
 
-    def _cold_answers(self, step: int, rows: Sequence[int], length: int) -> Completions:
+    def _cold_answers(self, step: int, rows: Sequence[int]) -> Completions:
         """The teacher's answer to each of these prompts: one per prompt, whatever the step.
 
         Counted in the step that asks a prompt first, also where a run goes on and has to write
@@ -182,7 +180,7 @@ class Sequences:
         new = [row for row in dict.fromkeys(rows) if row not in self.cold]
         if new:
             examples = [self.choice.examples[row] for row in new]
-            written = self.writers["teacher"](examples, COLD, new, length)
+            written = self.writers["teacher"](examples, COLD, new)
             self.cold |= {row: written[i : i + 1] for i, row in enumerate(new)}
         for earlier in range(self.looked_at, step + 1):
             for row in self.choice.rows(earlier):

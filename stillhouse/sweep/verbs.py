@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 
-from stillhouse import fits
+from stillhouse import fits, rollout_memory
 from stillhouse.errors import AGAIN, DONE, MISTAKE, ContractError
 from stillhouse.rundir import Json
 from stillhouse.sweep import commits, listing, roster
@@ -76,6 +76,7 @@ def plan(call: Call) -> int:
     costs = ground.costs(_only(sweep, rows), observations)
     _print(listing.by_axis(rows, observations, costs))
     _print(listing.method_lines(points))
+    _print(rollout_memory.lines(point.spec for point in points))
     _print(verdict_lines(verdicts(_only(sweep, rows), call.runs)))
     _print(ground.forecast(_only(sweep, rows), costs))
     _print(listing.failures(rows, observations))

@@ -1,0 +1,292 @@
+"""This file is where a model gets a folded copy to write with: W = Q(W) + s B A in plain layers.
+
+The copy is the architecture's own transformers module. Each projection that is quantised, adapted
+or of another dtype is a plain nn.Linear in it, written in place once per rollout: formed in
+float32, rounded once to the dtype that the model computes in. Embeddings, norms, head and
+everything else are the model's own tensors. So a step has no adapter, no quantiser and no casts,
+the copy costs the memory of those projections and no more, and its tensors never move.
+
+Legend: B rows, b those still being written, P prompt positions, S = P + new positions, n positions
+of one call, V vocabulary, [N, K] a map from K to N.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer, LoraModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import Tensor, nn
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import DummyLayer, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.pytorch_utils import Conv1D
+
+from stillhouse.distill.layers import is_quantised, shape
+from stillhouse.distill.quant import dequantized_weight
+
+# What a row remembers of its past, where that is a list of positions: rows can then be padded on
+# the left, and leave. A recurrent state has read the padding.
+LISTS = (DynamicLayer, DynamicSlidingWindowLayer, DummyLayer)
+# Between the logits of copy and model, of their Euclidean norm; of another function about 1.4. Half
+# a precision comes to 0.4 in chaotic nets of 12 layers; what a run draws is held to a bound of
+# its own at each step.
+ALIKE, ALIKE_HALF = 1e-4, 0.6
+
+
+def base_of(model: Any) -> Any:
+    """The causal LM inside an adapter, or the model itself."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def computes_in(causal_lm: Any) -> torch.dtype:
+    """The dtype of its products here and now: autocast's, or that of what its layers pass on."""
+    embedding = causal_lm.get_input_embeddings().weight
+    if torch.is_autocast_enabled(embedding.device.type):
+        return torch.get_autocast_dtype(embedding.device.type)
+    return embedding.dtype
+
+
+def can_fold(layer: Any) -> bool:
+    """Whether a layer is W x + b, or that and (alpha / r) B A x, with a W that can be read back."""
+    if isinstance(layer, LoraLayer):
+        odd = layer.merged or layer.lora_variant or any(layer.lora_bias.values())
+        return not odd and can_fold(layer.base_layer)
+    if isinstance(layer, nn.Linear | Conv1D) and not is_quantised(layer):
+        return True  # a subclass may compute something else: the copy is held against the model
+    state: Any = getattr(getattr(layer, "weight", None), "quant_state", None)
+    is_repacked = getattr(state, "packing_format_for_cpu", False)
+    return is_quantised(layer) and not is_repacked
+
+
+@torch.no_grad()
+def dense_weight(layer: Any, dtype: torch.dtype = torch.float32) -> Float[Tensor, "N K"]:
+    """The float32 matrix of a projection and of its active adapters: a new tensor.
+
+    Q(W) is taken as a model that computes in `dtype` multiplies by it, rounded to that.
+    """
+    base = getattr(layer, "base_layer", layer)
+    if is_quantised(base):
+        weight_NK = dequantized_weight(base)
+    else:
+        stored = base.weight.T if isinstance(base, Conv1D) else base.weight
+        weight_NK = stored.detach().to(torch.float32, copy=True)
+    if dtype != torch.float32:
+        weight_NK = weight_NK.to(dtype).float()
+    if base is not layer and not layer.disable_adapters:
+        for name in layer.active_adapters:
+            if name in layer.lora_A:
+                a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
+                weight_NK.addmm_(b.float(), a.float(), alpha=layer.scaling[name])
+    return weight_NK
+
+
+def obstacle(model: nn.Module) -> str | None:
+    """Why a folded copy would not compute what `model` computes; None where it would, as far as
+    its parts tell."""
+    if isinstance(model, PeftModel) and not isinstance(model.base_model, LoraModel):
+        return f"its adapter is a {type(model.base_model).__name__}, not LoRA"
+    causal_lm = base_of(model)
+    name = type(causal_lm).__name__
+    if not isinstance(causal_lm, PreTrainedModel) or causal_lm.config.is_encoder_decoder:
+        return f"{name} is no decoder of transformers"
+    for name, module in causal_lm.named_modules():
+        of = f"{name} ({type(module).__name__})" if name else type(module).__name__
+        if isinstance(module, BaseTunerLayer) and not can_fold(module):
+            return f"{of} is not W x + (alpha / r) B A x"
+        if isinstance(module, AuxiliaryTrainingWrapper):
+            return f"{of} is trained whole"
+        if "forward" in vars(module):
+            return f"{of} has a forward of its own"
+    for layer in DynamicCache(config=causal_lm.config).layers:
+        if type(layer) not in LISTS:
+            return f"it has a recurrent state ({type(layer).__name__})"
+    return None
+
+
+class Folded:
+    """A model's copy to write with."""
+
+    def __init__(self, model: nn.Module) -> None:
+        """Nothing is copied before `fold_`."""
+        self.causal_lm = base_of(model)
+        self.copy: Any = None
+        self.dtype = torch.float32
+        self.refused: str | None = None  # why this model, as it is built now, is not copied
+        self._modules: list[nn.Module] = []  # of the model, when the copy was built
+        self._own: list[tuple[Any, nn.Linear]] = []
+        self._shared: list[tuple[nn.Module, nn.Module]] = []
+
+    def bytes(self) -> int:
+        """What the copy's own projections take, in the dtype that the model computes in now."""
+        size, dtype = 0, computes_in(self.causal_lm)
+        head = self.causal_lm.get_output_embeddings()
+        inside = set[int]()
+        for module in self.causal_lm.modules():
+            if id(module) in inside or module is head or not _is_folded(module, dtype):
+                continue
+            inside |= {id(part) for part in module.modules()}
+            n, k = shape(getattr(module, "base_layer", module))
+            size += n * k * dtype.itemsize
+        return size
+
+    def fold_(self) -> str | None:
+        """Make it the function that the model is now. None; or why it is not that function.
+
+        The first time, and whenever the model has other modules or computes in another dtype than
+        before, the copy is built anew and held against the model.
+        """
+        modules, dtype = [*self.causal_lm.modules()], computes_in(self.causal_lm)
+        is_known = dtype == self.dtype and len(modules) == len(self._modules)
+        is_known = is_known and all(map(lambda a, b: a is b, modules, self._modules))
+        if is_known and self.refused:
+            return self.refused
+        if not is_known:
+            self.dtype, self._modules = dtype, modules
+            self._empty()  # before the next one is there
+            self.copy = self._twin(self.causal_lm, {})
+        with torch.no_grad():
+            for layer, linear in self._own:
+                linear.weight.copy_(dense_weight(layer, self.dtype))
+                bias = getattr(layer, "base_layer", layer).bias
+                if bias is not None:
+                    linear.bias.copy_(bias)
+        for module, twin in self._shared:  # tensors that were put in the place of others
+            twin._parameters.update(module._parameters)
+            twin._buffers.update(module._buffers)
+        if not is_known:
+            self.refused = self._difference()
+            if self.refused:
+                self._empty()
+        return self.refused
+
+    def _empty(self) -> None:
+        self.copy, self._own, self._shared = None, [], []
+
+    def _twin(self, module: Any, known: dict[int, nn.Module]) -> nn.Module:
+        if id(module) in known:
+            return known[id(module)]
+        is_head = module is self.causal_lm.get_output_embeddings()
+        if not is_head and _is_folded(module, self.dtype):
+            known[id(module)] = twin = self._linear(module)
+            self._own.append((module, twin))
+            return twin
+        known[id(module)] = twin = object.__new__(type(module))
+        twin.__dict__.update(module.__dict__)
+        twin.__dict__ |= {
+            "training": False,
+            "_parameters": dict(module._parameters),
+            "_buffers": dict(module._buffers),
+            "_modules": {
+                name: child if child is None else self._twin(child, known)
+                for name, child in module._modules.items()
+            },
+        }
+        self._shared.append((module, twin))
+        return twin
+
+    def _linear(self, layer: Any) -> nn.Linear:
+        base = getattr(layer, "base_layer", layer)
+        (n, k), device = shape(base), self.causal_lm.get_input_embeddings().weight.device
+        linear = nn.Linear(k, n, bias=base.bias is not None, device="meta", dtype=self.dtype)
+        return linear.to_empty(device=device).requires_grad_(False).eval()
+
+    @contextlib.contextmanager
+    def arithmetic(self) -> Iterator[None]:
+        """In which its steps compute as the model does: autocast only where a base of another dtype
+        needs it."""
+        device = self.causal_lm.get_input_embeddings().weight.device.type
+        dtypes = {p.dtype for _, twin in self._shared for p in twin.parameters(recurse=False)}
+        is_mixed = torch.is_autocast_enabled(device) and dtypes != {self.dtype}
+        with torch.inference_mode(), torch.autocast(device, self.dtype, enabled=is_mixed):
+            yield
+
+    def begin(self, mask_BP: Int[Tensor, "B P"], room: int) -> Decoding:
+        """A state for prompts of that mask and `room` more positions."""
+        return Decoding(self.copy, mask_BP, room)
+
+    @torch.no_grad()
+    def _difference(self) -> str | None:
+        """What is wrong with the copy, held against the model in a few tokens of two rows: the
+        shorter one padded on the left and left alone at the end."""
+        embedding = self.causal_lm.get_input_embeddings().weight
+        ids_T = torch.arange(1, 11, device=embedding.device) * len(embedding) // 24
+        ids_BT = torch.stack([ids_T, ids_T.roll(3)])
+        mask_BT = torch.ones_like(ids_BT)
+        mask_BT[1, :3] = 0
+        was_training = self.causal_lm.training
+        self.causal_lm.eval()
+        try:
+            whole = Decoding(self.causal_lm, mask_BT, 0)
+            with torch.no_grad():
+                want_BTV = whole.logits(ids_BT).float()
+        finally:
+            self.causal_lm.train(was_training)
+        try:
+            with self.arithmetic():
+                state = self.begin(mask_BT[:, :8], 2)
+                got = [state.next_logits(ids_BT[:, :8]), state.next_logits(ids_BT[:, 8:9])]
+                state.keep(torch.tensor([1], device=embedding.device))
+                got.append(state.next_logits(ids_BT[1:, 9:]))
+        except (MemoryError, torch.OutOfMemoryError, torch.AcceleratorError):
+            raise
+        except Exception as error:  # any of a model's own code
+            if "allocate memory" in str(error):
+                raise
+            return f"its copy cannot be asked token by token: {type(error).__name__}: {error}"
+        want = torch.cat([want_BTV[:, 7], want_BTV[:, 8], want_BTV[1:, 9]])
+        off = (torch.cat(got).float() - want).norm() / want.norm()
+        may = ALIKE if torch.finfo(self.dtype).eps <= 2**-20 else ALIKE_HALF
+        if off <= may:
+            return None
+        return f"its copy gives other logits, by {off.item():.2g} of their size (allowed: {may:g})"
+
+
+def _is_folded(module: Any, dtype: torch.dtype) -> bool:
+    """Whether the copy has a plain layer of its own in this one's place."""
+    if isinstance(module, BaseTunerLayer) or is_quantised(module):
+        return True
+    return type(module) in (nn.Linear, Conv1D) and module.weight.dtype != dtype
+
+
+class Decoding:
+    """A module, and the keys and values of all positions so far."""
+
+    def __init__(self, module: Any, mask_BP: Int[Tensor, "B P"], room: int) -> None:
+        self.module, self.length = module, 0
+        self.mask_BS = F.pad(mask_BP, (0, room), value=1)
+        self.position_BS = (self.mask_BS.cumsum(1) - 1).clamp_min(0)
+        self.cache = DynamicCache(config=module.config)
+        takes = inspect.signature(type(module).forward).parameters
+        self.takes_positions = "position_ids" in takes
+        self.last = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
+
+    def logits(self, ids_bn: Int[Tensor, "b n"], **more: Any) -> Float[Tensor, "b k V"]:
+        """Logits [b, n, V] of what follows after each of these n more tokens."""
+        start, self.length = self.length, self.length + ids_bn.shape[1]
+        if self.takes_positions:
+            more["position_ids"] = self.position_BS[:, start : self.length]
+        output = self.module(
+            input_ids=ids_bn,
+            attention_mask=self.mask_BS[:, : self.length],
+            past_key_values=self.cache,
+            use_cache=True,
+            **more,
+        )
+        return output.logits
+
+    def next_logits(self, ids_bn: Int[Tensor, "b n"]) -> Float[Tensor, "b V"]:
+        """What follows after these n more tokens: the prompt, then one by one."""
+        return self.logits(ids_bn, **self.last)[:, -1]
+
+    def keep(self, rows_b: Int[Tensor, " b"]) -> None:
+        """Go on with these rows alone; a row that is named twice goes on twice."""
+        self.cache.batch_select_indices(rows_b)
+        self.mask_BS, self.position_BS = self.mask_BS[rows_b], self.position_BS[rows_b]
