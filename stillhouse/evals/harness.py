@@ -320,6 +320,7 @@ def _score_all(
                 " finished scores are kept, run again with a smaller one"
             ) from error
         finally:
+            scorer.engine = None  # which holds the base, beside which the next one may not fit
             clear_torch_cache()
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import lm_eval.api.model
@@ -16,13 +16,16 @@ import lm_eval.api.task
 import lm_eval.models.huggingface
 from lm_eval.models.huggingface import HFLM
 
+from stillhouse.distill.answers import answers, ended, joined, log_likelihoods
 from stillhouse.distill.chat import Chat, Skip
+from stillhouse.distill.engine import Engine
 from stillhouse.errors import ConfigError
 
 # Tokens of context, whatever the model could hold: a wikitext page is one window of a model with
 # 262,144 positions, and the logits of that window alone take gigabytes. Written into every score.
 LONGEST = 4096
 SECONDS_BETWEEN_LINES = 20.0
+GREEDY = {"do_sample", "num_beams", "temperature"}  # what a suite sets: all of it means greedy
 
 
 _HFLM: Any = HFLM  # its class decorator has no types
@@ -31,7 +34,9 @@ _HFLM: Any = HFLM  # its class decorator has no types
 class Lm(_HFLM):
     """lm-eval's HFLM over a loaded model; its texts end where training's rollouts end."""
 
-    def __init__(self, model: Any, chat: Chat, batch_size: int, is_chat: bool) -> None:
+    def __init__(self, engine: Engine, chat: Chat, batch_size: int, is_chat: bool) -> None:
+        """Over the engine's model as it is now."""
+        model: Any = engine.model
         tokenizer = chat.tokenizer
         if tokenizer.eos_token is None:  # lm-eval takes it for an end, a beginning and a pad
             tokenizer.eos_token = chat.end_token
@@ -44,6 +49,8 @@ class Lm(_HFLM):
             add_bos_token=False if is_chat else None,
         )
         self.chat, self.left_out = chat, 0
+        self.engine, self.is_checked = engine, False
+        engine.refold()
         # Some tokenizers put EOS behind every text: an answer would be asked for after the end.
         self.is_ended = tokenizer("a")["input_ids"][-1] in chat.stop_ids
 
@@ -78,16 +85,47 @@ class Lm(_HFLM):
     def _model_generate(
         self, context: Any, max_length: int, stop: list[str], **settings: Any
     ) -> Any:
-        # A batch goes on until its last row is done; without these ids, what a row writes after its
-        # own end would be read as part of its answer.
-        settings["eos_token_id"] = self.chat.stop_ids
-        ids_BT = super()._model_generate(context, max_length, stop, **settings)
-        # The end itself is no part of it either, and lm-eval drops what is special alone.
-        new_BC = ids_BT[:, context.shape[1] :]
-        is_end_BC: Any = sum(new_BC == id_ for id_ in self.chat.stop_ids)
-        has_ended_BC = is_end_BC.cumsum(1) > 0
-        new_BC[has_ended_BC] = self.tokenizer.pad_token_id
-        return ids_BT
+        ends, pad = self.chat.stop_ids, self.tokenizer.pad_token_id
+        if settings.keys() - GREEDY - {"attention_mask"}:  # somebody's own task asks for more
+            # Without these ids, what a row writes after its own end, until the last row of a batch
+            # is done, would be read as part of its answer.
+            settings["eos_token_id"] = ends
+            ids_BT = super()._model_generate(context, max_length, stop, **settings)
+            return joined(context, ended(ids_BT[:, context.shape[1] :], ends, pad))
+        new_BC = answers(
+            self.engine, context, settings["attention_mask"], self.tokenizer, stop, pad_id=pad,
+            eos_ids=ends, max_new_tokens=max_length - context.shape[1],
+            checked=not self.is_checked,
+        )  # fmt: skip
+        self.is_checked = True
+        return joined(context, ended(new_BC, ends, pad))
+
+    def _loglikelihood_tokens(
+        self, requests: Any, disable_tqdm: bool = False, override_bs: int | None = None
+    ) -> list[tuple[float, bool]]:
+        """As HFLM's, in batches sorted by length, and a context is read once for its choices."""
+        if self.engine.form is None:
+            return super()._loglikelihood_tokens(requests, disable_tqdm, override_bs)
+        asked: dict[tuple[int, ...], list[int]] = {}
+        for number, (_, context, continuation) in enumerate(requests):
+            cut = max(0, len(context) + len(continuation) - self.max_length - 1)
+            LOG.cut += cut > 0
+            asked.setdefault(tuple(context[cut:]), []).append(number)
+        found: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
+        bar = ProgressLines(requests, desc="Running loglikelihood requests", disable=disable_tqdm)
+        for batch in _batches(asked, override_bs or self.batch_size):
+            choices = [[requests[number][2] for number in numbers] for _, numbers in batch]
+            contexts = [context for context, _ in batch]
+            scores = log_likelihoods(
+                self.engine, [*zip(contexts, choices, strict=True)], self.tokenizer.pad_token_id
+            )
+            for (_, numbers), of_context in zip(batch, scores, strict=True):
+                for number, score in zip(numbers, of_context, strict=True):
+                    found[number] = score
+                    if requests[number][0] is not None:
+                        self.cache_hook.add_partial("loglikelihood", requests[number][0], score)
+                bar.update(len(numbers))
+        return found
 
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
@@ -117,6 +155,21 @@ class Lm(_HFLM):
         finally:
             self.add_bos_token, self.batch_size_per_gpu = kept
         return found
+
+
+def _batches(
+    asked: Mapping[tuple[int, ...], list[int]], size: int
+) -> Iterator[list[tuple[tuple[int, ...], list[int]]]]:
+    """Contexts with the numbers of what is asked behind them, at most `size` such where a context
+    has no more; the longest first, since what does not fit the memory is then said at once."""
+    batch: list[tuple[tuple[int, ...], list[int]]] = []
+    for context, numbers in sorted(asked.items(), key=lambda item: -len(item[0])):
+        if batch and sum(len(each) for _, each in batch) + len(numbers) > size:
+            yield batch
+            batch = []
+        batch.append((context, numbers))
+    if batch:
+        yield batch
 
 
 class ProgressLines:

@@ -21,6 +21,7 @@ from lm_eval.models.utils_hf import clear_torch_cache
 from lm_eval.tasks import TaskManager
 
 from stillhouse.distill.chat import Chat
+from stillhouse.distill.engine import Engine
 from stillhouse.errors import ConfigError, DataError, nearest
 from stillhouse.evals.lm import LOG, Lm, ProgressLines
 from stillhouse.evals.own import blamed, is_unreachable, own_task
@@ -234,6 +235,7 @@ class Scorer:
     def __init__(self, suite: SuiteSpec, chat: Chat, batch_size: int, stop: Stop) -> None:
         self.suite, self.chat, self.batch_size = suite, chat, batch_size
         self.stop = stop
+        self.engine: Engine | None = None  # of the model that was asked last
         if suite.apply_chat_template and not chat.has_template:
             raise ConfigError(
                 f"suite {suite.suite_name} asks through a chat template, and this pair's"
@@ -253,7 +255,10 @@ class Scorer:
             ConfigError: the task has no metric of that name.
         """
         started = time.perf_counter()
-        lm = Lm(model, self.chat, self.batch_size, self.suite.apply_chat_template)
+        if self.engine is None or self.engine.model is not model:
+            self.engine = Engine(model)  # one copy for all adapters of a base
+        is_chat = self.suite.apply_chat_template
+        lm = Lm(self.engine, self.chat, self.batch_size, is_chat)
         hook = model.get_input_embeddings().register_forward_pre_hook(lambda *_: self.stop.check())
         ProgressLines.begin(f"{label} {task.spec.task}")
         try:
