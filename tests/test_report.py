@@ -22,6 +22,7 @@ from stillhouse.errors import ConfigError
 from stillhouse.results import plots
 from stillhouse.results.curves import Group, Run, grouped, jumps, named, over_steps, read, score_key
 from stillhouse.results.figures import draw
+from stillhouse.results.gap_figure import gap_curves, gap_records
 from stillhouse.results.layout import as_csv, duration, interval, probability, signed
 from stillhouse.results.predictions import Predictions
 from stillhouse.results.report import _share, commands, cost_table, failure_table, write_report
@@ -398,3 +399,26 @@ def test_scores_are_drawn_by_setting_where_there_are_few(tmp_path: Path) -> None
     svg = (write_report("sample", tmp_path).parent / "scores.svg").read_text()
     for beta, rank in itertools.product((0, 1), (4, 8)):
         assert f"<!-- beta = {beta}, lora_r = {rank} -->" in svg
+
+
+def test_how_far_rollouts_are_from_what_is_trained_is_drawn_where_any_step_drew(
+    tmp_path: Path,
+) -> None:
+    for name, gaps in (("with", True), ("without", False)):
+        write_sample(tmp_path / name, Sample(gaps=gaps))
+        frame = load("sample", tmp_path / name)
+        drawn = gap_curves(frame, read(frame, Runs(tmp_path / name)))
+        assert (drawn is not None) == gaps
+        if drawn is not None:
+            figure, file, title, caption = drawn
+            assert (file, title) == (
+                "rollout_gap",
+                "How far rollouts are from the trained function",
+            )
+            assert "the largest mean of a step here is 4e-06" in caption
+            found = gap_records(read(frame, Runs(tmp_path / name)))
+            assert set(found) == {"lmbda = 0.5", "lmbda = 1"}
+            assert 3.9e-6 < found["lmbda = 1"]["rollout_gap_largest"] < 4e-6
+            assert [axis.get_yscale() for axis in figure.axes] == ["log", "linear"]
+            # λ = 0 draws nothing, so two of three arms have a line.
+            assert [len(axis.lines) for axis in figure.axes] == [2, 2]

@@ -24,6 +24,7 @@ from stillhouse.results.curves import (
     settings_by,
     together,
 )
+from stillhouse.results.gap_figure import gap_curves
 from stillhouse.results.overlap_figures import MAPPED, overlap_curves, overlap_map
 from stillhouse.results.plots import (
     BASELINE_LINES,
@@ -67,6 +68,7 @@ def draw(frame: Frame, runs: Sequence[Run], asked: Predictions, directory: Path)
     scores               scores by the compared axis: where anything is scored
     method_comparison    the compared metric by method: where methods differ
     training             loss, reverse KL and entropies over steps: where anything was trained
+    rollout_gap          how far rollouts are from the function trained on them
     overlap              how student and teacher overlap over steps: where that was looked at
     overlap_map          the shared part by where in an answer
     advantage_map        the advantage on shared tokens by where in an answer
@@ -83,6 +85,7 @@ def draw(frame: Frame, runs: Sequence[Run], asked: Predictions, directory: Path)
             _training(frame, runs),
             overlap_curves(frame, runs),
             *(overlap_map(frame, runs, measure) for measure in MAPPED),
+            gap_curves(frame, runs),
             prefixes.drawn(prefixes.reaches(asked.cases)),
             _cliff(frame, runs),
             _seeding(frame, runs),

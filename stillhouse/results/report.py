@@ -29,6 +29,7 @@ from stillhouse.results import (
 from stillhouse.results.answer import answer
 from stillhouse.results.curves import PAIR_LEAVES, compared_leaf, read
 from stillhouse.results.figures import draw
+from stillhouse.results.gap_figure import gap_records
 from stillhouse.results.layout import Table, as_csv, duration, records
 from stillhouse.results.plots import Picture
 from stillhouse.results.predictions import Predictions
@@ -109,9 +110,10 @@ def write_report(sweep_name: str, runs: Path) -> Path:
         {s.arm: collapse.record(s) for s in standings},
         {s.arm: budget.record(s) for s in equal.spent},
         {a.arm: {"arm": a.arm} | overlaps.record(a) for a in overlap},
+        gaps := gap_records(logged),
     ]
     named = dict.fromkeys(arm for records_ in known for arm in records_)
-    if standings or overlap:
+    if standings or overlap or gaps:
         rows = [[records_.get(arm, {}) for records_ in known] for arm in named]
         files["arms.csv"] = as_csv({k: v for part in row for k, v in part.items()} for row in rows)
     if asked.cases:
