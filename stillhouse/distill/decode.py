@@ -198,20 +198,26 @@ class _State:
         if start == 0 or n > 1:
             attend = self._attend_to(self._seen(start, n))
         turn_bn1D = self.turn_BS1D[:, start : self.length]
+        # Padding takes part in attention alone: it is a third of ragged prompts.
+        is_text_bn = self.is_text_BS[:, start : self.length]
+        is_padded = start == 0 and not is_text_bn.all()
+        text_X = is_text_bn.flatten().nonzero().squeeze(1) if is_padded else None
         x_XH = self.embed(ids_bn).flatten(0, 1)
+        x_XH = x_XH if text_X is None else x_XH[text_X]
         for layer, keys_BGDS, values_BGSD in zip(self.layers, self.keys, self.values, strict=True):
-            heads_bnAD = layer.qkv.of(self._direction(x_XH)).view(B, n, -1, self.D)
+            heads_XN = _spread(layer.qkv.of(self._direction(x_XH)), text_X, B * n)
+            heads_bnAD = heads_XN.view(B, n, -1, self.D)
             query_key, value_bnGD = heads_bnAD.split([self.Q + self.G, self.G], 2)
             pairs = torch.view_as_complex(query_key.unflatten(-1, (-1, 2)))
             turned = torch.view_as_real(pairs * turn_bn1D).flatten(-2)
             query_bnQD, key_bnGD = turned.split([self.Q, self.G], 2)
             keys_BGDS[..., start : self.length] = key_bnGD.permute(0, 2, 3, 1)
             values_BGSD[:, :, start : self.length] = value_bnGD.transpose(1, 2)
-            attended = attend(query_bnQD, keys_BGDS, values_BGSD)
-            layer.out.add_to_(x_XH, attended.reshape(B * n, -1))
+            attended_XN = attend(query_bnQD, keys_BGDS, values_BGSD).reshape(B * n, -1)
+            layer.out.add_to_(x_XH, attended_XN if text_X is None else attended_XN[text_X])
             gate, up = layer.gate_up.of(self._direction(x_XH)).chunk(2, -1)
             layer.down.add_to_(x_XH, self.activation(gate) * up)
-        return x_XH.view(B, n, -1)
+        return _spread(x_XH, text_X, B * n).view(B, n, -1)
 
     def _seen(self, start: int, n: int) -> Tensor:
         """Which positions each of n new ones attends to, [b, 1, n, start + n]."""
@@ -251,6 +257,13 @@ class _State:
             alpha=self.D**-0.5,
         )
         return torch.bmm(scores_YZS.softmax(-1), values_bGSD.flatten(0, 1)[:, : self.length])
+
+
+def _spread(x_XN: Tensor, text_X: Tensor | None, length: int) -> Tensor:
+    """Rows at their places among `length`, zeros elsewhere; where all are there, as they are."""
+    if text_X is None:
+        return x_XN
+    return x_XN.new_zeros(length, x_XN.shape[1]).index_copy_(0, text_X, x_XN)
 
 
 def _fold(
