@@ -133,7 +133,7 @@ def test_the_config_map_is_immutable_named_by_its_content_and_small(sent: Json):
     assert manifest["metadata"]["name"] == f"stillhouse-code-{sent['key']}"
     assert manifest["immutable"] is True
     assert "This file is where" in manifest["data"]["pod.py"]
-    assert len(json.dumps(manifest)) < 600_000
+    assert len(json.dumps(manifest)) < 700_000
     parsed = client.V1ConfigMap.from_dict(manifest)
     assert parsed is not None
     assert json.loads(parsed.to_json()) == manifest
