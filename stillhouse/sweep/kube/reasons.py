@@ -109,7 +109,7 @@ def why_orphan(pod: PodView) -> str:
     where = f", on node {pod.node} that does not answer" if is_lost(pod) else ""
     return (
         f"pod {pod.name} goes on{where}, its Job was deleted without it (--cascade=orphan): no"
-        f" other is made beside it (`kubectl delete pod {pod.name}` ends it)"
+        f" other is made beside it; it ends by itself, or by an administrator who deletes it"
     )
 
 
