@@ -377,6 +377,31 @@ def test_of_a_cluster_lines_say_once_what_lasts_and_no_job_that_waits_is_running
     assert progress.states_now(picture, has_files=False) == {"running": 1, "waiting": 2}
 
 
+def test_what_no_point_says_and_what_runs_oddly_is_said_by_lines(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from stillhouse.sweep import progress
+    from stillhouse.sweep.drive import Picture
+    from stillhouse.sweep.plan import Action
+
+    monkeypatch.setattr(progress, "LASTING_S", 0.0)
+    rows = roster_of(load_sweep(None, [*behaving.words(tmp_path, points=2)], tmp_path))
+    first, second = (row.id for row in rows.rows)
+    seen = {first: Observation("running", "pod x goes on"), second: Observation("new")}
+    pair, quota = Action("prepare", "tiny/int4"), "quota: exceeded quota: few"
+    packs = [Action("eval", "tiny/int4", (id_,)) for id_ in (first, second)]
+    waits = {pair: "image not pulled: x"} | dict.fromkeys(packs, quota)
+    said: list[str] = []
+    lines = progress.Lines(rows, said.append, False)
+    for _ in range(2):
+        lines.sees(Picture(rows, seen, [*waits], False, waits))
+    assert [line.split(" ", 1)[1] for line in said] == [
+        "1 run: pod x goes on",
+        "prepares the pair of tiny/int4, waits: image not pulled: x",
+        f"2 Jobs wait: {quota}",
+    ]
+
+
 def test_a_file_gets_lines_and_a_terminal_gets_a_board_that_stays_put(tmp_path: Path) -> None:
     from rich.console import Console
 

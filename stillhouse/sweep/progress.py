@@ -142,11 +142,15 @@ class Lines:
     def _say_why(self, picture: Picture) -> None:
         """Say once what keeps points, or us, waiting, of what lasts."""
         clock = time.monotonic()
-        causes: dict[str, list[str | None]] = {}
+        causes: dict[str, list[Observation]] = {}
         for seen in picture.observations.values():
-            if seen.state == "waiting" and seen.cause and not seen.is_trained:
-                causes.setdefault(fingerprint(seen), []).append(seen.cause)
-        words = {kind: f"{len(found)} wait: {found[0]}" for kind, found in causes.items()}
+            is_open = seen.state == "waiting" and not seen.is_trained
+            if seen.cause and (is_open or seen.state == "running"):  # one that runs oddly says why
+                causes.setdefault(f"{seen.state} {fingerprint(seen)}", []).append(seen)
+        words: dict[str, str] = {}
+        for kind, found in causes.items():
+            does = "wait" if found[0].state == "waiting" else "run"
+            words[kind] = f"{len(found)} {does}: {found[0].cause}"
         tasks: dict[str, list[Action]] = {}
         for action, why in picture.waits.items():
             kind = f"{action.kind} {fingerprint(Observation('waiting', why))}"
