@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from pathlib import Path
 
-    import pandas as pd  # pyright: ignore[reportMissingTypeStubs] (its types are inline)
+    import pandas as pd
 
 __all__ = ["load"]
 

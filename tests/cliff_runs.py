@@ -1,4 +1,4 @@
-"""This file is where the cliff's sweep is written to disk as a finished one, with drawn numbers.
+"""Write the cliff's sweep to disk as a finished one, with drawn numbers.
 
 It is a sweep of `sample_runs` over loss and method, changed to look as that of sweeps/cliff.yaml
 does: a control of each loss family in that family only, a rate that follows from the loss, one
@@ -51,6 +51,13 @@ class Cliff:
         ("ce_pg", "hybrid"),
     )  # 0 after half the run, and so left
     dipped: Sequence[tuple[str, str]] = (("ce_pg", "reverse_curriculum"),)  # loses 0.4 in the end
+
+
+SMALL = Cliff(
+    methods=("on_policy_gkd", "extended_on_policy", "hybrid", "reverse_curriculum")
+    + ("teacher_seeded", "off_policy", "sft"),
+    seeds=4,
+)
 
 
 def write_cliff(root: Path, cliff: Cliff | None = None) -> list[RunDir]:

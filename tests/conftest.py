@@ -4,6 +4,9 @@ Tensor shapes are among them. The launcher is under strict pyright, which costs 
 """
 
 import os
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
 
 import pytest
 from jaxtyping import install_import_hook
@@ -14,7 +17,7 @@ os.environ["USER"] = "ada"
 # Before any test imports the package: each call of an annotated function of these is then checked.
 # The tower lets an int stand where a float is asked for, as type checkers do.
 CHECKER = "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"
-install_import_hook(["stillhouse.distill", "stillhouse.evals", "stillhouse.results"], CHECKER)
+install_import_hook(["stillhouse.distill", "stillhouse.evals"], CHECKER)
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -23,3 +26,24 @@ def pytest_configure(config: pytest.Config) -> None:
     asked = config.option.markexpr
     if "gpu" not in asked or "not gpu" in asked:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A runs directory with six sweeps, to be read only; no two share a point."""
+    from cliff_runs import SMALL, write_cliff
+    from sample_runs import SAMPLES, write_sample
+
+    root = tmp_path_factory.mktemp("runs")
+    write_cliff(root, SMALL)
+    for sample in SAMPLES:
+        write_sample(root, sample)
+    return root
+
+
+@pytest.fixture(scope="session")
+def report(finished: Path) -> Callable[[str], Path]:
+    """By a sweep's name in `finished`: the folder of its report."""
+    from stillhouse.results.report import write_report
+
+    return cache(lambda name: write_report(name, finished).parent)

@@ -40,7 +40,7 @@ k8s/eval.sh eval --quant-type int4 --lora-paths dump/lmbda_1_int4 --lora_paths d
 uv run python eval.py
 """  # noqa: E501
 
-# Lines of the distribution cliff's experiment; the README says what each of their flags is here.
+# Lines of the distribution cliff's experiment; docs/findings.md has each of their flags.
 CLIFF = """
 python run_cliff_mitigation_experiment.py --model-family qwen --n-seeds 10
 python run_cliff_mitigation_experiment.py --model-family llama --n-seeds 10

@@ -1,4 +1,4 @@
-"""This file is where a small sweep is written to disk as a finished one, with drawn numbers.
+"""Write a small sweep to disk as a finished one, with drawn numbers.
 
 Everything lies where `rundir` says and looks as train.py, eval.py and `stillhouse run` write it.
 The numbers follow from the arguments: each arm has an ability, all arms of a seed share that seed's
@@ -21,6 +21,7 @@ from stillhouse.compose import Overrides, compose, options_of, resolve
 from stillhouse.methods import value_at
 from stillhouse.rundir import RunDir, Runs, eval_file, new_record, write_atomic, write_json
 from stillhouse.spec import (
+    REQUANTISED,
     SuiteSpec,
     TaskSpec,
     TrainSpec,
@@ -32,10 +33,7 @@ from stillhouse.spec import (
 
 SUITE = SuiteSpec(
     suite_name="tiny",
-    tasks=(
-        TaskSpec("tiny_gen", "exact_match", None, True),
-        TaskSpec("tiny_mc", "acc", None, True),
-    ),
+    tasks=(TaskSpec("tiny_gen", "exact_match", None, True), TaskSpec("tiny_mc", "acc", None, True)),
     apply_chat_template=True,
     limit=None,
     max_gen_toks=44,
@@ -66,11 +64,7 @@ class Sample:
     ability: Ability = by_lmbda
     question: str | None = "Does training on the student's own answers help?"
     compare: Mapping[str, Any] | None = dataclasses.field(
-        default_factory=lambda: {
-            "by": "lmbda",
-            "metric": "tiny_gen/exact_match",
-            "baseline": 0,
-        }
+        default_factory=lambda: {"by": "lmbda", "metric": "tiny_gen/exact_match", "baseline": 0}
     )
     suite: SuiteSpec = SUITE
     steps: int = 60
@@ -296,3 +290,29 @@ def cliff(name: str = "cliff") -> Sample:
         scores=True,
         price=0.75,
     )
+
+
+CAUSE = "Diverged: loss 312.4 at step 30 is above <100> nats per token"
+GRID = Sample(
+    name="grid",
+    axes={"lmbda": [0, 1], "beta": [0, 1]},
+    base={"weight_decay": 0.01},
+    unstarted=(5,),
+    failed={7: "Diverged: loss 312.4 at step 30"},
+    other_code=(0, 1),
+)
+METHODS = dataclasses.replace(
+    cliff("methods"), base={"weight_decay": 0.04}, failed={5: CAUSE}, unstarted=(11,)
+)
+OVERLAP = Sample(
+    name="overlap", overlaps=True, axes={"lmbda": [0, 1]}, base={"weight_decay": 0.02}, price=0.5
+)
+REQUANTIZED = Sample(  # each adapter scored twice
+    name="requantized",
+    axes={"lmbda": [0, 1]},
+    base={"weight_decay": 0.03},
+    suite=dataclasses.replace(
+        SUITE, tasks=(SUITE.tasks[0], TaskSpec(f"tiny_gen{REQUANTISED}", "exact_match", None, True))
+    ),
+)
+SAMPLES = (Sample(), GRID, METHODS, OVERLAP, REQUANTIZED)

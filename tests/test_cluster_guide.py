@@ -26,7 +26,11 @@ def commands(page: str) -> list[str]:
     return [line.split("  #")[0].strip() for line in lines]
 
 
-COMMANDS = list(dict.fromkeys([*commands(GUIDE), *commands(README.split("## On a cluster")[1])]))
+COMMANDS = list(
+    dict.fromkeys(
+        [*commands(GUIDE), *commands(README.split("## On a cluster")[1].split("\n## ")[0])]
+    )
+)
 
 
 def test_a_first_result_takes_ten_commands():

@@ -137,9 +137,9 @@ def test_the_cliff_renders_for_the_published_pairs(capsys: pytest.CaptureFixture
     assert kinds.count("train") == 2 * 22
 
 
-def test_the_cliffs_published_lines_are_lines_of_the_sweep_as_the_readme_says():
-    readme = (SWEEPS.parent / "README.md").read_text()
-    words_of = dict(re.findall(r"^\| `(--[^`]+)` \| `([^`]+)` \|$", readme, re.M))
+def test_the_cliffs_published_lines_are_lines_of_the_sweep_as_the_findings_say():
+    findings = (SWEEPS.parent / "docs" / "findings.md").read_text()
+    words_of = dict(re.findall(r"^\| `(--[^`]+)` \| `([^`]+)` \|$", findings, re.M))
     asked = {
         line: [words_of[f"--{flag.strip()}"] for flag in line.split(" --")[1:]]
         for line in lines(CLIFF)

@@ -1,8 +1,5 @@
 """The page of a sweep and its figures: what is on it, what is not, and that it stands alone."""
 
-# pandas annotates its results as unions of everything it could return.
-# pyright: reportAttributeAccessIssue=false, reportGeneralTypeIssues=false, reportArgumentType=false
-
 from __future__ import annotations
 
 import csv
@@ -11,25 +8,35 @@ import io
 import itertools
 import math
 import re
+from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
-from sample_runs import Sample, cliff, write_sample
+from cliff_runs import SMALL
+from sample_runs import CAUSE, Sample, write_sample
 
 from stillhouse.errors import ConfigError
 from stillhouse.results import plots
-from stillhouse.results.curves import Group, Run, grouped, jumps, named, over_steps, read, score_key
-from stillhouse.results.figures import draw
-from stillhouse.results.gap_figure import gap_curves, gap_records
-from stillhouse.results.layout import as_csv, duration, interval, probability, signed
-from stillhouse.results.predictions import Predictions
+from stillhouse.results.curves import (
+    Group,
+    Run,
+    grouped,
+    jumps,
+    line_name,
+    over_steps,
+    read_runs,
+    score_key,
+)
+from stillhouse.results.figures import FIGURES
+from stillhouse.results.format import as_csv, duration, interval, probability, signed
 from stillhouse.results.report import _share, commands, cost_table, failure_table, write_report
 from stillhouse.results.table import load
 from stillhouse.rundir import Runs, read_json, write_json
 
-CAUSE = "Diverged: loss 312.4 at step 30 is above <100> nats per token"
+Report = Callable[[str], Path]
 VOID = {"meta", "br", "hr", "img", "input", "link"}
 
 
@@ -70,23 +77,16 @@ class Outline(HTMLParser):
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("runs")
-    write_sample(root)
-    write_sample(root, dataclasses.replace(cliff(), failed={5: CAUSE}, unstarted=(11,)))
-    return root
-
-
-@pytest.fixture(scope="module")
-def page(runs: Path) -> str:
-    return write_report("sample", runs).read_text()
+def page(report: Report) -> str:
+    return (report("sample") / "report.html").read_text()
 
 
 def test_the_page_opens_with_the_question_and_its_answer(page: str) -> None:
     body = page[page.index("<body>") :]
     question = body.index("Does training on the student&#39;s own answers help?")
-    answer = body.index("against lmbda = 0: lmbda = 0.5 is better by")
-    assert question < answer < body.index("<table")
+    assert question < body.index("against lmbda = 0: lmbda = 0.5 is") < body.index("<table")
+    assert "<dt>weights quantized</dt><dd>100.0%</dd>" in body
+    assert "<dt>weights adapted</dt><dd>93.8%</dd>" in body
 
 
 def test_the_page_stands_alone(page: str) -> None:
@@ -98,37 +98,20 @@ def test_the_page_stands_alone(page: str) -> None:
     assert {target.removeprefix("#") for target in outline.points_to} <= set(outline.ids)
     assert all(target.startswith("#") for target in outline.points_to)
     assert len(outline.ids) == len(set(outline.ids))
-
-
-def test_the_figures_take_the_ink_of_the_page(page: str) -> None:
+    # The figures take the ink of the page.
     assert page.count("<svg") == 2
     assert "currentColor" in page and plots.INK not in page.split("</style>", 1)[1]
 
 
-def test_tables_and_figures_lie_beside_the_page(runs: Path, page: str) -> None:
-    directory = Runs(runs).report("sample")
-    assert {path.name for path in directory.iterdir()} == {
-        "report.html",
-        "table.md",
-        "table.csv",
-        "points.csv",
-        "comparisons.csv",
-        "scores.svg",
-        "scores.png",
-        "training.svg",
-        "training.png",
-    }
-    text = (directory / "table.md").read_text()
-    assert "| lmbda = 0.5 |" in text and "± is one standard error over n training seeds" in text
+def test_tables_and_figures_lie_beside_the_page(report: Report) -> None:
+    directory = report("sample")
+    files = "report.html table.md table.csv points.csv comparisons.csv"
+    files += " scores.svg scores.png training.svg training.png"
+    assert {path.name for path in directory.iterdir()} == {*files.split()}
     assert len((directory / "points.csv").read_text().splitlines()) == 1 + 18 + 6
     assert len((directory / "table.csv").read_text().splitlines()) == 1 + 12
     # Two values against the baseline, three arms against each of two untrained students.
     assert len((directory / "comparisons.csv").read_text().splitlines()) == 1 + 2 + 6
-
-
-def test_the_page_says_how_much_of_the_weights_was_quantised_and_adapted(page: str) -> None:
-    assert "<dt>weights quantised</dt><dd>100.0%</dd>" in page
-    assert "<dt>weights adapted</dt><dd>93.8%</dd>" in page
 
 
 def test_shares_are_told_by_quantiser_where_they_differ() -> None:
@@ -139,22 +122,22 @@ def test_shares_are_told_by_quantiser_where_they_differ() -> None:
     assert _share(points, "old") == "", "runs of before counted nothing"
 
 
-def test_a_report_written_twice_is_the_same_to_the_byte(runs: Path, page: str) -> None:
-    directory = Runs(runs).report("sample")
+def test_a_report_written_twice_is_the_same_to_the_byte(finished: Path, report: Report) -> None:
+    directory = report("sample")
     before = {path.name: path.read_bytes() for path in directory.iterdir()}
-    write_report("sample", runs)
+    write_report("sample", finished)
     assert {path.name: path.read_bytes() for path in directory.iterdir()} == before
 
 
-def test_what_failed_and_why_is_on_the_page(runs: Path) -> None:
-    frame = load("cliff", runs)
-    header, rows = failure_table(frame)
+def test_what_failed_and_why_is_on_the_page(finished: Path, report: Report) -> None:
+    frame: Any = load("methods", finished)
+    _, rows = failure_table(frame)
     directory = frame[frame["phase"] == "failed"].iloc[0]["directory"]
     assert rows == [[CAUSE, "diverged", "method = hybrid, seed 2", f"{directory}/log.txt"]]
-    text = Outline(write_report("cliff", runs).read_text()).text
+    text = Outline((report("methods") / "report.html").read_text()).text
     assert CAUSE in text, "angle brackets are escaped, not lost"
-    assert "2 of 12 points are not scored in full" in text
-    assert "So far, with 10 of 12 points scored" in text
+    assert "2 of 12 points are not fully scored" in text
+    assert "So far 10 of 12 points are scored" in text
 
 
 def test_what_others_wrote_is_inert_in_every_file(tmp_path: Path) -> None:
@@ -190,41 +173,29 @@ def test_text_that_begins_a_formula_gets_an_apostrophe_and_numbers_stay_numbers(
 
 def test_points_with_one_cause_fail_in_one_row(tmp_path: Path) -> None:
     write_sample(tmp_path, Sample(failed={0: CAUSE, 1: CAUSE, 4: "OutOfMemory: step 3"}))
-    rows = failure_table(load("sample", tmp_path))[1]
-    assert [row[2] for row in rows] == [
-        "lmbda = 0, seed 0; lmbda = 0, seed 1",
-        "lmbda = 0.5, seed 1",
-    ]
+    two, one = failure_table(load("sample", tmp_path))[1]
+    assert (two[2], one[2]) == ("lmbda = 0, seed 0; lmbda = 0, seed 1", "lmbda = 0.5, seed 1")
 
 
-def test_the_cost_table_adds_up(runs: Path) -> None:
-    frame = load("cliff", runs)
+def test_the_cost_table_adds_up(finished: Path) -> None:
+    frame: Any = load("methods", finished)
     header, rows = cost_table(frame)
-    assert header[0] == "method_name" and rows[-1][0] == "all"
-    assert [row[:2] for row in rows] == [
-        ["on_policy_gkd", "3"],
-        ["hybrid", "2"],
-        ["off_policy", "3"],
-        ["reverse_curriculum", "2"],
-        ["all", "10"],
-    ]
+    assert header[0] == "method_name"
+    runs = "on_policy_gkd 3, hybrid 2, off_policy 3, reverse_curriculum 2, all 10"
+    assert ", ".join(f"{row[0]} {row[1]}" for row in rows) == runs
     points = frame.drop_duplicates("id")
     # 0.75 dollars an hour, one device.
     assert points["price_usd"].sum() == pytest.approx(points["train_seconds"].sum() / 3600 * 0.75)
     assert rows[-1][6] == f"${points['price_usd'].sum():.2f}"
     assert rows[-1][4] == f"{10 * 600 * 60:,}"
+    unpriced = cost_table(load("sample", finished))[1]
+    assert {row[6] for row in unpriced} == {"not known"}, "a price is not guessed"
 
 
-def test_a_price_that_is_not_known_is_not_guessed(runs: Path) -> None:
-    assert {row[6] for row in cost_table(load("sample", runs))[1]} == {"not known"}
-
-
-def test_the_page_says_how_to_make_it_again(runs: Path, tmp_path: Path) -> None:
-    frame = load("sample", runs)
-    assert commands(frame, Path("runs")) == [
-        "stillhouse run sweeps/sample.yaml",
-        "stillhouse report sample",
-    ]
+def test_the_page_says_how_to_make_it_again(finished: Path) -> None:
+    frame: Any = load("sample", finished)
+    again = ["stillhouse run sweeps/sample.yaml", "stillhouse report sample"]
+    assert commands(frame, Path("runs")) == again
     assert commands(frame, Path("my runs"))[1] == "stillhouse report sample --runs 'my runs'"
     frame.attrs["sweep"] |= {"file": None, "words": ["pair=tiny", "lmbda=0,1"]}
     assert commands(frame, Path("runs"))[0] == "stillhouse run pair=tiny lmbda=0,1"
@@ -235,59 +206,74 @@ def test_the_page_says_how_to_make_it_again(runs: Path, tmp_path: Path) -> None:
 def test_a_sweep_that_has_not_begun_has_a_page_too(tmp_path: Path) -> None:
     write_sample(tmp_path, Sample(unstarted=range(9), baselines=(), question=None))
     text = Outline(write_report("sample", tmp_path).read_text()).text
-    assert "No score is here yet" in text and "9 of 9 points are not scored" in text
-    assert "no question was written" in text
+    assert "There are no scores yet" in text and "9 of 9 points are not fully scored" in text
+    assert "no question given" in text
     assert not list(Runs(tmp_path).report("sample").glob("*.svg"))
 
 
 def test_a_sweep_that_is_trained_and_not_scored_shows_its_curves(tmp_path: Path) -> None:
-    for run in write_sample(tmp_path, Sample(baselines=())):
-        for file in run.path.glob("eval/*.json"):
-            file.unlink()
+    write_sample(tmp_path, Sample(baselines=()))
+    for file in tmp_path.glob("*/eval/*.json"):
+        file.unlink()
     text = Outline(write_report("sample", tmp_path).read_text()).text
-    assert "9 of 9 points are not scored in full: 9 trained, not scored." in text
+    assert "9 of 9 points are not fully scored: 9 trained, not scored." in text
     assert [p.name for p in Runs(tmp_path).report("sample").glob("*.svg")] == ["training.svg"]
-
-
-def test_a_sweep_without_scores_asked_for_has_a_page(tmp_path: Path) -> None:
-    for run in write_sample(tmp_path, Sample(baselines=(), compare=None)):
-        for file in run.path.glob("eval/*.json"):
-            file.unlink()
+    # Nor is there anything to score where no suite is asked for.
     path = Runs(tmp_path).sweep_file("sample")
     write_json(path, (read_json(path) or {}) | {"suite": None})
     text = Outline(write_report("sample", tmp_path).read_text()).text
-    assert "No score is here yet" in text and "not scored in full" not in text
+    assert "There are no scores yet" in text and "not fully scored" not in text
 
 
-def test_an_unknown_sweep_writes_no_report(runs: Path) -> None:
+def test_an_unknown_sweep_writes_no_report(finished: Path) -> None:
     with pytest.raises(ConfigError, match="Did you mean"):
-        write_report("samples", runs)
-    assert not Runs(runs).report("samples").exists()
+        write_report("samples", finished)
+    assert not Runs(finished).report("samples").exists()
 
 
-def names(sweep: str, runs: Path, directory: Path) -> list[str]:
-    frame = load(sweep, runs)
-    return [p.name for p in draw(frame, read(frame, Runs(runs)), Predictions([], []), directory)]
+def names(sweep: str, runs: Path) -> list[str]:
+    """The figures that a sweep's data can fill, those of its analyses apart."""
+    frame: Any = load(sweep, runs)
+    logged = read_runs(frame, Runs(runs))
+    return [drawn[1] for figure in FIGURES if (drawn := figure(frame, logged)) is not None]
 
 
 def by_method(sweep: str, runs: Path) -> list[Group]:
-    logged = read(load(sweep, runs), Runs(runs))
-    return grouped(logged, lambda run: named(run, "method_name"))
+    logged = read_runs(load(sweep, runs), Runs(runs))
+    return grouped(logged, lambda run: line_name(run, "method_name"))
 
 
-def test_the_seeds_figures_are_drawn_where_their_data_are(runs: Path, tmp_path: Path) -> None:
-    assert names("sample", runs, tmp_path / "a") == ["scores", "training"]
-    drawn = names("cliff", runs, tmp_path / "b")
+def test_the_figures_are_drawn_where_their_data_are(finished: Path, report: Report) -> None:
+    assert names("sample", finished) == ["scores", "training"]
+    drawn = names("methods", finished)
     assert drawn == ["scores", "method_comparison", "training", "distribution_cliff"]
     for name in drawn:
-        assert (tmp_path / "b" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
-        assert b"<dc:date>" not in (tmp_path / "b" / f"{name}.svg").read_bytes()
+        assert (report("methods") / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+        assert b"<dc:date>" not in (report("methods") / f"{name}.svg").read_bytes()
+
+
+def test_figures_of_two_losses_show_both_and_their_baseline(report: Report) -> None:
+    for name in ("distribution_cliff", "method_comparison", "teacher_seeding"):
+        text = (report("cliff") / f"{name}.svg").read_text()
+        assert "<!-- loss = ce_pg -->" in text and "<!-- loss = jsd -->" in text
+    cliff = (report("cliff") / "distribution_cliff.svg").read_text()
+    assert all(f"<!-- {method} -->" in cliff for method in SMALL.methods)
+    assert "<!-- switches to on-policy at step 50 -->" in cliff
+    page = (report("cliff") / "report.html").read_text()
+    assert page.count("95 % t intervals over seeds") == 3
+    assert "Gray: on_policy_gkd, the same in every panel." in page
+    assert "0.001, 0.005 (follows from loss)" in page
+    assert "Collapsed (below the untrained student" in page[: page.index("</header>")]
+    for title in ("Collapse and decline", "At equal compute"):
+        assert f"<h2>{title}</h2>" in page
+    assert (report("cliff") / "comparisons.csv").read_text().count("\nequal compute,") == 10
+    assert len((report("cliff") / "arms.csv").read_text().splitlines()) == 1 + 12
 
 
 def test_seeding_is_drawn_where_tokens_are_forced(tmp_path: Path) -> None:
     seeded = Sample(seed_tokens=lambda step: max(0, 20 - step), scores=True)
     write_sample(tmp_path, seeded)
-    assert "teacher_seeding" in names("sample", tmp_path, tmp_path / "drawn")
+    assert "teacher_seeding" in names("sample", tmp_path)
 
 
 def test_many_arms_of_one_seed_and_a_schedule_as_an_axis_can_be_drawn(tmp_path: Path) -> None:
@@ -295,12 +281,12 @@ def test_many_arms_of_one_seed_and_a_schedule_as_an_axis_can_be_drawn(tmp_path: 
     compare = {"by": "learning_rate", "metric": "tiny_mc/acc", "baseline": 1e-5}
     sample = Sample(axes=axes, seeds=1, compare=compare, ability=lambda overrides: 0.2, steps=20)
     write_sample(tmp_path, sample)
-    drawn = names("sample", tmp_path, tmp_path / "drawn")
+    drawn = names("sample", tmp_path)
     assert drawn == ["scores", "training", "distribution_cliff"]
 
 
-def test_a_curve_is_the_mean_of_its_runs_within_their_band(runs: Path) -> None:
-    made = by_method("cliff", runs)
+def test_a_curve_is_the_mean_of_its_runs_within_their_band(finished: Path) -> None:
+    made = by_method("methods", finished)
     assert [group.name for group in made][:2] == ["on_policy_gkd", "hybrid"]
     # Two hybrid runs went to the end; the third failed half way, and counts as far as it came.
     hybrid = made[1]
@@ -315,15 +301,15 @@ def test_a_curve_is_the_mean_of_its_runs_within_their_band(runs: Path) -> None:
     assert over_steps(hybrid, "train/never_logged") is None
 
 
-def test_smoothing_keeps_a_constant_and_the_number_of_steps(runs: Path) -> None:
-    made = read(load("sample", runs), Runs(runs))
+def test_smoothing_keeps_a_constant_and_the_number_of_steps(finished: Path) -> None:
+    made = read_runs(load("sample", finished), Runs(finished))
     curve = over_steps(Group("all", made), "tokens/completion", window=7)
     assert curve is not None
     assert len(curve) == 60 and set(curve["mean"]) == {640.0}
 
 
-def test_a_jump_of_the_schedule_is_found_and_a_ramp_is_none(runs: Path) -> None:
-    made = by_method("cliff", runs)
+def test_a_jump_of_the_schedule_is_found_and_a_ramp_is_none(finished: Path) -> None:
+    made = by_method("methods", finished)
     found = {group.name: jumps(group.runs[0]) for group in made}
     assert found["hybrid"] == [(30.0, "to on-policy")]
     assert found["reverse_curriculum"] == [(42.0, "to off-policy")]
@@ -357,14 +343,8 @@ def test_being_right_counts_more_than_looking_like_the_teacher() -> None:
 
 
 def test_numbers_are_written_for_people() -> None:
-    assert [duration(s) for s in (3, 89, 90, 5399, 5400, 225720)] == [
-        "3 s",
-        "89 s",
-        "1.5 min",
-        "90.0 min",
-        "1.5 h",
-        "62.7 h",
-    ]
+    shown = "3 s, 89 s, 1.5 min, 90.0 min, 1.5 h, 62.7 h"
+    assert ", ".join(duration(s) for s in (3, 89, 90, 5399, 5400, 225720)) == shown
     assert (signed(0.5), signed(-0.5)) == ("+0.500", "−0.500")
     assert signed(0.1 + 0.2 - 0.3) == signed(0.3 - 0.2 - 0.1) == "0.000"  # off in the last bit
     assert interval(-0.1, 0.2) == "[−0.100, +0.200]"
@@ -389,7 +369,7 @@ def test_of_many_pairs_a_report_counts_what_it_cannot_name(tmp_path: Path) -> No
     text = (page.parent / "table.md").read_text()
     assert "Against 9 untrained students (" in text and "For comparison: 9 teachers 0." in text
     assert "Watch rule kl_runaway warned in 18 of 18 runs: " in text
-    assert "and of 3 arms more." in text
+    assert "and 3 more arms." in text
     assert "Against the untrained student" not in text, "nine tables are folded, on the page alone"
 
 
@@ -399,26 +379,3 @@ def test_scores_are_drawn_by_setting_where_there_are_few(tmp_path: Path) -> None
     svg = (write_report("sample", tmp_path).parent / "scores.svg").read_text()
     for beta, rank in itertools.product((0, 1), (4, 8)):
         assert f"<!-- beta = {beta}, lora_r = {rank} -->" in svg
-
-
-def test_how_far_rollouts_are_from_what_is_trained_is_drawn_where_any_step_drew(
-    tmp_path: Path,
-) -> None:
-    for name, gaps in (("with", True), ("without", False)):
-        write_sample(tmp_path / name, Sample(gaps=gaps))
-        frame = load("sample", tmp_path / name)
-        drawn = gap_curves(frame, read(frame, Runs(tmp_path / name)))
-        assert (drawn is not None) == gaps
-        if drawn is not None:
-            figure, file, title, caption = drawn
-            assert (file, title) == (
-                "rollout_gap",
-                "How far rollouts are from the trained function",
-            )
-            assert "the largest mean of a step here is 4e-06" in caption
-            found = gap_records(read(frame, Runs(tmp_path / name)))
-            assert set(found) == {"lmbda = 0.5", "lmbda = 1"}
-            assert 3.9e-6 < found["lmbda = 1"]["rollout_gap_largest"] < 4e-6
-            assert [axis.get_yscale() for axis in figure.axes] == ["log", "linear"]
-            # λ = 0 draws nothing, so two of three arms have a line.
-            assert [len(axis.lines) for axis in figure.axes] == [2, 2]

@@ -335,6 +335,8 @@ def test_training_and_scoring_without_torch_are_a_sentence(light: Path, tmp_path
 PLANTED = {
     "Doors open rooms": ("stillhouse/rundir.py", "stillhouse.sweep"),
     "Rooms do not import": ("stillhouse/sweep/planted.py", "stillhouse.results.planted"),
+    "Results go from": ("stillhouse/results/stats.py", "stillhouse.results.report"),
+    "No study is": ("stillhouse/results/planted.py", "studies.planted"),
     "torch and its family": ("stillhouse/evals/planted.py", "torch"),
     "lm_eval stays": ("stillhouse/distill/planted.py", "lm_eval"),
     "hydra stays": ("stillhouse/sweep/planted.py", "hydra.core"),

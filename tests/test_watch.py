@@ -361,7 +361,7 @@ def test_in_a_sweep_a_stopped_point_is_an_outcome_and_the_others_go_on(
     assert main(["report", name, "--runs", str(tmp_path)]) == 0
     table = capsys.readouterr().out
     assert "| 1 stopped by slow" in table
-    assert "1 of 2 points are not scored in full: 1 stopped by slow." in table
+    assert "1 of 2 points are not fully scored: 1 stopped by slow." in table
 
 
 def test_what_is_infinite_says_the_same_live_and_after_a_resume_which_reads_null() -> None:

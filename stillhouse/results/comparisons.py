@@ -1,7 +1,7 @@
-"""This file is where arms are paired with what they are compared with, and the pairs judged.
+"""Pair arms with their references by seed, and judge each comparison.
 
-Every comparison is paired by seed. Those that are read together are a family: their p values are
-adjusted together (Holm). Settings of other axes are no replications, so n stays that of seeds.
+Comparisons that are read together form a family, and their p values are adjusted together (Holm).
+Settings of other axes are not replications, so n remains the number of seeds.
 """
 
 from __future__ import annotations
@@ -14,15 +14,31 @@ from typing import Any
 import numpy as np
 
 from stillhouse.errors import ConfigError, nearest
-from stillhouse.results.stats import Estimate, Paired, Verdict, compare, crossed, holm, verdict
-from stillhouse.results.table import Frame, is_set, label, points_of, right_answers, spell
+from stillhouse.results.provenance import Frame
+from stillhouse.results.stats import (
+    NAN,
+    Estimate,
+    Paired,
+    Verdict,
+    compare,
+    crossed,
+    holm,
+    verdict,
+)  # fmt: skip
+from stillhouse.results.table import (
+    arm_name,
+    correct_by_document,
+    format_value,
+    is_set,
+    points_of,
+)  # fmt: skip
 from stillhouse.rundir import read_json
 
-# One arm in one setting: what each seed scored, and the file that knows it by document.
+# One arm in one setting: the score of each seed, and the file that has it by document.
 Cell = dict[Any, tuple[float, str | None]]
-Documents = dict[str, dict[int, float]]
+Documents = dict[str, dict[int, float]]  # file -> document -> 1.0 or 0.0
 # Arm, reference, setting, and the cells over which both are averaged.
-Asked = list[tuple[str, str, str, list[tuple[Cell, Cell]]]]
+Planned = list[tuple[str, str, str, list[tuple[Cell, Cell]]]]
 
 
 @dataclass(frozen=True)
@@ -31,149 +47,146 @@ class Comparison:
 
     arm: str
     reference: str
-    setting: str  # of the other axes; "" where there is one only, or all are averaged
-    arm_mean: float  # over the seeds both have
+    setting: str  # of the other axes; "" if there is only one, or if all are averaged
+    arm_mean: float  # over the seeds that both have
     reference_mean: float
     paired: Paired
-    p: float  # adjusted for its family
-    both: Estimate | None  # with the noise of documents too, where each is known
+    p: float  # adjusted within its family
+    crossed: Estimate | None  # over other seeds and other documents, where each is known
     verdict: Verdict
 
 
 @dataclass(frozen=True)
 class Design:
-    """How the points of a sweep let its question be asked."""
+    """How the points of a sweep allow its comparison."""
 
     by: str
-    baseline: str  # as `spell` writes it
+    baseline: str  # as `format_value` writes it
     others: list[str]  # the axes that make a setting
-    averages: bool  # whether a value is judged by its mean over settings, or within each of them
-
-    def setting(self, row: Mapping[str, Any]) -> str:
-        """The setting of a point, in words; "" where no axis makes one."""
-        return setting_of(row, self.others)
+    averages: bool  # over settings; otherwise values are compared within each setting
 
 
 def design(frame: Frame) -> Design | None:
-    """How the sweep's points answer what it compares; None where it compares nothing.
+    """The design of the sweep's comparison; None if the sweep compares nothing.
 
-    Settings are averaged where every compared value is asked for in each of them. Not where some
-    have other settings than others, as the average would compare those too; and not over an axis
-    that brings its own value of another one, as losses with a rate each: it sets families apart.
+    Settings are averaged if every compared value occurs in each of them. They are not if some
+    values have other settings than others, because the average would compare those too; nor over an
+    axis that determines another one, as losses with a rate each: that sets families apart.
 
     Raises:
         ConfigError: it compares by something that none of its points sets.
     """
-    asked = frame.attrs["sweep"]["compare"]
-    if asked is None:
+    compared = frame.attrs["sweep"]["compare"]
+    if compared is None:
         return None
-    by, leaves = asked["by"], frame.attrs["leaves"]
-    if by not in leaves:
-        known = ", ".join(leaves)
-        raise ConfigError(f"compare.by: no point sets {by} ({known}).{nearest(by, leaves)}")
+    by, fields = compared["by"], frame.attrs["fields"]
+    if by not in fields:
+        known = ", ".join(fields)
+        raise ConfigError(f"compare.by: no point sets {by} ({known}).{nearest(by, fields)}")
     others = other_axes(frame, by)
     rows = points_of(frame).dropna(subset=by).to_dict("records")
-    cells = {(spell(row[by]), setting_of(row, others)) for row in rows}
+    cells = {(format_value(row[by]), setting_of(row, others)) for row in rows}
     values, settings = map(set, zip(*cells, strict=True))
     is_complete = len(cells) == len(values) * len(settings)
     is_one_family = not {*others} & {*frame.attrs["follows"].values()}
-    return Design(by, spell(asked["baseline"]), others, is_complete and is_one_family)
+    return Design(by, format_value(compared["baseline"]), others, is_complete and is_one_family)
 
 
 def other_axes(frame: Frame, *apart: str) -> list[str]:
-    """The overrides beside `apart` that vary from point to point and follow from no other."""
+    """The overrides besides `apart` that vary from point to point and follow from no other."""
     points, follows = points_of(frame), frame.attrs["follows"]
-    free = [x for x in frame.attrs["leaves"] if x not in apart and x not in follows]
-    return [leaf for leaf in free if points[leaf].nunique(dropna=False) > 1]
+    free = [x for x in frame.attrs["fields"] if x not in apart and x not in follows]
+    return [field for field in free if points[field].nunique(dropna=False) > 1]
 
 
 def setting_of(row: Mapping[str, Any], axes: list[str]) -> str:
-    """Where a point stands on these axes, in words; "" where there are none."""
-    return label({axis: row[axis] for axis in axes if is_set(row[axis])}) if axes else ""
+    """Where a point stands on these axes, as text; "" where there are none."""
+    return arm_name({axis: row[axis] for axis in axes if is_set(row[axis])}) if axes else ""
 
 
-def along(
+def compare_by_axis(
     rows: Iterable[Mapping[str, Any]], made: Design, higher: bool, documents: Documents
 ) -> tuple[list[Comparison], list[Comparison]]:
-    """Each value of the compared axis against its baseline: the answer, and what lies behind it.
+    """Compare each value of the compared axis with the baseline: (main, within each setting).
 
-    rows: points with their `value` and the `file` that knows it by document.
-    Where the design averages, the answer is of the means over settings, and the comparisons within
-    each setting lie behind it. Where it does not, these are the answer, all in one family.
+    rows: points with their `value` and the `file` that has it by document.
+    If the design averages, the main comparisons are of means over settings, and the second list has
+    those within each setting. Otherwise the main ones are within each setting, in one family.
     """
     cells: dict[str, dict[str, Cell]] = {}
     for row in rows:
-        cell = cells.setdefault(made.setting(row), {}).setdefault(spell(row[made.by]), {})
-        cell[row["seed"]] = entry(row)
-    within: Asked = []
+        arms = cells.setdefault(setting_of(row, made.others), {})
+        arms.setdefault(format_value(row[made.by]), {})[row["seed"]] = cell_entry(row)
+    within: Planned = []
     averaged: dict[str, list[tuple[Cell, Cell]]] = {}
     baseline = f"{made.by} = {made.baseline}"
     for setting, arms in cells.items():
         reference = arms.pop(made.baseline, None)
         for value, cell in arms.items():
-            arm = averaged.setdefault(f"{made.by} = {value}", [])
+            pairs = averaged.setdefault(f"{made.by} = {value}", [])
             if reference is not None:
-                arm.append((cell, reference))
+                pairs.append((cell, reference))
                 within.append((f"{made.by} = {value}", baseline, setting, [(cell, reference)]))
     if not made.averages:
-        return family(within, higher, documents), []
-    main: Asked = [(arm, baseline, "", pairs) for arm, pairs in averaged.items()]
-    several = [asked for asked in within if len(averaged[asked[0]]) > 1]
-    return family(main, higher, documents), family(several, higher, documents)
+        return compare_family(within, higher, documents), []
+    main: Planned = [(arm, baseline, "", pairs) for arm, pairs in averaged.items()]
+    several = [planned for planned in within if len(averaged[planned[0]]) > 1]
+    return compare_family(main, higher, documents), compare_family(several, higher, documents)
 
 
-def entry(row: Mapping[str, Any]) -> tuple[float, str | None]:
-    """A row's part of a cell: its value, and the file that knows it by document, if one does."""
+def cell_entry(row: Mapping[str, Any]) -> tuple[float, str | None]:
+    """A row's part of a cell: its value, and the file that has it by document, if one does."""
     return row["value"], row["file"] if is_set(row["file"]) else None
 
 
-def family(asked: Asked, higher: bool, documents: Documents) -> list[Comparison]:
-    """Comparisons that are read together: their p values are adjusted together."""
-    measured = [_measure(cells, documents, len(asked)) for _, _, _, cells in asked]
+def compare_family(planned: Planned, higher: bool, documents: Documents) -> list[Comparison]:
+    """Comparisons that are read together, with p values adjusted together."""
+    measured = [_measure(cells, documents, len(planned)) for _, _, _, cells in planned]
     adjusted = holm([paired.p for _, _, paired, _ in measured])
-    found: list[Comparison] = []
-    for (arm, reference, setting, _), numbers, p in zip(asked, measured, adjusted, strict=True):
-        arm_mean, reference_mean, paired, both = numbers
-        said = verdict(paired, p, higher, both)
-        names = (arm, reference, setting)
-        found.append(Comparison(*names, arm_mean, reference_mean, paired, p, both, said))
-    return found
+    return [
+        Comparison(
+            arm, reference, setting, arm_mean, reference_mean, paired, p, both,
+            verdict(paired, p, higher, both),
+        )
+        for (arm, reference, setting, _), (arm_mean, reference_mean, paired, both), p
+        in zip(planned, measured, adjusted, strict=True)
+    ]  # fmt: skip
 
 
 def _measure(
     cells: list[tuple[Cell, Cell]], documents: Documents, of: int
 ) -> tuple[float, float, Paired, Estimate | None]:
     """Both means, the paired comparison and the crossed one, each seed averaged over the cells."""
-    everywhere = [{*arm} for arm, _ in cells], [{*reference} for _, reference in cells]
-    ours, theirs = (set.intersection(*seeds) if seeds else set() for seeds in everywhere)
-    arm = {seed: sum(a[seed][0] for a, _ in cells) / len(cells) for seed in sorted(ours)}
-    reference = {seed: sum(r[seed][0] for _, r in cells) / len(cells) for seed in sorted(theirs)}
-    paired = compare(arm, reference, of)
-    shared = sorted(ours & theirs)
+    arm, reference = (_seed_means([pair[side] for pair in cells]) for side in (0, 1))
+    shared = [seed for seed in arm if seed in reference]
     means = [
-        float(np.mean([side[s] for s in shared])) if shared else float("nan")
-        for side in (arm, reference)
+        float(np.mean([side[s] for s in shared])) if shared else NAN for side in (arm, reference)
     ]
-    return means[0], means[1], paired, _both_noises(cells, shared, documents)
+    paired = compare(arm, reference, of)
+    return means[0], means[1], paired, _crossed(cells, shared, documents)
 
 
-def _both_noises(
+def _seed_means(cells: list[Cell]) -> dict[Any, float]:
+    """The mean over cells by seed, of the seeds that every cell has."""
+    shared = [seed for seed in (cells[0] if cells else ()) if all(seed in cell for cell in cells)]
+    return {s: sum(cell[s][0] for cell in cells) / len(cells) for s in sorted(shared)}
+
+
+def _crossed(
     cells: list[tuple[Cell, Cell]], seeds: list[Any], documents: Documents
 ) -> Estimate | None:
-    """The difference with the noise of documents too; None unless all scored the same documents."""
-    files = [[(a[s][1], r[s][1]) for a, r in cells] for s in seeds]
-    if len(seeds) < 2 or any(file is None for row in files for pair in row for file in pair):
+    """The difference over other documents too; None unless all scored the same documents."""
+    files = [[(str(a[s][1]), str(r[s][1])) for a, r in cells] for s in seeds]
+    used = {file for row in files for pair in row for file in pair}
+    if len(seeds) < 2 or "None" in used:
         return None
-    for file in {str(file) for row in files for pair in row for file in pair} - documents.keys():
-        documents[file] = right_answers(read_json(Path(file)) or {"samples": []}) or {}
-    used = [documents[str(file)] for row in files for pair in row for file in pair]
-    if any(values.keys() != used[0].keys() for values in used) or not used[0]:
+    for file in used - documents.keys():
+        score = read_json(Path(file)) or {"samples": []}
+        documents[file] = correct_by_document(score) or {}
+    known = [documents[file] for file in used]
+    if any(values.keys() != known[0].keys() for values in known) or not known[0]:
         return None
-    order = sorted(used[0])
-
-    def answers(file: str | None) -> np.ndarray[Any, np.dtype[np.float64]]:
-        return np.array([documents[str(file)][doc] for doc in order])
-
+    correct_D = {file: np.array([documents[file][d] for d in sorted(known[0])]) for file in used}
     return crossed(
-        np.array([np.mean([answers(a) - answers(r) for a, r in row], axis=0) for row in files])
+        np.array([np.mean([correct_D[a] - correct_D[r] for a, r in row], axis=0) for row in files])
     )

@@ -1,6 +1,6 @@
-"""This file is where the metrics of many runs become one curve: grouped, smoothed, with spread.
+"""Turn the metrics of many runs into curves: group runs, smooth them, and add their spread.
 
-It decides what a figure's lines are; `figures` draws them.
+This decides what the lines of a figure are; `figures` and the analyses draw them.
 """
 
 from __future__ import annotations
@@ -11,30 +11,31 @@ from typing import Any
 
 from stillhouse.errors import ContractError
 from stillhouse.results.comparisons import other_axes, setting_of
+from stillhouse.results.provenance import Frame
 from stillhouse.results.stats import t_quantile
-from stillhouse.results.table import Frame, is_set, points_of, spell
+from stillhouse.results.table import format_value, is_set, points_of
 from stillhouse.rundir import RunDir, Runs
 
-ACCURACY = "eval/accuracy"  # share of held-out questions answered rightly, every few steps
-# What tells how good a student's answers are, the best first, and what an axis calls it.
+ACCURACY = "eval/accuracy"  # share of held-out questions answered correctly, every few steps
+# Measures of a student's answers, the best first, and what an axis calls them.
 SCORE_KEYS = {
     ACCURACY: "held-out accuracy",
     "train/score": "score against a teacher sample",
     "eval/avg_score": "mean held-out score",
     "train/reverse_kl": "reverse KL, nats per token",
 }
-PAIR_LEAVES = ("pair", "pair_name")
+PAIR_FIELDS = ("pair", "pair_name")
 
 
 @dataclass(frozen=True)
 class Run:
-    """A point that has logged something."""
+    """A point that has logged metrics."""
 
     point: Mapping[str, Any]  # its row of `table.points_of`
-    metrics: Frame  # one row per step, indexed by how many steps were done after it
-    schedule: Any  # λ, a number or knots
+    metrics: Frame  # one row per step, indexed by the number of steps done after it
+    schedule: float | list[tuple[float, float]]  # λ, a number or knots (share of the run, λ)
     max_steps: int
-    overlap_k: int | None  # None: written before it was looked at
+    overlap_k: int | None  # None: written before overlap was measured
 
 
 @dataclass(frozen=True)
@@ -45,11 +46,11 @@ class Group:
     runs: list[Run]
 
 
-def read(frame: Frame, runs: Runs) -> list[Run]:
+def read_runs(frame: Frame, runs: Runs) -> list[Run]:
     """Every run of the sweep that has logged a step, in the sweep's order."""
     import pandas as pd
 
-    found: list[Run] = []
+    known: list[Run] = []
     for row in points_of(frame).dropna(subset=["pair_name"]).to_dict("records"):
         run = RunDir(runs.root / row["directory"])
         try:
@@ -58,50 +59,54 @@ def read(frame: Frame, runs: Runs) -> list[Run]:
             frame.attrs.setdefault("odd", []).append(str(error))
             continue
         if metrics and record is not None:
-            table = pd.DataFrame(metrics)
+            table: Frame = pd.DataFrame(metrics)
             table.index = pd.Index(table.pop("step") + 1, name="steps")
             spec = record["spec"]
             steps = spec["training"]["max_steps"]
             k = spec["monitor"].get("overlap_k")
-            found.append(Run(row, table, spec["method"]["lmbda"], steps, k))
-    return found
+            known.append(Run(row, table, spec["method"]["lmbda"], steps, k))
+    return known
 
 
 def grouped(runs: Sequence[Run], name: Callable[[Run], str]) -> list[Group]:
-    """Runs of one name together, in the order in which the names first come."""
-    found: dict[str, Group] = {}
+    """Runs of one name together, in the order in which the names first occur."""
+    groups: dict[str, Group] = {}
     for run in runs:
-        found.setdefault(name(run), Group(name(run), [])).runs.append(run)
-    return list(found.values())
+        groups.setdefault(name(run), Group(name(run), [])).runs.append(run)
+    return list(groups.values())
 
 
-def named(run: Run, column: str) -> str:
-    """What a run's value of an override, or of another column of its row, is called."""
+def line_name(run: Run, column: str) -> str:
+    """A run's value of an override, or of another column of its row, as a line's name."""
     value = run.point[column]
     if not is_set(value):
         return "base"
-    return spell(value) if column in ("arm", "method_name") else f"{column} = {spell(value)}"
+    return (
+        format_value(value)
+        if column in ("arm", "method_name")
+        else f"{column} = {format_value(value)}"
+    )
 
 
 def settings_by(frame: Frame, *apart: str) -> Callable[[Mapping[str, Any]], str]:
-    """What tells a point from others that share `apart`: its setting, its pair if there are two."""
+    """Names a point's setting of the axes besides `apart`, with its pair if there are several."""
     axes = other_axes(frame, *apart)
-    pairs = frame["pair_name"].nunique() > 1 and not {*axes} & {*PAIR_LEAVES}
+    pairs = frame["pair_name"].nunique() > 1 and not {*axes} & {*PAIR_FIELDS}
 
     def name(point: Mapping[str, Any]) -> str:
-        return together(setting_of(point, axes), point["pair_name"] if pairs else "")
+        return joined(setting_of(point, axes), point["pair_name"] if pairs else "")
 
     return name
 
 
-def together(*parts: str) -> str:
-    """Those that are not empty, with commas between."""
+def joined(*parts: str) -> str:
+    """The parts that are not empty, with commas between."""
     return ", ".join(part for part in parts if part)
 
 
 @dataclass(frozen=True)
 class Rows:
-    """How a figure with a line per arm is laid out: a row per setting, lines by name."""
+    """The layout of a figure with a line per arm: a row per setting, lines by name."""
 
     rows: list[Group]
     names: dict[str, str]  # a run's id -> its line
@@ -112,44 +117,44 @@ class Rows:
 
 
 def rows_of(frame: Frame, runs: Sequence[Run], most: int) -> Rows:
-    """One row with a line per arm; more than `most` arms have a row per setting instead, and a line
-    per compared value, since what other settings log must not get a place in a mean."""
-    pair, by = settings_by(frame, *frame.attrs["leaves"]), compared_leaf(frame)
+    """One row with a line per arm; with more than `most` arms, a row per setting and a line per
+    compared value, because runs of different settings must not share a mean."""
+    pair, by = settings_by(frame, *frame.attrs["fields"]), compared_field(frame)
     rows = [Group("", [*runs])]
-    names = {run.point["id"]: together(run.point["arm"], pair(run.point)) for run in runs}
+    names = {run.point["id"]: joined(run.point["arm"], pair(run.point)) for run in runs}
     if len({*names.values()}) > most:
         setting = settings_by(frame, by)
         rows = grouped(runs, lambda run: setting(run.point))
-        names = {run.point["id"]: named(run, by) for run in runs}
+        names = {run.point["id"]: line_name(run, by) for run in runs}
     places = {name: place for place, name in enumerate(dict.fromkeys(names.values()))}
     return Rows(rows, names, places)
 
 
-def compared_leaf(frame: Frame) -> str:
-    """What scores are laid out by: the compared override, the one with most values, or the arm."""
-    compare, leaves = frame.attrs["sweep"]["compare"], frame.attrs["leaves"]
+def compared_field(frame: Frame) -> str:
+    """The axis of a score plot: the compared override, the one with most values, or the arm."""
+    compare, fields = frame.attrs["sweep"]["compare"], frame.attrs["fields"]
     if compare is not None:
         return compare["by"]
     points = points_of(frame)
-    always = [leaf for leaf in leaves if points[leaf].notna().all()]
-    return max(always, key=lambda leaf: points[leaf].nunique(), default="arm")
+    always = [field for field in fields if points[field].notna().all()]
+    return max(always, key=lambda field: points[field].nunique(), default="arm")
 
 
 def ordered(column: Any) -> list[str]:
-    """The values of an override, numbers by size, words as they first come."""
-    values = list(dict.fromkeys(column.dropna()))
+    """The values of an override, numbers by size, words in the order of first occurrence."""
+    values: list[Any] = list(dict.fromkeys(column.dropna()))
     if all(isinstance(value, int | float) for value in values):
         values.sort()
-    return list(dict.fromkeys(spell(value) for value in values))
+    return list(dict.fromkeys(format_value(value) for value in values))
 
 
 def over_steps(group: Group, key: str, window: int = 1) -> Frame | None:
     """A metric over a group's runs by step; None where it was never logged.
 
-    mean; lowest and highest, of the runs; low and high, the 95 % t interval of the mean (NaN for a
-    single run). It is an interval where runs differ in their seed alone. Each run is first smoothed
-    by a centred running mean of `window` of its logged values. A step that only some runs have
-    reached is of those.
+    Columns: mean; lowest and highest of the runs; low and high, the 95 % t interval of the mean
+    (NaN for one run), which assumes that runs differ in their seed alone. Each run is smoothed
+    first, by a centered running mean of `window` logged values. A step that only some runs have
+    reached is the mean of those.
     """
     import pandas as pd
 
@@ -178,6 +183,6 @@ def jumps(run: Run) -> list[tuple[float, str]]:
 
 
 def score_key(runs: Sequence[Run]) -> str | None:
-    """The best measure of a student's answers that was logged."""
+    """The best measure of a student's answers that any run logged."""
     logged = {key for run in runs for key in run.metrics}
     return next((key for key in SCORE_KEYS if key in logged), None)

@@ -1,6 +1,6 @@
-"""This file is where a figure's parts are made: panels, marks, lines, and its SVG and PNG files.
+"""Draw the parts of a figure (panels, marks, lines) and save it as SVG and PNG.
 
-Arms differ by colour, marker and line style, so the figures read without colour. Ink in the SVG is
+Arms differ by color, marker, and line style, so the figures read without color. Ink in the SVG is
 `currentColor`: the page decides whether it is dark or light. Files depend on the data alone: no
 dates, fixed ids.
 """
@@ -11,25 +11,25 @@ import io
 import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from stillhouse.results.curves import Group, over_steps
+from stillhouse.results.provenance import Frame
 from stillhouse.results.stats import estimate
-from stillhouse.results.table import Frame
 from stillhouse.rundir import write_atomic
 
 Draw = Any  # matplotlib's Figure and Axes: imported inside functions, it costs half a second
-# Okabe and Ito's colours without black and yellow: told apart by colour-blind readers, and readable
+# Okabe and Ito's colors without black and yellow: distinct for color-blind readers, and readable
 # on white and on near-black.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 MARKERS = "os^Dv*"
 LINES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (8, 2)))
 BASELINE_LINES = {"teacher": (0, (6, 2)), "student": (0, (1, 2)), "ptq": (0, (4, 1, 1, 1))}
 INK = "#1f2328"
-MAX_GROUPS = len(COLOURS)
-MAX_BASELINES = 8  # lines of models that nobody trained, in one panel
+MAX_GROUPS = len(COLORS)
+MAX_BASELINES = 8  # lines of untrained models and teachers, in one panel
+MAX_PANELS = 6
 MAX_ROWS = 3  # settings of a figure that has a row of panels for each
 MAX_LINES = 12  # arms in one of its panels
 RUNS = ("lowest", "highest")  # a band of all runs
@@ -47,41 +47,31 @@ STYLE: dict[Any, Any] = {
         ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), INK
     ),
 }
-
-
 Drawn = tuple[Draw, str, str, str]  # figure, name, title, caption
-
-
-@dataclass(frozen=True)
-class Picture:
-    """A drawn figure: its files, and what a reader is told."""
-
-    name: str
-    title: str
-    caption: str
-    svg: Path
-    png: Path
+Figure = Callable[[], Drawn | None]  # None: the sweep has no data for it
 
 
 def style() -> AbstractContextManager[None]:
-    """What all figures look like, while it is entered."""
-    from matplotlib import rc_context
+    """The style of all figures, while it is entered."""
+    import matplotlib
 
-    return rc_context(STYLE)
+    untyped: Any = matplotlib
+    return untyped.rc_context(STYLE)
 
 
-def save(figure: Draw, name: str, title: str, caption: str, directory: Path) -> Picture:
-    svg, png = (directory / f"{name}.{kind}" for kind in ("svg", "png"))
+def save(figure: Draw, name: str, directory: Path) -> str:
+    """Write a figure as SVG and PNG below `directory`; the SVG's text."""
     figure.draw_without_rendering()  # lay out once, not once per format
     figure.set_layout_engine("none")
     buffer = io.BytesIO()
     nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
     figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
-    write_atomic(svg, buffer.getvalue().replace(INK.encode(), b"currentColor"))
+    svg = buffer.getvalue().replace(INK.encode(), b"currentColor")
+    write_atomic(directory / f"{name}.svg", svg)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=150, facecolor="white", metadata={"Software": None})
-    write_atomic(png, buffer.getvalue())
-    return Picture(name, title, caption, svg, png)
+    write_atomic(directory / f"{name}.png", buffer.getvalue())
+    return svg.decode()
 
 
 def panels(count: int, height: float = 3.0, sharey: bool = False) -> tuple[Draw, list[Draw]]:
@@ -102,7 +92,7 @@ def panels(count: int, height: float = 3.0, sharey: bool = False) -> tuple[Draw,
 
 
 def legend(figure: Draw, axes: Sequence[Draw]) -> None:
-    """One legend below the panels, each name once; none where there is one thing only."""
+    """One legend below the panels, each name once; none for a single name."""
     entries: dict[str, Any] = {}
     for axis in axes:
         handles, labels = axis.get_legend_handles_labels()
@@ -114,19 +104,14 @@ def legend(figure: Draw, axes: Sequence[Draw]) -> None:
 
 
 def mark(
-    axis: Draw,
-    at: float,
-    values: list[float],
-    place: int,
-    legend: str | None = None,
-    flat: bool = False,
+    axis: Draw, at: float, values: list[float], place: int, legend: str | None, flat: bool
 ) -> None:
     """One arm: its mean with its interval at `at`, its seeds as dots; `flat` runs along x."""
     if not values:
         return
     e = estimate(values)
-    colour = COLOURS[place % len(COLOURS)]
-    look = {"color": colour, "marker": MARKERS[place % len(MARKERS)], "linestyle": "none"}
+    color = COLORS[place % len(COLORS)]
+    look = {"color": color, "marker": MARKERS[place % len(MARKERS)], "linestyle": "none"}
     reach = [[e.mean - e.low], [e.high - e.mean]] if e.n > 1 else None
     error = {"xerr" if flat else "yerr": reach}
     centre = ([e.mean], [at]) if flat else ([at], [e.mean])
@@ -134,19 +119,17 @@ def mark(
     if e.n > 1:
         beside = [at + 0.11] * e.n
         dots = (values, beside) if flat else (beside, values)
-        axis.plot(*dots, ".", color=colour, markersize=4, alpha=0.6, zorder=2)
+        axis.plot(*dots, ".", color=color, markersize=4, alpha=0.6, zorder=2)
 
 
 def baselines(axis: Draw, part: Frame, flat: bool = False) -> None:
+    """A line per teacher and untrained student; none where there are too many to distinguish."""
     line = axis.axvline if flat else axis.axhline
-    untrained_rows = part[part["kind"] != "point"]
-    if len(untrained_rows) > MAX_BASELINES:
-        return  # of as many pairs: lines that nobody could tell apart
-    for row in untrained_rows.itertuples():
-        style = BASELINE_LINES[row.kind]
+    rows = part[part["kind"] != "point"]
+    for row in rows.itertuples() if len(rows) <= MAX_BASELINES else ():
         untrained = {"student": "untrained student", "ptq": f"untrained in {row.quant_type}"}
-        name = untrained.get(row.kind, row.name)
-        line(row.value, color=INK, linewidth=1.1, linestyle=style, label=name, zorder=1)
+        look = {"color": INK, "linewidth": 1.1, "linestyle": BASELINE_LINES[row.kind]}
+        line(row.value, **look, label=untrained.get(row.kind, row.name), zorder=1)
 
 
 def categories(axis: Draw, names: Sequence[str]) -> None:
@@ -166,13 +149,9 @@ def frame_values(set_limits: Callable[[float, float], Any], part: Frame) -> None
 
 
 def line(
-    axis: Draw,
-    group: Group,
-    place: int,
-    key: str,
-    window: int = 1,
+    axis: Draw, group: Group, place: int, key: str, window: int = 1,
     band: tuple[str, str] = ("low", "high"),
-) -> None:
+) -> None:  # fmt: skip
     """A group's mean curve and a band around it; nothing where the metric was not logged.
 
     band: columns of `over_steps`, the 95 % t interval or ("lowest", "highest") of the runs.
@@ -180,8 +159,8 @@ def line(
     curve = over_steps(group, key, window)
     if curve is None:
         return
-    style = LINES[(place + place // len(COLOURS)) % len(LINES)]  # a colour's second line is another
-    look = {"color": COLOURS[place % len(COLOURS)], "linestyle": style}
+    style = LINES[(place + place // len(COLORS)) % len(LINES)]  # a color's second line is another
+    look = {"color": COLORS[place % len(COLORS)], "linestyle": style}
     few = {"marker": MARKERS[place % len(MARKERS)], "markersize": 3.5} if len(curve) <= FEW else {}
     axis.plot(curve["mean"], **look, **few, linewidth=1.5, label=group.name)
     if len(group.runs) > 1:
@@ -189,8 +168,14 @@ def line(
         axis.fill_between(curve.index, *edges, color=look["color"], alpha=0.16, linewidth=0)
 
 
+def thin_line(axis: Draw, curve: Frame | None, place: int) -> None:
+    """A second metric of a group, thin and in the group's color; nothing for None."""
+    if curve is not None:
+        axis.plot(curve["mean"], color=COLORS[place % len(COLORS)], linewidth=0.8, alpha=0.8)
+
+
 def steps(axis: Draw, title: str, below: str = "", room: float = 0) -> None:
-    """Steps along x, and a title; `below` it, in small, what there is to say of the panel."""
+    """Steps along x, and a title; `below` it a smaller line."""
     axis.set_title(title, loc="left", pad=6 + room)
     at = {"xycoords": "axes fraction", "textcoords": "offset points", "fontsize": 8}
     axis.annotate(below, (0, 1), (0, 4), **at)

@@ -1,14 +1,14 @@
-"""This file is where a difference gets its noise: means over seeds, paired comparisons, verdicts.
+"""Means over seeds with their uncertainty, paired comparisons, and verdicts.
 
 The unit of replication is the seed: a score on 10,000 documents from one training run is one
-observation of the method that made it. Arms that share their seeds are compared pair by pair, by
-a t interval on the n differences. It speaks of other seeds *on these documents*.
+observation of the method. Arms that share seeds are compared pair by pair, by a t interval on the n
+differences, which speaks of other seeds *on these documents*.
 
-Documents are shared by all seeds and arms, so they are a second, crossed source of noise. Where
-the correctness of each document is kept, `crossed` widens the interval to "other seeds and other
+Documents are shared by all seeds and arms, so they are a second, crossed source of variance. Where
+the correctness of each document is known, `crossed` widens the interval to "other seeds and other
 documents". It is a closed form, not a bootstrap over (seeds, documents): resampling three seeds
-shows a third less variance than they have, and where seeds matter most its 95 % intervals held the
-truth 88 times in 100 in our simulation (this one 94; a test repeats it).
+shows a third less variance than they have, and where seeds matter most its 95 % intervals covered
+the truth 88 times in 100 in our simulation (this one 94; a test repeats it).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ NAN = float("nan")
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean with its noise; se, low and high are NaN where n < 2: one value shows no noise."""
+    """A mean with its uncertainty; se, low, and high are NaN where n < 2."""
 
     mean: float
     se: float  # standard error of the mean
@@ -42,14 +42,14 @@ class Paired:
     """An arm against a reference over the seeds both have."""
 
     difference: Estimate  # arm minus reference
-    p: float  # two-sided paired t test; NaN where the differences show no noise to test against
-    detectable: float  # smallest true difference that is found 4 times in 5, among those it is of
+    p: float  # two-sided paired t test; NaN where the differences have no variance
+    detectable: float  # smallest true difference that is detected with a power of 80 %
     unpaired: int  # seeds that only one of the two has; they are left out
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a comparison lets us say."""
+    """The conclusion that a comparison supports."""
 
     kind: Literal["better", "worse", "within noise", "no statement"]
     text: str
@@ -63,7 +63,7 @@ def estimate(values: Sequence[float]) -> Estimate:
     mean = math.fsum(values) / n
     if n == 1:
         return Estimate(mean, NAN, 1, NAN, NAN)
-    if _all_equal(values):  # a sum of equal floats may miss them by an ulp: no noise is none
+    if _all_equal(values):  # a sum of equal floats may be off by an ulp
         return Estimate(values[0], 0.0, n, values[0], values[0])
     se = math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (n - 1) / n)
     half = t_quantile(n - 1) * se
@@ -78,10 +78,10 @@ def binomial_se(share: float, n: int) -> float:
 def compare(
     arm: Mapping[Hashable, float], reference: Mapping[Hashable, float], of: int = 1
 ) -> Paired:
-    """The paired comparison of two arms, each a value per seed; unshared seeds are counted.
+    """The paired comparison of two arms, each a value per seed; seeds of only one are counted.
 
-    of: how many comparisons are read together. p is not adjusted for that here (`holm` does), but
-    what is detectable is: at ALPHA / of, the strictest step of Holm's procedure.
+    of: the number of comparisons in the family. p is not adjusted for it here (`holm` does that);
+    the detectable difference is: at ALPHA / of, the strictest step of Holm's procedure.
     """
     shared = [seed for seed in arm if seed in reference]
     difference = estimate([arm[seed] - reference[seed] for seed in shared])
@@ -89,7 +89,7 @@ def compare(
     if difference.n < 2:
         return Paired(difference, NAN, NAN, unpaired)
     if difference.se == 0:
-        # Equal scores say "no difference seen". Equal differences say that the seeds show no noise.
+        # Equal scores: no difference. Equal differences: no variance to test them against.
         return Paired(difference, 1.0 if difference.mean == 0 else NAN, 0.0, unpaired)
     from scipy.special import stdtr  # scipy.stats holds the same, and takes two seconds to import
 
@@ -100,7 +100,7 @@ def compare(
 
 
 def detectable_difference(sd: float, n: int, power: float = POWER, alpha: float = ALPHA) -> float:
-    """The true difference that a two-sided paired t test finds with this power.
+    """The true difference that a two-sided paired t test detects with this power.
 
     sd is the standard deviation of the n >= 2 differences, in the metric's unit, as is the answer.
     Source: power of the t test by the noncentral t distribution with n - 1 degrees of freedom.
@@ -113,7 +113,7 @@ def detectable_difference(sd: float, n: int, power: float = POWER, alpha: float 
 
 
 def crossed(difference_SD: np.ndarray[Any, np.dtype[np.float64]]) -> Estimate:
-    """Mean difference with the noise of other seeds *and* other documents, n = number of seeds.
+    """Mean difference over other seeds *and* other documents; n is the number of seeds.
 
     difference_SD: [S seeds, D documents], arm minus reference, the same documents for every seed.
     The variance of the grand mean of a crossed two-way layout is the sum of a seed, a document and
@@ -146,7 +146,7 @@ def crossed(difference_SD: np.ndarray[Any, np.dtype[np.float64]]) -> Estimate:
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """p values adjusted for being several (Holm 1979); a NaN stays NaN and does not count."""
+    """p values adjusted for multiple comparisons (Holm 1979); NaN stays NaN and does not count."""
     adjusted = [NAN] * len(p_values)
     order = sorted((p, i) for i, p in enumerate(p_values) if not math.isnan(p))
     highest = 0.0
@@ -157,10 +157,10 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def verdict(paired: Paired, p: float, higher_is_better: bool, both: Estimate | None) -> Verdict:
-    """What may be said of a comparison.
+    """The verdict on a comparison.
 
-    p: `paired.p` after `holm` where several were made. both: `crossed` where documents are known;
-    if its interval holds 0, "better" is said of these documents only.
+    p: `paired.p`, adjusted by `holm` within its family. both: `crossed`, where documents are known;
+    if its interval contains 0, "better" holds for these documents only.
     """
     d = paired.difference
     if d.n == 0:
@@ -168,14 +168,14 @@ def verdict(paired: Paired, p: float, higher_is_better: bool, both: Estimate | N
     if d.n == 1:
         return Verdict("no statement", "one seed: no statement")
     if math.isnan(p):
-        text = f"the same difference in all {d.n} seeds: no noise to judge it by, no statement"
+        text = f"the same difference in all {d.n} seeds, so no variance to test: no statement"
         return Verdict("no statement", text)
     if p >= ALPHA:
         return Verdict("within noise", "within noise")
     kind = "better" if (d.mean > 0) == higher_is_better else "worse"
     text = f"{kind} by {number(abs(d.mean))} ± {number(d.se)} (n = {d.n})"
     if both is not None and both.low <= 0 <= both.high:
-        text += ", on these documents; others could undo it"
+        text += ", on these documents only"
     return Verdict(kind, text)
 
 

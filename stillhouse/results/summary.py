@@ -1,19 +1,15 @@
-"""This file is where a sweep's frame becomes the table that people read, and what to know before.
-
-`summary` reduces seeds to means with their noise, `wide` lays them out for a page or Markdown,
-`remarks` says what is missing and what was not made alike.
-"""
+"""Summarize a frame: the table of arms, and remarks on what is missing or not comparable."""
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
-from typing import Any
 
-from stillhouse.results.rests import mixed, mixed_counts
+from stillhouse.results.format import Table
+from stillhouse.results.provenance import Frame, mixture, mixtures
 from stillhouse.results.stats import estimate, number
-from stillhouse.results.table import Frame, Json, is_set, is_unscored, points_of
+from stillhouse.results.table import is_set, is_unscored, points_of
+from stillhouse.rundir import Json
 from stillhouse.spec import REQUANTISED
 
 WARNED = 6  # arms that a remark about a watch rule names
@@ -24,43 +20,45 @@ def remarks(frame: Frame) -> list[str]:
     """What to know before comparing rows: what is missing, and what was not made alike."""
     points = points_of(frame)
     late = set(frame[(frame["kind"] == "point") & is_unscored(frame)]["id"])
-    said: list[str] = []
+    texts: list[str] = []
     if late:
-        unscored = points[points["id"].isin(late)].to_dict("records")
-        counts = Counter(map(_phase, unscored)).most_common()
-        states = ", ".join(f"{n} {phase}" for phase, n in counts)
-        said.append(f"{len(late)} of {len(points)} points are not scored in full: {states}.")
+        counts = Counter(map(_phase, points[points["id"].isin(late)].to_dict("records")))
+        states = ", ".join(f"{n} {phase}" for phase, n in counts.most_common())
+        texts.append(f"{len(late)} of {len(points)} points are not fully scored: {states}.")
     bare = frame[(frame["kind"] != "point") & is_unscored(frame)]
     if len(bare):
         names = ", ".join(bare["arm"].drop_duplicates())
-        said.append(f"Baselines not scored in full: {names}.")
+        texts.append(f"Baselines that are not fully scored: {names}.")
     odd = [*points[points["phase"] == "unreadable"]["cause"], *frame.attrs.get("odd", [])]
-    said += [f"Left out, since it cannot be read: {why}." for why in dict.fromkeys(odd)]
-    said += _warnings(points)
-    said += _budgets(frame)
-    by = (frame.attrs["sweep"]["compare"] or {}).get("by")
-    for leaf in [leaf for leaf, other in frame.attrs["follows"].items() if other == by]:
-        said.append(f"{leaf} follows from {by}: a difference between values of {by} is of both.")
+    texts += [f"Left out because it cannot be read: {why}." for why in dict.fromkeys(odd)]
+    texts += _warnings(points)
+    texts += _step_counts(frame)
+    compare: Json = frame.attrs["sweep"]["compare"] or {}
+    by = compare.get("by")
+    for field in [field for field, other in frame.attrs["follows"].items() if other == by]:
+        texts.append(
+            f"{field} follows from {by}, so a difference between values of {by} is of both."
+        )
     otherwise = int(frame["scored_otherwise"].eq(True).sum())
     if otherwise:
-        said.append(
-            f"{otherwise} scores here were made under other settings than this sweep's suite"
-            " and are left out; `stillhouse run` makes them anew."
+        texts.append(
+            f"{otherwise} scores were made with other settings than this sweep's suite and are left"
+            " out; `stillhouse run` scores them again."
         )
-    said += mixed(frame)
-    said += _mixed("code", points["code_digest"])
+    texts += mixtures(frame)
+    texts += mixture("code", points["code_digest"])
     if points["code_dirty"].eq(True).any():
-        said.append("Some points were trained by code with uncommitted changes (code_dirty).")
+        texts.append("Some points were trained by code with uncommitted changes (code_dirty).")
     for column in [c for c in frame if c.startswith("version_")]:
-        said += _mixed(f"{column.removeprefix('version_')} in training", points[column])
+        texts += mixture(f"{column.removeprefix('version_')} in training", points[column])
     for column in [c for c in frame if c.startswith("eval_version_")]:
         what = f"{column.removeprefix('eval_version_')} in scoring"
-        said += [m for _, part in frame.groupby("task") for m in _mixed(what, part[column])]
-    return list(dict.fromkeys(said))
+        texts += [m for _, part in frame.groupby("task") for m in mixture(what, part[column])]
+    return list(dict.fromkeys(texts))
 
 
 def _phase(point: Json) -> str:
-    """How far a point came that is not scored in full."""
+    """How far a point got that is not fully scored."""
     if is_set(point["stopped_by"]):
         return f"stopped by {point['stopped_by']}"
     if not is_set(point["phase"]):
@@ -74,58 +72,51 @@ def _warnings(points: Frame) -> list[str]:
     for row in points.to_dict("records"):
         for rule in row["warnings"].split() if is_set(row["warnings"]) else ():
             rules.setdefault(rule, []).append(row["arm"])
-    said: list[str] = []
+    texts: list[str] = []
     for rule, arms in rules.items():
         counts = Counter(arms).most_common()
         named = [f"{n} of {arm}" for arm, n in counts[:WARNED]]
-        named += [f"and of {len(counts) - WARNED} arms more"] if counts[WARNED:] else []
-        said.append(
-            f"Watch rule {rule} warned in {len(arms)} of {len(points)} runs: {', '.join(named)}."
-        )
-    return said
+        named += [f"and {len(counts) - WARNED} more arms"] if counts[WARNED:] else []
+        where = f"{len(arms)} of {len(points)} runs"
+        texts.append(f"Watch rule {rule} warned in {where}: {', '.join(named)}.")
+    return texts
 
 
-def _budgets(frame: Frame) -> list[str]:
-    """Says which arms train longer than most, unless the sweep asks about just that."""
+def _step_counts(frame: Frame) -> list[str]:
+    """Which arms train longer than most, unless the sweep varies just that."""
     steps = points_of(frame).dropna(subset=["max_steps"]).drop_duplicates("arm")
     counts = steps["max_steps"].value_counts()
-    if len(counts) < 2 or "max_steps" in frame.attrs["leaves"]:
+    if len(counts) < 2 or "max_steps" in frame.attrs["fields"]:
         return []
     other = steps[steps["max_steps"] != counts.index[0]]
-    told = ", ".join(f"{row.max_steps} in {row.arm}" for row in other.itertuples())
-    return [f"Steps differ: {counts.index[0]} in most arms, {told}."]
-
-
-def _mixed(what: str, column: Any) -> list[str]:
-    return mixed_counts(what, Counter(column.dropna()))
+    listed = ", ".join(f"{row.max_steps} in {row.arm}" for row in other.itertuples())
+    return [f"Steps differ: {counts.index[0]} in most arms, {listed}."]
 
 
 def summary(frame: Frame) -> Frame:
     """One row per (arm, task): mean, se, n, low, high over seeds; baselines first, with doc_se.
 
-    se, low and high (95 % t interval) are over seeds and NaN for one seed. A baseline has no seed:
-    its n is missing, and doc_se is the binomial error over documents, another kind of noise.
+    se, low, and high (95 % t interval) are over seeds and NaN for one seed. A baseline has no seed:
+    its n is missing, and doc_se is the binomial error over documents instead.
     `missing` counts points without a score, `stopped` says which watch rules ended some of them,
     `shown` is the cell as text.
     """
     import pandas as pd
 
-    leaves: list[str] = frame.attrs["leaves"]
     rows: list[Json] = []
     for kind in KINDS:
         part = frame[(frame["kind"] == kind) & frame["task"].notna()]
         for _, group in part.groupby(["arm", "task", "metric"], sort=False, dropna=False):
-            first = group.iloc[0]
-            scored = group.dropna(subset="value")
+            first, scored = group.iloc[0], group.dropna(subset="value")
             e = estimate(scored["value"].tolist())
-            row = {"kind": kind, "arm": first["arm"]}
-            row |= {leaf: first.get(leaf) for leaf in leaves}
+            row: Json = {"kind": kind, "arm": first["arm"]}
+            row |= {field: first.get(field) for field in frame.attrs["fields"]}
             row |= {"task": first["task"], "metric": first["metric"]}
             row |= {"mean": e.mean, "se": e.se, "n": e.n if kind == "point" else None}
             row |= {"low": e.low, "high": e.high, "missing": len(group) - e.n}
             for column in ("n_docs", "doc_se", "higher_is_better", "examples"):
                 row[column] = scored.iloc[0][column] if e.n else None
-            rules = Counter(group["stopped_by"].dropna()).items()
+            rules = group["stopped_by"].dropna().value_counts(sort=False).items()
             row["stopped"] = "; ".join(f"{count} stopped by {rule}" for rule, count in rules)
             row["codes"] = " ".join(sorted(set(scored["code_digest"].dropna())))
             rows.append(row | {"shown": _shown(row, e.n)})
@@ -149,32 +140,24 @@ def _shown(row: Json, scored: int) -> str:
     return f"{number(row['mean'])} ({row['n_docs']} documents{noise}{examples})"
 
 
-def wide(table: Frame) -> tuple[list[str], list[list[str]]]:
-    """Header and rows of the table as people read it: an arm per row, a task per column."""
+def wide(table: Frame) -> Table:
+    """The summary as people read it: an arm per row, a task per column."""
     if table.empty:
         return ["arm"], []
-    tasks = table[["task", "metric"]].drop_duplicates().itertuples(index=False, name=None)
-    columns = [(task, metric, titled(task, metric)) for task, metric in tasks]
+    tasks: list[tuple[str, str]] = list(
+        table[["task", "metric"]].drop_duplicates().itertuples(index=False, name=None)
+    )
     better = table.groupby("task")["higher_is_better"].first()
     arrows = {t: {True: " ↑", False: " ↓"}.get(up, "") for t, up in better.items()}
     cells = {(r.arm, r.task, r.metric): r.shown for r in table.itertuples()}
     body = [
-        [arm, *(cells.get((arm, task, metric), "") for task, metric, _ in columns)]
+        [arm, *(cells.get((arm, task, metric), "") for task, metric in tasks)]
         for arm in table["arm"].drop_duplicates()
     ]
-    return ["arm", *(title + arrows.get(task, "") for task, _, title in columns)], body
+    return ["arm", *(titled(task, metric) + arrows.get(task, "") for task, metric in tasks)], body
 
 
 def titled(task: str, metric: str) -> str:
-    """A column's or a panel's name; says so where adapters were not scored as they were trained."""
-    asked = task.removesuffix(REQUANTISED)
-    return f"{asked}/{metric}" + (", requantised" if asked != task else "")
-
-
-def to_markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table, its columns padded so that it reads as plain text too."""
-    escaped = [[cell.replace("|", "\\|") for cell in row] for row in (header, *rows)]
-    widths = [max(len(row[i]) for row in escaped) for i in range(len(header))]
-    lines = [" | ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)) for r in escaped]
-    lines.insert(1, " | ".join("-" * width for width in widths))
-    return "".join(f"| {line} |\n" for line in lines)
+    """The title of a column or a panel, which says if adapters were requantized for it."""
+    base = task.removesuffix(REQUANTISED)
+    return f"{base}/{metric}" + (", requantized" if base != task else "")

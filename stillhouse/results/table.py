@@ -1,7 +1,7 @@
-"""This file is where a sweep's files become one pandas frame.
+"""Load the files of a sweep into one pandas frame, one row per (point, task).
 
-It has one row per (point, task); rows that no run trained (teacher, untrained student, quantised
-student) are in it too, told apart by `kind`. Nothing here needs torch or lm-eval.
+Rows that no run trained (teacher, untrained student, quantized student) are in it too; `kind` tells
+them apart. Nothing here needs torch or lm-eval.
 """
 
 from __future__ import annotations
@@ -15,39 +15,48 @@ from pydantic import TypeAdapter
 
 from stillhouse.errors import ConfigError, ContractError, nearest
 from stillhouse.file_formats import WHOLE_SWEEP, checked
-from stillhouse.results import rests
+from stillhouse.results import provenance
+from stillhouse.results.provenance import Frame
 from stillhouse.results.stats import NAN, binomial_se
-from stillhouse.rundir import FORMAT, RunDir, Runs, eval_file, read_baseline, read_json, read_score
+from stillhouse.rundir import (
+    FORMAT,
+    Json,
+    RunDir,
+    Runs,
+    eval_file,
+    read_baseline,
+    read_json,
+    read_score,
+)
 from stillhouse.spec import SuiteSpec, as_before, chat_settings, digest, score_key
 
 if TYPE_CHECKING:
     import pandas as pd
 
-Json = dict[str, Any]
-Frame = Any  # a pandas DataFrame; pandas carries no types that a checker can follow
-Asked = tuple[str, str | None, str | None]  # task, metric, score key; None: whatever is there
+ScoreColumn = tuple[str, str | None, str | None]  # task, metric, score key; None: any
 SHARES = ("quantised_share", "adapted_share")
-_TOLD = ("name", "file", "question", "compare", "axes", "created", "words")
+STATUS = ("phase", "step", "max_steps", "exit_code", "cause", "stopped_by")
+_SWEEP_KEYS = ("name", "file", "question", "compare", "axes", "created", "words")
 
 
 def load(sweep_name: str, runs: str | Path = "runs") -> pd.DataFrame:
     """One row per (point, task) of a sweep, finished or not, and one per (baseline, task).
 
-    Columns: kind ("point", "teacher", "student", "ptq"), id, name, arm (its overrides in words,
+    Columns: kind ("point", "teacher", "student", "ptq"), id, name, arm (its overrides as text,
     without the seed and what follows from another), one column per override, seed; task, metric,
     value (NaN: not scored), doc_se (binomial standard error over documents, NaN where answers are
-    not right or wrong), n_docs, examples (that it read first), higher_is_better; trained, phase,
-    cause, step, max_steps, exit_code, stopped_by (a watch rule), warnings (names of the rules that
-    warned); scored_otherwise (a score is there, of other settings than
-    asked), file, directory (below runs); pair_name, quant_type, method_name, pair_key, quant_key;
+    not right or wrong), n_docs, examples (few-shot), higher_is_better; trained, phase, cause, step,
+    max_steps, exit_code, stopped_by (a watch rule), warnings (names of the rules that warned);
+    scored_otherwise (a score exists, made with other settings than the sweep's suite), file,
+    directory (below runs); pair_name, quant_type, method_name, pair_key, quant_key;
     quantised_share, adapted_share (of the student's matrix weights, NaN where an older run did not
     count them); code_digest, code_revision, code_dirty, version_*, eval_version_*; train_seconds,
     eval_seconds, devices, device, price_usd, tokens_*; source_student, source_teacher,
-    source_tokenizer, source_data (what it was trained over: digest or commit, 10 digits), scored_*
-    (what its score rests on), processor, cpu_capability, gpu, threads, eval_cpu_capability,
+    source_tokenizer, source_data (what it was trained on: digest or commit, 10 digits), scored_*
+    (what its score depends on), processor, cpu_capability, gpu, threads, eval_cpu_capability,
     eval_gpu.
-    `attrs` holds what the sweep asked ("sweep"), its override names ("leaves"), and which of them
-    another decides at every point ("follows": {leaf: the other}), as a rate for each loss.
+    `attrs` holds what the sweep file says ("sweep"), the names of its overrides ("fields"), and
+    which of them another one determines at every point ("follows": {field: the other}).
 
     Raises:
         ConfigError: no such sweep here. ContractError: a file of another format, or an edited one.
@@ -56,31 +65,29 @@ def load(sweep_name: str, runs: str | Path = "runs") -> pd.DataFrame:
 
     place = Runs(Path(runs))
     sweep = read_sweep(sweep_name, place)
-    asked = _asked(sweep, place)
-    follows = _follows(sweep)
+    columns, follows = _score_columns(sweep, place), _follows(sweep)
     rows: list[Json] = []
     for entry in sweep["baselines"]:
         directory = place.root / "baselines" / entry["directory"]
         facts = _baseline_facts(entry, directory)
-        rows += [facts | score for score in _scores(directory, asked)]
-    _tell_apart(rows)
+        rows += [facts | score for score in _scores(directory, columns)]
+    _add_pair_to_names(rows)
     for point in sweep["points"]:
         run = RunDir(place.root / f"{point['slug']}-{point['id']}")
-        rows += _point_rows(point, run, follows, asked)
-    leaves = list(dict.fromkeys(x for p in sweep["points"] for x in _arm(p["overrides"])))
+        rows += _point_rows(point, run, follows, columns)
+    fields = list(dict.fromkeys(x for p in sweep["points"] for x in _without_seed(p["overrides"])))
     frame: Frame = pd.DataFrame(rows)
-    first = ["kind", "id", "name", "arm", *leaves, "seed", "task", "metric", "value", "doc_se"]
+    first = ["kind", "id", "name", "arm", *fields, "seed", "task", "metric", "value", "doc_se"]
     first += ["n_docs", "higher_is_better", "trained", "phase", "cause", "step", "max_steps"]
     first += ["exit_code", "stopped_by", "warnings", "scored_otherwise", "file", "pair_name"]
-    first += ["quant_type", "method_name"]
-    first += SHARES
-    first += ["pair_key", "quant_key", "code_digest", "code_revision", "code_dirty"]
+    first += ["quant_type", "method_name", *SHARES, "pair_key", "quant_key"]
+    first += ["code_digest", "code_revision", "code_dirty"]
     first += ["train_seconds", "eval_seconds", "devices", "device", "price_usd"]
     frame = frame.reindex(columns=list(dict.fromkeys([*first, *frame.columns])))
     for whole in ("seed", "n_docs", "step", "max_steps", "exit_code"):
         frame[whole] = frame[whole].astype("Int64")
-    frame.attrs = {"sweep": {key: sweep.get(key) for key in _TOLD}, "leaves": leaves}
-    frame.attrs["follows"] = follows
+    known = {key: sweep.get(key) for key in _SWEEP_KEYS}
+    frame.attrs = {"sweep": known, "fields": fields, "follows": follows}
     return frame
 
 
@@ -106,109 +113,109 @@ def read_sweep(name: str, runs: Runs) -> Json:
     return checked(sweep, WHOLE_SWEEP, path, "move it away and run the sweep's file again")
 
 
-def _asked(sweep: Json, runs: Runs) -> list[Asked]:
-    """The columns of the table; a sweep without a suite shows what was scored."""
+def _score_columns(sweep: Json, runs: Runs) -> list[ScoreColumn]:
+    """The score columns of the table; a sweep without a suite shows whatever was scored."""
     if sweep["suite"] is None:
         points = [f"{p['slug']}-{p['id']}" for p in sweep["points"]]
         files = (file for name in points for file in (runs.root / name).glob("eval/*.json"))
         return [(task, None, None) for task in sorted({file.stem for file in files})]
     suite = TypeAdapter(SuiteSpec).validate_python(sweep["suite"])
-    asked: list[Asked] = [(t.task, t.metric, score_key(suite, t)) for t in suite.tasks]
-    task, _, metric = ((sweep["compare"] or {}).get("metric") or "").partition("/")
-    extra: list[Asked] = [
-        (t, metric, key) for t, m, key in asked if metric and t == task and m != metric
-    ]
-    return asked + extra
+    columns: list[ScoreColumn] = [(t.task, t.metric, score_key(suite, t)) for t in suite.tasks]
+    compare: Json = sweep["compare"] or {}
+    task, _, metric = str(compare.get("metric") or "").partition("/")
+    compared = [(t, metric, key) for t, m, key in columns if metric and t == task and m != metric]
+    return [*columns, *compared]
 
 
 def _follows(sweep: Json) -> dict[str, str]:
-    """Overrides that say nothing of their own: at every point another one decides them.
+    """Overrides that another one determines at every point, so that they add no axis.
 
-    The compared one never follows. Of two others that decide each other, a number gives way to a
-    name, and the later to the earlier.
+    The compared one never follows. Of two others that determine each other, a number gives way to
+    a name, and the later to the earlier.
     """
     if sweep["compare"] is None:
         return {}
     by, first = sweep["compare"]["by"], sweep["points"][0]["overrides"]
-    points = [{k: spell(_cell(v)) for k, v in p["overrides"].items()} for p in sweep["points"]]
+    points = [
+        {k: format_value(_cell(v)) for k, v in p["overrides"].items()} for p in sweep["points"]
+    ]
     shared = set[str].intersection(*map(set, points)) - {"seed"}
-    varied = [leaf for leaf in first if leaf in shared and len({p[leaf] for p in points}) > 1]
-    found: dict[str, str] = {}
-    for leaf in sorted(reversed(varied), key=lambda x: isinstance(first[x], str)):
+    varied = [field for field in first if field in shared and len({p[field] for p in points}) > 1]
+    follows: dict[str, str] = {}
+    for field in sorted(reversed(varied), key=lambda x: isinstance(first[x], str)):
         for other in varied:
-            pairs = {(p[other], p[leaf]) for p in points}
-            decides = len(pairs) == len({decider for decider, _ in pairs})
-            if decides and leaf not in (by, other) and other not in found:
-                found[leaf] = other
+            pairs = {(p[other], p[field]) for p in points}
+            determines = len(pairs) == len({value for value, _ in pairs})
+            if determines and field not in (by, other) and other not in follows:
+                follows[field] = other
                 break
-    return found
+    return follows
 
 
 def _point_rows(
-    point: Json, run: RunDir, follows: Mapping[str, str], asked: Sequence[Asked]
+    point: Json, run: RunDir, follows: Mapping[str, str], columns: Sequence[ScoreColumn]
 ) -> list[Json]:
-    """A row per task of one point; where a file of it is torn or odd, its row says which."""
+    """A row per task of one point; if one of its files is unreadable, its rows say which."""
+    recorded = _recorded_facts(point, run, follows)
     try:
-        facts = _point_facts(point, run, follows)
-        return [facts | score for score in _scores(run.path, asked)]
+        facts = _record_facts(run) | recorded | _status_facts(run) | _cost_facts(run)
+        return [facts | score for score in _scores(run.path, columns)]
     except ContractError as error:
         why = str(error)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         # Of another shape deeper down than the loaders look: a spec of an edited record, say.
         why = f"{run.path}: its files are not of the shape that training writes ({error!r})"
-    facts = _told_of(point, run, follows) | {"trained": False, "step": None}
-    facts |= {"phase": "unreadable", "cause": why}
-    empty = {"value": NAN, "higher_is_better": None, "scored_otherwise": False}
-    tasks = [(task, metric) for task, metric, _ in asked] or [(None, None)]
-    return [facts | empty | {"task": task, "metric": metric} for task, metric in tasks]
+    facts = recorded | {"trained": False, "step": None, "phase": "unreadable", "cause": why}
+    facts |= {"value": NAN, "higher_is_better": None, "scored_otherwise": False}
+    tasks = [(task, metric) for task, metric, _ in columns] or [(None, None)]
+    return [facts | {"task": task, "metric": metric} for task, metric in tasks]
 
 
-def _told_of(point: Json, run: RunDir, follows: Mapping[str, str]) -> Json:
+def _recorded_facts(point: Json, run: RunDir, follows: Mapping[str, str]) -> Json:
     """What the sweep's record alone says of a point."""
-    overrides = {leaf: _cell(value) for leaf, value in point["overrides"].items()}
-    arm = {leaf: value for leaf, value in overrides.items() if leaf not in follows}
-    facts = {"kind": "point", "id": point["id"], "name": point["name"], "arm": label(arm)}
+    overrides = {field: _cell(value) for field, value in point["overrides"].items()}
+    arm = {field: value for field, value in overrides.items() if field not in follows}
+    facts = {"kind": "point", "id": point["id"], "name": point["name"], "arm": arm_name(arm)}
     return facts | {"directory": run.path.name} | overrides
 
 
-def _point_facts(point: Json, run: RunDir, follows: Mapping[str, str]) -> Json:
+def _status_facts(run: RunDir) -> Json:
     status = run.status()
-    told = {
-        key: status.get(key)
-        for key in ("phase", "step", "max_steps", "exit_code", "cause", "stopped_by")
-    }
-    told["warnings"] = " ".join(status.get("warnings") or {})
-    facts: Json = {}
+    warnings = {"warnings": " ".join(status.get("warnings") or {})}
+    return {key: status.get(key) for key in STATUS} | warnings | {"trained": run.was_trained()}
+
+
+def _record_facts(run: RunDir) -> Json:
+    """A run's models, code, and versions."""
     record = run.record()
-    if record is not None:
-        spec = record["spec"]
-        chat = chat_settings(spec["data"])
-        facts |= _pair_facts(spec["pair"], spec["quant"], chat)
-        facts |= {"method_name": spec["method"]["method_name"], "seed": spec["training"]["seed"]}
-        facts |= rests.of_run(record)
-        facts |= {key: record.get("coverage", {}).get(key) for key in SHARES}
-        facts |= {f"code_{key}": value for key, value in record["code"].items()}
-        facts |= {f"version_{key}": value for key, value in record["versions"].items()}
-    facts |= _told_of(point, run, follows) | {"trained": run.was_trained()}
-    return facts | told | _cost_facts(run)
+    if record is None:
+        return {}
+    spec = record["spec"]
+    facts = _pair_facts(spec["pair"], spec["quant"], chat_settings(spec["data"]))
+    facts |= {"method_name": spec["method"]["method_name"], "seed": spec["training"]["seed"]}
+    facts |= provenance.run_columns(record)
+    facts |= {key: record.get("coverage", {}).get(key) for key in SHARES}
+    facts |= {f"code_{key}": value for key, value in record["code"].items()}
+    return facts | {f"version_{key}": value for key, value in record["versions"].items()}
 
 
 def _baseline_facts(entry: Json, directory: Path) -> Json:
     name = f"ptq_{entry['quant_type']}" if entry["label"] == "ptq" else entry["label"]
     facts: Json = {"kind": entry["label"], "name": name, "arm": name, "trained": False}
     facts |= {"pair_name": entry["pair_name"], "quant_type": entry["quant_type"]}
-    told = read_baseline(directory)
-    if told is None:
+    baseline = read_baseline(directory)
+    if baseline is None:
         return facts
-    chat = told.get("chat", chat_settings({}))
-    if "chat" in told:  # its conversations are written otherwise than by default
+    chat = baseline.get("chat", chat_settings({}))
+    if "chat" in baseline:  # its conversations are rendered otherwise than by default
         facts["name"] = facts["arm"] = f"{name} ({chat})"
-    return facts | _pair_facts(told["pair"], told["quant"], chat) | rests.of_pair(told["pair"])
+    facts |= _pair_facts(baseline["pair"], baseline["quant"], chat)
+    return facts | provenance.pair_columns(baseline["pair"])
 
 
 def _pair_facts(pair: Json, quant: Json | None, chat: str) -> Json:
     content: Any = as_before("pair", pair)
-    # Asked in another form, a pair's own baselines are others.
+    # With another chat template, the pair has baselines of its own.
     content = content if chat == chat_settings({}) else [content, chat]
     facts = {"pair_name": pair["pair_name"], "pair_key": digest(content)[:10]}
     if quant is not None:
@@ -217,8 +224,8 @@ def _pair_facts(pair: Json, quant: Json | None, chat: str) -> Json:
     return facts
 
 
-def _tell_apart(baselines: list[Json]) -> None:
-    """Baselines of several pairs get the pair into their name, in place."""
+def _add_pair_to_names(baselines: list[Json]) -> None:
+    """Add the pair to the names of baselines of several pairs, in place."""
     pairs = {row["pair_name"] for row in baselines}
     keys = {row.get("pair_key") for row in baselines}
     for row in baselines:
@@ -238,10 +245,10 @@ def _cost_facts(run: RunDir) -> Json:
     return facts | {f"tokens_{kind}": n for kind, n in cost["tokens"].items()}
 
 
-def _scores(directory: Path, asked: Sequence[Asked]) -> Iterator[Json]:
-    if not asked:
+def _scores(directory: Path, columns: Sequence[ScoreColumn]) -> Iterator[Json]:
+    if not columns:
         yield {"task": None, "metric": None, "value": NAN, "higher_is_better": None}
-    for task, metric, key in asked:
+    for task, metric, key in columns:
         file = eval_file(directory, task)
         score = read_score(directory, task, whole=True)
         if score is None or (key is not None and score["key"] != key):
@@ -254,7 +261,7 @@ def _scores(directory: Path, asked: Sequence[Asked]) -> Iterator[Json]:
             known = ", ".join(score["metrics"])
             raise ConfigError(f"{file}: no metric {metric} (it has {known}); see compare.metric")
         value = score["value"] if is_main else score["metrics"][metric]
-        right_or_wrong = is_main and right_answers(score) is not None
+        right_or_wrong = is_main and correct_by_document(score) is not None
         facts = {
             "task": task,
             "metric": metric,
@@ -267,22 +274,22 @@ def _scores(directory: Path, asked: Sequence[Asked]) -> Iterator[Json]:
             "examples": score.get("examples", 0),
             "file": str(file) if right_or_wrong else None,
         }
-        facts |= rests.of_score(score)
+        facts |= provenance.score_columns(score)
         yield facts | {f"eval_version_{key}": v for key, v in score["versions"].items()}
 
 
-def right_answers(score: Json) -> dict[int, float] | None:
+def correct_by_document(score: Json) -> dict[int, float] | None:
     """1.0 or 0.0 by document of an eval file, None where answers are not simply right or wrong."""
     values = {sample["doc"]: float(sample["value"]) for sample in score["samples"]}
     return values if values and set(values.values()) <= {0.0, 1.0} else None
 
 
-def _arm(overrides: Mapping[str, Any]) -> Json:
-    return {leaf: value for leaf, value in overrides.items() if leaf != "seed"}
+def _without_seed(overrides: Mapping[str, Any]) -> Json:
+    return {field: value for field, value in overrides.items() if field != "seed"}
 
 
 def _cell(value: Any) -> Any:
-    """A value that a frame can group by: a list (a λ schedule, say) becomes its JSON, null a word.
+    """A value that a frame can group by: a list (a λ schedule, say) becomes JSON, null "null".
 
     NaN is for a point that does not set an override at all.
     """
@@ -291,8 +298,8 @@ def _cell(value: Any) -> Any:
     return json.dumps(value) if isinstance(value, list | dict) else value
 
 
-def spell(value: Any) -> str:
-    """An override's value as a person writes it; 1 and 1.0 are spelt alike."""
+def format_value(value: Any) -> str:
+    """An override's value as text; 1 and 1.0 give the same."""
     if value is None or value != value:  # NaN: where a point does not set it
         return "null"
     if isinstance(value, float):
@@ -305,9 +312,10 @@ def spell(value: Any) -> str:
     return json.dumps(value) if isinstance(value, dict) else str(value)
 
 
-def label(overrides: Mapping[str, Any]) -> str:
-    """What an arm is called: its overrides without the seed."""
-    return ", ".join(f"{k} = {spell(v)}" for k, v in _arm(overrides).items()) or "base"
+def arm_name(overrides: Mapping[str, Any]) -> str:
+    """An arm's name: its overrides without the seed."""
+    named = _without_seed(overrides).items()
+    return ", ".join(f"{field} = {format_value(value)}" for field, value in named) or "base"
 
 
 def is_set(value: Any) -> bool:

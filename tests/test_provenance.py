@@ -1,4 +1,4 @@
-"""A table whose rows rest on two things of one name says so, with the counts."""
+"""A table whose rows depend on two versions of one name says so, with the counts."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 from sample_runs import Sample, write_sample
 
-from stillhouse.results import calibration
+from stillhouse.results.analyses import preflight
 from stillhouse.results.answer import answer
+from stillhouse.results.provenance import as_facts, mixtures
 from stillhouse.results.report import write_report
-from stillhouse.results.rests import mixed, told
 from stillhouse.results.summary import remarks
 from stillhouse.results.table import load
 from stillhouse.rundir import RunDir, Runs, read_json, write_json
@@ -45,16 +45,16 @@ def rest(run: RunDir, **more: Any) -> None:
 def test_what_rests_on_one_thing_is_said_once_and_called_no_mixture(runs: list[RunDir]) -> None:
     frame = load("sample", runs[0].path.parent)
     assert set(frame["source_student"].dropna()) == {"a" * 10}
-    assert mixed(frame) == []
-    assert ("student weights", "a" * 10) in told(frame)
-    assert ("CPU capability", "AVX512") in told(frame)
+    assert mixtures(frame) == []
+    assert ("student weights", "a" * 10) in as_facts(frame)
+    assert ("CPU capability", "AVX512") in as_facts(frame)
     assert answer(frame).untrained
 
 
 def test_two_weights_under_one_name_are_said_with_their_counts(runs: list[RunDir]) -> None:
     rest(runs[0], sources=over(THEIRS))
     root = runs[0].path.parent
-    (said,) = mixed(load("sample", root))
+    (said,) = mixtures(load("sample", root))
     # Three points and the untrained student rest on the one, one point on the other.
     assert said == (
         "Mixed student weights: 4 with aaaaaaaaaa, 1 with bbbbbbbbbb. A difference between rows may"
@@ -89,7 +89,7 @@ def test_two_data_or_two_processors_are_said(
 def test_two_devices_are_said(runs: list[RunDir]) -> None:
     cost = read_json(runs[0].cost_file) or {}
     write_json(runs[0].cost_file, cost | {"device": "NVIDIA H200"})
-    (said,) = mixed(load("sample", runs[0].path.parent))
+    (said,) = mixtures(load("sample", runs[0].path.parent))
     assert said.startswith("Mixed device in training: 3 with cpu, 1 with NVIDIA H200")
 
 
@@ -97,7 +97,7 @@ def test_no_arm_is_compared_with_an_untrained_student_of_other_weights(runs: lis
     for run in runs:
         rest(run, sources=over(THEIRS))
     frame = load("sample", runs[0].path.parent)
-    (said,) = mixed(frame)
+    (said,) = mixtures(frame)
     assert said.startswith("Mixed student weights: 4 with bbbbbbbbbb, 1 with aaaaaaaaaa")
     assert {c.reference for c in answer(frame).untrained} == {"ptq_int4"}  # it says nothing of it
 
@@ -109,7 +109,7 @@ def test_a_preflight_of_other_weights_is_left_out_and_said(runs: list[RunDir]) -
     file = Runs(root).verdict_file("tiny", key_of(spec))
     write_json(file, {"sources": over(OURS), "numbers": {}})
     frame = load("sample", root)
-    assert calibration.left_out(frame, Runs(root)) == []
+    assert preflight.excluded(frame, Runs(root)) == []
     write_json(file, {"sources": over(THEIRS), "numbers": {}})
-    (said,) = calibration.left_out(frame, Runs(root))
-    assert said.startswith("The preflights of 4 runs looked at other weights or rows")
+    (said,) = preflight.excluded(frame, Runs(root))
+    assert said.startswith("The preflights of 4 runs measured other weights or rows")

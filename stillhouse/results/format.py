@@ -1,4 +1,4 @@
-"""This file is where numbers and comparisons become the cells of a table, as people read them."""
+"""Format numbers, comparisons, and tables as text, Markdown, and CSV."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from typing import Any
 
 from stillhouse.errors import visible
 from stillhouse.results.comparisons import Comparison
+from stillhouse.results.provenance import Frame
 from stillhouse.results.stats import Estimate, number
-from stillhouse.results.table import Frame
+from stillhouse.rundir import Json
 
 Table = tuple[list[str], list[list[str]]]  # header, rows
 BEGINS_A_FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n")
@@ -18,9 +19,9 @@ ROUNDING = 1e-12  # of a difference of two scores: far above float64's, far belo
 def comparison_tables(
     family: Sequence[Comparison], gaps: Mapping[str, float] | None = None
 ) -> list[tuple[str, Table]]:
-    """(reference, its comparisons as people read them); intervals are 95 %, p is Holm's.
+    """(reference, table of its comparisons); intervals are 95 %, p is Holm's.
 
-    gaps: how far the teacher is above a reference; its table gets the share of that made up for.
+    gaps: the teacher's lead over a reference, whose table gets the share that was recovered.
     """
     references = dict.fromkeys(c.reference for c in family)
     return [
@@ -32,47 +33,33 @@ def comparison_tables(
 def _comparison_table(family: Sequence[Comparison], gap: float | None) -> Table:
     header = ["arm", "verdict", "difference", "95 % interval", "p (Holm)", "detectable"]
     header += [] if gap is None else ["gap recovered"]
-    documents = any(c.both is not None for c in family)
+    documents = any(c.crossed is not None for c in family)
     settings = any(c.setting for c in family)
     if documents:
-        header.insert(4, "other documents too")
+        header.insert(4, "over documents too")
     if settings:
         header.insert(1, "at")
     rows: list[list[str]] = []
     for c in family:
         d = c.paired.difference
-        left_out = f" (unshared seeds left out: {c.paired.unpaired})" if c.paired.unpaired else ""
-        row = [c.arm, *([c.setting] if settings else []), c.verdict.text + left_out]
+        unpaired = f" (without {c.paired.unpaired} unshared seeds)" if c.paired.unpaired else ""
+        row = [c.arm, *([c.setting] if settings else []), c.verdict.text + unpaired]
         row += [signed(d.mean), interval(d.low, d.high)]
-        row += [interval(c.both.low, c.both.high) if c.both else "–"] if documents else []
+        row += [interval(c.crossed.low, c.crossed.high) if c.crossed else "–"] if documents else []
         row += [probability(c.p), number(c.paired.detectable)]
         rows.append(row if gap is None else [*row, f"{d.mean / gap:.0%}"])
     return header, rows
 
 
-def records(family: Iterable[Comparison]) -> list[dict[str, Any]]:
-    """Comparisons as rows of a CSV file, whose columns say what the page's headers do."""
-    return [
-        {
-            "arm": c.arm,
-            "reference": c.reference,
-            "setting": c.setting,
-            "verdict": c.verdict.kind,
-            "arm_mean": c.arm_mean,
-            "reference_mean": c.reference_mean,
-            "n": c.paired.difference.n,
-            "difference": c.paired.difference.mean,
-            "se": c.paired.difference.se,
-            "low": c.paired.difference.low,
-            "high": c.paired.difference.high,
-            "low_other_documents": c.both.low if c.both else None,
-            "high_other_documents": c.both.high if c.both else None,
-            "p": c.paired.p,
-            "p_holm": c.p,
-            "detectable": c.paired.detectable,
-        }
-        for c in family
-    ]
+def comparison_record(c: Comparison) -> Json:
+    """A comparison as a row of a CSV file."""
+    d = c.paired.difference
+    row: Json = {"arm": c.arm, "reference": c.reference, "setting": c.setting}
+    row |= {"verdict": c.verdict.kind, "arm_mean": c.arm_mean, "reference_mean": c.reference_mean}
+    row |= {"n": d.n, "difference": d.mean, "se": d.se, "low": d.low, "high": d.high}
+    row |= {"low_other_documents": c.crossed.low if c.crossed else None}
+    row |= {"high_other_documents": c.crossed.high if c.crossed else None}
+    return row | {"p": c.paired.p, "p_holm": c.p, "detectable": c.paired.detectable}
 
 
 def as_csv(rows: Frame | Iterable[Mapping[str, Any]]) -> str:
@@ -83,7 +70,7 @@ def as_csv(rows: Frame | Iterable[Mapping[str, Any]]) -> str:
     """
     import pandas as pd
 
-    frame = pd.DataFrame(rows if isinstance(rows, pd.DataFrame) else list(rows))
+    frame: Frame = pd.DataFrame(rows if isinstance(rows, pd.DataFrame) else list(rows))
     cells = {name: [_inert(cell) for cell in frame[name]] for name in frame.columns}
     columns = {_inert(name): pd.Series(cells[name], dtype=object) for name in frame.columns}
     return pd.DataFrame(columns).to_csv(index=False)
@@ -93,6 +80,15 @@ def _inert(cell: Any) -> Any:
     if not isinstance(cell, str):
         return cell
     return f"'{visible(cell)}" if cell.startswith(BEGINS_A_FORMULA) else visible(cell)
+
+
+def as_markdown(table: Table) -> str:
+    """A Markdown table, its columns padded so that it reads as plain text too."""
+    escaped = [[cell.replace("|", "\\|") for cell in row] for row in (table[0], *table[1])]
+    widths = [max(map(len, column)) for column in zip(*escaped, strict=True)]
+    lines = [" | ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)) for r in escaped]
+    lines.insert(1, " | ".join("-" * width for width in widths))
+    return "".join(f"| {line} |\n" for line in lines)
 
 
 def signed(value: float) -> str:
@@ -112,14 +108,19 @@ def probability(p: float) -> str:
     return "–" if p != p else "< 0.001" if p < 0.001 else f"{p:.3f}"
 
 
-def spread(e: Estimate) -> str:
-    """A mean over seeds with its standard error, or without one where a single seed shows none."""
+def mean_and_error(e: Estimate) -> str:
+    """A mean over seeds ± its standard error; the mean alone for a single seed."""
     return f"{number(e.mean)} ± {number(e.se)}" if e.n > 1 else number(e.mean)
 
 
 def duration(seconds: float) -> str:
-    """Seconds as a person says them."""
+    """Seconds as text, in hours, minutes, or seconds."""
     for unit, size in (("h", 3600), ("min", 60)):
         if seconds >= 1.5 * size:
             return f"{seconds / size:.1f} {unit}"
     return f"{seconds:.0f} s"
+
+
+def first_of(shown: int, total: int, what: str) -> str:
+    """The end of a caption whose figure leaves some out; "" if it shows all."""
+    return f" The first {shown} of {total} {what}." if total > shown else ""

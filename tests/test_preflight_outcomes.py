@@ -1,52 +1,51 @@
-"""Whether preflights predicted: outcomes, areas under the curve, and what a report says of them."""
+"""Preflight verdicts against outcomes: in a report, and how well they rank (studies/)."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from sample_runs import Sample, write_sample
 
-from stillhouse.results import prefixes
-from stillhouse.results.calibration import (
-    Case,
+from stillhouse.results.analyses import preflight as analysis
+from stillhouse.results.analyses.preflight import Case, cases, summary_text
+from stillhouse.results.report import write_report
+from stillhouse.results.table import load
+from stillhouse.rundir import RunDir, Runs, read_json, write_json
+from stillhouse.verdict import Measured, key_of_plain, rules_of
+from studies.preflight_calibration import (
     area,
     area_of,
+    as_table,
     best_split,
     by_number,
     by_verdict,
-    cases,
+    calibration,
+    is_rankable,
 )
-from stillhouse.results.predictions import Predictions, is_rankable, table_of_areas, told
-from stillhouse.results.report import write_report
-from stillhouse.results.table import load
-from stillhouse.rundir import Runs, read_json, write_json
-from stillhouse.verdict import Measured, key_of_plain, rules_of
 
-RULES = rules_of(
-    {
-        "calibrated_on": "a test",
-        "fitted_on": ["tiny"],
-        "rules": [
-            {
-                "rule": "reverse_only",
-                "when": [
-                    {"number": "kept_25", "end": "value", "side": "above", "threshold": 0.4},
-                    {"number": "beta", "end": "value", "side": "above", "threshold": 0.5},
-                ],
-                "verdict": "likely",
-                "reason": "it keeps",
-                "recipe": None,
-            },
-            {"rule": "none", "when": [], "verdict": "unsure", "reason": "so", "recipe": None},
-        ],
-    },
-    "a test",
-)
+NONE = {"rule": "none", "when": [], "verdict": "unsure", "reason": "so", "recipe": None}
+REVERSE_ONLY = {
+    "rule": "reverse_only",
+    "when": [
+        {"number": "kept_25", "end": "value", "side": "above", "threshold": 0.4},
+        {"number": "beta", "end": "value", "side": "above", "threshold": 0.5},
+    ],
+    "verdict": "likely",
+    "reason": "it keeps",
+    "recipe": None,
+}
+KEPT = by_number("kept_25")
+
+
+def rules(*rules: dict[str, Any]) -> Any:
+    plain = {"calibrated_on": "a test", "fitted_on": ["tiny"], "rules": [*rules, NONE]}
+    return rules_of(plain, "a test")
 
 
 def case(pair: str, kept: float, gain: float, verdict: str = "likely") -> Case:
@@ -64,10 +63,19 @@ def case(pair: str, kept: float, gain: float, verdict: str = "likely") -> Case:
         numbers={"kept_25": Measured(kept, kept - 0.1, kept + 0.1, 64)},
         verdict=verdict,
         rule="a_rule",
+        is_fitted=pair == "old",
     )
 
 
-def test_a_success_surely_gains_ten_points() -> None:
+def preflight(run: RunDir, *names: str) -> None:
+    """Write a preflight of a run's pair, with these numbers."""
+    told = {name: Measured(0.5, 0.4, 0.6, 64).as_json() for name in names}
+    spec = (run.record() or {})["spec"]
+    file = Runs(run.path.parent).verdict_file("tiny", key_of_plain(spec))
+    write_json(file, {"numbers": told, "verdict": "unlikely"})
+
+
+def test_a_success_gains_ten_points_with_its_uncertainty() -> None:
     assert case("a", 1, 0.16).is_success
     assert not case("a", 1, 0.14).is_success, "its lower end is 0.09"
     assert case("a", 1, 0.3).recovered == pytest.approx(0.5)
@@ -95,44 +103,36 @@ def test_turning_a_score_round_turns_its_area_round(rows: list[tuple[int, bool]]
 def test_the_interval_of_an_area_resamples_pairs_not_runs() -> None:
     # Twenty runs, but two pairs: whoever draws the one pair twice sees no failure, or no success.
     two = [case("a", 0.9, 0.3) for _ in range(10)] + [case("b", 0.1, 0.0) for _ in range(10)]
-    assert area_of(two, by_number("kept_25")) == Measured(1, 1, 1, 2)
+    assert area_of(two, KEPT) == Measured(1, 1, 1, 2)
     mixed = [case(p, k, g) for p in "abcdef" for k, g in ((0.9, 0.3), (0.5, 0.0), (0.4, 0.3))]
-    found = area_of(mixed, by_number("kept_25"))
+    found = area_of(mixed, KEPT)
     assert (found.value, found.low, found.high) == (0.5, 0.5, 0.5), "all pairs are alike"
 
 
 def test_the_best_cut_lies_in_the_middle_of_the_widest_clean_gap() -> None:
     found = [case("a", 0.1, 0), case("b", 0.2, 0), case("c", 0.6, 0.3), case("d", 0.7, 0.3)]
-    cut, balanced = best_split(found, by_number("kept_25"))
+    cut, balanced = best_split(found, KEPT)
     assert cut == pytest.approx(0.4) and balanced == 1
-    assert all(map(math.isnan, best_split(found[:2], by_number("kept_25"))))
+    assert all(map(math.isnan, best_split(found[:2], KEPT)))
 
 
-def test_the_sentence_counts_verdicts_and_successes_and_tells_known_pairs_apart() -> None:
-    asked = Predictions(
-        [
-            case("old", 0.9, 0.3, "likely"),
-            case("new", 0.9, 0.3, "likely"),
-            case("newer", 0.2, 0.0, "unlikely"),
-            case("newest", 0.5, 0.3, "unsure"),
-        ],
-        fitted_on=["old"],
-    )
-    assert told(asked) == (
+def test_verdicts_and_successes_are_counted_and_fitted_pairs_are_told_apart() -> None:
+    old, new = case("old", 0.9, 0.3, "likely"), case("new", 0.9, 0.3, "likely")
+    newer, newest = case("newer", 0.2, 0.0, "unlikely"), case("newest", 0.5, 0.3, "unsure")
+    found = [old, new, newer, newest]
+    assert summary_text(found) == (
         "3 runs that were predicted: of 1 likely, 1 succeeded; of 1 unsure, 1 succeeded; of 1"
-        " unlikely, 0 succeeded; area under the curve 1.00 [1.00, 1.00]. 1 run that set the"
-        " thresholds: of 1 likely, 1 succeeded."
+        " unlikely, 0 succeeded. 1 run that set the thresholds: of 1 likely, 1 succeeded."
     )
-    assert is_rankable(asked.cases)
-    assert not is_rankable(asked.cases[:2]), "both succeeded"
-    assert not is_rankable([case("a", 0.9, 0.3), case("a", 0.1, 0.0)]), "one pair, two losses"
-    header, rows = table_of_areas(asked.cases)
+    assert [c.name for c in found[:2]] == ["old (fitted)", "new"]
+    assert is_rankable(found) and not is_rankable(found[:2]), "both succeeded"
+    assert not is_rankable([new, case("new", 0.1, 0.0)]), "one pair, two losses"
+    header, rows = as_table(found)
     assert header == ["ranked by", "area under the curve", "best cut"]
-    assert [row[0] for row in rows] == [
-        "the verdict",
-        "share of its accuracy the teacher keeps from 25 %",
-    ]
-    assert by_verdict(asked.cases[2]) < by_verdict(asked.cases[3]) < by_verdict(asked.cases[0])
+    kept = "share of its accuracy that the teacher keeps from 25 %"
+    assert rows[0] == ["the verdict", "1.00 [1.00, 1.00]", "0.250 (100% balanced)"]
+    assert rows[1] == [kept, "1.00 [1.00, 1.00]", "0.350 (100% balanced)"]
+    assert by_verdict(newer) < by_verdict(newest) < by_verdict(new)
 
 
 def test_how_far_along_the_teacher_helps_is_told_from_prefixes() -> None:
@@ -140,24 +140,23 @@ def test_how_far_along_the_teacher_helps_is_told_from_prefixes() -> None:
     asked = {f"continuation_at_{at}": Measured(v, low, 0.7, 64) for at, (v, low) in lead.items()}
     asked |= {f"teacher_at_{at}": Measured(v + 0.1, v, 0.9, 64) for at, (v, _) in lead.items()}
     seen = dataclasses.replace(case("a", 0.9, 0.3), numbers=asked)
-    found = prefixes.reaches([case("a", 0.9, 0.3), seen, seen])
-    assert prefixes.told(found) == (
-        "a, seed 0, point a0.9: the teacher leads most after 8 tokens of the student (+0.600), and"
-        " last after 32 (of 8, 32, 128)."
+    found = analysis.reaches([case("a", 0.9, 0.3), seen, seen])
+    assert analysis.reach_text(found) == (
+        "a, seed 0, point a0.9: the teacher's lead is largest after 8 tokens of the student"
+        " (+0.600) and is last detected after 32 (of 8, 32, 128)."
     )
-    _, rows = prefixes.table_of(found)
+    _, rows = analysis.reach_table(found)
     assert [row[1] for row in rows] == ["8", "32", "128"]
     assert rows[1][2:6] == ["64", "0.200", "[0.100, 0.900]", "+0.100"]
     for at in (8, 32):
         found[0].leads[at] = Measured(0.1, -0.1, 0.3, 64)
-    assert "nowhere for sure" in prefixes.told(found)
+    assert "is detected nowhere" in analysis.reach_text(found)
 
 
 def test_prefixes_of_two_answers_are_drawn_though_their_value_lies_beyond_its_interval() -> None:
     asked = {"continuation_at_8": Measured(1, 0.2, 0.83, 2), "teacher_at_8": Measured(1, 0.4, 1, 2)}
-    found = prefixes.reaches([dataclasses.replace(case("a", 0.9, 0.3), numbers=asked)])
-    assert prefixes.drawn(found) is not None
-    assert prefixes.drawn([]) is None
+    found = analysis.reaches([dataclasses.replace(case("a", 0.9, 0.3), numbers=asked)])
+    assert analysis.continuations(found) is not None and analysis.continuations([]) is None
 
 
 # ---- from files
@@ -170,28 +169,20 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         compare=None, axes={"beta": [0, 1]}, seeds=2, ability=lambda o: 1.5 if o["beta"] else -1.0
     )
     for run in write_sample(root, sample):
-        told = {
-            name: Measured(0.5, 0.4, 0.6, 64).as_json()
-            for name in ("kept_25", "continuation_at_8", "teacher_at_8")
-        }
-        record = run.record()
-        assert record is not None
-        file = Runs(root).verdict_file("tiny", key_of_plain(record["spec"]))
-        write_json(file, {"numbers": told, "verdict": "unlikely"})
+        preflight(run, "kept_25", "continuation_at_8", "teacher_at_8")
     return root
 
 
-def test_a_case_is_a_scored_point_its_students_documents_and_what_was_said(runs: Path) -> None:
-    found = cases(load("sample", runs), Runs(runs), RULES)
-    assert [c.beta for c in found] == [0, 0, 1, 1]
+def test_a_case_is_a_scored_point_its_students_documents_and_a_verdict(runs: Path) -> None:
+    found = cases(load("sample", runs), Runs(runs), rules(REVERSE_ONLY))
+    assert [c.beta for c in found] == [0, 0, 1, 1] and all(c.is_fitted for c in found)
     # By the rules of now, whatever the file said when it was written; β decides too.
     assert [c.verdict for c in found] == ["unsure", "unsure", "likely", "likely"]
     assert [c.is_success for c in found] == [False, False, True, True]
     first = found[2]
-    files = [
-        read_json(runs / d / "eval" / "tiny_gen.json") for d in _directories(runs, first.point)
-    ]
-    after, before = ([s["value"] for s in (file or {})["samples"]] for file in files)
+    folders = next(runs.glob(f"*{first.point}")), next(runs.glob("baselines/student*"))
+    files = [read_json(folder / "eval" / "tiny_gen.json") or {} for folder in folders]
+    after, before = ([s["value"] for s in file["samples"]] for file in files)
     gains = [a - b for a, b in zip(after, before, strict=True)]
     mean = sum(gains) / 200
     sd = math.sqrt(sum((g - mean) ** 2 for g in gains) / 199)
@@ -200,39 +191,36 @@ def test_a_case_is_a_scored_point_its_students_documents_and_what_was_said(runs:
 
 
 def test_verdicts_are_not_held_against_runs_that_they_do_not_speak_of(tmp_path: Path) -> None:
-    rescued = {"cold_start": 0.5, "cold_prompts": 8}
-    bases = {"mixed": {"lmbda": 0.5}, "none": {"lmbda": 0}, "rescued": rescued}
+    bases: dict[str, dict[str, Any]] = {"mixed": {"lmbda": 0.5}, "none": {"lmbda": 0}}
+    bases["rescued"] = {"cold_start": 0.5, "cold_prompts": 8}
     bases["seeded"] = {"lmbda": 1, "seed_tokens": 4}
     for name, base in bases.items():
-        sample = Sample(name=name, compare=None, axes={}, seeds=1, base=base)
-        (run,) = write_sample(tmp_path, sample)
-        record = run.record()
-        assert record is not None
-        file = Runs(tmp_path).verdict_file("tiny", key_of_plain(record["spec"]))
-        write_json(file, {"numbers": {}, "verdict": "likely"})
-        assert cases(load(name, tmp_path), Runs(tmp_path), RULES) == []
+        (run,) = write_sample(
+            tmp_path, Sample(name=name, compare=None, axes={}, seeds=1, base=base)
+        )
+        preflight(run)
+        assert cases(load(name, tmp_path), Runs(tmp_path), rules()) == []
 
 
-def _directories(runs: Path, point: str) -> tuple[str, str]:
-    (run,) = (d.name for d in runs.iterdir() if d.name.endswith(point))
-    (student,) = (d.name for d in (runs / "baselines").iterdir() if d.name.startswith("student"))
-    return run, f"baselines/{student}"
-
-
-def test_a_report_shows_predictions_where_preflights_were_asked(runs: Path) -> None:
+def test_a_report_shows_verdicts_where_pairs_were_preflighted(runs: Path) -> None:
     page = write_report("sample", runs)
     text = page.read_text()
-    assert "Did the preflights predict?" in text and "What preflights said" in text
-    assert "nan [" not in text and "ranked by" not in text, "one pair: there is nothing to rank"
+    assert "Preflight verdicts and outcomes" in text
+    answer = text[text.index('class="answer"') :]
+    assert answer[:60].startswith('class="answer">4 runs that were predicted: of 4'), "no `compare`"
     assert (page.parent / "predictions.png").stat().st_size > 10_000
-    assert "How far along does the teacher help?" in text
+    assert "Teacher continuations from student prefixes" in text
     assert (page.parent / "prefixes.png").stat().st_size > 5_000
     lines = (page.parent / "predictions.csv").read_text().splitlines()
     assert len(lines) == 5 and lines[0].startswith("point,pair,pair_seed,beta,max_steps,before")
+    assert calibration(["sample"], runs).startswith(
+        "4 runs that were predicted, 2 of them successes:\n\nNothing to rank."
+    )
 
 
-def test_where_nobody_asked_a_report_says_nothing_of_it(tmp_path: Path) -> None:
-    write_sample(tmp_path)
+def test_without_a_preflight_a_report_says_nothing_of_it(tmp_path: Path) -> None:
+    write_sample(tmp_path, Sample(seeds=1))
     page = write_report("sample", tmp_path)
-    assert "preflights" not in page.read_text() and "How far along" not in page.read_text()
+    assert "Preflight" not in page.read_text() and "continuations" not in page.read_text()
     assert not (page.parent / "predictions.csv").exists()
+    assert calibration(["sample"], tmp_path) == "No run of these sweeps has a preflight."
