@@ -1,7 +1,7 @@
-"""This file is where the tests say what an API server does: the same for the fake and a real one.
+"""Check how an API server behaves, with the same checks for the fake server and a real one.
 
-Each check gets a `Cluster` on an empty namespace. `ALL` need nothing else; the others need somebody
-who runs pods or takes rights away, which the fake and a real cluster do each in their way.
+Each check gets a `Cluster` on an empty namespace. The checks in `ALL` need nothing else. The others
+need someone who runs pods or removes rights; the fake and a real cluster each do that differently.
 """
 
 from __future__ import annotations

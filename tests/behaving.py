@@ -1,8 +1,9 @@
-"""This file is where the tests keep work that behaves: it leaves the files that real work leaves.
+"""Stand in for the real work of a sweep with quick functions that leave the same files.
 
 `<runs>/behaviour.json` says how a point misbehaves, by its id or "*":
 {"steps": 5, "step_s": 0.01, "kill": "SIGKILL", "times": 1, "exit": "diverged", "deaf": true}.
-What was begun stands in `<runs>/begun.txt`, one line per attempt, packs as their points' ids.
+`<runs>/begun.txt` lists every attempt that was started, one per line; a pack is listed as the ids
+of its points.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ ENDS = {"diverged": Diverged, "memory": OutOfMemory, "config": ConfigError, "cra
 
 
 def backend_for(sweep: Sweep, rows: Roster | None = None) -> LocalBackend:
-    """The real local backend, with work that behaves."""
+    """The real local backend, with the work of this module."""
     return LocalBackend(sweep, rows or roster_of(sweep), WORK, PRELOAD)
 
 
@@ -57,7 +58,7 @@ def launch(runs: str, *words: str) -> None:
 
 
 def start_launcher(runs: Path, *words: str) -> subprocess.Popen[bytes]:
-    """The same, started; what it prints goes to `<runs>/launcher.out`."""
+    """Start `launch` in a process; its output goes to `<runs>/launcher.out`."""
     program = f"import behaving; behaving.launch({str(runs)!r}, *{words!r})"
     with (runs / "launcher.out").open("ab") as out:
         return subprocess.Popen(
@@ -88,7 +89,7 @@ def misbehave(runs: Path, who: str = "*", **how: Any) -> None:
 
 
 def begun(runs: Path, kind: str) -> list[str]:
-    """What was begun so far, of one kind, in order."""
+    """The attempts of one kind that were started so far, in order."""
     file = runs / "begun.txt"
     lines = file.read_text().splitlines() if file.exists() else []
     return [line.partition(" ")[2] for line in lines if line.startswith(kind)]

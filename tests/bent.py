@@ -1,10 +1,10 @@
-"""Bends valid input one field at a time: each bent one ends in an answer or in a sentence.
+"""Change valid input one field at a time, and check that each result is handled without a crash.
 
-    python -m tests.bent 10000 [SEED]      in a few minutes; 1 where something ended in a traceback
+    python -m tests.bent 10000 [SEED]      takes a few minutes; exit code 1 after any traceback
 
-`make test` runs a smaller number (tests/test_bent.py). The six kinds are what others write, tear
-or edit: sweep files, command lines, files of a run, scores, Jobs (with their pods, events and
-Workloads) and ConfigMaps.
+Every changed input must end in a valid answer or an error message. `make test` runs a smaller
+number (tests/test_bent.py). The six kinds are what others write, truncate or edit: sweep files,
+command lines, files of a run, scores, Jobs (with their pods, events and Workloads) and ConfigMaps.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ VALUES = st.recursive(
 
 
 def places(content: Any, at: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
-    """Where something can be bent: the path to every field and item."""
+    """The path to every field and item that can be changed."""
     keys: list[Any] = []
     if isinstance(content, dict):
         keys = [*content]
@@ -84,7 +84,7 @@ def places(content: Any, at: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
 
 
 def bent(draw: Any, content: Any) -> Any:
-    """The content with one field gone, replaced, put into a list, twice there or renamed."""
+    """A copy with one field removed, replaced, wrapped in a list, added or renamed."""
     content = copy.deepcopy(content)
     *way, last = draw(st.sampled_from(places(content)))
     inside = functools.reduce(lambda inner, key: inner[key], way, content)
@@ -103,7 +103,7 @@ def bent(draw: Any, content: Any) -> Any:
 
 
 def torn(draw: Any, data: bytes) -> bytes:
-    """The bytes cut, or with others in their middle."""
+    """The bytes truncated, or with other bytes inserted in the middle."""
     at = draw(st.integers(0, len(data)))
     if draw(st.booleans()):
         return data[:at]
@@ -114,7 +114,7 @@ def torn(draw: Any, data: bytes) -> bytes:
 
 
 def answered(*words: str) -> None:
-    """A command ends with one of our exit codes; what it prints is not looked at."""
+    """Assert that a command ends with one of our exit codes; its output is not checked."""
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         code = cli.main([*words])
     assert code in (0, 1, 42), (words, code)
@@ -166,7 +166,7 @@ LINES: list[tuple[str, list[str]]] = [
 
 
 def command_line(draw: Any) -> None:
-    """The words behind a door or a verb."""
+    """The arguments of an entry point (train.py, eval.py) or a verb."""
     kind, line = draw(st.sampled_from(LINES))
     words = [*line]
     at = draw(st.integers(0, len(words) - 1))
@@ -285,7 +285,7 @@ TIME = "2026-11-30T10:00:00Z"
 
 @functools.cache
 def objects() -> list[tuple[str, Json]]:
-    """A Job of each kind, and what else a namespace says of it."""
+    """A Job of each kind, and the other objects of a namespace about it."""
     sweep = asked()
     steps, (first, *_), ids = Steps(sweep), asked().points, [p.id for p in asked().points]
     group = groups_of(sweep)[first.id]
@@ -342,7 +342,7 @@ def objects() -> list[tuple[str, Json]]:
 
 
 def job_object(draw: Any) -> None:
-    """A Job, or a pod, an event or a Workload beside it, as an API server might tell it."""
+    """A Job, or a pod, event or Workload of it, as an API server might return it."""
     sweep, all_of = asked(), objects()
     number = draw(st.integers(0, len(all_of) - 1))
     kind, item = all_of[number]
@@ -456,7 +456,7 @@ KINDS: dict[str, Callable[[Any], None]] = {
 
 
 def run(kind: str, count: int, number: int = 0) -> None:
-    """Generate so many of a kind, in the working directory; raises what one of them ended in."""
+    """Generate that many of a kind, in the working directory; raises what one of them ended in."""
 
     @seed(number)
     @settings(

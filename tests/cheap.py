@@ -1,4 +1,4 @@
-"""This file is where tests get a point that trains in a second, and processes that train it."""
+"""Provide a point that trains in about a second, and processes that train it."""
 
 from __future__ import annotations
 

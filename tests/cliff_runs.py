@@ -1,8 +1,9 @@
-"""Write the cliff's sweep to disk as a finished one, with drawn numbers.
+"""Write a finished copy of the distribution-cliff sweep to disk, with random numbers.
 
-It is a sweep of `sample_runs` over loss and method, changed to look as that of sweeps/cliff.yaml
-does: a control of each loss family in that family only, a rate that follows from the loss, one
-method with twice the steps, held-out accuracy on the way, and tokens that differ by method.
+It is a `sample_runs` sweep over loss and method, changed to look like that of sweeps/cliff.yaml:
+each loss family has a control in that family only, the learning rate follows from the loss, one
+method has twice the steps, held-out accuracy is measured during training, and token counts differ
+by method.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ EVERY = 20
 
 @dataclasses.dataclass(frozen=True)
 class Cliff:
-    """What befalls the arms: (loss, method) names one."""
+    """What happens to the arms; an arm is named by (loss, method)."""
 
     name: str = "cliff"
     methods: Sequence[str] = METHODS

@@ -1,6 +1,7 @@
-"""Annotations become checks of each call in the rooms that pyright cannot hold to strict mode.
+"""Check annotations at run time in the packages that pyright cannot check in strict mode.
 
-Tensor shapes are among them. The launcher is under strict pyright, which costs its tests nothing.
+Every call of an annotated function there is checked, tensor shapes included. The launcher is
+checked by pyright in strict mode, which costs its tests no time.
 """
 
 import os
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 from jaxtyping import install_import_hook
 
-# Whoever runs the tests: a composed configuration is remembered, and Jobs carry their owner's name.
+# A fixed user: composed configurations are cached, and Jobs carry their owner's name.
 os.environ["USER"] = "ada"
 
 # Before any test imports the package: each call of an annotated function of these is then checked.
@@ -21,8 +22,8 @@ install_import_hook(["stillhouse.distill", "stillhouse.evals"], CHECKER)
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Also on a machine with a GPU the tests are of the CPU, and see the same numbers; but those
-    that are of a GPU see it."""
+    """Hide the GPU from all tests but the GPU tests, so that every machine gives the same
+    numbers."""
     asked = config.option.markexpr
     if "gpu" not in asked or "not gpu" in asked:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""

@@ -1,4 +1,4 @@
-"""This file is where the tests compute objectives the long way: all logits at once, by autograd."""
+"""Compute the training objectives directly: all logits at once, differentiated by autograd."""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
-"""This file is where tests drive a sweep over the fake API server, and play the cluster under it.
+"""Drive a sweep over the fake API server, and play the cluster behind it.
 
-A `World` ends Jobs as a script says; drivers come and go, each through a door of its own.
+A `World` ends Jobs as a script says. Drivers start and stop; each connects through a port of its
+own (`Door`).
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ def ids(sweep: Sweep) -> list[str]:
 
 @contextlib.contextmanager
 def cluster_of(fake: Any, path: Path, namespace: str | None = None) -> Iterator[Cluster]:
-    """A client of a server, or of a door to it."""
+    """A client of a server, or of one of its ports (`Door`)."""
     with _LOGIN, pytest.MonkeyPatch.context() as patch:
         patch.setenv("KUBECONFIG", str(fake.kubeconfig(path)))
         cluster = connect(None, namespace)
@@ -81,10 +82,10 @@ def drive(cluster: Cluster, sweep: Sweep, **how: float) -> int:
 
 
 class World:
-    """Ends Jobs, a little at a time. `script`: name or "*" -> what happens to its pods, in order.
+    """Ends Jobs step by step. `script`: part of a Job's name -> what happens to its pods, in order.
 
     complete; poison (42, the Job fails); crash (1, it goes on); evicted (85, it goes on);
-    give-up (1, the Job fails). What is not said is complete.
+    give-up (1, the Job fails). The default is complete.
     """
 
     def __init__(self, fake: FakeApi, script: Mapping[str, tuple[str, ...]] | None = None) -> None:
@@ -143,7 +144,7 @@ def is_over(job: Mapping[str, Any]) -> bool:
 
 
 def launch(kubeconfig: str, points: int) -> None:
-    """A driver as a process of its own: what a test kills."""
+    """Run a driver as a process of its own, which a test can kill."""
     os.environ["KUBECONFIG"] = kubeconfig
     with contextlib.closing(connect(None, None)) as cluster:
         sys.exit(drive(cluster, sweep_of(points)))

@@ -1,8 +1,9 @@
-"""This file is where a small API server behaves like a real one, for tests that need no cluster.
+"""Serve a small fake Kubernetes API for tests that need no cluster.
 
-Real HTTP on loopback, real resourceVersions, pages, watches, conflicts and refusals; no Job
-controller (`fake_jobs.Hands` is what a test does by hand) and no mocks. `api_behaviour.py` runs the
-same checks on this and on a real server. What goes wrong on the way is said by `faults.Faults`.
+It speaks real HTTP on loopback, with real resourceVersions, pages, watches, conflicts and refusals.
+It contains no mocks and no Job controller: a test plays that part by hand, with `fake_jobs.Hands`.
+`api_behaviour.py` runs the same checks on this server and on a real one. `faults.Faults` says which
+requests fail on the way, and how.
 """
 
 from __future__ import annotations
@@ -82,7 +83,7 @@ class FakeApi(Hands):
         return self._main.faults
 
     def door(self, faults: Faults) -> Door:
-        """One more port, with faults of its own."""
+        """Open one more port, with faults of its own."""
         self.doors.append(Door(self._handle, faults, self._login))
         return self.doors[-1]
 
@@ -118,7 +119,7 @@ class FakeApi(Hands):
         self._token += 1
 
     def say(self, pod: str, text: bytes) -> None:
-        """More output of a pod, also for those who follow it."""
+        """Add output to a pod's log, also for clients that follow it."""
         with self.store.changed:
             self.logs[pod] = self.logs.get(pod, b"") + text
             self.store.changed.notify_all()
@@ -449,7 +450,7 @@ def _selection(known: Resource, request: Request) -> Callable[[Json], bool]:
 
 
 def _told(change: Change, is_meant: Callable[[Json], bool], is_partial: bool) -> bytes:
-    """What a watch with a selector hears of a change; b"" for nothing."""
+    """The event that a watch with a selector gets for a change; b"" for none."""
     was = change.before is not None and is_meant(change.before.obj)
     is_now = change.after is not None and is_meant(change.after.obj)
     if is_now and change.after is not None:

@@ -1,7 +1,7 @@
-"""This file is where a test plays Job controller, scheduler, kubelet and Kueue, by hand.
+"""Let a test play the Job controller, scheduler, kubelet and Kueue by hand.
 
-Nothing here happens by itself, and nothing decides: a test says that a pod ran, or how it ended,
-and Jobs, pods, Workloads and events then look as a 1.34 server with Kueue 0.17 leaves them.
+Nothing here happens or decides by itself. A test says that a pod ran, or how it ended; Jobs, pods,
+Workloads and events then look as a 1.34 server with Kueue 0.17 leaves them.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Ends = str | None
 
 
 class Hands:
-    """What a test does to the objects of a namespace; `ns` is "lab" where nothing is said."""
+    """Actions of a test on the objects of a namespace; `ns` is "lab" by default."""
 
     def __init__(self, store: Store) -> None:
         self.store = store
@@ -66,7 +66,7 @@ class Hands:
         self.put("namespaces", {"metadata": {"name": name, "labels": labels}})
 
     def quota(self, resource: str, limit: int | None, ns: str = "lab") -> None:
-        """From now on at most `limit` of these objects (None: as many as you like)."""
+        """From now on allow at most `limit` of these objects (None: no limit)."""
         if limit is None:
             self.store.quotas.pop((ns, resource), None)
         else:
@@ -83,7 +83,7 @@ class Hands:
         return sorted(pods, key=lambda pod: pod["metadata"]["uid"])
 
     def run_pod(self, job: str, node: str = "node-1", ns: str = "lab") -> str:
-        """A pod of the Job runs; the one that waits, where one does. Its name."""
+        """Make a pod of the Job run, the waiting one if there is one; returns its name."""
         with self.store.changed:
             pod = self._live_pod(job, ns) or self._new_pod(job, ns)
             now, name = self.store.now(), pod["metadata"]["name"]
@@ -97,7 +97,7 @@ class Hands:
         self, job: str, reason: str = "Unschedulable", message: str = NEVER_STARTED,
         ns: str = "lab",
     ) -> str | None:  # fmt: skip
-        """A pod of the Job cannot start, and why; its name, or None for FailedCreate."""
+        """Keep a pod of the Job from starting; returns its name, or None for FailedCreate."""
         with self.store.changed:
             if reason == "FailedCreate":
                 self._set_job(job, ns, active=0, ready=0)
@@ -132,7 +132,7 @@ class Hands:
         self.store.pods_linger = stays
 
     def end_pods(self, job: str, exit_code: int = 85, message: str = "", ns: str = "lab") -> None:
-        """The pods of a Job that are being deleted end, and are gone."""
+        """End and remove the pods of a Job that are being deleted."""
         with self.store.changed:
             for pod in self.pods_of(job, ns):
                 if "deletionTimestamp" in pod["metadata"]:
@@ -141,7 +141,7 @@ class Hands:
                     self.store.vanish("pods", ns, name)
 
     def let_go(self, job: str, ns: str = "lab") -> None:
-        """The Job is deleted, and its pods are not (`--cascade=orphan`)."""
+        """Delete the Job but not its pods (`--cascade=orphan`)."""
         with self.store.changed:
             pods = self.pods_of(job, ns)
             self.store.delete(RESOURCES["jobs"], ns, job, {"propagationPolicy": "Orphan"})
@@ -208,7 +208,7 @@ class Hands:
             return pod
 
     def suspend(self, job: str, ns: str = "lab") -> None:
-        """What Kueue does to preempt: the pods go, the Job sleeps and has counted nothing."""
+        """Do what Kueue does to preempt: remove the pods, suspend the Job, count no failure."""
         with self.store.changed:
             self._set_spec("jobs", job, ns, suspend=True)
             for pod in self.pods_of(job, ns):
@@ -220,7 +220,7 @@ class Hands:
             self._set_status("jobs", job, ns, _plain_job(status))
 
     def resume(self, job: str, ns: str = "lab") -> None:
-        """What Kueue does to admit; `run_pod` is what comes next."""
+        """Do what Kueue does to admit a Job; call `run_pod` next."""
         with self.store.changed:
             self._set_spec("jobs", job, ns, suspend=False)
             awake = self._condition("Suspended", "False", "JobResumed", "Job resumed")

@@ -1,7 +1,8 @@
-"""This file is where the fake API server keeps what a real one knows of its kinds.
+"""Define what the fake API server knows of each kind of object.
 
-Which resources there are, what it fills in, what it refuses, how selectors and merge patches read.
-A few rules of many, each worded as a 1.34 server words it; `api_behaviour.py` holds both to them.
+This covers which resources exist, which defaults the server fills in, what it refuses, and how
+selectors and merge patches work. Only a few of a real server's rules are here, each worded as a
+1.34 server words it. `api_behaviour.py` checks both servers against them.
 """
 
 from __future__ import annotations
@@ -70,7 +71,7 @@ RESOURCES = {
 
 
 class Refused(Exception):
-    """The server's no: what its Status object says."""
+    """The server's refusal, as its Status object states it."""
 
     def __init__(self, code: int, reason: str, message: str, **details: Any) -> None:
         super().__init__(message)

@@ -1,7 +1,7 @@
-"""This file is where the fake API server keeps its objects: versions, history, names, owners.
+"""Store the objects of the fake API server: versions, history, names and owners.
 
-Every write gets the next resourceVersion and leaves one `Change`, which is what watches read. A
-stored object is never altered in place: a page, a watch or a test may keep what it was given.
+Every write gets the next resourceVersion and leaves one `Change`, which watches read. A stored
+object is never changed in place, so a page, a watch or a test may keep what it was given.
 """
 
 from __future__ import annotations
@@ -61,14 +61,14 @@ class Change:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """What a paged list goes on from."""
+    """The state that later pages of a list are read from."""
 
     version: int
     items: list[Item]
 
 
 class Store:
-    """What etcd and the registries are to a real server. Thread-safe."""
+    """The counterpart of a real server's etcd and registries. Thread-safe."""
 
     def __init__(self, window: int = 100_000) -> None:
         self.window = window  # changes that watches can still ask for
@@ -119,7 +119,7 @@ class Store:
                 yield change
 
     def forget(self) -> None:
-        """Compact: nothing that happened until now can be asked for again."""
+        """Compact the history: no earlier change can be requested any more."""
         with self.changed:
             self._changes.clear()
             self._oldest = self.version
@@ -253,7 +253,7 @@ class Store:
             return item
 
     def vanish(self, resource: str, namespace: str, name: str) -> None:
-        """Take away what is being deleted, as whoever kept it does in the end."""
+        """Remove an object that is being deleted, as whoever kept it would in the end."""
         with self.changed:
             assert "deletionTimestamp" in self.need(resource, namespace, name).obj["metadata"]
             self._remove(resource, namespace, name)

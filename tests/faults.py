@@ -1,7 +1,7 @@
-"""This file is where the tests say how a server misbehaves, and put that before any API server.
+"""Inject faults between a client and an API server, fake or real.
 
-A fault is drawn from (seed, method, path, how often that was asked before), so threads that
-overtake one another change nothing. Kinds:
+A fault is drawn from (seed, method, path, how often that was requested before), so the order in
+which threads run changes nothing. Kinds:
 
     refuse       the connection is reset, nothing was done
     drop_before  the connection is closed, nothing was done
@@ -12,7 +12,7 @@ overtake one another change nothing. Kinds:
     twice        a write is done twice, the second answer is given
     cut          the answer, or the watch, ends after `cut_bytes`
 
-The fake API server has them built in; `Proxy` puts them before a real one.
+The fake API server has them built in; `Proxy` adds them to a real server.
 """
 
 from __future__ import annotations
@@ -41,13 +41,13 @@ KINDS: tuple[Kind, ...] = get_args(Kind)
 
 
 class Faults:
-    """What goes wrong on the way to a server; without arguments, nothing.
+    """The faults on the way to a server; without arguments, none.
 
     Args:
-        seed: decides which requests are struck.
-        kill_at: the number of the write at which this way is closed for good, as if whoever writes
-            through it had been killed then.
-        kill_after: that write is still done (and nobody hears of it).
+        seed: decides which requests get a fault.
+        kill_at: the number of the write at which this connection is closed for good, as if the
+            writing client had been killed then.
+        kill_after: that write is still done, without an answer.
         on_kill: called at that moment; a client's `stop.set`, so that its threads unwind.
         rates: kind -> probability per request; in sum at most 1.
     """
@@ -114,9 +114,9 @@ BETWEEN_TWO = ("connection", "content-length", "host", "transfer-encoding")  # n
 
 
 class Proxy:
-    """An API server with faults before it: HTTP on loopback here, as an admin to the server there.
+    """A proxy that adds faults to an API server: HTTP on loopback, forwarded as an administrator.
 
-    Whoever comes through it is the user of `kubeconfig`. Closes as a context manager.
+    Every client acts as the user of `kubeconfig`. Closes as a context manager.
     """
 
     def __init__(self, kubeconfig: Path, faults: Faults | None = None) -> None:
@@ -179,7 +179,7 @@ class Proxy:
             raise HungUp from error
 
     def _tunnel(self, request: Request, headers: dict[str, str], reply: Reply) -> None:
-        """Another protocol from here on: bytes both ways, until one side has enough."""
+        """Switch to another protocol: copy bytes both ways until one side closes."""
         port = self.server.port or 443
         there: socket.socket = socket.create_connection((self.server.hostname, port))
         if self.server.scheme == "https":

@@ -1,4 +1,7 @@
-"""This file is where a process of its own writes one step's gradient: FILE STEP WORDS…"""
+"""Write the gradient of one training step to a file, from a process of its own.
+
+Command line: FILE STEP WORDS…
+"""
 
 import sys
 from pathlib import Path

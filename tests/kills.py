@@ -1,11 +1,11 @@
-"""This file is where `stillhouse run` is killed at random, and what comes of it compared.
+"""Kill `stillhouse run` at random moments, and compare the results with an undisturbed sweep.
 
     python -m tests.kills 200            two hundred kills, of as many sweeps as that takes
     python -m tests.kills 200 --seed 1   at other moments
 
-Two launchers at once drive one sweep of four points; `retry`, `cancel` and `status` come between
-them. Adapters' files, metrics and scores must equal, to the bit, those of a sweep that nobody
-disturbed. `make test` does a few of them.
+Two launchers at once drive one sweep of four points; `retry`, `cancel` and `status` run in between.
+Adapter files, metrics and scores must equal those of an undisturbed sweep to the bit. `make test`
+does a few kills.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ class Place:
         return said
 
     def check(self) -> None:
-        """Wait for all that was started; each ended in an answer."""
+        """Wait for all processes; each must end with an allowed exit code and no traceback."""
         for verb, process, log in self.started:
             code, said = process.wait(timeout=PATIENCE_S), log.read_text()
             is_fine = code in CODES[verb] and "Traceback" not in said
@@ -108,7 +108,7 @@ class Place:
         return sorted([*self.runs.glob("*/eval/*.json"), *self.runs.glob("*/*/eval/*.json")])
 
     def outcome(self) -> dict[str, object]:
-        """Everything a sweep is asked for that must not depend on what befell it."""
+        """All results of a sweep that must not depend on interruptions."""
         found: dict[str, object] = {}
         for run in Runs(self.runs).all():
             for file in sorted(run.adapter.iterdir()):
@@ -124,7 +124,7 @@ class Place:
 
     @contextlib.contextmanager
     def ended(self) -> Generator[None, None, None]:
-        """Nothing that was started here outlives this."""
+        """Kill all processes that were started here when the block ends."""
         try:
             yield
         finally:
@@ -159,7 +159,7 @@ def disturb(place: Place, kills: int, rng: random.Random) -> int:
 
 
 def _let_pass(place: Place, launchers: list[subprocess.Popen[bytes]], rng: random.Random) -> None:
-    """Wait for some time, or for some steps of whoever makes them, so that each phase is struck."""
+    """Wait for some time or for some training steps, so that kills reach each phase."""
     if rng.random() < EARLY:
         return time.sleep(rng.uniform(0, 4))
     goal, end = place.steps() + rng.randrange(1, 7), time.monotonic() + PATIENCE_S
@@ -194,7 +194,7 @@ def _kill(launcher: subprocess.Popen[bytes], with_all: bool) -> None:
 
 
 def main(argv: list[str]) -> int:
-    """0 where every sweep came out as the one that nobody disturbed."""
+    """0 if every sweep gave the same results as the undisturbed one."""
     parser = argparse.ArgumentParser(prog="python -m tests.kills")
     parser.add_argument("kills", type=int)
     parser.add_argument("--seed", type=int, default=0)

@@ -1,4 +1,4 @@
-"""This file is where the tests keep a namespace in which a sweep can run, on the fake server."""
+"""Prepare a namespace on the fake API server in which a sweep can run."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from fake_api import FakeApi
 from stillhouse.rundir import Json
 
 IMAGE = "lab.example/stillhouse@sha256:" + "a1" * 32
-SITE = ("--image", IMAGE)  # what every command of a test says of its site
+SITE = ("--image", IMAGE)  # the site arguments of every command of a test
 
 
 def furnish(fake: FakeApi) -> FakeApi:

@@ -1,4 +1,4 @@
-"""This file is where tests get lm-eval tasks as a user writes them, beside no file of ours."""
+"""Write lm-eval tasks as a user would write them, outside this project's own files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""This file is where the published command lines stand, letter by letter; all of them compose."""
+"""List the published command lines, character for character; all of them compose."""
 
 # Lines that train. After `k8s/train.sh` comes the run's name; the flags are train.py's.
 TRAIN = """

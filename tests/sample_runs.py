@@ -1,8 +1,8 @@
-"""Write a small sweep to disk as a finished one, with drawn numbers.
+"""Write a small finished sweep to disk, with random numbers.
 
-Everything lies where `rundir` says and looks as train.py, eval.py and `stillhouse run` write it.
-The numbers follow from the arguments: each arm has an ability, all arms of a seed share that seed's
-luck, and documents keep their difficulty, so that paired comparisons have something to find.
+Every file is where `rundir` says and looks as train.py, eval.py and `stillhouse run` write it. The
+numbers follow from the arguments: each arm has an ability, all arms of a seed share that seed's
+random offset, and documents keep their difficulty, so that paired comparisons find something.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def by_lmbda(overrides: Mapping[str, Any]) -> float:
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-    """A sweep to write: axes, seeds and what befell its points."""
+    """A sweep to write: axes, seeds and what happened to its points."""
 
     name: str = "sample"
     axes: Mapping[str, Sequence[Any]] = dataclasses.field(

@@ -1,5 +1,4 @@
-"""This file is where an adapter is held to what was asked: which layers it changes, and what its
-contract says when it is loaded again."""
+"""Test which layers an adapter changes, and what its contract checks when it is loaded again."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The analyses behind a report: numbers by hand, and whole tables as golden text."""
+"""Test the analyses behind a report: numbers computed by hand, and whole tables as golden text."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An evaluation is answered as transformers and lm-eval answer it, with each context read once."""
+"""Test that evaluation answers match transformers and lm-eval, with each context read only once."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""This file is where the loss is held to the logits of models themselves, and the probe as well."""
+"""Test the loss, and the probe of output heads, against the logits of the models themselves."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whatever one field of an input becomes, the end is an answer or a sentence (`tests/bent.py`)."""
+"""Test that input with one changed field gives an answer or an error message (`tests/bent.py`)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The code as it travels: whole, the same from everywhere, and never with a secret in it."""
+"""Test the code bundle: complete, identical wherever it is made, and never with a secret in it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What may leave this machine as the project: what git or a RECORD knows of, and no secret."""
+"""Test which project files may leave this machine: those of git or a RECORD, without secrets."""
 
 from __future__ import annotations
 

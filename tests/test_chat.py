@@ -1,4 +1,4 @@
-"""This file is where it is tested that turns become the text that a chat template writes."""
+"""Test that chat turns become the text that a chat template writes."""
 
 from __future__ import annotations
 

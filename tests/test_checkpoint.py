@@ -1,4 +1,4 @@
-"""State that survives: whole or not there, restored to the bit, never unpickled."""
+"""Test checkpoints: complete or absent, restored to the bit, and never unpickled."""
 
 from __future__ import annotations
 

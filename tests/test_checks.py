@@ -1,4 +1,4 @@
-"""A namespace is looked at before the first Job, and what is missing is named with its remedy."""
+"""Test that a namespace is checked before the first Job, and each gap is named with its remedy."""
 
 from __future__ import annotations
 

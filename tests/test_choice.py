@@ -1,4 +1,4 @@
-"""Which prompts a step asks: epochs, a cold start's own, the best-ranked, some of another kind."""
+"""Test which prompts a step uses: epochs, cold-start prompts, best-ranked ones, other kinds."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The launcher's command line: what it takes, what it refuses, and what it prints."""
+"""Test the launcher's command line: what it accepts, what it refuses, and what it prints."""
 
 from __future__ import annotations
 

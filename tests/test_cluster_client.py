@@ -1,4 +1,4 @@
-"""This file is where the connection to a cluster is tested, against the fake API server."""
+"""Test the connection to a cluster, against the fake API server."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What docs/cluster.md tells a newcomer to type can be typed, and what it explains exists."""
+"""Test that every command in docs/cluster.md is valid, and that what it explains exists."""
 
 from __future__ import annotations
 

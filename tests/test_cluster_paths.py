@@ -1,4 +1,4 @@
-"""What a pod would not find is refused on the laptop; what needs no cluster is planned without."""
+"""Test that paths no pod has are refused on the laptop, and that planning needs no cluster."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The verbs on a cluster: what they send, say, mend and refuse, on the fake API server."""
+"""Test the verbs on a cluster: what they send, print, repair and refuse, on the fake API server."""
 
 from __future__ import annotations
 

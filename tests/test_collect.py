@@ -1,4 +1,4 @@
-"""Results come home: whole, proven, and over nobody's own work."""
+"""Test `collect`: results arrive complete and verified, and never overwrite other work."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An open revision is one commit for all points of a sweep, whatever its branch comes to mean."""
+"""Test that all points of a sweep use one commit of an open revision, even if its branch moves."""
 
 from __future__ import annotations
 

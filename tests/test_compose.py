@@ -1,4 +1,4 @@
-"""conf/ as Hydra composes it, and the fast path that must be equal to it."""
+"""Test conf/ as Hydra composes it, and the fast path that must give the same result."""
 
 from pathlib import Path
 from typing import Any

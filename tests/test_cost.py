@@ -1,4 +1,4 @@
-"""What points will cost, and what runs have cost."""
+"""Test the cost estimates for points, and the cost accounts of runs."""
 
 import json
 from pathlib import Path

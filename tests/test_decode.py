@@ -1,4 +1,8 @@
-"""Fused forms of a Llama write what transformers' generate writes; what they cannot is refused."""
+"""Test that the fused Llama decoder writes what `generate` writes, and refuses other cases.
+
+`generate` is that of transformers. A case that the fused decoder cannot compute in the same way is
+refused with the reason.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""This file is where overlap and its kin are held to worked examples and to Python sets."""
+"""Test the overlap measures against worked examples and Python sets."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the pages say is so: each command parses or runs, each link leads somewhere."""
+"""Test the documentation: each command parses or runs, and each link leads somewhere."""
 
 from __future__ import annotations
 

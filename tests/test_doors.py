@@ -1,4 +1,4 @@
-"""The doors of a run, an evaluation and a preparation, as a pod opens them."""
+"""Test the entry points of training, evaluation and preparation, as a pod runs them."""
 
 from __future__ import annotations
 

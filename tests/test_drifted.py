@@ -1,4 +1,4 @@
-"""What rests on something that is another now is drifted, in words, and never done."""
+"""Test that work whose inputs have changed is reported as drifted, and never counts as done."""
 
 from __future__ import annotations
 

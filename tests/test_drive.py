@@ -1,4 +1,4 @@
-"""The loop over real processes: what it starts, how often, and that it ends."""
+"""Test the sweep loop over real processes: what it starts, how often, and that it ends."""
 
 from __future__ import annotations
 

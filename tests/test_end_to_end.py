@@ -1,4 +1,4 @@
-"""A whole sweep through the real doors: planned, trained, scored, reported, killed on the way."""
+"""Test a whole sweep with the real programs: planned, trained, scored, reported, and killed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""This file is where evaluation is held to its promise: what was trained is scored, and once."""
+"""Test that evaluation scores the function that was trained, and scores it once."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""This file is where it is tested that halves that do not fit are said so, without torch."""
+"""Test that pairs whose models, data or settings do not fit are refused, without torch."""
 
 from __future__ import annotations
 

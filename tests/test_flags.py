@@ -1,4 +1,4 @@
-"""Both dialects of the command line, and every published line."""
+"""Test both dialects of the command line, and every published line."""
 
 import shlex
 from typing import Any

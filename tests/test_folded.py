@@ -1,4 +1,4 @@
-"""A folded copy writes what the model itself writes, whatever its architecture, and never stale."""
+"""Test that a folded copy writes what the model writes, in any architecture, and is never stale."""
 
 from __future__ import annotations
 

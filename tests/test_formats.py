@@ -1,4 +1,4 @@
-"""Rows as other people have them: which conversation each is, and what is said of what is none."""
+"""Test the row formats of others: the conversation each row holds, and why a row is rejected."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""What is drawn is what is trained, and a run that finds it is not ends with the numbers."""
+"""Test that rollouts come from the function that is trained, and that a run that differs ends.
+
+The error states the numbers.
+"""
 
 from __future__ import annotations
 

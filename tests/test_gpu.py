@@ -1,4 +1,4 @@
-"""On a GPU the same things hold as on a CPU: `make test-gpu`, where there is one."""
+"""Test on a GPU what the other tests check on a CPU: `make test-gpu`, on a machine with a GPU."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sweep files, typed grids, and everything that can be wrong with them."""
+"""Test sweep files, typed grids, and everything that can be wrong with them."""
 
 import dataclasses
 import itertools

@@ -1,4 +1,4 @@
-"""Weights and rows from a hub: brought when asked, never otherwise, or an error that says why."""
+"""Test downloads of weights and rows from a hub: on request only, or an error that says why."""
 
 from __future__ import annotations
 

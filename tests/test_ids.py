@@ -1,7 +1,7 @@
-"""All that was ever published keeps its name: ids of files and lines, baselines, questions.
+"""Test that published ids stay the same: of files and lines, baselines, and eval questions.
 
-`golden/ids.json` is of the commit that it names. A new knob must leave all of it alone
-(AS_BEFORE in spec.py); a line is only ever added, for a sweep that is new.
+`golden/ids.json` was written at the commit that it names. A new knob must not change any of it
+(AS_BEFORE in spec.py). A line is only ever added, for a new sweep.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""A pod takes what a laptop sends: by pieces, proven, and in its place only when it is whole."""
+"""Test the pod's half of `stillhouse push`: files arrive in pieces and are verified.
+
+A file is put in its place only when it is complete.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The loop over Jobs: each is made once until it ended, whoever drives, dies, or comes back."""
+"""Test the sweep loop over Jobs: each is created once until it ends, whatever drivers do."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the cluster remembers: ends of tasks, names, sweeps; written by many, lost by none."""
+"""Test the ledger in the cluster: ends of tasks, names and sweeps, with many concurrent writers."""
 
 from __future__ import annotations
 

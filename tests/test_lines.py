@@ -1,4 +1,4 @@
-"""Lines of k8s/train.sh and k8s/eval.sh: read, shown and printed without any cluster."""
+"""Test lines of k8s/train.sh and k8s/eval.sh: read, shown and printed without any cluster."""
 
 from __future__ import annotations
 

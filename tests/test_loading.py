@@ -1,4 +1,4 @@
-"""This file is where it is tested that files that cannot be loaded whole are a sentence."""
+"""Test that files that cannot be loaded completely give a one-sentence error."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Workers are real processes here: they crash, are killed, print, and outlive nobody."""
+"""Test the local backend with real worker processes: crashes, kills, output, and cleanup."""
 
 from __future__ import annotations
 

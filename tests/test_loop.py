@@ -1,4 +1,4 @@
-"""One loop: what a step differentiates, how it is shared, and what its first numbers must say."""
+"""Test the training loop: what a step differentiates, how it is shared, and its first numbers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""This file is where the distillation loss is held to hand-made numbers and a dense computation."""
+"""Test the distillation loss against hand-computed numbers and a dense computation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From a step and a site to the bytes of a Job, and everything that such a Job must have."""
+"""Test how a step and a site become the bytes of a Job, and everything such a Job must have."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Each method as one row of a table, worked out by hand from what its authors say it is."""
+"""Test each method as one row of a table, worked out by hand from its authors' description."""
 
 import itertools
 import json

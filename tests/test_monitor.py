@@ -1,4 +1,4 @@
-"""What is measured on the way: by hand where it can be, and never changing what is trained."""
+"""Test measurements during training: by hand where possible, and without effect on the training."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What lies under a name that we would use is compared with what we would put there."""
+"""Test that an existing object under one of our names is compared with what we would create."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""This file is where the losses beside β-JSD are held to hand-made numbers and dense autograd."""
+"""Test the losses other than β-JSD against hand-computed numbers and dense autograd."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A user's own tasks, asked of models: generation and choice, own functions, own rows."""
+"""Test a user's own tasks on models: generation and choice, with their own functions and rows."""
 
 from __future__ import annotations
 

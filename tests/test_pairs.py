@@ -1,4 +1,4 @@
-"""This file is where it is tested that pairs are made once, found again, and refused when wrong."""
+"""Test that pairs are created once, found again, and refused when wrong."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Files of runs, from a volume to a laptop: what arrives is what was there, or nothing is kept."""
+"""Test the transfer of run files from a volume to a laptop: identical content, or nothing kept."""
 
 from __future__ import annotations
 

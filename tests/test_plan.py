@@ -1,4 +1,4 @@
-"""States follow from what lies on disk, and actions from states: both without running anything."""
+"""Test that states follow from files on disk, and actions from states, without running anything."""
 
 from __future__ import annotations
 

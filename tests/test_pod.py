@@ -1,4 +1,7 @@
-"""A pod's first process: what it passes on and what it says. Real processes, really killed."""
+"""Test a pod's first process: what it passes on to its child, and what it reports.
+
+The processes are real, and are really killed.
+"""
 
 from __future__ import annotations
 

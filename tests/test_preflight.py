@@ -1,4 +1,4 @@
-"""Will this pair distil? What is asked of a pair before it is trained, and what is answered."""
+"""Test the preflight of a pair: what it measures before training, and what it answers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Preflight verdicts against outcomes: in a report, and how well they rank (studies/)."""
+"""Test preflight verdicts against outcomes: in a report, and how well they rank (studies/)."""
 
 from __future__ import annotations
 

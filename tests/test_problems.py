@@ -1,4 +1,4 @@
-"""This file is where the generated problems are tested, and the hold-out is proved."""
+"""Test the generated problems, and prove that their held-out split is separate."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""This file is where it is tested that data files become ids, and that what cannot is counted."""
+"""Test that data files become token ids, and that unusable rows are counted."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A table whose rows depend on two versions of one name says so, with the counts."""
+"""Test that a table whose rows depend on two versions of one name says so, with the counts."""
 
 from __future__ import annotations
 

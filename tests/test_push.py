@@ -1,4 +1,4 @@
-"""Weights, rows and tasks reach the cache volume: whole, once, and nothing else with them."""
+"""Test that weights, rows and tasks reach the cache volume complete, once, and alone."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""This file is where the 4-bit base is held to its promises: error, gradients, refusals."""
+"""Test the 4-bit base: its error, its gradients, and what it refuses."""
 
 from __future__ import annotations
 

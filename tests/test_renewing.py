@@ -1,4 +1,4 @@
-"""A Job that waits in vain is made anew, once, or says why it is not; nothing waits in silence."""
+"""Test that a Job waiting in vain is recreated once, or says why not, and never waits silently."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The page of a sweep and its figures: what is on it, what is not, and that it stands alone."""
+"""Test the page of a sweep and its figures: the content, and that it needs no other files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a rollout takes beside the student is said before it runs, from the files alone."""
+"""Test the estimate of rollout memory beside the student, computed from the files before a run."""
 
 from __future__ import annotations
 

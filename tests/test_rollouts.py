@@ -1,4 +1,7 @@
-"""Sequences are drawn from the model's own distribution, by counted randomness."""
+"""Test that sequences are drawn from the model's own distribution, with reproducible seeds.
+
+Every draw is seeded by (seed, purpose, step, row), not by what was drawn before it.
+"""
 
 from __future__ import annotations
 

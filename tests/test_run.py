@@ -1,4 +1,4 @@
-"""A run as a process: it ends, goes on after any death, and says how it ended."""
+"""Test a run as a process: it ends, resumes after any kill, and reports how it ended."""
 
 from __future__ import annotations
 

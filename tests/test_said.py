@@ -1,4 +1,4 @@
-"""Each row of the guide's table of words is said by the launcher, and all it says is in a row."""
+"""Test that the guide's table of messages and the launcher's messages match in both directions."""
 
 from __future__ import annotations
 

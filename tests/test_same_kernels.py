@@ -1,4 +1,4 @@
-"""This file is where it is tested that a generated model is the same on CPUs that differ."""
+"""Test that a generated model is the same on CPUs that differ."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where a step's sequences come from, method by method, on the real models of a cheap pair."""
+"""Test where a step's sequences come from, method by method, on the real models of a cheap pair."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""This file is where the set-up keeps its promises: lock, wheel, light launcher, contracts."""
+"""Test the installation: lock file, wheel, light launcher, and import contracts."""
 
 from __future__ import annotations
 

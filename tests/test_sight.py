@@ -1,4 +1,4 @@
-"""What the cluster says becomes the state of each point, and the reason in plain words."""
+"""Test how the cluster's objects become the state of each point, with the reason in plain words."""
 
 from __future__ import annotations
 

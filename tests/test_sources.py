@@ -1,5 +1,4 @@
-"""What a point rests on: weights, tokenizer and rows by their content, and what follows when they
-change."""
+"""Test the sources of a point (weights, tokenizer, rows) by content, and the effects of changes."""
 
 from __future__ import annotations
 

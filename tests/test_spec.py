@@ -1,4 +1,4 @@
-"""What a spec refuses, and what makes two points one."""
+"""Test what a spec refuses, and what makes two points the same point."""
 
 import dataclasses
 import json

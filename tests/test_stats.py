@@ -1,4 +1,4 @@
-"""The numbers in stats.py against hand computation, tables and invariants."""
+"""Test the numbers in stats.py against hand computation, tables and invariants."""
 
 # pandas annotates its results as unions of everything it could return.
 # pyright: reportAttributeAccessIssue=false, reportGeneralTypeIssues=false, reportArgumentType=false

@@ -1,4 +1,4 @@
-"""The same sums written in other ways, as the zoo's teachers write them."""
+"""Test that the same sums are written in each style of the zoo's teachers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A sweep's files as a frame, the frame as a table, and the comparisons that it allows."""
+"""Test a sweep's files as a frame, the frame as a table, and the comparisons that it allows."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tasks of the user's own: found, told apart by what they are made of, and taken along."""
+"""Test user-defined tasks: found, identified by their content, and sent along with the code."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A tracker that fails is a warning; the run and its own files do not notice."""
+"""Test that a failing tracker is a warning and does not affect the run or its files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""One torn or odd file is one line: it is named with what to do, and everything else is shown."""
+"""Test that a damaged or odd file is one line of output, and everything else is still shown.
+
+The line names the file and says what to do.
+"""
 
 from __future__ import annotations
 

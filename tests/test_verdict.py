@@ -1,4 +1,4 @@
-"""How the numbers of a preflight become a verdict, and what a plan says of it."""
+"""Test how the numbers of a preflight become a verdict, and what a plan says of it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Watch rules: what they see, what they end, and what is said of it."""
+"""Test watch rules: what they detect, what they stop, and what they report."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What somebody wrote is what a pod is given: no quote or backslash gets lost on the way.
+"""Test that a pod gets exactly the text a user wrote, with every quote and backslash.
 
 value ─► words ─► flags        and        words ─► manifest ─► YAML ─► kubelet ─► words
 """

@@ -1,4 +1,4 @@
-"""What Kueue writes into a Workload becomes one state and one sentence (as 0.17 and 0.19 wrote)."""
+"""Test that Kueue's Workload becomes one state and one sentence, as 0.17 and 0.19 write it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""docs/your-own.md followed as a newcomer would: models, rows and tasks that are not ours."""
+"""Follow docs/your-own.md as a newcomer would, with models, rows and tasks from elsewhere."""
 
 from __future__ import annotations
 

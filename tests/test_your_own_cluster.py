@@ -1,4 +1,4 @@
-"""The cluster's half of docs/your-own.md, followed on the fake API server: every command of it."""
+"""Follow the cluster part of docs/your-own.md on the fake API server, with every command of it."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""This file is where HTTP/1.1 is read and written by hand, so that a test's server can misbehave.
+"""Read and write HTTP/1.1 by hand, so that a test's server can misbehave.
 
-A `Door` is one listening port with its own faults. Whoever serves behind it (the fake API server,
-the proxy before a real one) sees a `Request`, answers by a `Reply`, and knows nothing of faults.
+A `Door` is one listening port with its own faults. The server behind it (the fake API server, or
+the proxy before a real one) sees a `Request`, answers with a `Reply`, and knows nothing of faults.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class HungUp(Exception):
 
 
 class Reply:
-    """One answer on its way; `muted`: nobody hears it; `budget`: bytes until the line is cut."""
+    """One answer being sent; `muted`: nothing is sent; `budget`: bytes until the cut."""
 
     def __init__(self, connection: socket.socket, faults: Faults, muted: bool = False) -> None:
         self.connection, self.faults, self.muted = connection, faults, muted
@@ -140,7 +140,7 @@ def _read_chunks(file: BufferedIOBase) -> bytes:
 
 
 def status_body(code: int, reason: str, message: str, **details: Any) -> bytes:
-    """A Kubernetes Status object that says no."""
+    """A Kubernetes Status object that reports a failure."""
     said: dict[str, Any] = {
         "kind": "Status", "apiVersion": "v1", "metadata": {}, "status": "Failure",
         "message": message, "reason": reason,
@@ -191,7 +191,7 @@ class Door:
         self._thread.start()
 
     def kubeconfig(self, path: Path, namespace: str = "lab") -> Path:
-        """Write one whose current context, "fake", comes in here."""
+        """Write a kubeconfig whose current context, "fake", leads to this port."""
         config = {
             "apiVersion": "v1", "kind": "Config", "current-context": "fake",
             "clusters": [{"name": "fake", "cluster": {"server": self.url}}],
@@ -205,7 +205,7 @@ class Door:
         return path
 
     def away(self) -> None:
-        """As if the server behind were gone: whatever is open is cut, what comes is refused."""
+        """Act as if the server were gone: cut open connections and refuse new ones."""
         self.faults.is_away = True
         with self._lock:
             for connection in self._open:

@@ -1,4 +1,4 @@
-"""This file is where tests talk to an API server as its administrator, in plain JSON."""
+"""Call an API server as its administrator, in plain JSON."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
-"""This file is where the programs of a Kubernetes are built, once, and kept outside the checkout.
+"""Build the programs of a Kubernetes cluster once, and keep them outside the checkout.
 
-`python -m tests.cluster.binaries` builds them where they are not there and prints their folder. The
-name is a hash over all that goes into it, so a folder that exists is complete and right.
+`python -m tests.cluster.binaries` builds them if they are missing and prints their folder. The
+folder's name is a hash of everything that goes into the build, so an existing folder is complete
+and correct.
 """
 
 from __future__ import annotations
@@ -173,7 +174,7 @@ def tell(what: str) -> None:
 
 
 def main() -> int:
-    """Everything that may need a package index. Exit code 1 where it cannot be had."""
+    """Install and build everything that may need a package index. Exit code 1 if that fails."""
     try:
         where = ready()
         if platform.system() == "Linux" and os.geteuid() == 0:

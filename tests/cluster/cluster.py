@@ -1,12 +1,12 @@
-"""This file is where a whole Kubernetes comes up in a folder of its own, and goes away again.
+"""Start a complete Kubernetes cluster in a folder of its own, and remove it again.
 
     with Kubernetes(binaries.ready(), fake_nodes=3) as kube:
         space = kube.namespace("demo")
         kube.behave(namespace="demo", labels={"stillhouse/point": "0123456789"}, exit_code=42)
         kube.kubectl("get", "pods", "-n", "demo")
 
-etcd, API server, controllers and scheduler are the real ones; so is Kueue (kueue.py) and, for root
-on Linux, one node that runs real pods (node.py). Fake nodes (fakes.py) only say that pods run.
+etcd, API server, controllers and scheduler are the real ones. So is Kueue (kueue.py) and, for root
+on Linux, one node that runs real pods (node.py). Fake nodes (fakes.py) only report that pods run.
 """
 
 from __future__ import annotations
@@ -139,7 +139,7 @@ class Kubernetes:
         self.write_kubeconfig(self.kubeconfig, "admin", self.certificate("admin"))
 
     def certificate(self, name: str) -> Json:
-        """Who one is, to a kubeconfig."""
+        """The user entry of a kubeconfig: certificate and key."""
         paths = {"client-certificate": f"{name}.crt", "client-key": f"{name}.key"}
         return {key: str(self.keys / file) for key, file in paths.items()}
 
@@ -235,7 +235,7 @@ class Kubernetes:
     # The real node
 
     def kill_node(self) -> None:
-        """A power cut: nothing on it gets to say a word."""
+        """A power cut: nothing on the node can shut down cleanly."""
         self.processes.stop("node")
 
     def start_node(self) -> None:
@@ -270,7 +270,7 @@ class Kubernetes:
         return done.stdout if check else done.stdout + done.stderr
 
     def events(self) -> str:
-        """What happened of late, for whoever wonders why a test failed."""
+        """The latest events, to explain why a test failed."""
         said = self.kubectl("get", "events", "-A", "--request-timeout=5s", check=False)
         return "\n".join(said.splitlines()[-40:])
 

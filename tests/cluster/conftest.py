@@ -1,4 +1,4 @@
-"""This file is where the tests of this folder get their clusters: one of each kind for all."""
+"""Provide the clusters for the tests of this folder: one of each kind, shared by all tests."""
 
 from __future__ import annotations
 

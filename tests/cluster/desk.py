@@ -1,11 +1,12 @@
-"""This file is where a test works as a person does who owns no cluster: ada, in Group stillhouse.
+"""Run commands as ada, a user in Group stillhouse who does not administer the cluster.
 
     with at_desk(kube, "lines", tmp_path) as ada:
         print(ada.say("run", "sweep.yaml", "--backend", "cluster"))
         assert ada.seen.count("train") == 4
 
-An administrator made her namespace and applied k8s/access.yaml to it; she has no other right. What
-was ever made there is seen by a watch of the administrator's, whatever a launcher says of it.
+An administrator created her namespace and applied k8s/access.yaml to it; she has no other rights.
+`Seen` records every Job ever created there with the administrator's own watch, independent of what
+a launcher reports.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ AWAY = ("--backend", "cluster")
 
 
 class Seen:
-    """Every Job that ever was in a namespace, by a watch that goes on where it was cut."""
+    """Every Job that ever existed in a namespace, from a watch that resumes where it was cut."""
 
     def __init__(self, kube: Kubernetes, namespace: str) -> None:
         self.kube, self.path = kube, PATHS["Job"].format(namespace)
@@ -47,7 +48,7 @@ class Seen:
         self._thread.start()
 
     def jobs(self, kind: str = "", **labels: str) -> list[Json]:
-        """The Jobs that ever were, of a kind, with these labels (of stillhouse/), oldest first."""
+        """All Jobs that ever existed, of a kind, with these stillhouse/ labels, oldest first."""
         wanted = {f"stillhouse/{key}": value for key, value in labels.items()}
         wanted |= {"stillhouse/kind": kind} if kind else {}
         found = [
@@ -56,11 +57,11 @@ class Seen:
         return sorted(found, key=lambda job: job["metadata"]["creationTimestamp"])
 
     def count(self, kind: str = "", **labels: str) -> int:
-        """How many Jobs of a kind were ever made."""
+        """How many Jobs of a kind were ever created."""
         return len(self.jobs(kind, **labels))
 
     def made_twice(self) -> list[str]:
-        """Names of which more than one Job was ever made."""
+        """Names under which more than one Job was ever created."""
         names = [job["metadata"]["name"] for job in self.jobs()]
         return sorted({name for name in names if names.count(name) > 1})
 
@@ -81,7 +82,7 @@ class Seen:
                 return
 
     def _list(self) -> None:
-        """Where a watch begins, or begins anew: a server that came back forgot what was before."""
+        """List the Jobs before a watch starts or restarts: a restarted server lost its history."""
         found = self.kube.call("GET", self.path)
         for job in found["items"]:
             self._take(job, is_gone=False)
@@ -126,7 +127,7 @@ def end_of(job: Json) -> str | None:
 
 @dataclass(frozen=True)
 class Typed:
-    """A command that ada typed, under way or at its end."""
+    """A command that ada typed, running or finished."""
 
     words: tuple[str, ...]
     process: subprocess.Popen[bytes]
@@ -138,7 +139,7 @@ class Typed:
         return self.out.read_text(errors="replace")
 
     def ends(self, code: int = 0, timeout_s: float = 240) -> str:
-        """What it printed in all; it is to end with this code."""
+        """Its whole output; fails unless it ends with this exit code."""
         try:
             ended = self.process.wait(timeout_s)
         except subprocess.TimeoutExpired:
@@ -147,7 +148,7 @@ class Typed:
         return self.said
 
     def kill(self) -> int:
-        """kill -9, if it is not at its end; its exit code."""
+        """Kill it with SIGKILL if it still runs; returns its exit code."""
         self.process.kill()
         return self.process.wait()
 
@@ -156,7 +157,7 @@ class Typed:
 
 
 class Desk:
-    """A namespace, and ada at work in it: what she types, and what came of it."""
+    """A namespace in which ada works: the commands she types, and their results."""
 
     def __init__(self, kube: Kubernetes, space: Space, folder: Path) -> None:
         self.kube, self.space, self.folder = kube, space, folder
@@ -165,11 +166,11 @@ class Desk:
         self.typed: list[Typed] = []
 
     def env(self, kubeconfig: Path | None = None) -> dict[str, str]:
-        """Her environment; by `kubeconfig`, another way to the cluster."""
+        """Her environment; `kubeconfig` replaces her way to reach the cluster."""
         return {**os.environ, "USER": "ada", "KUBECONFIG": str(kubeconfig or self.kubeconfig)}
 
     def start(self, *words: str, kubeconfig: Path | None = None) -> Typed:
-        """`stillhouse WORDS` as a process; it ends with the desk at the latest."""
+        """Start `stillhouse WORDS` as a process; `close` kills it if it still runs."""
         said = self.folder / f"{len(self.typed)}.said"
         with open(said, "wb") as out:
             process = subprocess.Popen(
@@ -183,7 +184,7 @@ class Desk:
         return self.typed[-1]
 
     def say(self, *words: str, code: int = 0) -> str:
-        """What `stillhouse WORDS` prints, which is to end with this code."""
+        """The output of `stillhouse WORDS`; fails unless it ends with this exit code."""
         return self.start(*words).ends(code)
 
     def status(self, target: str, code: int = 0) -> Json:
@@ -192,7 +193,7 @@ class Desk:
         return json.loads(out)
 
     def sweep(self, name: str, *lines: str) -> str:
-        """A sweep file of these lines of YAML at her desk; its name there."""
+        """Write a sweep file of these lines of YAML into her folder; returns its name there."""
         (self.folder / f"{name}.yaml").write_text("\n".join(lines) + "\n")
         return f"{name}.yaml"
 
@@ -205,7 +206,7 @@ class Desk:
         return found
 
     def delete_jobs(self) -> None:
-        """The Jobs are gone, as after their time."""
+        """Delete all Jobs, as their time to live would."""
         self.kube.kubectl("delete", "jobs", "--all", "-n", self.space.name, "--wait=false")
         path = PATHS["Job"].format(self.space.name)
         until("the Jobs are gone", lambda: not self.kube.call("GET", path)["items"])
@@ -215,13 +216,13 @@ class Desk:
             typed.kill()
         with contextlib.ExitStack() as stack:
             stack.callback(self.seen.close)
-            # What still runs there would take the place of others' pods.
+            # Pods that still run there would take the nodes' capacity from other tests.
             self.kube.call("DELETE", f"{PATHS['Namespace']}/{self.space.name}")
 
 
 @contextlib.contextmanager
 def at_desk(kube: Kubernetes, namespace: str, folder: Path) -> Generator[Desk, None, None]:
-    """A namespace with k8s/access.yaml applied, and ada at work in it."""
+    """A namespace with k8s/access.yaml applied, and a `Desk` for ada in it."""
     space = kube.namespace(namespace, accounts=False)
     access = (ROOT / "k8s" / "access.yaml").read_text()
     assert access.count("    namespace: stillhouse\n") == 1

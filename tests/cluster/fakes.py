@@ -1,6 +1,7 @@
-"""This file is where fake nodes are, and where tests say what the pods on them do.
+"""Run fake nodes, and let tests say what the pods on them do.
 
-They are kwok's: it writes the states of nodes and pods into the API, by the rules in stages.yaml.
+The nodes are kwok's: it writes the states of nodes and pods into the API, by the rules in
+stages.yaml.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""This file is where a container image is written without a container engine: an OCI archive."""
+"""Write a container image (an OCI archive) without a container engine."""
 
 from __future__ import annotations
 

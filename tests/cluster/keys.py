@@ -1,4 +1,4 @@
-"""This file is where a cluster's certificates are made, by an authority that only it knows."""
+"""Create a cluster's certificates, signed by an authority that only this cluster knows."""
 
 from __future__ import annotations
 

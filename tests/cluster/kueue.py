@@ -1,8 +1,8 @@
-"""This file is where the real Kueue is installed beside a control plane, and queues are made.
+"""Install the real Kueue next to a control plane, and create queues.
 
-It runs as in production, its certificates and its API of queue positions included, but as a process
-of this machine: Services of type ExternalName lead the API server to localhost, so webhooks and
-conversions stay at the addresses that Kueue's own manifests give them.
+Kueue runs as in production, including its certificates and its API of queue positions, but as a
+process of this machine. Services of type ExternalName lead the API server to localhost, so webhooks
+and conversions keep the addresses that Kueue's own manifests give them.
 """
 
 from __future__ import annotations

@@ -1,10 +1,11 @@
-"""This file is where one real node is: containerd, runc and a kubelet, for root on Linux.
+"""Run one real node (containerd, runc and a kubelet) for root on Linux.
 
-It lives in process and mount namespaces of its own, so one SIGKILL of their first process (`main`,
-below) is the loss of the machine: every pod ends, every mount goes. Pods are containers of this
-machine: uid 1000 in one is uid 1000 here. They reach the API server, on a bridge, and nothing else.
+The node lives in process and mount namespaces of its own. One SIGKILL of their first process
+(`main`, below) therefore acts like the loss of the machine: every pod ends, every mount goes. Pods
+are containers of this machine: uid 1000 in one is uid 1000 here. Over a bridge they reach the API
+server, and nothing else.
 
-That process runs this very file, alone: nothing of ours is imported at its top.
+That first process runs this file alone, so the file imports no project module at its top.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from tests.cluster.cluster import Kubernetes
 
 NAME = "real-0"
-# What the kubelet would set for the whole machine: it gets files of its own to write to instead.
+# The kubelet would set these for the whole machine; it gets files of its own to write to instead.
 SYSCTLS = {
     "vm/overcommit_memory": 1,
     "vm/panic_on_oom": 0,
@@ -38,7 +39,7 @@ OVERLAID = ("/run", "/var/lib", "/var/log")
 
 
 class Node:
-    """The real node of one cluster, and what the machine has of it while it is there: a bridge, a
+    """The real node of one cluster, and what it adds to the machine while it exists: a bridge, a
     rule of the packet filter, a folder in every cgroup hierarchy."""
 
     def __init__(self, kube: Kubernetes, images: Sequence[Path]) -> None:
@@ -69,8 +70,8 @@ class Node:
         run(*table, "--append", *rule)
 
     def start(self, lease_s: int) -> None:
-        """Starts the node, the first time or as after a power cut, and waits until it is Ready.
-        What it says of itself holds for `lease_s`."""
+        """Starts the node, for the first time or as after a power cut, and waits until it is Ready.
+        Its lease lasts `lease_s` seconds."""
         if not self.folder.exists():
             self.prepare(lease_s)
         for root in cgroup_roots():
@@ -90,7 +91,7 @@ class Node:
         self.kube.call("PATCH", f"/api/v1/nodes/{NAME}/status", status, kind="merge-patch+json")
 
     def remove(self) -> None:
-        """Takes away what the machine has of it; its processes are stopped."""
+        """Removes what the node added to the machine; its processes must be stopped already."""
         for command in reversed(self.undo):
             subprocess.run(command, capture_output=True)
         for root in cgroup_roots():
@@ -209,7 +210,7 @@ SystemdCgroup = false
             "featureGates": {"KubeletInUserNamespace": True},  # forgives what a container lacks
             "oomScoreAdj": 0,
             "maxOpenFiles": 20000,
-            # A full disk is no matter of these tests; an image collected is one lost.
+            # A full disk must not matter here, and a garbage-collected image would be lost.
             "localStorageCapacityIsolation": False,
             "evictionHard": {"memory.available": "50Mi", **dict.fromkeys(disk, "0%")},
             "imageGCHighThresholdPercent": 100,
@@ -281,7 +282,7 @@ def remove_cgroup(top: Path) -> None:
 
 
 def main(folder: Path) -> None:
-    """The first process of the node's namespaces: starts the rest, buries what is left to it."""
+    """The first process of the node's namespaces: starts the others and reaps orphans."""
     plan: dict[str, Any] = json.loads((folder / "plan.json").read_text())
     for number, place in enumerate(OVERLAID):
         upper, work = (folder / "overlays" / f"{kind}-{number}" for kind in ("upper", "work"))

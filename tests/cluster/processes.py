@@ -1,4 +1,4 @@
-"""This file is where a test's programs are started and ended."""
+"""Start and stop the programs that a test needs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Found = TypeVar("Found")
 
 
 def until(what: str, check: Callable[[], Found], timeout_s: float = 60.0) -> Found:
-    """The first true thing that `check` returns. On the way it may be refused, or reach nobody.
+    """The first true value that `check` returns. Until then it may raise OSError or Refused.
 
     Raises TimeoutError after `timeout_s`.
     """
@@ -44,13 +44,13 @@ def free_port() -> int:
 
 
 class Processes:
-    """Programs by name, each with its output in `logs`. They end with us, however we end."""
+    """Programs by name, each with its output in `logs`. They die with this process in any case."""
 
     def __init__(self, home: Path, logs: Path) -> None:
         self.home = home
         self.logs = logs
         self.running: dict[str, subprocess.Popen[bytes]] = {}
-        # A program dies with the thread that started it, so that is one which lives as long as we.
+        # A program dies with the thread that started it: this one thread starts all, and lives on.
         self.starter = ThreadPoolExecutor(1)
 
     def start(self, name: str, *command: str, cwd: Path | None = None) -> None:
@@ -73,7 +73,7 @@ class Processes:
             self.running[name] = self.starter.submit(begin).result()
 
     def wait_for(self, name: str, check: Callable[[], object], timeout_s: float = 120.0) -> None:
-        """Waits until a program is at work. Raises RuntimeError with its last words if it ends."""
+        """Waits until a program is ready. Raises RuntimeError with its last output if it ends."""
 
         def at_work() -> object:
             if self.running[name].poll() is None:
@@ -86,7 +86,7 @@ class Processes:
         until(f"{name} at work (see {self.logs})", at_work, timeout_s)
 
     def stop(self, name: str) -> None:
-        """Ends a program without asking it, and waits for its end."""
+        """Kills a program, and waits for its end."""
         program = self.running.pop(name)
         program.kill()
         program.wait()

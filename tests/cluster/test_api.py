@@ -1,4 +1,4 @@
-"""This file is where a real API server is held to what the fake one was held to."""
+"""Run the checks that hold for the fake API server against a real one."""
 
 from __future__ import annotations
 

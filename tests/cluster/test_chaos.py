@@ -1,7 +1,7 @@
-"""This file is where drivers, the way to the API server, and the API server itself break down.
+"""Test that sweeps survive failures of drivers, connections and the API server.
 
-Whatever happens, each Job is made exactly once and every point comes to its end. Who counts is not
-the launcher: a watch of the administrator's sees every Job that ever was.
+Whatever fails, each Job is created exactly once and every point finishes. The count does not come
+from the launcher: an administrator's watch sees every Job that ever existed.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""This file is where the clusters are tested that the other tests of this folder stand on."""
+"""Test the clusters that the other tests of this folder run on."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""This file is where docs/cluster.md is followed, command by command, as a newcomer would.
+"""Follow docs/cluster.md command by command, as a newcomer would.
 
-The node is real; so is all that the commands do. What is ours: the image that `make image` would
-print is the node's own, and the sweeps are cut down to a minute.
+The node is real, and so is everything the commands do. Two things are replaced: the image that
+`make image` would print is the node's own, and the sweeps are cut down to a minute.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""This file is where the published lines are typed on a real control plane, as their readers would.
+"""Run the published command lines on a real control plane, as their readers would.
 
-Nobody trains anything: the nodes are fake, and their pods say that they are done.
+Nothing is trained: the nodes are fake, and their pods report success.
 """
 
 from __future__ import annotations

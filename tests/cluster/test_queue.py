@@ -1,4 +1,4 @@
-"""This file is where sweeps wait in the real Kueue: for quota, for each other, for Kueue itself."""
+"""Test sweeps that wait in the real Kueue: for quota, for each other, or for Kueue itself."""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
-"""This file is where pods really train: containers of this machine, as user 1000, in *restricted*.
+"""Test pods that really train: containers of this machine, as user 1000, in *restricted*.
 
-What they make is compared, bit by bit, with what the same sweep makes on this machine.
+*restricted* is the Pod Security level of the namespace. The results are compared, bit by bit, with
+what the same sweep produces on this machine without a cluster.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Each state in which Kueue or Kubernetes can hold a Job, and the words that a person reads of it.
+"""Test each state in which Kueue or Kubernetes can hold a Job, and the text a user reads for it.
 
-Every test makes the state on a real control plane. What the words should be stands in
-docs/cluster.md; tests/test_cluster_guide.py holds that page to the code.
+Every test creates the state on a real control plane. docs/cluster.md says what the text should be;
+tests/test_cluster_guide.py checks that page against the code.
 """
 
 from __future__ import annotations

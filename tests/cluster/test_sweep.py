@@ -1,4 +1,4 @@
-"""This file is where a sweep runs on a real control plane, with a launcher's rights and no more."""
+"""Test a sweep on a real control plane, with the rights of a launcher and no more."""
 
 from __future__ import annotations
 
