@@ -1,7 +1,7 @@
-"""This file is where a sweep file and the words of a command line become one request.
+"""Merge a sweep file and the words of a command line into one request, `Asked`.
 
-It knows the grammar (which keys, of which shape, who overrides whom) and no experiment: what the
-values of the knobs mean is checked point by point, in `grid`.
+This module knows the grammar: which keys exist, of which shape, and which source overrides which.
+It knows no experiment: `grid` checks, point by point, what the values of config fields mean.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ SEED = "training.seed"
 LAUNCHER_WORDS = frozenset({"seeds", "suite", "pack", "limit", "include_path", "tasks"})
 INCLUDE = "include_path"
 OWN = "own"  # the suite that fits the pair
-Knobs = dict[str, Any]  # a leaf's dotted path, or a group's name -> value
+Knobs = dict[str, Any]  # a config field's dotted path, or a group's name -> value
 Axes = dict[str, list[Any]]
 _STRICT = ConfigDict(extra="forbid")
 
@@ -64,7 +64,7 @@ class EvalBlock:
 
 @checked_dataclass(frozen=True, config=_STRICT)
 class Rule:
-    """What holds for points that have these values: further values, or that they are left out."""
+    """For the points that have these values: further values to set, or that they are skipped."""
 
     where: dict[str, Any]
     set: dict[str, Any] = Field(default_factory=dict[str, Any])
@@ -88,7 +88,7 @@ class SweepFile:
 
 @dataclasses.dataclass(frozen=True)
 class Asked:
-    """A request: what every point has, what varies, and what the command line lays over both."""
+    """A request: the values of every point, the axes, and the command line's overrides of both."""
 
     where: str  # for errors
     question: str | None
@@ -203,7 +203,7 @@ def _vocabulary() -> flags.Vocabulary:
 
 
 def _read_words(words: list[str]) -> tuple[Knobs, Axes, dict[str, Any]]:
-    """Words of one value, words of several, and those that no single run knows (seeds, suite …)."""
+    """Words with one value, words with several, and words of the sweep only (seeds, suite …)."""
     single: Knobs = {}
     typed: Axes = {}
     launcher: dict[str, Any] = {}
@@ -300,7 +300,7 @@ def axis(name: str, values: Any, where: str) -> list[Any]:
 
 
 def _take_seeds(where: str, count: Any, single: Knobs, axes: Axes) -> Sequence[int] | None:
-    """Seeds, however they are spelt: seeds: 3, seeds: [1, 2], seed: 7 or an axis named seed."""
+    """Seeds, however they are spelled: seeds: 3, seeds: [1, 2], seed: 7 or an axis named seed."""
     given: list[Any] = [] if count is None else [count]
     if SEED in single:
         given.append([single.pop(SEED)])
@@ -336,7 +336,7 @@ def _unknown(name: str, known: list[str], key: str | None = None) -> str:
 
 
 def label(key: str) -> str:
-    """What a person calls a knob: the leaf's name without its section, or the group's."""
+    """The short name of a config field: without its section; a group's name stays as it is."""
     return key.rpartition(".")[2]
 
 

@@ -1,7 +1,7 @@
-"""This file is where a look at a sweep finds out what its points rest on now, each thing once.
+"""Look up the models and data that points depend on now, each of them once per look at a sweep.
 
-Ten thousand points of one sweep rest on a few models and files. What they rested on is in their
-records; what is here now is asked of `sources` once per distinct pair and data.
+Ten thousand points of one sweep depend on a few models and files. A run's record says what it
+depended on; `sources` finds the present state, once per distinct pair and data.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ NO_COMMITS: Mapping[str, str] = {}
 
 @dataclass(frozen=True)
 class Below:
-    """What a run's or a baseline's scores are compared with."""
+    """What the scores of a run or a baseline depend on now."""
 
     label: str  # point, teacher, student or ptq
     pair: PairSpec
@@ -35,13 +35,13 @@ class Below:
     adapter: str | None = None  # digest of its contract
 
     def changes(self, score: Json, task: TaskSpec) -> list[str]:
-        """Why a score of this row counts no more, in sentences; [] where it does."""
+        """Why a score of this row is no longer valid, in sentences; [] where it is valid."""
         below = (self.pair, self.here, self.cache_dir, self.adapter)
         return changes(score, task, self.label, *below)
 
 
 class Beneath:
-    """What lies beneath the points of one look: weights, tokenizers and rows as they are now.
+    """What points depend on (weights, tokenizers and rows), as it is now; for one look at a sweep.
 
     `cache_dir`, `commits`: the sweep's; None: each run's own, as its record has them.
     """
@@ -63,20 +63,20 @@ class Beneath:
         return drift_of(run, record, spec, here)
 
     def under(self, directory: Path) -> Below | None:
-        """What the scores of a run or of a baseline rest on now; None: nobody knows."""
+        """What the scores of a run or of a baseline depend on now; None: not known."""
         run = RunDir(directory)
         record = run.record()
         return self.under_run(run, record) if record else self.under_baseline(directory)
 
     def under_run(self, run: RunDir, record: Json) -> Below:
-        """What the scores of a trained run rest on now."""
+        """What the scores of a trained run depend on now."""
         spec, here = self._of(run, record)
         contract = run.contract()
         adapter = digest(contract)[:16] if contract else None
         return Below("point", spec.pair, here, Path(spec.place.cache_dir), adapter)
 
     def under_baseline(self, directory: Path) -> Below | None:
-        """What the scores of a row that no run trained rest on now; None: it has none."""
+        """What the scores of a row that no run trained depend on now; None: it has none."""
         told = read_baseline(directory)
         if told is None or self.cache_dir is None:
             return None

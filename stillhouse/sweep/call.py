@@ -1,7 +1,8 @@
-"""This file is where what was typed behind a verb is kept, and what it is about is found.
+"""Hold the arguments of a launcher verb, and resolve its target to a sweep or to known points.
 
-A target is a sweep file, or the name of something that was started before. With a cluster, words
-about the site (`namespace=lab`, `site=kueue`) may stand behind a name, too: they say where to look.
+A target is a sweep file, or the name of something that was started before. With the cluster
+backend, words about the site (`namespace=lab`, `site=kueue`) may follow a name, too: they say where
+to look.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ BACKENDS = ("local", "cluster")
 
 @dataclass(frozen=True)
 class Call:
-    """What was typed behind a verb."""
+    """The target, words and options of a verb."""
 
     target: str | None = None
     words: tuple[str, ...] = ()
@@ -101,7 +102,7 @@ class Call:
 
     @functools.cached_property
     def ground(self) -> Ground:
-        """The place that is asked.
+        """The place where the points run: this machine, or the cluster.
 
         Raises:
             ConfigError: there is no way to the cluster.
@@ -110,7 +111,7 @@ class Call:
 
     @functools.cached_property
     def view(self) -> Ground:
-        """The place that is asked, or what is known of it where it cannot be."""
+        """As `ground`; where the cluster cannot be reached, what is known of it here."""
         try:
             return self.ground
         except ConfigError as error:
@@ -118,7 +119,7 @@ class Call:
 
     @property
     def away(self) -> Away:
-        """The cluster, for what can only be asked of one.
+        """The cluster, for verbs that only a cluster has.
 
         Raises:
             ConfigError: this machine is meant; or as `ground`.
@@ -128,7 +129,7 @@ class Call:
         return self.ground
 
     def find(self) -> Roster:
-        """The points that a verb which looks or mends is about."""
+        """The points that a verb such as status, logs, retry or cancel is about."""
         if self.is_file:
             found = roster_of(self.ground.pinned(self.sweep()))
         elif self.target is None:
@@ -140,7 +141,7 @@ class Call:
         return roster.narrowed(found, self.points)
 
     def knobs(self, row: Row) -> dict[str, Any]:
-        """What is known of a point's knobs: all, where the sweep file is at hand; else the axes."""
+        """A point's config fields: all, where the sweep file is at hand; else the axes only."""
         if not self.is_file:
             return row.overrides
         spec = to_plain(self._specs[row.id].spec)

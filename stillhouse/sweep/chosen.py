@@ -1,8 +1,8 @@
-"""This file is where a person says which failed points are meant: by their knobs, by a cause.
+"""Select failed points for `retry`: by a condition on their config fields, or by kind of cause.
 
     --where 'learning_rate > 1e-5 and lmbda in (0, 0.5)'      --cause oom
 
-The condition is parsed, never run: knobs, values and comparisons are all that it can hold.
+The condition is parsed, never executed: it can hold config fields, values and comparisons only.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _WORDS = {"true": True, "false": False, "null": None}  # as YAML and a command l
 
 
 class Condition:
-    """What `--where` says, as a test of a point's knobs.
+    """The condition of `--where`, as a test of a point's config fields.
 
     Raises:
         ConfigError: not a condition.
@@ -79,7 +79,7 @@ class Condition:
             self._check(part)
 
     def holds(self, knobs: Knobs) -> bool:
-        """Whether it is so for a point with these knobs.
+        """Whether the condition is true for a point with these config fields.
 
         Raises:
             ConfigError: it names no knob of the point, or compares what has no order.

@@ -1,8 +1,8 @@
-"""This file is where an open revision of the hub becomes one commit, for all points of a sweep.
+"""Resolve each open revision on the Hugging Face hub to one commit for all points of a sweep.
 
-A branch moves, and a sweep lasts for days. What its branches meant when it first ran is written
-into the sweep's record; every point, every resume and every point that is added later uses that
-commit (`place.commits`). A name is [datasets/]OWNER/NAME[@BRANCH] (`at_hand.open_name`).
+A branch moves, and a sweep lasts for days. The sweep's record holds the commits that its branches
+pointed to when it first ran. Every point, every resume and every point that is added later uses
+that commit (`place.commits`). A name is [datasets/]OWNER/NAME[@BRANCH] (`at_hand.open_name`).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ PATIENCE_S = 10
 
 @dataclasses.dataclass(frozen=True)
 class Open:
-    """A revision that may come to mean something else; None: the repository's main branch."""
+    """A revision that may later point to another commit; None: the repository's main branch."""
 
     repo: str
     revision: str | None
@@ -78,13 +78,13 @@ def _is_of_hub(name: str | None) -> bool:
 
 
 def here(one: Open) -> str | None:
-    """The commit that lies on this machine, as far as its cache of the hub says."""
+    """The commit in this machine's cache of the hub; None where it has none."""
     found = snapshot(one.repo, one.revision, one.repo_type)
     return found.name if found else None
 
 
 def unasked(one: Open) -> None:
-    """Nobody is asked: a look at a cluster opens no connection to the hub."""
+    """Never find a commit: a look at a cluster opens no connection to the hub."""
 
 
 def of_hub(one: Open) -> str | None:
@@ -121,7 +121,7 @@ def remarks(sweep: Sweep) -> list[str]:
 
 
 def unknown(sweep: Sweep) -> list[str]:
-    """The open revisions of which nobody could say what commit they are."""
+    """The open revisions whose commit is not known."""
     return sorted({one.name for one in _opens(sweep)} - sweep.commits.keys())
 
 

@@ -1,8 +1,8 @@
-"""This file is where time and price of points are foretold, before anything starts.
+"""Estimate the time and the price of points before anything starts.
 
-An estimate says what it rests on: runs of the same shape that were measured where it is to run, a
-rule of thumb, or nothing; a price says whose it is and of when. The only files read are those that
-runs have written, and k8s/prices.yaml.
+An estimate states its basis: runs of the same shape that were measured where the points are to run,
+a rule of thumb, or nothing. A price states its source and its date. The only files read are those
+that runs have written, and k8s/prices.yaml.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from stillhouse.sweep.kube.ledger import Record
 from stillhouse.sweep.kube.manifest import k8s_dir
 
 # Seconds of a generated pair's step, per sequence. A step of 32 at λ = 1 with int4 took 0.20 s on
-# one thread of a busy 2-core machine, and 0.07 to 0.10 s without quantiser and metrics on a quiet
+# one thread of a busy 2-core machine, and 0.07 to 0.10 s without quantizer and metrics on a quiet
 # one; 0.15 s lies between. It is used only until the first run of the same shape is done.
 GENERATED_SEQUENCE_S = 0.15 / 32
 SHOWN, SHOWN_BASES = 40, 4  # lines of a table before the rest is only counted

@@ -1,7 +1,8 @@
-"""This file is where a sweep is kept going until nothing is left to do: observe, plan, act, wait.
+"""Run the loop over a sweep until nothing is left to do: observe, plan, act, wait.
 
-The loop holds no truth. What a point is, it reads (`plan`); how something runs, its backend knows;
-what a person sees, its watcher shows. Kill it at any moment, start it again, and it goes on.
+The loop is not a source of truth: it reads the state of each point (`plan`), its backend knows how
+a task runs, and its watcher shows progress to a person. Kill it at any moment, start it again, and
+it continues.
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ class Backend(Protocol):
 
     @property
     def has_fixed_packs(self) -> bool:
-        """Whether others may drive the same sweep: then all must cut the same packs."""
+        """Whether other drivers may run the same sweep: then all must cut the same packs."""
         ...
 
     def observe(self) -> dict[str, Observation]:
@@ -83,7 +84,7 @@ class Backend(Protocol):
         ...
 
     def prepared(self) -> Mapping[str, bool]:
-        """Groups of which it is known that their pair is at hand."""
+        """Groups whose pair is known to be prepared."""
         ...
 
     def is_cancelled(self) -> bool:
@@ -95,7 +96,7 @@ class Backend(Protocol):
         ...
 
     def waits(self) -> Mapping[Action, str]:
-        """Why something live is not at work, where no point's state says it."""
+        """Why a live action does not run yet, where no point's state says it."""
         ...
 
     def start(self, task: Task) -> None:
@@ -117,7 +118,7 @@ class Backend(Protocol):
 
 @dataclass(frozen=True)
 class Picture:
-    """What there is to see of a sweep under way."""
+    """A snapshot of a running sweep, for the watcher."""
 
     roster: Roster
     observations: Mapping[str, Observation]
@@ -128,7 +129,7 @@ class Picture:
 
 @runtime_checkable
 class Watcher(Protocol):
-    """Somebody to whom the loop says what happens."""
+    """The receiver of the loop's events: a progress display, or a test."""
 
     def started(self, action: Action) -> None: ...
 
@@ -142,7 +143,7 @@ class Watcher(Protocol):
 
 
 class Interrupts:
-    """How often somebody asked us to stop."""
+    """A counter of requests to stop."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -298,7 +299,7 @@ class Drive:
         return DONE if states <= {"done"} else AGAIN
 
     def given_up(self) -> dict[str, str]:
-        """What no run tells: pairs that cannot be had, and baselines that cannot be scored."""
+        """Failures that no run shows, of preparing pairs and scoring baselines, with causes."""
         pairs = {f"the pair of {group}": cause for group, cause in self.blocked.items()}
         return pairs | {f"baseline {b.directory.name}": b.cause for b in self.baselines if b.cause}
 

@@ -1,7 +1,8 @@
-"""This file is where the end of a task is written into the run directories it was about.
+"""Write how a task of this machine ended into the run directories that it was about.
 
-A run that ends itself says so in its own status.json (`doors`). What it cannot say is written here:
-a death, a promise not kept, an evaluation's failure, and how many deaths are one too many.
+A run that ends by itself says so in its own status.json (`doors`). This module writes what the run
+cannot: that its process died, that exit code 0 left no results, that an evaluation failed, and that
+there were more deaths than the site's `infra_retries` allow.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ class Ending:
 
 
 def check_promise(task: Task) -> tuple[int, str | None]:
-    """The exit code of a task that said it succeeded: 1 where what it was to leave is not there."""
+    """The exit code of a task that ended with 0: 1 where its results are missing."""
     if task.action.kind == "train" and not task.runs[0].is_trained():
         return 1, "it ended with exit code 0 and left no whole adapter"
     missing = [d.name for d in _without_scores(task)]
@@ -65,7 +66,7 @@ def _without_scores(task: Task) -> list[Path]:
 
 
 def write_ending(task: Task, ending: Ending) -> None:
-    """Write into the task's run directories how it ended, where that is not what was promised."""
+    """Write into the task's run directories how it ended, unless it succeeded."""
     if ending.code == DONE:
         return
     if task.action.kind == "train":
@@ -81,7 +82,7 @@ def _write_train_ending(run: RunDir, ending: Ending) -> None:
 
 
 def _write_eval_ending(task: Task, ending: Ending) -> None:
-    """Say why, of each directory that still wants a score; one that was alone is the culprit."""
+    """Write the cause into each directory that lacks a score; a single one is to blame."""
     missing = _without_scores(task)
     for directory in missing:
         run = RunDir(directory)

@@ -1,10 +1,10 @@
-"""This file is where a sweep becomes a list of checked points.
+"""Expand a sweep into a list of points, and check each of them.
 
     base < rules < grid, points < command line       who overrides whom; seeds multiply everything
 
 A word of the command line with several values (`lmbda=0,1`) means the union of the sweeps that its
 single values give: it replaces an axis of the file, and multiplies explicit points. A rule sets
-further values for the points that have certain ones, or leaves them out. Every point is
+further values for the points that have certain values, or leaves those points out. Every point is
 composed and checked here, before anything starts: 10,000 in seconds (see `compose`).
 """
 
@@ -45,7 +45,7 @@ __all__ = ["Compare", "Point", "Sweep", "load_sweep"]
 
 @dataclasses.dataclass(frozen=True)
 class Point:
-    """One run of a sweep: its identity, its whole spec, and what tells it from its neighbours."""
+    """One run of a sweep: its identity, its whole spec, and what distinguishes it from others."""
 
     id: str
     slug: str
@@ -152,7 +152,7 @@ def _points(asked: Asked, runs: Path) -> tuple[Point, ...]:
 
 
 def _without_constants(points: tuple[Point, ...], names: Sequence[str]) -> tuple[Point, ...]:
-    """The points, less those overrides of `names` that tell no point from another."""
+    """The points, without those overrides of `names` that are the same in all of them."""
     first = points[0].overrides
     same = {n for n in names if all(point.overrides[n] == first[n] for point in points)}
     told = [{k: v for k, v in p.overrides.items() if k not in same} for p in points]
@@ -211,7 +211,7 @@ def _point(asked: Asked, own: Knobs, axes: Sequence[str], runs: Path) -> Point:
 
 
 def _elsewhere(knobs: Mapping[str, Any]) -> dict[str, Any]:
-    """The knobs that mean the same on any machine; nothing said is nothing to say."""
+    """The overrides that mean the same on any machine, without empty names and tags."""
     return {
         key: value
         for key, value in knobs.items()

@@ -1,7 +1,7 @@
-"""This file is where a verb meets the place in which points run: this machine, or a cluster.
+"""Define what verbs need of the place where points run, and implement it for this machine.
 
-`Ground` is all that the verbs ask of such a place. `Here` is this machine: its answers are files
-below `runs/`. `away.Away` is a cluster: its answers are Jobs and what is written down beside them.
+`Ground` is the protocol. `Here` implements it for this machine, from files below `runs/`.
+`away.Away` implements it for a cluster, from Jobs and from the ConfigMaps that outlive them.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ Observations = Mapping[str, Observation]
 
 @runtime_checkable
 class Ground(Protocol):
-    """Where the points of sweeps run and leave their traces."""
+    """The place where points run and leave their state: this machine or a cluster."""
 
     @property
     def name(self) -> str:
@@ -40,25 +40,25 @@ class Ground(Protocol):
 
     @property
     def parting(self) -> str:
-        """What a `run` says when it leaves before the end."""
+        """The message of a `run` that leaves before the end."""
         ...
 
     @property
     def again(self) -> str:
-        """What starts there what waits, as the beginning of a sentence."""
+        """The command that starts waiting points there, as the beginning of a sentence."""
         ...
 
     @property
     def has_files(self) -> bool:
-        """Whether what runs there writes its steps where we can read them."""
+        """Whether runs there write their steps to files that this machine can read."""
         ...
 
     def homeward(self, name: str) -> str:
-        """What has to be done before a report of this sweep, as the beginning of a sentence."""
+        """What to do before a report of this sweep (collect), as the beginning of a sentence."""
         ...
 
     def trouble(self) -> str:
-        """Why nobody there answers what is asked about a running sweep; '' where all is well."""
+        """Why requests about a running sweep get no answer; '' where they do."""
         ...
 
     # ------------------------------------------------------------------- looking
@@ -78,7 +78,7 @@ class Ground(Protocol):
     def observe(self, rows: Roster, minds_code: bool = False) -> dict[str, Observation]:
         """The state of every point, by its id.
 
-        `minds_code`: what other code than ours began, and is not done, is drifted.
+        `minds_code`: a point that other code than ours began, and that is not done, is drifted.
         """
         ...
 
@@ -87,7 +87,7 @@ class Ground(Protocol):
         ...
 
     def given_up(self, rows: Roster) -> dict[str, str]:
-        """What no point tells: the rows and pairs that cannot be had, and why."""
+        """Failures that no point shows, of preparing pairs and scoring baselines, with causes."""
         ...
 
     def pinned(self, sweep: Sweep, begins: bool = False) -> Sweep:
@@ -98,7 +98,7 @@ class Ground(Protocol):
         ...
 
     def drifted_rows(self, sweep: Sweep) -> list[str]:
-        """Which rows that no run trains have scores that count no more, and why."""
+        """Which rows that no run trains have scores that are no longer valid, and why."""
         ...
 
     def begin_anew(self, rows: Roster, ids: Sequence[str]) -> list[str]:
@@ -106,7 +106,7 @@ class Ground(Protocol):
         ...
 
     def remarks(self, rows: Roster | None) -> list[str]:
-        """Whatever else somebody who asks for the status should know; None: of all sweeps."""
+        """Further lines for the status of these points; None: of all sweeps."""
         ...
 
     def costs(self, sweep: Sweep, observations: Observations) -> dict[str, cost.Cost]:
@@ -132,7 +132,7 @@ class Ground(Protocol):
     # --------------------------------------------------------------------- doing
 
     def require(self, sweep: Sweep, rows: Roster) -> None:
-        """See that all is there that the first of these points will need.
+        """Check that everything the first of these points will need is there.
 
         Raises:
             ConfigError: something is not, and what to do about it.
@@ -148,19 +148,25 @@ class Ground(Protocol):
         ...
 
     def adopt_code(self, rows: Roster, observations: Observations) -> None:
-        """Let what other code began go on under the code at hand."""
+        """Let points that other code began continue under the present code."""
         ...
 
     def backend(self, sweep: Sweep, rows: Roster) -> AbstractContextManager[Backend]:
-        """What carries the sweep's tasks out there, for as long as it is needed."""
+        """The backend that runs the sweep's tasks there, as a context manager."""
         ...
 
     def forget(self, rows: Roster, is_whole: bool) -> int:
-        """Forget how these points failed; if it `is_whole`, also what no point tells: how many."""
+        """Forget how these points failed.
+
+        `is_whole`: forget those of `given_up`, too; the number of these is returned.
+        """
         ...
 
     def cancel(self, rows: Roster, is_whole: bool) -> list[str]:
-        """Ask what runs to save and end; what was asked. `is_whole`: a loop over it ends, too."""
+        """Ask running points to checkpoint and stop; a line for each that was asked.
+
+        `is_whole`: a loop over the sweep ends, too.
+        """
         ...
 
 

@@ -1,6 +1,6 @@
-"""This file is where the state of a sweep becomes text or JSON: what plan, run and status print.
+"""Format the state of a sweep as text or JSON, for the verbs plan, run and status.
 
-Plain strings, no terminal: the same words go to a screen, a log and a test.
+The text is plain strings that need no terminal: the same words go to a screen, a log and a test.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""This file is where what points printed is shown: one log whole, or the ends of several."""
+"""Print the logs of points on this machine: one log whole, or the ends of several."""
 
 from __future__ import annotations
 

@@ -1,17 +1,17 @@
-"""This file is where what lies on disk becomes the state of every point, and states become actions.
+"""Derive the state of every point from the files on disk, and the next actions from the states.
 
 `observe` and `baselines_of` read; `judge` and `actions` are pure. Nothing here knows where points
-run: what a process left in its run directory is all there is.
+run: the only input is what a process left in its run directory.
 
-    new       nobody ever started it          failed    42, 43, 44, or one death too many
-    waiting   may start, or start again       stopped   46: a watch rule ended it
+    new       nobody ever started it          failed    exit code 42, 43, 44, or too many deaths
+    waiting   may start, or start again       stopped   exit code 46: a watch rule ended it
     running   a live process holds its lock   drifted   begun, untrained, by other code than ours;
     done      trained, and every task that              or, trained or not, over other weights or
-              was asked for is scored                   rows than are here now
-    unreadable   a file in its directory is torn or odd: named, and no other point's business
+              was requested is scored                   rows than are here now
+    unreadable   a file in its directory is torn or malformed: it is named, other points go on
 
 A trained point whose scores were made of other weights, or by another lm-eval, waits to be scored
-anew: scoring is cheap, and the score says what it replaced.
+again: scoring is cheap, and the new score says what it replaced.
 """
 
 from __future__ import annotations
@@ -45,12 +45,12 @@ class Observation:
 
     state: State
     cause: str | None = None  # why it is not done, where there is a reason
-    step: int = 0  # completed optimiser steps, as status.json last said
+    step: int = 0  # completed optimizer steps, as status.json last said
     max_steps: int | None = None
     exit_code: int | None = None
     pid: int | None = None  # of the process that has it, while it is running
     is_trained: bool = False
-    goes_alone: bool = False  # an evaluation with others failed: the next one is to show who it was
+    goes_alone: bool = False  # an evaluation with others failed: score it alone to find the cause
     # When we saw that somebody stopped it, by our clock; None where it was so when we came.
     asked_to_stop: float | None = None
     stop_mark: float | None = None  # changes with each stop: a time, by the clock of who wrote it
@@ -101,7 +101,7 @@ class Action:
 
 @dataclass(frozen=True)
 class Situation:
-    """All that the next actions follow from."""
+    """The input of `actions`."""
 
     groups: Mapping[str, str]  # point id -> group, in the order in which points start
     packs: Mapping[str, str]  # point id -> which points one evaluation may score together
@@ -109,11 +109,11 @@ class Situation:
     baselines: Sequence[Baseline]
     prepared: Mapping[str, bool]  # group -> whether its pair is there; missing: not tried yet
     live: Sequence[Action]
-    since: float  # who was asked to stop after this is left alone by this loop
+    since: float  # this loop does not restart a point that was asked to stop after this
 
     @property
     def spreads(self) -> bool:
-        """Whether what is left of a group may be cut anew, to use idle slots."""
+        """Whether the rest of a group may be cut into new packs, to use idle slots."""
         return self.packs == self.groups
 
 
@@ -290,7 +290,7 @@ def judge(found: Found, code: str) -> Observation:
 
 
 def _judge_unscored(found: Found, observed: Any) -> Observation:
-    """A trained point without its scores. Its code is not asked: training it mixed nothing."""
+    """A trained point without its scores. Its code does not matter: its training is over."""
     status = found.status
     cause = status.get("eval_cause")
     if status.get("eval_gave_up"):
@@ -393,7 +393,8 @@ def _with_baselines(now: Situation, chosen: list[Action], waiting: set[str]) -> 
     """The actions, with each baseline that is not scored yet in one of them or in one of its own.
 
     `waiting`: groups that have or will have something else to score. A baseline that failed in
-    company goes alone, with a point that is scored already: evaluations load by adapter.
+    a shared evaluation is scored alone, with a point that is scored already: evaluations load by
+    adapter.
     """
     taken = {directory for action in now.live for directory in action.baselines}
     first: dict[str, str] = {}  # group -> the pack that takes its baselines along

@@ -1,7 +1,7 @@
-"""This file is where a person watches a sweep: a board that stays put in a terminal, or lines.
+"""Show the progress of a sweep: a board that is redrawn in a terminal, or one line per event.
 
-The board moves twice a second and scrolls only for what went wrong. The lines are one per event,
-without control codes, so that a log is a history.
+The board is redrawn twice a second and scrolls only for what went wrong. The lines have no control
+codes, so that a log is a history.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ from stillhouse.sweep.roster import Roster
 from stillhouse.words import Pace, duration, say
 
 TAIL_BYTES = 16_384  # of metrics.jsonl: more than a line, less than a page of disk reads
-LIVE_ROWS = 12  # tasks at work that the board lists; a laptop has fewer
+LIVE_ROWS = 12  # running tasks that the board lists; a laptop has fewer
 BAR_WIDTH = 60
 STEPS_S = 30.0  # between two lines on how far what trains is
 LASTING_S = 20.0  # a reason to wait that lasts so long is worth a line
-TROUBLE = "trouble"  # kind of reason: whoever is to answer us does not
+TROUBLE = "trouble"  # kind of reason: requests get no answer
 DOING = {"prepare": "prepares", "train": "trains", "eval": "scores"}
 DID = {"prepare": "prepared", "train": "trained", "eval": "scored"}
 
@@ -75,9 +75,9 @@ def about(action: Action, roster: Roster) -> str:
 
 
 def states_now(picture: Picture, has_files: bool = True) -> Counter[str]:
-    """Points by state; what is at work here is running, and what only wants its scores is told.
+    """Points by state; a live point here is running, and one that only lacks scores is "trained".
 
-    Elsewhere what was sent may still wait, and its state says so.
+    In a cluster a Job that was sent may still wait, and its point's state says so.
     """
     live = {id_ for action in picture.live for id_ in action.points} if has_files else set[str]()
 
@@ -140,7 +140,7 @@ class Lines:
                 self.says(f"trains {about(action, self.roster)}: {pace.told(at.done, at.of)}")
 
     def _say_why(self, picture: Picture) -> None:
-        """Say once what keeps points, or us, waiting, of what lasts."""
+        """Say once why points, or our requests, wait, where the reason lasts."""
         clock = time.monotonic()
         causes: dict[str, list[Observation]] = {}
         for seen in picture.observations.values():
@@ -184,8 +184,8 @@ def how_it_ended(finished: Finished, roster: Roster) -> str:
 class Board:
     """A few lines that stay where they are: one bar for the sweep, one row per task at work.
 
-    `has_files`: whether the runs write here, so that their steps can be read; else their state says
-    how they do.
+    `has_files`: whether the runs write files here, from which their steps are read; else their
+    state shows how far they are.
     """
 
     def __init__(
@@ -292,8 +292,8 @@ def watcher(
 ) -> Board | Lines:
     """A board where somebody looks at a terminal, lines where stdout is a file.
 
-    `has_files`: whether runs write their steps where we can read them. `trouble`: says why whoever
-    is asked about them does not answer; '' where all is well.
+    `has_files`: whether runs write their steps where we can read them. `trouble`: returns why
+    requests about them get no answer; '' where they do.
     """
     console = Console(highlight=False)
     if sys.stdout.isatty() and not console.is_dumb_terminal:

@@ -1,4 +1,4 @@
-"""This file is where `stillhouse push PATH` says what it sends, and how pods are told of it."""
+"""Implement `stillhouse push PATH`: say what is sent, send it, and say how pods refer to it."""
 
 from __future__ import annotations
 

@@ -1,10 +1,11 @@
-"""This file is where a sweep is written down as it was asked, and found again by what it is called.
+"""Write the record of a sweep, and find sweeps, runs and points by name or id.
 
-    <runs>/sweeps/NAME.json        which points, suite and baselines: all that looking takes
+    <runs>/sweeps/NAME.json        points, suite and baselines: all that showing the state takes
     <runs>/sweeps/NAME.cancelled   when somebody asked a running `run` of it to end
-    <runs>/sweeps/NAME.log         what preparing its pairs and scoring its points printed
+    <runs>/sweeps/NAME.log         output of preparing its pairs and scoring its points
 
-The verbs that look or mend need no configuration, only this: a sweep outlives its file.
+The verbs that show or change the state of a sweep need no configuration, only this record: a sweep
+outlives its file.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ MEND = "run the sweep's file again, once this one is moved away: that writes it 
 
 @dataclass(frozen=True)
 class Row:
-    """A point as it is listed: no spec, but all that finds and names it."""
+    """A point without its spec: only what names it and finds its run directory."""
 
     id: str
     slug: str
@@ -62,26 +63,27 @@ class Row:
         return directory_name(self.slug, self.id)
 
     def __str__(self) -> str:
-        """What people call it: its name, or what it sets, and the id's first digits."""
+        """Its name, or the values that it sets, and the id's first digits."""
         words = self.name or " ".join(f"{k}={text(v)}" for k, v in self.overrides.items())
         return f"{words or self.slug} ({self.id[:6]})"
 
 
 @dataclass(frozen=True)
 class Roster:
-    """The points of a sweep, where they lie, and what makes one of them done."""
+    """A sweep without specs: its points, their directories, and the suite that makes one done."""
 
     name: str
     runs: Path
     rows: tuple[Row, ...]
     suite: SuiteSpec | None
     baselines: tuple[Path, ...]  # directories of the rows that no run trained
-    # Where what its points rest on lies here, and what open revisions mean; None: nobody said.
+    # The cache with the models and data of its points, and the commits of open revisions; None: not
+    # known.
     cache_dir: Path | None = None
     commits: Mapping[str, str] = field(default_factory=dict[str, str])
 
     def beneath(self) -> Beneath:
-        """What its points rest on now, to be looked at once."""
+        """What its points depend on now, for one look."""
         return Beneath(self.cache_dir, self.commits)
 
     @functools.cached_property
@@ -94,7 +96,7 @@ class Roster:
 
 @dataclass(frozen=True)
 class BaselineRow:
-    """A row that no run trains: teacher, student or ptq, of one pair and quantiser."""
+    """A row that no run trains: teacher, student or ptq, of one pair and quantizer."""
 
     directory: Path
     label: str

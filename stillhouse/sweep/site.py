@@ -1,7 +1,7 @@
-"""This file is where it is said which cluster is meant, and how to say that again.
+"""Compose the settings of the cluster that a command means, and the words that select it again.
 
-A site is settings like any other (conf/site/), so a file of it, a sweep's `site:` block and words
-of a command line come together as everywhere else.
+A site consists of settings like any other (conf/site/): one of these files, a sweep's `site:` block
+and words of a command line combine by the usual rules.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def site_of(overrides: Overrides) -> SiteSpec:
 
 
 def away_words(site: SiteSpec) -> str:
-    """The words that lead a verb to this site from anywhere: --backend cluster namespace=lab."""
+    """The words that select this site in any command: --backend cluster namespace=lab."""
     usual = site_of(Overrides({}, {}))
     other = {f"site.{key}": getattr(site, key) for key in WHERE}
     other = {k: v for k, v in other.items() if v != getattr(usual, k.partition(".")[2])}

@@ -1,13 +1,13 @@
-"""This file is where what a sweep has cost so far is added up, by what the devices did.
+"""Add up the device-hours and the price of a sweep so far, by what the devices did.
 
     queued     a Job waits for its turn: it holds no device, and costs nothing but time
     starting   a pod has its devices and does not work yet: image, volumes
-    running    training, by phase as cost.json of the runs that are here tells it, and scoring
-    lost       attempts and tasks that failed, less what a later attempt went on from
+    running    training, by phase where the run's cost.json is on this machine, and scoring
+    lost       attempts and tasks that failed, less the work that a later attempt resumed from
 
-Times are of the ledger, which has a record of each task that ended; where there is none (on this
-machine), of cost.json alone. A point that diverged or was stopped by a rule is an answer, and not
-lost. Device-hours: hours times devices.
+Times come from the ledger, which has a record of each task that ended. Where there is no record (on
+this machine), they come from cost.json alone. A point that diverged or was stopped by a watch rule
+is a result, and its time is not lost. Device-hours are hours times devices.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from stillhouse.sweep.roster import Roster
 
 KINDS = ("queued", "starting", "running", "lost")
 PHASES = ("load", "rollout", "teacher", "train", "eval", "save")  # of cost.json, in this order
-OTHER = "start and end"  # of a process: imports before the first phase, and its goodbye
+OTHER = "start and end"  # of a process: imports before the first phase, and its shutdown
 UNKNOWN, UNFINISHED, SCORING = "not collected", "unfinished", "scoring"
 
 

@@ -1,7 +1,7 @@
-"""This file is where a sweep is planned for a cluster that cannot be asked.
+"""Plan a sweep for a cluster that cannot be reached.
 
-Without a kubeconfig, or away from the network, points, costs and prices are known all the same, and
-of states what `collect` brought home: a point of which nothing came counts as new.
+Without a kubeconfig or a network, points, costs and prices are known all the same. The states are
+those of the runs that `collect` fetched: a point of which nothing was fetched counts as new.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Observations = Mapping[str, Observation]
 
 
 class Unasked(Here):
-    """A cluster as it is known from what was collected; `why` it cannot be asked."""
+    """A cluster as known from what was collected; `why`: the reason it cannot be reached."""
 
     name = "on this cluster"
 

@@ -1,8 +1,9 @@
-"""This file is where the launcher's verbs do it: plan, render, run, status, logs, retry, cancel.
+"""Implement the verbs: plan, render, run, status, logs, retry, cancel, collect, doctor.
 
-Each takes a `Call` and returns an exit code: 0 all asked for is so, 1 some points failed or
-stopped, 85 interrupted. Mistakes are StillhouseErrors and become 42 at the door (`cli`). Where the
-points are, on this machine or in a cluster, no verb asks: its `Ground` knows.
+Each takes a `Call` and returns an exit code: 0 success, 1 some points failed or stopped, 42 a file
+is unreadable or something is missing, 85 interrupted. Mistakes are StillhouseErrors, which `cli`
+turns into exit code 42. A verb reaches the points through its `Ground`, which hides whether they
+are on this machine or in a cluster.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ WAYS_OUT = (
 
 
 def plan(call: Call) -> int:
-    """Say how many points are in which state, by axis, how they train and what that would cost."""
+    """Print the states of the points by axis, how they train and what that would cost."""
     sweep = call.asked()
     ground = call.view
     sweep = ground.pinned(sweep)
@@ -91,7 +92,7 @@ def plan(call: Call) -> int:
 
 
 def render(call: Call) -> int:
-    """Print every Job that `run` would send to a cluster; nothing is asked of one."""
+    """Print every Job that `run` would send to a cluster, without any request to one."""
     from stillhouse.sweep.kube.manifest import image_problem
     from stillhouse.sweep.kube.rendering import manifests
 
@@ -181,7 +182,7 @@ def _run(call: Call, backend_for: Callable[[Sweep, Roster], Backend] | None) -> 
 
 
 def _refuse(rows: Roster, observations: Observations) -> int:
-    """Say what rests on something else now, and both ways out; 42."""
+    """Print which points depend on something that changed, and both ways out; 42."""
     lines = [*listing.drifted(rows, observations), f"nothing was started: {WAYS_OUT}"]
     say("ContractError: " + "\n".join(lines), file=sys.stderr)
     return MISTAKE
@@ -219,7 +220,7 @@ def _summary(
 
 
 def status(call: Call) -> int:
-    """Say how a sweep, or without a target every sweep, stands."""
+    """Print the state of a sweep, or without a target of every sweep."""
     if call.is_about_all:
         return _overview(call)
     ground, rows = call.ground, call.find()
@@ -276,7 +277,7 @@ def _overview(call: Call) -> int:
 
 
 def logs(call: Call) -> int:
-    """Show what points printed: one whole log, or the end of each that is at work or failed."""
+    """Show logs: one point's whole log, or the end of each point that runs or failed."""
     ground, rows = call.ground, call.find()
     if call.is_json:
         with contextlib.redirect_stdout(sys.stderr):
@@ -316,7 +317,7 @@ def retry(call: Call) -> int:
 
 
 def cancel(call: Call) -> int:
-    """Ask what runs to save and end, and a `run` of the sweep that is under way to end with it."""
+    """Ask running points to checkpoint and stop, and a `run` that is under way to end."""
     ground, rows = call.ground, call.find()
     is_whole = not call.points and (call.is_file or call.target == rows.name)
     asked = ground.cancel(rows, is_whole)
@@ -332,7 +333,7 @@ def cancel(call: Call) -> int:
 
 
 def collect(call: Call) -> int:
-    """Bring the results of a sweep home from a cluster's volume."""
+    """Fetch the results of a sweep from a cluster's volume."""
     away, rows = call.away, call.find()
     tell: Callable[[str], None] = lambda text: say(text, file=sys.stderr, flush=True)  # noqa: E731
     collected = away.collect(rows, call.adapters, tell)
@@ -369,7 +370,7 @@ def _unreadable_lines(rows: Roster, observations: Observations) -> list[str]:
 
 
 def _code(observations: Observations, given_up: Mapping[str, str]) -> int:
-    """42 where a person has to mend a file, 1 where something failed, 0 otherwise."""
+    """42 where a person has to repair a file, 1 where something failed, 0 otherwise."""
     if any(seen.state == listing.UNREADABLE for seen in observations.values()):
         return MISTAKE
     has_failed = any(seen.state in listing.FAILED for seen in observations.values())

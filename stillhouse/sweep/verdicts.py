@@ -1,4 +1,4 @@
-"""This file is where a plan says what preflights found of its pairs, and how to ask of others."""
+"""Report the preflight verdict of each pair in a plan, and the command for pairs without one."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""This file is where YAML that people wrote is read: words are words, and numbers are decimal.
+"""Read YAML that people wrote: words stay text, and numbers are decimal.
 
 PyYAML reads YAML 1.1: to it 5e-6 is text, 010 is eight, 1:30 is ninety, and `no` is false. Here
-only what looks like a number, true, false or null is one; the rest is text. Nothing is filled in:
-the environment of whoever reads somebody else's file is not that file's business.
+only what looks like a number, true, false or null is read as one; the rest is text. `${...}` is
+refused, not filled in: somebody else's file must not depend on the environment of its reader.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""This file is where the API server's answers are read: refusals, and streams while they last."""
+"""Parse the API server's errors, and read its streams so that another thread can end them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PIECE = 65536  # bytes
 
 
 class ApiError(Exception):
-    """The API server's final no. `status` is HTTP's, or 0 where nobody answered to the end."""
+    """A final error of the API server. `status` is HTTP's, or 0 where no complete answer came."""
 
     def __init__(self, status: int, reason: str, message: str) -> None:
         super().__init__(f"{status} {reason}: {message}")
@@ -24,7 +24,7 @@ class ApiError(Exception):
 
 
 class Gone(ApiError):
-    """410: the page or the watch asked for history that is no longer kept. List again."""
+    """410: the page or the watch needs history that the server no longer keeps. List again."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ def refusal(status: int, body: bytes) -> ApiError:
 
 
 def is_contention(no: ApiError) -> bool:
-    """A 409 that is not about the object: two writers met, at a quota for example."""
+    """A 409 that is not about the object: two writers collided, at a quota for example."""
     return no.status == 409 and no.reason == "Conflict" and "precondition" not in no.message
 
 
@@ -69,7 +69,7 @@ def in_words(error: object) -> str:
 
 
 class Streams:
-    """The streams that are open, so that somebody else than their readers can end them."""
+    """The open streams, so that another thread than their reader can end them."""
 
     def __init__(self) -> None:
         self._open: set[Any] = set()

@@ -1,8 +1,8 @@
-"""This file is where requests to the API server are made, and where bad days are waited out.
+"""Send requests to the Kubernetes API server, and retry them until they have a final answer.
 
-A request is tried until it has a final answer. What an API server does on a bad day (429, 5xx,
-connections that drop) is waited out, in growing pauses, until `stop` is set. So a write may have
-been done by an attempt whose answer was lost, and callers write such that this does not matter.
+429, 5xx and dropped connections are waited out, in growing pauses, until `stop` is set. So an
+attempt whose answer was lost may have done a write, and callers write such that this does not
+matter.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ WAKES_S = 30.0  # a server that just came back denies all until it has read who 
 
 
 class Cluster:
-    """One namespace of one cluster. Thread-safe. `trouble` says why requests wait just now."""
+    """One namespace of one cluster. Thread-safe. `trouble`: why requests are being retried now."""
 
     def __init__(self, login: Login, namespace: str) -> None:
         self.context, self.server, self.namespace = login.context, login.server, namespace
@@ -191,7 +191,7 @@ class Cluster:
         return self._version_of(KUEUE)
 
     def pending(self, queue: str) -> list[Json]:
-        """Kueue's line before a LocalQueue, first first: each with the metadata of a Workload.
+        """What waits in a LocalQueue, in Kueue's order: each with the metadata of a Workload.
 
         Empty too where Kueue does not show it to us: its visibility API is off, down or forbidden.
         """
@@ -239,7 +239,7 @@ class Cluster:
     # Inside.
 
     def introduction(self) -> tuple[str, str]:
-        """Which version of Kubernetes this is, and who we are to it; fills in both."""
+        """The version of Kubernetes and our user name there; fills in both attributes."""
         review = {"apiVersion": "authentication.k8s.io/v1", "kind": "SelfSubjectReview"}
         self.version = self._json(Ask("GET", "/version"))["gitVersion"]
         self.user = self.create("selfsubjectreviews", review)["status"]["userInfo"]["username"]
@@ -331,7 +331,7 @@ class Cluster:
             return None, no
 
     def _wait(self, no: ApiError, attempt: int, after_s: float) -> None:
-        """Let a bad moment pass: as long as the server asks, and a little longer each time."""
+        """Pause before the next attempt: as long as the server asks, plus a growing delay."""
         growing_s = min(self.longest_delay_s, self.first_delay_s * 2 ** min(attempt, 20))
         delay_s = after_s + DICE.uniform(growing_s / 2, growing_s)
         self.trouble = f"{no.status} {no.message}" if no.status else no.message

@@ -1,4 +1,4 @@
-"""This file is where the resources are that we ask for, and what a request for one consists of."""
+"""Define the API resources in use, and `Ask`: one request and how its answer is handled."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def never(no: ApiError) -> bool:
 
 @dataclass(frozen=True)
 class Ask:
-    """One request, and how its answer is to be taken."""
+    """One request, and how its answer is handled."""
 
     method: str
     path: str
@@ -41,11 +41,11 @@ class Ask:
     accept: str = JSON
     is_patient: bool = True  # 429 and 5xx are waited out
     retry: Callable[[ApiError], bool] = never  # and these too
-    still: Callable[[], bool] | None = None  # whether it is wanted, after a wait
+    still: Callable[[], bool] | None = None  # whether it is still wanted, asked after a wait
     read_s: float | None = ANSWER_S
     is_stream: bool = False
 
 
 def query(**words: object) -> Json:
-    """The words of a query that say something."""
+    """The query's parameters without empty values."""
     return {key: value for key, value in words.items() if value != ""}

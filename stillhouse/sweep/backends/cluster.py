@@ -1,6 +1,6 @@
-"""This file is where Stillhouse logs in to Kubernetes; the only one that imports `kubernetes`.
+"""Log in to a Kubernetes cluster; the only module that imports `kubernetes`.
 
-The official client reads kubeconfigs, renews logins and knows TLS. Above its connection pool
+The official client reads kubeconfigs, renews logins and handles TLS. Above its connection pool
 (`api.py`) everything is plain dicts and bytes: its models cost more time than a server's answer.
 """
 

@@ -1,4 +1,4 @@
-"""This file is where a command is run in a pod, over a WebSocket of five channels."""
+"""Run a command in a pod (exec), over a WebSocket of five channels."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def run(
 ) -> Iterator[bytes]:
     """What the command writes to stdout, in pieces as they come.
 
-    `stdin`: pieces of what it reads. That they are all is not said to it: not every server can.
+    `stdin`: pieces of its input. The end of the input is not signaled: not every server can.
 
     Raises:
         CommandFailed: it ended with another code than 0, or was never started.
@@ -77,7 +77,7 @@ def _open(login: Login, path: str, command: list[str], has_stdin: bool) -> Any:
 def _frames(socket: Any, stdin: Iterable[bytes]) -> Iterator[tuple[int, bytes]]:
     """(channel, data) of a command's WebSocket, until the other side closes it.
 
-    What it says comes before what it is still to read: a command that failed reads no more.
+    Its output is read before more input is sent: a command that failed reads no more.
     """
     from websocket import ABNF
 
@@ -106,11 +106,11 @@ def _has_news(socket: Any) -> bool:
 
 
 def _check(end: bytes, errors: bytes) -> None:
-    """Raise unless a command's last word is that it succeeded.
+    """Raise unless the command's status frame reports success.
 
     Raises:
         CommandFailed: it ended with another code than 0, or was never started.
-        ApiError: there is no last word, so the output may be half of it.
+        ApiError: there is no status frame, so the output may be incomplete.
     """
     if not end:
         raise ApiError(0, "Dropped", "the connection ended before the command did")

@@ -1,9 +1,9 @@
-"""This file is where tasks run as Jobs of a cluster, and where their ends are kept before they go.
+"""Run tasks as Kubernetes Jobs, and record how each ended before its Job is deleted.
 
-    start ──► made, once (`making`) ──► Job ──► it ends ──► ledger ──► (a while) ──► deleted
+    start ──► created once (`making`) ──► Job ──► it ends ──► ledger ──► (a while) ──► deleted
 
-Any number of drivers do this at once, and each may die at any moment: all they know they read. What
-infrastructure broke, the cluster tries again; what would break again, it stops.
+Any number of drivers do this at once, and each may die at any moment: they read all their state
+from the cluster. The cluster retries what infrastructure broke, and stops what would fail again.
 """
 
 from __future__ import annotations
@@ -57,11 +57,11 @@ QUICKER = "another driver was quicker"
 
 @dataclass(frozen=True)
 class _Ended:
-    """A Job that ended, or is to end now."""
+    """A Job that ended, or that is to be ended now."""
 
     job: JobView
     end: End | None  # None: complete
-    is_to_go: bool  # it would go on, or hold its slot for nothing
+    is_to_go: bool  # delete it now: it would go on, or hold its slot for nothing
 
 
 class JobsBackend:
@@ -77,7 +77,7 @@ class JobsBackend:
         sight: Sight | None = None,
         writers: int = WRITERS,
     ) -> None:
-        """`sight`: one that has just looked around this namespace, so that nobody looks twice."""
+        """`sight`: one that has just listed this namespace, so that it is not listed twice."""
         self.sweep, self.rows, self.cluster, self.site = sweep, rows, cluster, sweep.site
         self.scores = suite_key(sweep.suite) if sweep.suite else None
         self.code = bundle(sweep.suite)
@@ -129,7 +129,7 @@ class JobsBackend:
         return baselines_seen(self.scene, self.sweep)
 
     def prepared(self) -> dict[str, bool]:
-        """The groups whose pair is in the cache. Who failed at it before is asked again."""
+        """The groups whose pair is in the cache. A Job that failed at it before is tried again."""
         found: dict[str, bool] = {}
         for name, group in self.whose.prepares.items():
             job = self.scene.job(name)
@@ -153,7 +153,7 @@ class JobsBackend:
         return [] if self._is_stopping else [work.action for work in self._live.values()]
 
     def waits(self) -> dict[Action, str]:
-        """Why Jobs are not at work, or not made, of which no point's state says it."""
+        """Why Jobs do not run, or are not created, where no point's state says it."""
         said = {work.action: self._why(work) for work in self._live.values()}
         return {action: why for action, why in said.items() if why is not None}
 
@@ -202,7 +202,7 @@ class JobsBackend:
         return self._turn()
 
     def _turn(self) -> list[Finished]:
-        """Take in all that happened, keep what is to be kept, and say what ended."""
+        """Process all news: record ends, delete what is due, and return the tasks that ended."""
         self._turned_at = time.monotonic()
         touched = self.scene.touched()
         self._changed |= {id_ for ids in touched.values() for id_ in ids} & self.rows.by_id.keys()
@@ -304,7 +304,7 @@ class JobsBackend:
         return []
 
     def _told_by_ledger(self, work: Work, otherwise: str) -> Finished:
-        """How a task ended that somebody else saw to the end."""
+        """How a task ended according to the ledger, where another driver recorded it."""
         records = [self.ledger.get(key) for key in work.keys]
         if all(record is not None and record.state == "done" for record in records):
             return Finished(work.action, DONE, None, 0.0)
@@ -314,7 +314,7 @@ class JobsBackend:
         return Finished(work.action, AGAIN, otherwise, 0.0)
 
     def _tend(self, job: JobView) -> list[_Ended]:
-        """Keep what attempts of a live Job left; the Job, where it is not to go on."""
+        """Record failed attempts of a live Job; return the Job, where it is to be ended."""
         pods = self.scene.pods_of(job)
         patch = attempts_patch(job, pods)
         if patch is not None and self._told.get(job.uid) != patch:
@@ -360,7 +360,7 @@ class JobsBackend:
     # ------------------------------------------------------------------------------- keeping
 
     def _keep(self, one: _Ended) -> None:
-        """Keep how a Job ended; it is not let go before that is written."""
+        """Record how a Job ended; it is not deleted before that is written."""
         self._unwritten |= records_of(one.job, self.scene, time.time(), one.end)
         self._settled.add(one.job.uid)
         self._stuck.pop(one.job.uid, None)
@@ -372,7 +372,7 @@ class JobsBackend:
             self._ended.append(one.job)
 
     def _write(self) -> None:
-        """Write how Jobs ended, and only then let go of those that nobody needs any more."""
+        """Write how Jobs ended, and only then queue for deletion those that nobody needs."""
         if self._unwritten:
             self.ledger.write(self._unwritten)
         due = time.monotonic() + self.keep_s
@@ -409,7 +409,7 @@ class JobsBackend:
     # -------------------------------------------------------------------------------- ending
 
     def stop(self) -> None:
-        """Leave: Jobs go on without us, and what was not sent yet is not sent."""
+        """Detach: Jobs continue without this driver, and no new ones are created."""
         self._is_stopping = True
         self._pool.shutdown(wait=False, cancel_futures=True)
 

@@ -1,13 +1,14 @@
-"""This file is where tasks run as processes of this machine, forked from a warm server.
+"""Run tasks as processes of this machine, forked from a server that has done the imports.
 
-Importing torch and its family takes ten seconds; a fork of a process that did it once takes some
-milliseconds. The launcher itself never imports them, so it stays light and its Ctrl-C is its own.
+Importing torch and the libraries around it takes ten seconds; a fork of a process that has imported
+them takes some milliseconds. The launcher itself never imports them, so it stays light and handles
+its own Ctrl-C.
 
     launcher ── starts ──► server (imports, one thread) ── forks ──► worker ── its own session
         │                                                               │
-        └─ pipe: when it closes, the launcher is dead, and a worker asks itself to save and stop
+        └─ pipe: when it closes, the launcher is dead, and a worker signals itself to save and stop
 
-How a worker died is written into the run directory from here (`endings`), because the dead cannot.
+The launcher writes how a worker died into the run directory (`endings`), because the worker cannot.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ from stillhouse.sweep.plan import (
 )
 from stillhouse.sweep.roster import Roster, cancel_mark, log_file
 
-# Named, not imported: this room holds no torch, and the doors open rooms from above.
+# Named, not imported: the launcher imports no torch, and `doors` is in a layer above this one.
 WORK = {
     "prepare": "stillhouse.distill.pairs:prepare",
     "train": "stillhouse.doors:train",
@@ -67,7 +68,7 @@ LOCK_WAIT_S = 5.0  # a look at a lock holds it for an instant; somebody at work 
 
 
 class LocalBackend:
-    """A pool of worker processes, as many as it is given tasks; one launcher has one server."""
+    """A pool of worker processes, one for each task it is given; one launcher has one server."""
 
     has_fixed_packs = False  # what is elsewhere holds its runs' locks; nobody scores them twice
 
@@ -274,7 +275,7 @@ def _cores() -> int:
 
 
 def _with_threads(argument: Any, threads: int) -> Any:
-    """A spec with its threads said: they are part of what makes a CPU run repeatable."""
+    """A spec with its number of threads set: a CPU run is repeatable only with the same number."""
     if not isinstance(argument, TrainSpec | EvalSpec) or argument.place.threads:
         return argument
     place = dataclasses.replace(argument.place, threads=threads)

@@ -1,4 +1,4 @@
-"""This file is where a login to a Kubernetes server is kept while it is used, and renewed."""
+"""Hold the login to a Kubernetes server while it is in use, and renew its token."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ LASTS_S = 10.0  # to ask the official client for the header costs more than a re
 
 @dataclass(frozen=True)
 class Login:
-    """Who we are to which server."""
+    """An identity at one server, with its connection pool."""
 
     configuration: Any  # the official client's
     pool: Any  # urllib3's connections to that server
@@ -43,7 +43,7 @@ class Login:
         return self.configuration.host
 
     def headers(self) -> dict[str, str]:
-        """Who asks; a token that is about to run out is renewed on the way."""
+        """User agent and authorization; a token that is about to run out is renewed."""
         if time.monotonic() >= self._kept.get("until", 0.0):
             with self._lock, error_lines():
                 if time.monotonic() >= self._kept.get("until", 0.0):
@@ -58,7 +58,7 @@ class Login:
         return f"{self.server} ({who})"
 
     def how(self) -> str:
-        """What a person does who is not let in."""
+        """What a person can do whose login is refused."""
         if self.is_pod:
             return "its account must exist, and the pod say automountServiceAccountToken: true"
         return "log in again, as you did to get the kubeconfig, then run the same line"

@@ -1,11 +1,12 @@
-"""This file is where a Job is made, once, however many drivers want it and whenever they die.
+"""Create each Job once, however many drivers want it and whenever they die.
 
-    does the ledger know its end? ─ yes ─► nothing is made
-      no ─► create ─ 409: there is one ─► that one is taken over
+    does the ledger record its end? ─ yes ─► nothing is created
+      no ─► create ─ 409: it exists ─► that Job is taken over
 
-A Job's name follows from its content, so while it is there a second create is told so. It stays at
-least KEEP_S after its end stands in the ledger (`jobs`), and is made by nobody who has not read the
-ledger in the last LOOK_VALID_S. So whoever would make it again has read of its end, or meets it.
+A Job's name follows from its content, so a second create is refused while the Job exists. The Job
+stays at least KEEP_S after its end is in the ledger (`jobs`), and a driver creates one only if it
+has read the ledger in the last LOOK_VALID_S. So a driver that would create the Job again has either
+read of its end, or finds the Job.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ KEEP_S = 15.0
 
 @dataclass(frozen=True)
 class Made:
-    """What became of an attempt to make a Job."""
+    """The result of an attempt to create a Job."""
 
     uid: str | None = None  # None: there is none of ours
     blocked_by: str | None = None  # why there is none yet: it is to be tried again later
@@ -43,7 +44,7 @@ class Work:
 
     action: Action
     name: str  # of the Job
-    keys: tuple[str, ...]  # what the ledger calls it
+    keys: tuple[str, ...]  # its keys in the ledger
     seen: tuple[Record | None, ...] = ()  # what the ledger said when it was decided
     step: Step | None = None  # None: the Job was found, not made
     uid: str | None = None  # None: no Job yet
@@ -110,7 +111,7 @@ class Maker:
     def _create(self, work: Work, body: bytes) -> Made | ApiError:
         """The Job that was made; or why not: its name is taken (409), a quota is full (403)."""
         try:
-            # However long an attempt was in the making: the next one is of somebody who looked.
+            # However long an attempt took: before the next one the ledger is read again.
             job = self.cluster.create(
                 "jobs", body, still=lambda: self._is_wanted(work, self.look_valid_s)
             )
@@ -131,7 +132,7 @@ class Maker:
 
 
 class Whose:
-    """Says what Jobs, whoever made them, do for the points of a roster."""
+    """Maps Jobs, whoever created them, to actions for the points of a roster."""
 
     def __init__(self, sweep: Sweep, rows: Roster, steps: Steps) -> None:
         self.rows, self.groups = rows, groups_of(sweep)

@@ -1,6 +1,6 @@
-"""This file is where the rights of `k8s/access.yaml` are read, so that who lacks one is told which.
+"""Read the rights in `k8s/access.yaml`, so that an error can name the right that is missing.
 
-The file that an administrator applies and the list that is checked before the first Job are one.
+The file that an administrator applies is also the list that is checked before the first Job.
 """
 
 from __future__ import annotations

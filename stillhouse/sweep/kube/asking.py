@@ -1,7 +1,7 @@
-"""This file is where two sites from which one Job may be sent are told apart: by what it asks.
+"""Compare what two sites request for the same Job: queue, priorities, image, sizes.
 
-Pure. Each Job says it (`manifest.asked`): queue, priorities, image, sizes, whatever decides where
-and whether it can start.
+Pure. Each Job carries what its site requests (`manifest.asked`): whatever decides where and whether
+it can start.
 """
 
 from __future__ import annotations

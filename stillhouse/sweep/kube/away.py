@@ -1,7 +1,8 @@
-"""This file is where the verbs meet a cluster: its Jobs, its pods and its ledger.
+"""Implement the verbs' interface `Ground` for a cluster: its Jobs, its pods and its ledger.
 
-A look is one LIST of each kind of object, read once and kept until something is changed from here.
-Everything that is known of a sweep is there, so any machine with a kubeconfig can look and mend.
+A look is one LIST of each kind of object, kept until a command from here changes something. All
+that is known of a sweep is in the cluster, so any machine with a kubeconfig can show its state and
+retry or cancel it.
 """
 
 from __future__ import annotations
@@ -69,7 +70,7 @@ class Away:
 
     @functools.cached_property
     def sight(self) -> Sight:
-        """One look around, kept."""
+        """The namespace as it was read once; cached."""
         found = Sight(self.cluster, self.site.runs_claim)
         found.refresh()
         return found
@@ -79,7 +80,7 @@ class Away:
         return self.sight.scene
 
     def look_again(self) -> None:
-        """Forget the look: something was changed."""
+        """Drop the cached state: something was changed."""
         self.__dict__.pop("sight", None)
 
     def names(self) -> list[str]:

@@ -1,14 +1,15 @@
-"""This file is where the code becomes one immutable ConfigMap, named by what is in it.
+"""Pack the code into one immutable ConfigMap whose name follows from its content.
 
 Pods run what was submitted, whatever their image holds and whatever changes here while they wait:
 
     code.tar.gz    stillhouse/ conf/ k8s/ train.py eval.py    pod.py    process 1, which unpacks it
-                   tasks/: what the suite's tasks of the user's own are made of
+                   tasks/: the files of those tasks of the suite that are the user's own
 
-Of the project only what is of it (`carried`); of the tasks what the suite names.
+Only files that belong to the project (`carried`) are packed, and the task files that the suite
+names.
 
-The name has two digests: of the sources (`code_identity`, which says whether a point was begun by
-other code) and of all that travels, because another `conf/` is another bundle of the same code.
+The name has two digests: of the sources (`code_identity`, which tells whether other code began a
+point) and of all that is packed, because another `conf/` is another bundle of the same code.
 """
 
 from __future__ import annotations
@@ -67,7 +68,7 @@ DOORS = {
 
 @dataclass(frozen=True)
 class Bundle:
-    """The code as it travels."""
+    """The packed code."""
 
     digest: str  # of the sources, as code_identity has it
     key: str  # <digest>-<eight digits of all that travels>: what `manifest.render` is given
@@ -137,7 +138,7 @@ def _config_map(name: str, labels: Mapping[str, str]) -> Json:
 
 
 def _files() -> dict[str, bytes]:
-    """All of ours that travels, by its path in the archive."""
+    """The project's files to pack, by their paths in the archive."""
     package = Path(__file__).parents[2]
     # An installed package has them inside.
     inside = [top for top in ("conf", "k8s") if (package / top).is_dir()]
@@ -197,7 +198,7 @@ def _archive(files: Mapping[str, bytes]) -> bytes:
 
 
 def _refuse_keys(path: str, data: bytes) -> None:
-    """Of somebody's code, prompts and rows, what is a key by its form: `token = …` means others."""
+    """Refuse what has the form of a key in a user's task files; `token = …` is harmless there."""
     for number, line in enumerate(data.decode(errors="replace").splitlines(), start=1):
         if secrets.find(line) not in (None, secrets.BY_NAME):
             secrets.refuse(line, "", f"{path}, line {number}")

@@ -1,10 +1,12 @@
-"""This file is where it is known which files are the project's, and may leave this machine with it.
+"""Decide which files belong to the project and may leave this machine with it.
 
-What git tracks is (changed, or not committed yet: it travels as it is now), or, of an installed
-package, what its RECORD lists. Where neither is at hand, in a pod and in an unpacked archive, all
-of our kinds. Other files of these kinds would be read here and be missing there, so they are named.
+They are the files that git tracks (changed or not committed yet: the present content is sent) or,
+of an installed package, those that its RECORD lists. Where neither is at hand, in a pod and in an
+unpacked archive, they are all files of our kinds (`KINDS`). Another file of these kinds would be
+read here and be missing in a pod, so an error names it.
 
-The code bundle and `tools/image.py` ask; the latter runs on any Python: standard library only.
+The code bundle and `tools/image.py` use this module; the latter runs on any Python, so only the
+standard library may be imported.
 """
 
 from __future__ import annotations

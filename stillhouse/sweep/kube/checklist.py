@@ -1,8 +1,8 @@
-"""This file is where it stands what every Job must have, and what happened to those that had not.
+"""List what every Job manifest must have, and what went wrong with Jobs that lacked it.
 
-It is held against a rendered manifest, whoever made it: `k8s/job.yaml`, a golden file and what a
-person wrote by hand are asked the same. A test takes every line out of `k8s/job.yaml`, one at a
-time, and asks that this list notices.
+The list is applied to a rendered manifest, whoever made it: `k8s/job.yaml`, a golden file or one
+that a person wrote by hand. A test removes each line of `k8s/job.yaml`, one at a time, and requires
+that this list notices.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""This file is where a namespace is checked against all that a sweep needs, before the first Job.
+"""Check a namespace for all that a sweep needs, before the first Job is sent.
 
 What the launcher's Role cannot read (secrets, priority classes, nodes) is not checked: the cluster
-says it when a Job meets it, and `status` passes it on (`reasons`).
+reports it when it affects a Job, and `status` passes that on (`reasons`).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ UNBOUND = ("FailedBinding", "ProvisioningFailed")
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was looked at."""
+    """The result of one check."""
 
     ok: bool
     what: str
@@ -42,7 +42,7 @@ class Finding:
 
 
 def findings(cluster: Cluster, site: SiteSpec, role: str = LAUNCHER) -> list[Finding]:
-    """All that a sweep at this site needs of its namespace, each looked at once."""
+    """Check all that a sweep at this site needs of its namespace, each thing once."""
     where = _namespace(cluster)
     if not where.ok:
         return [_image(site), where]
@@ -59,7 +59,7 @@ def findings(cluster: Cluster, site: SiteSpec, role: str = LAUNCHER) -> list[Fin
 
 
 def require(cluster: Cluster, site: SiteSpec, role: str = LAUNCHER) -> None:
-    """See that all is there.
+    """Check that all is there.
 
     Raises:
         ConfigError: something is not, and what to do about it.

@@ -1,9 +1,10 @@
-"""This file is where results come home from a volume that this machine does not mount.
+"""Fetch results from a volume that this machine does not mount.
 
-A short-lived Job holds the volume of runs, read-only, and by `exec` its pod sends what is not here
-yet (`parcel`): the small files, and on request the adapters. A directory changes in one rename, so
-interrupt it anywhere and run it again. `collected.json` in it says where it came from; a directory
-without one is this machine's own work, and like one that was changed here since it is left alone.
+A short-lived Job mounts the volume of runs, read-only. By `exec` its pod sends what is not here yet
+(`parcel`): the small files, and on request the adapters. A directory is replaced in one rename, so
+a collect can be interrupted anywhere and run again. `collected.json` in a directory says where it
+came from. A directory without that file is this machine's own work; it is left alone, and so is one
+that was changed here since it came.
 """
 
 from __future__ import annotations
@@ -146,7 +147,7 @@ def _alone(runs: Path) -> Generator[None, None, None]:
 
 
 class _Home:
-    """The local directory of runs, and what may be changed in it."""
+    """The local directory of runs, into which results are fetched."""
 
     def __init__(self, runs: Path, source: str, holder: Holder) -> None:
         self.runs, self.source, self.holder = runs, source, holder
@@ -247,7 +248,7 @@ class _Home:
         return manifest
 
     def _settle(self, directory: str, is_weights: bool) -> None:
-        """Put a directory that came into its place, in one step.
+        """Move a fetched directory into its place, in one step.
 
         Raises:
             ContractError: what came is not what the directory's name says, or not whole.

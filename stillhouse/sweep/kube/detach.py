@@ -1,4 +1,4 @@
-"""This file is where the loop over a sweep is left in the cluster: the same `run`, in a Job."""
+"""Run the loop over a sweep inside the cluster: the same `run`, in a Job."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""This file is where a manifest is asked whether it has what the checklist wants of it.
+"""Test whether a manifest has what each item of the checklist demands.
 
-Each answer is about the manifest alone, so nothing depends on how it was made. A part that is not
-there may raise: `checklist` takes that for a no.
+Each test is about the manifest alone, so nothing depends on how it was made. A test may raise where
+a part is missing: `checklist` takes that for a no.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ BELOW = {  # a variable of the environment -> the volume it must lie on
 
 @dataclass(frozen=True)
 class Job:
-    """A manifest, with names for the parts that are asked about."""
+    """A manifest, with names for the parts that are tested."""
 
     whole: Json
 
@@ -88,7 +88,7 @@ class Job:
 
     @property
     def options(self) -> dict[str, str]:
-        """What process 1 is told before its kind."""
+        """The options of process 1, which stand before its kind."""
         told = self.main["args"]
         pairs = (word.removeprefix("--").partition("=") for word in told[: told.index(self.kind)])
         return {name: value for name, _, value in pairs}

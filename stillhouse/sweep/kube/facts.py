@@ -1,6 +1,7 @@
-"""This file is where what is known of a point on a cluster becomes its state: pure.
+"""Derive the state of a point on a cluster from its Jobs and its ledger record.
 
-done > at work or waiting in the cluster > failed there > what the ledger says > new
+Pure. The first that applies: done > at work or waiting in the cluster > failed there > what the
+ledger says > new.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ class Facts:
     orphan: PodView | None = None  # a pod that trains it and whose Job somebody deleted
     waits: Reason | None = None  # why that Job does not run; None: it does
     failed: End | None = None  # how its Job failed, where the ledger does not say it yet
-    has_company: bool = False  # that Job was about others too
-    record: Record | None = None  # what the ledger says of what it still wants
+    has_company: bool = False  # that Job was about other points or baselines too
+    record: Record | None = None  # the ledger on what it still lacks: training, or scores
     deleted_at: float | None = None  # when we saw its unfinished Job vanish
     cancelled_at: float | None = None  # when we saw the ledger say so
 
@@ -76,12 +77,12 @@ def _ended(code: int, cause: str | None) -> tuple[State, str | None, dict[str, A
 
 
 def goes_alone(code: int, has_company: bool) -> bool:
-    """Whether a failed evaluation was one member's doing, and does not say whose."""
+    """Whether one unknown member of a shared evaluation made it fail: then each is scored alone."""
     return has_company and code in POISON
 
 
 def keys_of(job: JobView) -> tuple[str, ...]:
-    """What the ledger calls the things that a Job is to bring about."""
+    """The ledger keys of the tasks that a Job carries out."""
     if job.kind == "train":
         return job.points
     if job.kind == "eval" and job.scores is not None:

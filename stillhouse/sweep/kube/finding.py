@@ -1,6 +1,6 @@
-"""This file is where a word finds what it means in a cluster: a sweep, a run, a Job.
+"""Resolve a sweep, a run or a Job of a cluster by its name or id.
 
-lmbda_beta           a sweep that was started there, by anybody
+lmbda_beta           a sweep that anybody started there
 lmbda0_lr5e6         a name that k8s/train.sh or a sweep gave
 3f9a                 the first digits of an id, or of any Job's hash
 eval                 a label of k8s/eval.sh: all Jobs that have it

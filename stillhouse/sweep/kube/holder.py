@@ -1,7 +1,7 @@
-"""This file is where a pod gets a volume, so that files go out of it or into it by `exec`.
+"""Start a short-lived pod that mounts a volume, to copy files out of it or into it by `exec`.
 
-It is a Job that waits and takes no device; it is deleted when all is asked, and ends by itself
-where nobody could (`steps.COLLECT_S`).
+The pod belongs to a Job that waits and takes no device. The Job is deleted after the last request,
+and ends by itself where nobody could delete it (`steps.COLLECT_S`).
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ Say = Callable[[str], None]
 
 
 class Holder:
-    """A Job whose pod has a volume, for as long as this block lasts.
+    """A Job whose pod mounts a volume, for the duration of a `with` block.
 
     `about`: what it is for, a sweep's name for example; `step`: says which volume that is.
     """
@@ -79,7 +79,7 @@ class Holder:
             ) from error
 
     def ask(self, request: Json, stage: Path) -> Json:
-        """Have a request answered into the empty directory `stage`; the manifest of what came."""
+        """Fetch what a request names into the empty directory `stage`; the manifest of it."""
         command = ["python", "/bundle/pod.py", "send", "--", pack({"runs": RUNS, **request})]
         for turn in range(1, TRIES + 1):
             shutil.rmtree(stage, ignore_errors=True)
@@ -171,7 +171,7 @@ class Holder:
         return f"batch.kubernetes.io/job-name={self._name}"
 
     def _pods(self) -> tuple[list[PodView], str]:
-        """The pods of the Job, oldest first, and the version of the world in which they are so."""
+        """The pods of the Job, oldest first, and the resourceVersion of that list."""
         found: list[PodView] = []
         version = ""
         for items, at in self.cluster.pages("pods", self._selector):

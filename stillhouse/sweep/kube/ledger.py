@@ -1,10 +1,10 @@
-"""This file is where a cluster remembers what is done, when the Jobs that did it are gone.
+"""Record in ConfigMaps how each task ended, and which sweeps were started; they outlive the Jobs.
 
     stillhouse-done-<runs claim>-<digit>   how each task ended, by the id's first digit: 16 of them
-    stillhouse-sweep-<name>                a sweep as it was asked, and whether it was cancelled
+    stillhouse-sweep-<name>                a sweep as last requested, and whether it was cancelled
 
-Nobody holds a lock: a record is one key of a merge patch, so drivers that write at the same time
-leave all of it. What people call a run is in `names`.
+No lock is needed: a record is one key of a merge patch, so drivers that write at the same time keep
+each other's records. The names that people give to runs are in `names`.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ KEY = re.compile(r"(prepare\.)?([a-z0-9-]*-)?[0-9a-f]{10,}(\.[0-9a-f]+)?")  # as
 class Record:
     """How a task ended. Times in seconds, `at` since the epoch."""
 
-    # alone: its evaluation failed in company; the next one shows who it was.
+    # alone: its shared evaluation failed; it is scored alone next, to find the cause.
     # unreadable: somebody edited it; `cause` says what is wrong.
     state: RecordState
     code: int = 0
@@ -254,7 +254,7 @@ class Ledger:
                 self._take(digit, item, began)
 
     def _fitted(self, digit: str, data: dict[str, str | None]) -> dict[str, str | None]:
-        """The same records in as many words as there is room for."""
+        """The records; without causes, tails and times where room is short."""
         there = sum(len(key) + len(said) for key, said in self._said[digit].items())
 
         def size(of: Mapping[str, str | None]) -> int:

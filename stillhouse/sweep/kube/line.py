@@ -1,9 +1,9 @@
-"""This file is where a line of k8s/train.sh or k8s/eval.sh is understood: one name, one Job.
+"""Parse a line of k8s/train.sh or k8s/eval.sh, or of a preflight, into the one Job it describes.
 
     k8s/train.sh NAME --lmbda 0 …           NAME means this configuration, and no other
-    k8s/eval.sh LABEL --lora-paths dump/A   LABEL is what people call it, and no more
+    k8s/eval.sh LABEL --lora-paths dump/A   LABEL is only what people call the Job
 
-Pure: nothing is asked of a cluster, so a dry run needs none. `sending` is what comes after.
+Pure: no request is made to a cluster, so a dry run needs none. `sending` sends the Job.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ POD_PLACES = ("place.runs", "place.output_dir", "place.cache_dir")
 
 @dataclass(frozen=True)
 class Line:
-    """What a line asks for."""
+    """A parsed line, and the step that it describes."""
 
     kind: Kind
     name: str

@@ -1,8 +1,9 @@
-"""This file is where a step becomes a Kubernetes Job: pure, and byte for byte what is sent.
+"""Render a step as a Kubernetes Job, byte for byte as it is sent.
 
     k8s/job.yaml + Step + SiteSpec + the code bundle's key -> dict -> YAML
 
-The pattern in `k8s/job.yaml` holds what is always so; here is only what follows from step and site.
+Pure. The template `k8s/job.yaml` holds what is the same in every Job; this module adds only what
+follows from step and site.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""This file is where Jobs of a cluster are let go of: to be tried again, or to save and stop.
+"""Delete Jobs of a cluster: failed ones to be tried again, live ones so that they save and stop.
 
-Only Jobs as they were seen (by uid), and only one's own: a label says whose they are.
+Only Jobs as they were seen (by uid) are deleted, and only one's own: a label names the owner.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ AT_ONCE = 16  # requests
 
 
 def refuse_others(jobs: Iterable[JobView], owner: str) -> None:
-    """Leave alone what another person's label owns.
+    """Refuse Jobs whose label names another owner.
 
     Raises:
         ConfigError: some of these Jobs are another's.
@@ -37,7 +37,7 @@ def refuse_others(jobs: Iterable[JobView], owner: str) -> None:
 def forget_failures(
     cluster: Cluster, ledger: Ledger, jobs: Sequence[JobView], keys: Iterable[str]
 ) -> None:
-    """Let what failed start again: these Jobs go, and what the ledger says of these keys."""
+    """Let what failed start again: delete these Jobs, and the failures in these ledger keys."""
     delete(cluster, jobs)  # first: as long as they are there, a driver writes down how they ended
     records = {key: ledger.get(key) for key in keys}
     again = ("failed", "alone", "unreadable")
@@ -45,7 +45,7 @@ def forget_failures(
 
 
 def stop(cluster: Cluster, ledger: Ledger, jobs: Sequence[JobView], owner: str) -> None:
-    """Ask what runs to save and end; first the ledger says that somebody wanted it so."""
+    """Ask running Jobs to checkpoint and stop; the ledger first records that it was requested."""
     mark = Record("cancelled", AGAIN, f"cancelled by {owner}", at=now())
     ledger.write({key: mark for job in jobs for key in keys_of(job)})
     delete(cluster, jobs)

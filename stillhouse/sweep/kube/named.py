@@ -1,7 +1,8 @@
-"""This file is where what lies under a name of ours is held against what we would make there.
+"""Compare an existing object with the one that we would create under its name.
 
 "It exists" is not "it is equal": somebody may have edited it, made it by hand or restored another.
-What is equal is taken; what is not is named, with what differs and what to do, and left alone.
+An equal object is used. Any other is left alone, and the error names it, what differs and what to
+do.
 """
 
 from __future__ import annotations
@@ -104,7 +105,7 @@ def ours(there: Json, step: Step) -> JobView:
 
 
 def refuse_stranger(there: Json | None, kind: str | None) -> None:
-    """Leave a ConfigMap alone that has the name of one that we write, and is not it.
+    """Refuse a ConfigMap that has the name of one that we write, but not our labels.
 
     `kind`: what its label says; None: it has no such label.
 

@@ -1,6 +1,7 @@
-"""This file is where a cluster keeps what people call their runs: name -> run directory.
+"""Keep the names that people give to runs in one ConfigMap of a cluster: name -> run directory.
 
-One ConfigMap, `stillhouse-names`; a name is claimed against the version that was read.
+It is `stillhouse-names`. Claiming a name replaces the version that was read; where the ConfigMap
+has changed since, it is read again.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""This file is where all that is known of one Job, or of the loops over a sweep, becomes lines."""
+"""Format the details of a point's Jobs and pods, and of Jobs such as the drivers of a sweep."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def particulars(
 
 
 def said_of_others(jobs: Sequence[JobView], scene: Scene) -> list[str]:
-    """Jobs that no point tells of: drivers, and whatever else is not at its end."""
+    """Jobs that no point's state shows: drivers, and others that have not ended."""
     lines: list[str] = []
     for job in sorted(jobs, key=lambda job: job.created):
         if job.kind not in CALLED or (job.state != "live" and job.kind != "drive"):

@@ -1,7 +1,8 @@
-"""This file is where a path is refused that no pod would have.
+"""Refuse a path that does not exist in a pod.
 
-A pod has the two volumes and the code that was sent with it, and nothing else of this machine. What
-this is about only looks: a name that is no path here and has the form of a hub id is one.
+A pod has the two volumes and the code that was sent with it, and nothing else of this machine. The
+check only looks at names and local files: a name that is no path here and has the form of a hub id
+is taken for one.
 """
 
 from __future__ import annotations

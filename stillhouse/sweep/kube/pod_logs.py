@@ -1,7 +1,7 @@
-"""This file is where what pods printed is shown, also when they are gone.
+"""Print the logs of pods, also of pods that are gone.
 
-A pod's own log, through the API, while it is there; else the log.txt that `collect` brought home;
-else the one on the volume, which a short-lived pod sends.
+The first of these that exists: a pod's own log, through the API; the log.txt that `collect`
+fetched; the log on the volume, which a short-lived pod sends.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ FOLLOW_S = 2.0  # how often we look again whether a pod that is waited for has b
 
 @dataclass(frozen=True)
 class Sources:
-    """Where the logs of some points may be found."""
+    """What is needed to find the logs of some points."""
 
     cluster: Cluster
     site: SiteSpec
@@ -152,7 +152,7 @@ def _tail_of(cluster: Cluster, job: JobView) -> str | None:
 
 
 def _job(sources: Sources, row: Row) -> JobView | None:
-    """The Job that tells most of a point: one that runs, else one that failed, else the last."""
+    """The most informative Job of a point: one that runs, else one that failed, else the last."""
     order = {"live": 2, "failed": 1, "complete": 0}
     jobs = sources.jobs[row.id]
     return max(jobs, key=lambda job: (order[job.state], job.created), default=None)

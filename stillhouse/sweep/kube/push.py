@@ -1,8 +1,9 @@
-"""This file is where weights, rows or tasks of this machine are brought to the volume of the cache.
+"""Copy weights, rows or tasks of this machine to the cache volume of a cluster.
 
-A short-lived Job holds the volume, and by `exec` its pod writes what it is sent (`intake`), below
-/cache/pushed/LABEL-DIGEST: what is there already is not sent, what was cut goes on where it was.
-Only plain files at or below the path go, no links, nothing hidden, nothing that holds a key.
+A short-lived Job mounts the volume, and by `exec` its pod writes what it receives (`intake`), below
+/cache/pushed/LABEL-DIGEST. What is there already is not sent; an interrupted transfer resumes where
+it stopped. Only plain files at or below the path are sent: no links, nothing hidden, nothing that
+holds a key.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ LINE_BYTES = 1 << 24  # of a line that is searched at once
 
 @dataclass(frozen=True)
 class Load:
-    """What is to be pushed."""
+    """The files to push."""
 
     path: Path
     files: Mapping[str, Path]  # by their paths below what is pushed, in order
@@ -229,7 +230,7 @@ class _Push:
         return self._tell({"do": "ask", "bytes": len(data)}, _cut(data))
 
     def _tell(self, request: Json, stdin: Iterator[bytes] | Sequence[bytes]) -> Json:
-        """A request, and its answer once that was looked at.
+        """Send a request to the pod; its answer, once that is checked.
 
         Raises:
             ValueError: the answer is none; or as `Holder.tell`.

@@ -1,6 +1,7 @@
-"""This file is where the cluster's words become plain ones: why a point waits, and how it ended.
+"""Translate Kubernetes conditions into reasons a person can act on.
 
-Pure functions of views. Each sentence says what is wrong and, where a person can mend it, how.
+They say why a point waits, and how it ended. Pure functions of views. Each sentence says what is
+wrong and, where a person can fix it, how.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ _POD_GONE = "its pod is gone, `stillhouse logs` has what it printed"
 
 @dataclass(frozen=True, slots=True)
 class Reason:
-    """Why something is not at work."""
+    """Why a Job does not run."""
 
     words: str
     cannot_start: bool = False  # waiting does not mend it: image, secret, volume, quota, settings
@@ -105,7 +106,7 @@ def is_lost(pod: PodView) -> bool:
 
 
 def why_orphan(pod: PodView) -> str:
-    """What a pod means that nobody's Job counts: a second one would write where it writes."""
+    """Explain a pod whose Job is gone: a second one would write where it writes."""
     where = f", on node {pod.node} that does not answer" if is_lost(pod) else ""
     return (
         f"pod {pod.name} goes on{where}, its Job was deleted without it (--cascade=orphan): no"
@@ -315,7 +316,7 @@ def how_it_failed(job: JobView, pods: Sequence[PodView]) -> End:
 
 
 def end_of_pod(pod: PodView) -> End:
-    """How a pod ended, in its own words where it left some."""
+    """How a pod ended, by its termination message where it left one."""
     words = last_words(pod.said) if pod.exit_code is not None else LastWords(None, None, None)
     if words.exit_code is not None:
         return End(words.exit_code, words.cause or _signal(words.exit_code), words.tail)

@@ -1,6 +1,7 @@
-"""This file is where the cluster's refusals become plain words: of a pod, of a Job. Pure.
+"""Translate the cluster's refusals of a pod or a Job into reasons a person can act on.
 
-They name the object at fault (a quota, a LimitRange, a label of the namespace) and how to see it.
+Pure. Each names the object at fault (a quota, a LimitRange, a label of the namespace) and how to
+see it.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
-"""This file is where a sweep becomes the Jobs that `run` would send for it, without any cluster.
+"""Render the Jobs that `run` would send for a sweep, without any cluster.
 
-Nothing is known of what was done before, so it is all of them, in the order in which they start:
-each group's pair, each point, each pack to score. The same planner cuts the packs (`plan`).
+Nothing is known of what was done before, so these are all of its Jobs, in the order in which they
+start: each group's pair, each point, each pack to score. The planner of `run` cuts the packs
+(`plan`).
 """
 
 from __future__ import annotations

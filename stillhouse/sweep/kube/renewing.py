@@ -1,7 +1,8 @@
-"""This file is where it is said which Job is better made anew than waited for. Pure.
+"""Decide which Job is better replaced by a new one than waited for.
 
-Between two attempts Kubernetes waits 10 s, then 20, 40 and so on up to ten minutes, also where an
-attempt cost nothing (evicted, or asked to stop and saved). A new Job begins with 10 s again.
+Pure. Between two attempts Kubernetes waits 10 s, then 20, 40 and so on up to ten minutes, also
+where an attempt cost nothing (evicted, or asked to stop and saved). A new Job begins with 10 s
+again.
 """
 
 from __future__ import annotations

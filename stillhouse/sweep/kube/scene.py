@@ -1,7 +1,7 @@
-"""This file is where the Jobs and pods of a namespace, and its ledger, become the state of points.
+"""Cache the Jobs, pods and ledger of a namespace, and derive from them the state of points.
 
-A `Scene` takes in what the API tells (`sight` asks it) and answers what is known of a point in a
-few lookups; it makes no request.
+A `Scene` takes in what the API reports (`sight` makes the requests) and answers what is known of a
+point in a few lookups; it makes no request.
 
     jobs, pods, workloads, events ──► views ──► Scene ──► Facts ──► judge ──► Observation
 """
@@ -46,14 +46,14 @@ ENDED = ("failed", "stopped", "alone")  # what the ledger says of what is not tr
 
 
 class Scene:
-    """What one namespace holds of ours, and what its ledger says. Safe to use from any thread."""
+    """A cache of our objects in one namespace, and its ledger. Safe to use from any thread."""
 
     def __init__(self, ledger: Ledger, code: str | None = None) -> None:
         self.ledger, self.code = ledger, code
         self.lock = threading.RLock()
         self.news = threading.Condition(self.lock)
         self.is_followed = False  # whether what vanishes is told at once
-        self.odd: set[str] = set()  # what is said of objects that have not the form of their kind
+        self.odd: set[str] = set()  # remarks on objects that are malformed
         self._jobs: dict[str, JobView] = {}
         self._pods: dict[str, dict[str, PodView]] = {}  # uid of the Job -> uid -> pod
         self._orphans: dict[str, PodView] = {}  # uid -> a pod that goes on without its Job
@@ -65,7 +65,7 @@ class Scene:
         self._about: dict[str, set[str]] = {}  # id, or baseline's directory -> names of Jobs
         self._deleted: dict[str, float] = {}  # key of the ledger -> when its Job vanished
         self._gone: dict[str, JobView] = {}  # uid -> a Job that is no more, as it was
-        self._condemned: set[str] = set()  # uids of Jobs that are to go because they failed
+        self._condemned: set[str] = set()  # uids of Jobs that will be deleted because they failed
         self._leaving: set[str] = set()  # uids of Jobs that were being deleted when we came
         self._touched: dict[str, tuple[str, ...]] = {}  # name of a Job -> the points it is about
 
@@ -212,7 +212,7 @@ class Scene:
             self.news.notify_all()
 
     def viewed(self, view: Callable[[Json], View], item: Json) -> View | None:
-        """What a view makes of an object; None, and a remark, of one that has an odd form."""
+        """The view of an object; None, and a remark, where it is malformed."""
         try:
             return viewed(view, item)
         except ContractError as error:
@@ -242,7 +242,7 @@ class Scene:
             return names
 
     def condemn(self, job: JobView) -> None:
-        """From now on a live Job counts for nothing: it is about to be deleted, and said why."""
+        """Ignore a live Job from now on: it is about to be deleted, and its end is recorded."""
         with self.lock:
             self._condemned.add(job.uid)
 
@@ -351,7 +351,7 @@ class Scene:
             self.news.notify_all()
 
     def learn_line(self, workloads: Sequence[str]) -> None:
-        """Take in who waits in one queue, the first one first: names of Workloads."""
+        """Take in the order of one queue: names of Workloads, the first one first."""
         with self.lock:
             self._places |= {name: place for place, name in enumerate(workloads)}
 

@@ -1,8 +1,8 @@
-"""This file is where a secret is recognised before it could reach a manifest, and refused.
+"""Detect a secret before it could reach a manifest, and refuse it.
 
-What a Job holds, everybody in the namespace can read, and every ledger and log repeats it. A secret
-belongs into a Secret, which a site names (`wandb_secret`, `hf_secret`) and only the pod opens. The
-patterns are those of keys that people do paste; a value that is refused is never printed.
+Everybody in the namespace can read what a Job holds, and every ledger and log repeats it. A secret
+belongs in a Kubernetes Secret, which a site names (`wandb_secret`, `hf_secret`) and only the pod
+opens. The patterns match keys that people do paste; a value that is refused is never printed.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def find(text: str, name: str = "") -> str | None:
 
 
 def find_key(text: str) -> str | None:
-    """What kind of key stands in somebody's rows or settings, where `find` would see too many.
+    """The kind of key in a user's rows or settings, where `find` would match too much.
 
     There, forty digits are a commit and `token: …` is a tokenizer's, or a sentence.
     """

@@ -1,6 +1,6 @@
-"""This file is where a line of k8s/train.sh or k8s/eval.sh is sent, or is told what became of it.
+"""Send the Job of a line of k8s/train.sh or k8s/eval.sh, or report the state of one sent before.
 
-the same content was sent before     what became of it is said, nothing is sent
+the same content was sent before     its state is reported, nothing is sent
 … under another name                 the name becomes one more of that run
 the name means something else        refused, with the difference
 """
@@ -46,9 +46,9 @@ Say = Callable[[str], None]
 def send(
     kind: Kind, words: list[str], is_dry_run: bool, is_json: bool, options: Sequence[str] = ()
 ) -> int:
-    """Do what a line says; the exit code: 0, or 1 where what was sent before has failed.
+    """Send the Job of a line; the exit code: 0, or 1 where a Job sent before has failed.
 
-    `options` are those of the door in the pod.
+    `options` are those of the entry point in the pod.
 
     Raises:
         ConfigError: a mistake in the line, or something that the cluster lacks.
@@ -94,7 +94,7 @@ class _Sender:
         self.ledger = Ledger(cluster, self.site.runs_claim)
 
     def send(self, manifest: bytes) -> bool:
-        """Whether the Job was sent now; else what became of the first is said."""
+        """Send the Job, or report the state of one sent before; whether it was sent now."""
         known = self.names.read()
         if self.line.kind == "train":
             self._refuse_other_meaning(known)
@@ -117,7 +117,7 @@ class _Sender:
     # ---------------------------------------------------------------------------- looking
 
     def look(self) -> Observation:
-        """How the Job of this line stands, from it alone; `job` is it.
+        """The state of this line's Job, from that Job alone; sets `job`.
 
         Raises:
             ConfigError: a Job of this name is about something else.

@@ -1,7 +1,7 @@
-"""This file is where the end of a Job, and of each attempt of it, becomes what is kept of it.
+"""Turn the end of a Job, and of each of its attempts, into the record that is kept.
 
 Pure. A record says how a task ended and where its time went; it outlives the Job (`ledger`). What
-an attempt that failed left behind is kept on the Job, as long as the Job goes on.
+is left of a failed attempt is kept on the Job, as long as the Job goes on.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def attempt(pod: PodView) -> Json:
 
 
 def attempts_patch(job: JobView, pods: Sequence[PodView]) -> Json | None:
-    """What to write on a live Job, so that no failed pod of it goes without a word."""
+    """The patch that records failed pods on a live Job, before they are gone; None: none new."""
     told = attempts(job)
     known = {one["pod"] for one in told}
     new = [attempt(pod) for pod in by_age(pods) if _has_failed(pod) and pod.name not in known]
@@ -74,8 +74,8 @@ def _start(pod: PodView) -> float:
 def times_of(job: JobView, pods: Sequence[PodView], until: float) -> Times:
     """Where a Job's time went, up to its end or else to `until`.
 
-    Lost is the time of attempts that failed and were followed by another; what was neither lost nor
-    spent on starting or running was waited.
+    Lost is the time of attempts that failed and were followed by another. The time that was neither
+    lost nor spent on starting or running counts as queued.
     """
     here = {pod.name: (end_of_pod(pod).code, _ran(pod), _start(pod)) for pod in _ended(pods)}
     told = {one["pod"]: (one["code"], one["ran"], one["start"]) for one in attempts(job)}

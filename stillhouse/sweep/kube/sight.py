@@ -1,7 +1,7 @@
-"""This file is where the cluster is read: once and whole, or once and from then on as it changes.
+"""Read the state of a namespace from the API server: once, or once and then by watches.
 
-`refresh` is one paged LIST of each kind of object; `follow` is that, and watches in threads. What
-they learn lies in a `Scene`, which says how points stand.
+`refresh` is one paged LIST of each kind of object; `follow` is that, and watches in threads. Both
+store what they read in a `Scene`, which tells the state of points.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ UNFINISHED = "status.phase!=Succeeded"  # pods that are worth a LIST
 
 
 class Sight:
-    """What one namespace holds of ours; `code`: ours, where waiting Jobs of another are drifted."""
+    """Reads one namespace into a `Scene`; `code`: given, waiting Jobs of other code are drifted."""
 
     def __init__(self, cluster: Cluster, claim: str, code: str | None = None) -> None:
         self.cluster = cluster
@@ -95,7 +95,7 @@ class Sight:
     def _listed(
         self, resource: str, view: Callable[[Json], View], fields: str = ""
     ) -> tuple[list[View], str]:
-        """Views of all objects of ours, each slim before the next page, and the list's version."""
+        """Views of all our objects, reduced page by page, and the list's version."""
         while True:
             found: list[View] = []
             seen = ""
@@ -144,7 +144,7 @@ class Sight:
     # ------------------------------------------------------------------------------ following
 
     def follow(self) -> None:
-        """Read what was not read yet, and keep all of it true, in threads that end with `close`."""
+        """Read what was not read yet, and keep it up to date, in threads that end with `close`."""
         if "jobs" not in self._versions:
             self._list_jobs()
             self.ledger.read()  # after: what is no Job any more by now stands there
@@ -178,7 +178,7 @@ class Sight:
             self.scene.touch("")
 
     def _watch(self, resource: str, read_anew: Callable[[], None]) -> None:
-        """Keep one kind of object true: a watch after the other, a LIST where that is too late."""
+        """Keep one kind of object up to date: one watch after another, a LIST after a 410."""
         idle, version = 0, self._versions[resource]  # idle: watches in a row that said nothing
         while not self._closing.is_set():
             try:
@@ -196,7 +196,7 @@ class Sight:
             idle += 1
 
     def _read_on(self) -> None:
-        """What is worth a LIST now and then, and no watch."""
+        """Read events and Workloads now and then: they are worth a LIST, but no watch."""
         noted = queued = time.monotonic()
         took = 0.0
         while not self._closing.wait(SOON_S):

@@ -1,8 +1,8 @@
-"""This file is where one thing to do in a cluster gets its name and its words.
+"""Describe one task for a cluster by its content: its name, its hash and its command line.
 
-A step is pure content: what is to be done (`words`, in the dialect of the door that the pod opens),
-and what follows from that alone (`name`, `hash`). Two launchers that ask for the same thing make
-the same step, so the second is told that it is there already. Nothing here knows Kubernetes.
+A step is pure content: what is to be done (`words`, as the command line of the entry point that the
+pod runs), and what follows from that alone (`name`, `hash`). Two launchers that request the same
+task make the same step, so the second is told that its Job exists. Nothing here knows Kubernetes.
 """
 
 from __future__ import annotations
@@ -52,17 +52,17 @@ Kind = Literal["prepare", "train", "eval", "preflight", "drive", "collect", "pus
 RUNS, CACHE, SWEEP = "/runs", "/cache", "/sweep"  # where a pod finds its volumes
 PLACES = (f"runs={RUNS}", f"cache_dir={CACHE}")
 BASELINES = ("teacher", "student", "ptq")
-COLLECT_S = 900  # how long a collector waits for the next question before it goes
+COLLECT_S = 900  # how long a collector waits for the next request before it ends
 
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """One Job to be: what it does, and what it is about."""
+    """One future Job: what it does, and which points it is about."""
 
     kind: Kind
     name: str  # a DNS label of at most 52 characters: <slug>-<the hash's first ten digits>
     hash: str  # sha256 in hex of what the step is about
-    words: tuple[str, ...]  # what the door in the pod is given
+    words: tuple[str, ...]  # command line of the entry point in the pod
     processes: int  # devices asked for
     points: tuple[str, ...]  # ids it is about
     baselines: tuple[str, ...] = ()  # names of the baseline directories that an evaluation scores
@@ -202,7 +202,7 @@ def eval_line_step(name: str, overrides: Overrides) -> Step:
 def preflight_step(name: str, overrides: Overrides, options: Sequence[str]) -> Step:
     """Look at a pair before it is trained; `name` is what people call it, and no more.
 
-    `options`: the door's own, as `--prompts=64`.
+    `options`: the entry point's own, as `--prompts=64`.
     """
     kept = {key: value for key, value in overrides.values.items() if not key.startswith("place.")}
     overrides = Overrides(overrides.groups, kept)
@@ -239,7 +239,7 @@ def _eval_step(spec: EvalSpec, words: Sequence[str], sweep: str | None) -> Step:
 
 
 class Steps:
-    """What carries the actions of one sweep out."""
+    """Maps the actions of one sweep to steps."""
 
     def __init__(self, sweep: Sweep) -> None:
         self.sweep = sweep
@@ -299,9 +299,9 @@ def drive_step(sweep: Sweep, file: bytes | None, options: Sequence[str] = ()) ->
 
 
 def collect_step(sweep: str, key: str, seconds: int = COLLECT_S) -> Step:
-    """Hold the volume of runs open for whoever fetches results.
+    """Mount the volume of runs, for a launcher that fetches results.
 
-    `key` tells two collectors of one sweep apart; `seconds` without a question end it.
+    `key` distinguishes two collectors of one sweep; it ends after `seconds` without a request.
     """
     content = digest(["collect", sweep, key])
     name = _name(f"collect-{sweep}", content)
@@ -309,7 +309,7 @@ def collect_step(sweep: str, key: str, seconds: int = COLLECT_S) -> Step:
 
 
 def push_step(name: str, key: str, seconds: int = COLLECT_S) -> Step:
-    """Hold the cache open for whoever brings something; `key` and `seconds` as a collector's."""
+    """Mount the cache volume, for a push; `key` and `seconds` as for a collector."""
     content = digest(["push", name, key])
     return Step("push", _name(f"push-{name}", content), content, (str(seconds),), 0, ())
 
@@ -356,7 +356,7 @@ def _tasks(suite: SuiteSpec) -> list[Any]:
 def _subject(
     pair: PairSpec, quant: QuantSpec, data: DataSpec, suite: SuiteSpec | None
 ) -> tuple[str, ...]:
-    """Words that compose to exactly this pair, quantiser, data and suite.
+    """Words that compose to exactly this pair, quantizer, data and suite.
 
     Raises:
         ConfigError: a value that no word can say.

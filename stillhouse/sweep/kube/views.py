@@ -1,7 +1,7 @@
-"""This file is where an object of the cluster becomes the few facts about it that we keep.
+"""Reduce an API object (Job, pod, event) to a small frozen view of the fields in use.
 
-A Job is some 8 KB of JSON, and a sweep has 10,000 of them: only these small frozen views are ever
-held. Plain dicts in, no requests; what is missing in an object is missing in its view.
+A Job is some 8 KB of JSON, and a sweep has 10,000 of them: only these views are kept in memory. The
+input is plain dicts, and no request is made. What is missing in an object is missing in its view.
 """
 
 from __future__ import annotations
@@ -38,21 +38,21 @@ _STATES: dict[str, JobState] = {"": "live", "Complete": "complete", "Failed": "f
 
 @dataclass(frozen=True, slots=True, config=STRICT)
 class JobView:
-    """A Job, as far as we care. Times are seconds since the epoch, by the server's clock."""
+    """The fields of a Job in use. Times are seconds since the epoch, by the server's clock."""
 
     name: str
     uid: str
     kind: str  # prepare train eval drive collect; "" where it is not ours
-    hash: str  # 40 hex digits of what it is about
+    hash: str  # 40 hex digits of the hash of its content
     code: str  # digest of the code that it runs
     owner: str
     sweep: str
     state: JobState
     is_suspended: bool
-    was_held: bool  # it ended without having been let go since it was last suspended
+    was_held: bool  # it ended while suspended
     is_deleting: bool
     created: float
-    started: float | None  # when it was last let go
+    started: float | None  # when it was last started or resumed
     ended: float | None
     active: int
     ready: int  # pods whose containers run
@@ -83,7 +83,7 @@ def told_attempts(job: JobView) -> list[Json]:
 
 @with_config(ConfigDict(strict=True, extra="allow"))
 class _Attempt(TypedDict):
-    """What is relied on of an attempt."""
+    """The fields of a recorded attempt that we rely on."""
 
     pod: str
     code: int
@@ -125,7 +125,7 @@ class PodView:
     said: str  # the container's termination message, or else what the pod's status says
     disrupted: str | None  # reason of the condition DisruptionTarget: it was no fault of its own
     is_deleting: bool
-    is_silent: bool  # its node stopped to answer: what else is told of it is old
+    is_silent: bool  # its node stopped answering: the other fields may be old
     is_orphan: bool  # no Job owns it: it goes on, and nobody would replace it
     point: str | None  # the id that it trains
 

@@ -1,7 +1,8 @@
-"""This file is where Kueue's Workload becomes what it says of a Job: pure, no requests.
+"""Reduce Kueue's Workload to what it says of its Job: its state in the queue, and why it waits.
 
-Reads the vocabulary of Kueue 0.17 to 0.19 and that of 0.20 (gate UnadmittedWorkloadsObservability),
-which tells by the reason of QuotaReserved what before only its message told.
+Pure, no requests. Reads the vocabulary of Kueue 0.17 to 0.19 and that of 0.20 (gate
+UnadmittedWorkloadsObservability), which tells by the reason of QuotaReserved what only its message
+told before.
 """
 
 from __future__ import annotations

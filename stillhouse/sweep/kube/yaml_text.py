@@ -1,7 +1,7 @@
-"""This file is where a manifest becomes YAML: the bytes that are shown are the bytes that are sent.
+"""Write a manifest as YAML: the bytes that are shown are the bytes that are sent.
 
-Our own few lines, because PyYAML takes four times as long, which thousands of Jobs notice. Text is
-quoted as soon as some YAML could read it as anything else.
+A few lines of our own, because PyYAML takes several times as long, which matters for thousands of
+Jobs. Text is quoted as soon as some YAML version could read it as anything else.
 """
 
 from __future__ import annotations
