@@ -1,11 +1,11 @@
-"""This file is where the cluster backend is measured: on a real API server, as ratios in one run.
+"""Measure the cluster backend on a real API server, as ratios within one run.
 
     python -m benchmarks.cluster                     every part in its full size, printed
     python -m benchmarks.cluster queue --points 200  one part, small
     python -m benchmarks.cluster --write             into docs/benchmarks.md, each part once it ends
 
-Nodes are fake (kwok) except in `real`, which puts tests/cluster/alone before the command and needs
-root. How long a part took stands beside its numbers.
+Nodes are fake (kwok) except in `real`, which runs under tests/cluster/alone and needs root. The
+duration of each part is printed with its numbers.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ def jobs_in(ada: Desk) -> int:
 def wait(
     what: str, check: Callable[[], bool], typed: Typed | None = None, each_s: float = 0.2
 ) -> float:
-    """The moment at which something is so; to look now and then costs the others little."""
+    """The time at which `check` first holds; it is polled rarely, to cost the others little."""
     end = time.monotonic() + 3_600
     while not check():
         if typed is not None and typed.process.poll() not in (None, 0):
@@ -114,7 +114,7 @@ def wait(
 
 
 def let_go(ada: Desk) -> None:
-    """Let the first Job run that is there, born suspended, where nobody else does."""
+    """Unsuspend the first Job, where no controller does it."""
     path = PATHS["Job"].format(ada.space.name)
     (job,) = until("it is made", lambda: ada.kube.call("GET", path)["items"], 120)
     patch: Json = {"spec": {"suspend": False}}
@@ -184,7 +184,7 @@ def _ours(kube: Kubernetes, points: int) -> tuple[float, float, tuple[float, flo
         command = ("run", file, *queued, *SITE, *AWAY)
         ada.seen.close()  # 10,000 Jobs are told to nobody else
         driver = ada.start(*command)
-        let_go(ada)  # it prepares
+        let_go(ada)  # the prepare Job
         begin = wait("the first is there", lambda: jobs_in(ada) > 1, driver, 0.02)
         first = jobs_in(ada)
         # The prepare Job may be gone by then: what has ended is deleted after a while.
@@ -454,7 +454,7 @@ def real(programs: Path, runs: int) -> str:
         bodies = bodies_of(sweep)
         by_run(sweep.points[0].id)  # sends the code, fills the caches
         ours, theirs = list[float](), list[float]()
-        for nth in range(runs):  # in turn: both have the same weather
+        for nth in range(runs):  # alternating: both see the same load
             ours.append(by_run(sweep.points[1 + nth].id))
             theirs.append(by_kubectl(bodies[1 + runs + nth]))
     mine, bare = statistics.median(ours), statistics.median(theirs)

@@ -1,10 +1,10 @@
-"""This file is where the parts that a GPU changes are measured, on one.
+"""Measure, on one GPU, the parts of the package that a GPU changes.
 
     python -m benchmarks.gpu [--write]    prints Markdown; into docs/benchmarks.md; two minutes
 
-The loss at the shape of the 4B seeds' pair in bfloat16; rollouts of a float32 Llama; and train.py
-itself on a pair of that size, whose weights are as they are drawn (what is written does not matter
-to time and memory, and nothing has to be downloaded).
+These are the loss at the shape of the 4B seeds' pair in bfloat16; rollouts of a float32 Llama; and
+train.py on a pair of that 4B shape, with random weights (the text that is written does not affect
+time and memory, and nothing has to be downloaded).
 Legend: N positions, H hidden width, V vocabulary.
 """
 

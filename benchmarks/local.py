@@ -1,10 +1,10 @@
-"""This file is where the local backend is timed on points that have nothing to do.
+"""Time the local backend on points that have nothing to do.
 
     python benchmarks/local.py       prints a Markdown table
 
-The points are trained already, so that a worker starts, opens the real door, looks, and ends: what
-is timed is the backend, from a task's start until its end is known. The server's imports are the
-real ones.
+The points are already trained, so a worker starts, runs the real entry point, finds the run done,
+and ends. The time is the backend's, from a task's start until its end is known. The server's
+imports are the real ones.
 """
 
 from __future__ import annotations

@@ -1,10 +1,12 @@
-"""This file is where the losses are measured: β-JSD against a dense computation in TRL's style, the
-other objectives against β-JSD, and β-JSD with the overlap of student and teacher against without.
+"""Measure the losses: β-JSD against a dense computation, and other objectives against β-JSD.
+
+The dense computation is in TRL's style. The script also measures β-JSD with the overlap of student
+and teacher against β-JSD without it.
 
     python benchmarks/loss.py       prints three Markdown tables, in some eight minutes
 
-All get hidden states and end with the gradient of the mean loss with respect to the student's; all
-form the teacher's logits by a product with its head. Ours also makes every logged statistic.
+All take hidden states and end with the gradient of the mean loss with respect to the student's; all
+form the teacher's logits by a product with its head. Ours also computes every logged statistic.
 Legend: N positions, H hidden width, V vocabulary.
 """
 
@@ -186,7 +188,7 @@ def beside(name: str) -> list[float]:
 def raced(both: Sequence[Callable[[Inputs], Tensor]], x: Inputs) -> tuple[float, list[float]]:
     """Time of the first over that of the second, and the seconds of each: medians."""
     pairs = [[step(of, x)[0] for of in both] for _ in range(PAIRS)]
-    # Neighbours in time share what else the machine is doing, so the ratio is taken pair by pair.
+    # Consecutive runs share the machine's other load, so the ratio is taken pair by pair.
     ratio = statistics.median(first_s / second_s for first_s, second_s in pairs)
     return ratio, [statistics.median(column) for column in zip(*pairs, strict=True)]
 

@@ -1,17 +1,17 @@
-"""This file is where our loss and our step are held against somebody else's: TRL's GKD.
+"""Compare our loss and our training step with TRL's GKD.
 
     make parity       prints two Markdown tables; exit code 1 if something differs beyond its limit
 
-TRL lies in an environment of its own (pyproject.toml's group `parity`), not in the package's.
+TRL is installed in an environment of its own (pyproject.toml's group `parity`), not the package's.
 
 The loss: `distill_loss` and `GKDTrainer.generalized_jsd_loss` on the same logits. TRL's "batchmean"
-divides the sum by the labels that are not -100, as our callers divide by completion tokens: the
-factor is 1. Neither multiplies by temperature². TRL shifts the labels before the call.
+divides the sum by the number of labels that are not -100, as our callers divide by completion
+tokens: the factor is 1. Neither multiplies by temperature². TRL shifts the labels before the call.
 
 The step: our loop and `GKDTrainer.train` from the same weights and adapter, each with its own
-tokenising, padding, masks, accumulation, clipping and AdamW. lmbda is 0, so that both train on the
-rows of one file. (On rollouts TRL 1.16 goes on dividing by the tokens of the rows that they stand
-in for; we divide by those of the rollouts.)
+tokenizing, padding, masks, accumulation, clipping and AdamW. lmbda is 0, so that both train on the
+rows of one file. (On rollouts TRL 1.16 still divides by the tokens of the rows that they replace;
+we divide by those of the rollouts.)
 Legend: B sequences, T positions, N completion positions of all sequences, V vocabulary.
 """
 

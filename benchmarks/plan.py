@@ -1,4 +1,4 @@
-"""This file is where the launcher's start-up is timed: whole processes, as a person waits for them.
+"""Time the launcher's start-up: whole processes, as a user waits for them.
 
     python benchmarks/plan.py        prints a Markdown table; median and range of five runs each
 

@@ -1,9 +1,9 @@
-"""This file is where a preflight is measured against a training run of its pair.
+"""Measure the time of a preflight against that of a training run of its pair.
 
     python benchmarks/preflight.py       prints a Markdown table, in about a minute
 
-Both load their models anew, as two commands would. The run is of RUN_STEPS steps and stands for one
-of 200, whose steps cost the same.
+Both load their own models, as two commands would. The run has RUN_STEPS steps and is extrapolated
+to 200 steps, which cost the same each.
 """
 
 from __future__ import annotations

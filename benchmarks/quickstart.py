@@ -1,4 +1,4 @@
-"""`make quickstart` as a newcomer runs it: a fresh clone, nothing prepared, packages in the cache.
+"""Time `make quickstart` as for a new user: a fresh clone, nothing prepared, packages cached.
 
 The second run in the same clone must find nothing left to do.
 """

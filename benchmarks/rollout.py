@@ -1,14 +1,14 @@
-"""This file is where rollouts by our engine are measured against transformers' `generate`.
+"""Measure rollouts by our engine against transformers' `generate`.
 
     python benchmarks/rollout.py       prints a Markdown table, in less than a minute
 
-With one thread, as the workers of a sweep have on this many cores, and with two that spin while
-they wait, as `train.py` alone has. (Two threads that sleep while they wait, PASSIVE,
-take both ways two to three times as long in products this small; nobody has that: 2.3 times.)
+It measures with one thread, as the workers of a sweep have on this many cores, and with two that
+spin while they wait, as `train.py` alone has. (Two threads that sleep while they wait, PASSIVE,
+make both ways two to three times slower in products this small; nobody has that: 2.3 times.)
 
-The tiny pair with weights as they are drawn (what is written does not matter to the time, and no
-row may end early), the student over int4 with a LoRA adapter that is not zero. Folding the weights,
-once per rollout, is part of the time.
+The pair is the tiny one with random weights (the text that is written does not affect the time, and
+no row may end early), the student over int4 with a LoRA adapter that is not zero. Folding the
+weights, once per rollout, is part of the time.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def pair(directory: Path) -> dict[str, Any]:
 
 
 def refolded(engine: Engine, *args: Any, **settings: Any) -> Tensor:
-    """What an engine writes with the weights of now: folding them is part of a rollout."""
+    """The tokens of an engine after refolding its current weights, which is part of a rollout."""
     engine.refold()
     return engine.tokens(*args, **settings)
 
@@ -114,7 +114,7 @@ def row(threads: int, name: str, model: Any, how: Callable[..., list[Way]]) -> t
     (_, ours), (_, theirs) = map(timed, ways)
     same = torch.equal(ours, theirs)
     pairs = [[timed(way)[0] for way in ways] for _ in range(PAIRS)]
-    # Neighbours in time share what else the machine is doing, so the ratio is taken pair by pair.
+    # Consecutive runs share the machine's other load, so the ratio is taken pair by pair.
     ratio = statistics.median(theirs_s / ours_s for ours_s, theirs_s in pairs)
     ours_ms, theirs_ms = (1000 * statistics.median(column) for column in zip(*pairs, strict=True))
     is_limited = name.startswith("student")

@@ -1,10 +1,10 @@
-"""This file is where the encoding of a data set is timed, and what it costs to find it encoded.
+"""Time the encoding of a data set, and a second load that finds it encoded.
 
     python benchmarks/rows.py        prints a Markdown table
 
-100,000 conversations of 200 tokens in a jsonl file, a byte-level BPE tokenizer of 8,000 tokens
-trained on the same words here, and a ChatML template. Each number is of a process of its own:
-one encodes, one finds what that one left, one has no data at all.
+The data set has 100,000 conversations of 200 tokens in a jsonl file, a byte-level BPE tokenizer of
+8,000 tokens trained here on the same words, and a ChatML template. Each number is of a separate
+process: one encodes, one finds the encoded rows of the first, one has no data at all.
 """
 
 from __future__ import annotations

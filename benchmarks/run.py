@@ -1,7 +1,7 @@
-"""Every benchmark, one after another, into docs/benchmarks.md with the date and the machine.
+"""Run every benchmark and write the results, date and machine to docs/benchmarks.md.
 
-`python benchmarks/run.py` runs all, `python benchmarks/run.py loss plan` those. Ratios are measured
-side by side in one run; absolute seconds belong to the machine that is named.
+`python benchmarks/run.py` runs all, `python benchmarks/run.py loss plan` runs those two. Ratios are
+measured side by side in one run; absolute seconds apply to the machine that is named.
 """
 
 from __future__ import annotations

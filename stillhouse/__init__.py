@@ -1,4 +1,4 @@
-"""This file is where `stillhouse.load("quickstart")` comes from; importing it is free."""
+"""Provide `stillhouse.load("quickstart")`; importing the package loads no other library."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`python -m stillhouse`: the launcher, where its script is not on the path."""
+"""Start the launcher as `python -m stillhouse`, for where its script is not on the path."""
 
 import sys
 

@@ -1,13 +1,14 @@
-"""This file is where it is found out what of a model or a data set lies on this machine, and where.
+"""Find which models and data sets are on this machine, and in which directories.
 
-Nothing is downloaded and no library is asked: a laptop that only launches has none of them. A path
-is itself; a repository of the hub is looked for in the hub's cache, whose layout is this:
+Nothing is downloaded and no library is used: a laptop that only launches has none of them. A path
+means itself. A hub repository is looked up in the hub's cache, which has this layout:
 
     $HF_HUB_CACHE (or $HF_HOME/hub)/models--OWNER--NAME/refs/BRANCH        holds a commit
                                                        /snapshots/COMMIT/  its files
                                                        /trees/COMMIT.json  the files that it has
 
-What of a pair was made on this machine is said by the record that `prepare` leaves in the cache.
+For the parts of a pair that were made on this machine, the record that `prepare` leaves in the
+cache says where they are.
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ def looks_like_hub_id(name: str) -> bool:
 
 
 def open_name(repo: str, revision: str | None, repo_type: str) -> str:
-    """What `place.commits` calls a revision that may move: [datasets/]OWNER/NAME[@BRANCH]."""
+    """The key in `place.commits` of a revision that may move: [datasets/]OWNER/NAME[@BRANCH]."""
     kind = "datasets/" if repo_type == "dataset" else ""
     return f"{kind}{repo}{f'@{revision}' if revision else ''}"
 
@@ -69,7 +70,7 @@ def open_name(repo: str, revision: str | None, repo_type: str) -> str:
 def pinned(
     commits: Mapping[str, str], repo: str, revision: str | None, repo_type: str
 ) -> str | None:
-    """The revision to use: the commit that was said to be meant by it, or the revision itself."""
+    """The revision to use: the commit that `commits` pins it to, or the revision itself."""
     return commits.get(open_name(repo, revision, repo_type), revision)
 
 
@@ -100,7 +101,7 @@ def _hub_cache() -> Path:
 
 
 def _is_whole(home: Path, found: Path, repo_type: str) -> bool:
-    """False where a download was cut short; true where nobody knows what there should be."""
+    """False if a download was cut short; true if the list of expected files is not known."""
     try:
         tree = read_json(home / "trees" / f"{found.name}.json") or {}
     except (ContractError, OSError):
@@ -189,8 +190,8 @@ def split_files(root: Path, split: str) -> list[Path]:
 
 
 def prepared_file(pair: PairSpec, cache_dir: Path) -> Path:
-    """Where `prepare` says what it made or found of a pair; asked for the same weights, it is one
-    file, whatever the pair is called."""
+    """The file in which `prepare` records what it made or found of a pair. For the same weights it
+    is the same file, whatever the pair is called."""
     plain = TypeAdapter(PairSpec).dump_python(pair, mode="json")
     for key in ("pair.pair_name", *NOT_VERSIONED):
         section, _, leaf = key.partition(".")
@@ -200,9 +201,9 @@ def prepared_file(pair: PairSpec, cache_dir: Path) -> Path:
 
 
 def prepared(pair: PairSpec, cache_dir: Path) -> Json:
-    """What `prepare` said: `student`, `teacher` and `problems`, directories (below the cache where
-    they are not absolute), and `facts` about the weights. {} where it was not run, or cannot be
-    read: it is then made again."""
+    """What `prepare` recorded: `student`, `teacher` and `problems`, directories (below the cache
+    where they are not absolute), and `facts` about the weights. {} where it was not run, or cannot
+    be read: it is then made again."""
     try:
         return read_json(prepared_file(pair, cache_dir)) or {}
     except (ContractError, OSError):

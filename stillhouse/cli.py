@@ -1,7 +1,8 @@
-"""This file is where the launcher's command line is read: a verb, a target, words for the grid.
+"""Parse the launcher's command line: a verb, a target, and overrides for the grid.
 
-What it does not know it hands on: both dialects of `flags` may stand behind a verb. What is heavy
-is imported by the verb that needs it, so that help comes at once and no verb loads torch.
+Words that this parser does not know are passed on: after a verb, both dialects of `flags` are
+allowed. Each verb imports the heavy modules that it needs, so that help comes at once and no verb
+loads torch.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ VERBS = {
     "push": "put a model's directory, rows or tasks of this machine on a cluster's cache volume",
     "doctor": "check a cluster's namespace against all that a sweep needs",
 }
-# Doors of one run each: not verbs, because what stands behind them is no sweep.
+# Commands that start one run each. They are not verbs, because they do not act on a sweep.
 DOORS = {
     "train": "send one point to a cluster: k8s/train.sh NAME FLAGS ... [--dry-run] [--json]",
     "eval": "score runs on a cluster: k8s/eval.sh LABEL --lora-paths dump/NAME ... [--dry-run]",
@@ -44,7 +45,7 @@ MORE = {
     "preflight": "exit codes: 0 likely, 3 unlikely, 4 unsure; the verdict is of this pair with this"
     " loss and this number of steps",
 }
-CRASHED = 70  # a driver's pod that ends with Python's own 1 would look done, and stay away
+CRASHED = 70  # a driver's pod that ends with Python's own 1 would look done, and not restart
 CLUSTER_VERBS = ("render", "collect", "push", "doctor")  # they have no meaning on this machine
 USAGE = "stillhouse VERB [TARGET] [OVERRIDES ...] [--point P] [--backend B] [--runs DIR] [--json]"
 HELP = """\

@@ -1,8 +1,8 @@
-"""This file is where settings and `conf/` become a checked spec; only it knows Hydra.
+"""Compose settings and `conf/` into a checked spec; the only module that uses Hydra.
 
-Hydra composes the chosen groups (a file's defaults list, a pair's `override`); single values are
-then laid over the plain result. Composing is remembered per choice of groups, so a grid of 10,000
-points composes a handful of times; a test holds that this equals Hydra composing each point whole.
+Hydra composes the chosen groups (a file's defaults list, a pair's `override`). Single values are
+then set in the plain result. The result is cached per choice of groups, so a grid of 10,000 points
+calls Hydra a handful of times; a test checks that this equals Hydra composing each point whole.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from stillhouse.spec import EvalSpec, TrainSpec
 
 Spec = TypeVar("Spec", TrainSpec, EvalSpec)
 FILE_OF = {TrainSpec: "train", EvalSpec: "eval"}
-OWN_PAIR, OWN_SUITE = "own", "local"  # in conf/pair and conf/suite: what only their user knows
+OWN_PAIR, OWN_SUITE = "own", "local"  # in conf/pair, conf/suite: the user's own
 # In the order they override one another (conf/train.yaml says the same).
 GROUPS = {
     TrainSpec: frozenset({"quant", "data", "loss", "optim", "rescue", "site", "pair", "method"}),
@@ -54,7 +54,7 @@ class Overrides:
     values: Mapping[str, Any]  # dotted path -> value
 
     def over(self, other: Overrides) -> Overrides:
-        """Self on top of `other`: a group chosen here undoes nothing that was set there."""
+        """Self on top of `other`: choosing a group in self keeps the values set in `other`."""
         return Overrides({**other.groups, **self.groups}, {**other.values, **self.values})
 
 
@@ -200,7 +200,7 @@ def compose(overrides: Overrides, spec_type: type[Spec], where: str = "command l
 
 
 def _chosen(overrides: Overrides) -> dict[str, str]:
-    """The groups: who names weights and no pair, or tasks and no suite, means their own."""
+    """The groups; OWN_PAIR where only weights are named, OWN_SUITE where only tasks are."""
     own: dict[str, str] = {}
     if {"pair.student", "pair.teacher"} & overrides.values.keys():
         own["pair"] = OWN_PAIR

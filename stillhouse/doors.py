@@ -1,11 +1,13 @@
-"""This file is where a run or an evaluation begins and ends: train.py, eval.py, a worker, a pod.
+"""Implement the entry points that start and end a run: train.py, eval.py, a worker, a pod.
 
-Everything that can be said without torch is said first: a run that finds itself done exits 0 before
-the heavy imports. What ends a run is written into its status.json, so that nothing dies unseen.
+Everything that can be checked without torch is checked first: a run that is already done exits with
+0 before the heavy imports. The cause that ends a run is written to its status.json, so that no run
+ends without a record.
 
-In a pod (pod.py) the environment says more: STILLHOUSE_IN_POD; STILLHOUSE_ID and STILLHOUSE_CODE,
-what it was made for; STILLHOUSE_EXIT_FILE, told how each process ended; STILLHOUSE_FETCH, by which
-training may download what it needs before it begins.
+In a pod (pod.py), environment variables say more. STILLHOUSE_IN_POD: this is a pod. STILLHOUSE_ID
+and STILLHOUSE_CODE: the configuration and the code that it was made for. STILLHOUSE_EXIT_FILE: the
+file to which each process appends how it ended. STILLHOUSE_FETCH: training, or a preflight, may
+download what it needs before it begins.
 """
 
 from __future__ import annotations
@@ -51,8 +53,9 @@ from stillhouse.spec import EvalSpec, TrainSpec, eval_id, point_id
 from stillhouse.stop import StopFlag
 
 PROMPTS = 64  # that a preflight asks, if not told otherwise
-# Pods of one Job in a row that may end without one completed step more than before. Evictions and
-# 85 cost a Job no attempt: then one is charged, so that the site's retries bound them, too.
+# How many pods of one Job in a row may end without completing a new step. Evictions and exit code
+# 85 do not count as attempts of a Job; beyond this number one is counted, so that the site's
+# retries limit them too.
 ATTEMPTS_WITHOUT_PROGRESS = 3
 
 
@@ -155,7 +158,7 @@ def _parsed(
 
 
 def look(spec: TrainSpec, prompts: int, pilot: int | None, prefixes: tuple[int, ...] = ()) -> Json:
-    """Look at a pair before it is trained; what was found is kept below runs/ and given back.
+    """Measure a pair before it is trained; the result is kept below runs/ and returned.
 
     What the same code has measured in the same way, of the same weights and rows, is not measured
     again.
@@ -193,7 +196,7 @@ def look(spec: TrainSpec, prompts: int, pilot: int | None, prefixes: tuple[int, 
 
 
 def _door(work: Callable[[], int]) -> int:
-    """The exit code of `work`; a pod is told it, and why, because torchrun tells it nothing."""
+    """The exit code of `work`; also written for pod.py with the cause, as torchrun hides both."""
 
     def told() -> int:
         try:
@@ -283,23 +286,23 @@ def train(spec: TrainSpec) -> int:
         return train_run(spec, run, _stop())
     try:
         with run.lock():
-            # Whoever held it while we waited may have begun the run anew, or finished it.
+            # The process that held the lock may have started the run over, or finished it.
             if found and drift(run, spec, sources_of(spec, Path(spec.place.cache_dir))):
                 print(f"{'; '.join(found)}: {run.path} begins anew", flush=True)
                 print(f"what lay there is kept in {run.set_aside()}", flush=True)
             return 0 if run.is_trained() else _attempt(spec, run)
     except Timeout as error:
         said = f"{run.path}: another process trains this run now"
-        # On a volume it may be one whose node is lost, and it will not have the lock for ever.
+        # On a volume its node may be lost, and then the lock will be released some day.
         raise (Interrupted if _is_in_pod() else ContractError)(said) from error
 
 
 def _look_first(spec: TrainSpec | EvalSpec) -> None:
-    """Say what is not here before anything that takes long is loaded, or anything is written.
+    """Report what is missing before anything slow is loaded, or anything is written.
 
     Raises:
         ConfigError: libraries, weights or a data set that are not here. DataError: no such rows.
-        ContractError: halves that do not fit one another.
+        ContractError: files of a model that do not fit one another.
     """
     require_torch()
     from stillhouse.distill import pairs, prompts
@@ -323,7 +326,7 @@ def _stop() -> StopFlag:
 
 def _attempt(spec: TrainSpec, run: Any) -> int:
     before = run.status()
-    job = os.environ.get("STILLHOUSE_JOB")  # uid of the pod's Job: another one, somebody asked for
+    job = os.environ.get("STILLHOUSE_JOB")  # uid of the pod's Job; a new Job is a new request
     idle = before.get("attempts_without_progress", 0) if before.get("job") == job else 0
     if _is_in_pod() and idle >= ATTEMPTS_WITHOUT_PROGRESS:
         last = before.get("cause") or "ended without a word"
@@ -343,13 +346,13 @@ def _attempt(spec: TrainSpec, run: Any) -> int:
         phase="starting",
         attempt=before.get("attempt", 0) + 1,
         job=job,
-        # Counted before the attempt, taken back by its first new step: a kill cannot hide it.
+        # Counted before the attempt and reset by its first new step, so that a kill cannot hide it.
         attempts_without_progress=idle + 1,
         started=now(),
         finished=None,
         exit_code=None,
         cause=None,
-        # What rules found is found again, by this attempt's rules, in what was logged.
+        # This attempt's rules find these again, in the logged metrics.
         stopped_by=None,
         warnings=None,
         pid=os.getpid(),
@@ -361,8 +364,8 @@ def _attempt(spec: TrainSpec, run: Any) -> int:
     except StillhouseError as error:
         cause = f"{type(error).__name__}: {error}"
         if error.exit_code == STOPPED or (error.exit_code == AGAIN and not _is_in_pod()):
-            # A rule's stop and a person's Ctrl-C are nobody's failure. A cluster that stops a run
-            # before it gets anywhere would do so for ever, and others pay for it.
+            # A rule's stop and a user's Ctrl-C are not failures. But a cluster that stops a run
+            # before it completes a step would do so forever, at the cost of other users.
             after = run.status().get("attempts_without_progress", 0)
             run.update_status(attempts_without_progress=min(idle, after))
         run.update_status(
@@ -386,7 +389,7 @@ def evaluate(spec: EvalSpec) -> int:
 
     find.typed(spec.evaluation.lora_paths, Runs(Path(spec.place.runs)))
     _look_first(spec)
-    stop = _stop()  # before the imports: they take ten seconds in which somebody may ask
+    stop = _stop()  # before the imports: they take ten seconds, in which a stop may be requested
     _say_what_takes_long()
     from stillhouse.evals.harness import run_suite
 
@@ -394,10 +397,10 @@ def evaluate(spec: EvalSpec) -> int:
 
 
 def prepare(spec: EvalSpec, fetches: bool, scores: bool) -> int:
-    """Make, find or (if it `fetches`) download what training and scoring need; 0.
+    """Make, find or (if `fetches`) download what training and scoring need; 0.
 
     Raises:
-        ConfigError: what is needed is not here, and is not to be had.
+        ConfigError: what is needed is not here, and cannot be downloaded.
         ConnectionError: the hub cannot be reached; try again.
     """
     fits.check([spec])

@@ -1,17 +1,17 @@
-"""This file is where every error a user can meet is named, with the exit code it means.
+"""Define every error that a user can meet, with its exit code.
 
-    StillhouseError            42   a mistake in what was asked: never retried
+    StillhouseError            42   a mistake in the request: never retried
     ├── ConfigError            42   a key, a flag, a value, a sweep file
     ├── DataError              42   a data file, a row, a prompt set
-    ├── ContractError          42   an adapter, base or run that cannot be what it says it is
+    ├── ContractError          42   an adapter, base or run that cannot be what it claims to be
     ├── Diverged               43   NaN, an exploding loss, a rollout gap beyond its bound
     ├── OutOfMemory            44   retry only with a smaller micro_batch
-    ├── Stopped                46   a watch rule ended the run; state is saved, an outcome
-    ├── Interrupted            85   asked to stop; state is saved, run me again
-    ├── NodeFault               1   this machine cannot do it, another one may: tried again
-    └── NoProgress              1   stopped again and again before a step: tried again
+    ├── Stopped                46   a watch rule ended the run; state is saved; not a failure
+    ├── Interrupted            85   a stop was requested; state is saved; run the command again
+    ├── NodeFault               1   this machine cannot do it, another one may: retried
+    └── NoProgress              1   stopped again and again before a step: retried
 
-Anything else that ends a process is infrastructure and may be retried.
+Anything else that ends a process is an infrastructure failure and may be retried.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ OUT_OF_MEMORY = 44
 STOPPED = 46
 AGAIN = 85
 
-# Codes that say the same run would end the same way again: the reconcile loop never retries them.
+# Codes after which the same run would end the same way: the reconcile loop never retries them.
 POISON = frozenset({MISTAKE, DIVERGED, OUT_OF_MEMORY})
 
 
 class StillhouseError(Exception):
-    """A mistake in what was asked; its text says what, where, what was allowed, what to do."""
+    """A mistake in the request; its text says what, where, what was allowed, what to do."""
 
     exit_code = MISTAKE
 
@@ -70,19 +70,19 @@ class Stopped(StillhouseError):
 
 
 class Interrupted(StillhouseError):
-    """Somebody asked us to stop; everything completed is saved."""
+    """A stop was requested; everything completed is saved."""
 
     exit_code = AGAIN
 
 
 class NodeFault(StillhouseError):
-    """This machine lacks what it was asked for; the same run may go well on another one."""
+    """This machine lacks what the run needs; the same run may succeed on another one."""
 
     exit_code = 1
 
 
 class NoProgress(StillhouseError):
-    """What carries the run ended it again and again before it got anywhere."""
+    """The infrastructure ended the run again and again before it completed a step."""
 
     exit_code = 1
 
@@ -97,7 +97,7 @@ _HIDDEN = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u20
 
 
 def visible(text: str) -> str:
-    """The text with what a terminal would act on, instead of showing it, spelt out: \\x1b.
+    """The text with control characters escaped, on which a terminal would act: \\x1b.
 
     Causes, events, names and logs come from programs and people that we know nothing of.
     """
@@ -115,7 +115,7 @@ def exit_code_of(action: Callable[[], int | None]) -> int:
 
 @contextlib.contextmanager
 def explained_imports() -> Generator[None, None, None]:
-    """Where a package cannot be imported in here, a sentence says so, and the process ends with 42.
+    """If a package cannot be imported within this context, print a sentence and exit with 42.
 
     For train.py and eval.py, which people start with whatever Python comes first.
     """

@@ -1,7 +1,8 @@
-"""This file is where it is said what our files must hold for others of ours to rely on them.
+"""Declare the fields that each JSON file of the project must have for other code to rely on.
 
-One shape per format. Further fields are let through; a field that is missing, or of another type,
-is named with its file and what to do about it, so that one odd file is one line somewhere.
+There is one shape per format. Extra fields are allowed. A field that is missing or of another type
+raises an error that names the field, its file and what to do, so that one broken file costs a
+reader one line.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ def checked(content: Json, shape: Any, path: Path, cure: str) -> Json:
     """The object that was read from `path`, unchanged, if it has the fields that are relied on.
 
     Raises:
-        ContractError: it has not; names the first field that is odd, and the `cure`.
+        ContractError: it has not; names the first wrong field, and the `cure`.
     """
     try:
         shape.validate_python(content)
@@ -77,7 +78,7 @@ class _Method(TypedDict):
 
 @with_config(_LENIENT)
 class _Spec(TypedDict):
-    """Of a resolved config, what is read without composing it anew."""
+    """The fields of a resolved config that are read without composing it again."""
 
     pair: _Pair
     quant: _Quant
@@ -137,7 +138,7 @@ class _Contract(TypedDict):
 
 
 class _Answer(TypedDict, total=False):
-    """What eval/<task>.json says of an answer; what of it is there is of these types."""
+    """The fields of a result in eval/<task>.json; each may be missing, or has this type."""
 
     task: str
     metric: str
@@ -151,7 +152,7 @@ class _Answer(TypedDict, total=False):
 
 
 class _Score(_Answer):
-    """What says whether a score answers a question."""
+    """The field that shows whether a score answers a question."""
 
     key: str
 
@@ -209,7 +210,7 @@ class _Baseline(TypedDict):
 
 
 class _Sweep(TypedDict):
-    """What looking at a sweep relies on in its record."""
+    """What is relied on in a sweep's record, to show the sweep's state."""
 
     name: str
     points: list[_Point]
@@ -228,7 +229,7 @@ class _Compared(TypedDict):
 
 
 class _WholeSweep(_Sweep):
-    """What a report is made of, too."""
+    """The further fields of a sweep's record that a report needs."""
 
     axes: dict[str, list[Any]]
     compare: _Compared | None

@@ -1,7 +1,7 @@
-"""This file is where files are written whole or not at all, and JSON is read with its path in mind.
+"""Write files atomically, and read JSON with errors that name the file.
 
-Kill a process at any moment, or let two machines write one name on a shared volume: who reads finds
-one whole file, and what a killed writer left is swept up later.
+A process may be killed at any moment, and two machines may write the same name on a shared volume:
+a reader always finds one complete file. What a killed writer left is removed later.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from stillhouse.errors import ContractError
 
 Json = dict[str, Any]
 
-LEFT_S = 3600.0  # a temporary file of this age is nobody's any more
+LEFT_S = 3600.0  # a temporary file of this age has no writer any more
 _LEFTOVER = re.compile(r"\..+\.(\d+|[0-9a-f]{16})\.tmp")
 
 
@@ -46,10 +46,10 @@ def temporary_name(path: Path) -> Path:
 
 
 def sweep_leftovers(directory: Path) -> None:
-    """Remove what writers that were killed left in a directory.
+    """Remove the temporary files that killed writers left in a directory.
 
-    What somebody wrote in, at whatever depth, in the last hour may be at work still. Both times are
-    the file server's, so no clock of another machine is asked.
+    An entry that was written to in the last hour, at any depth, may still have a writer and stays.
+    Both times are the file server's, so the clock of another machine does not matter.
     """
     if not directory.is_dir():
         return
@@ -69,7 +69,7 @@ def sweep_leftovers(directory: Path) -> None:
 
 
 def _last_written(entry: Path) -> float:
-    """When something was last written at or below a path: a large file's own time goes on."""
+    """When anything was last written at or below a path; writing a large file advances its time."""
     inside = entry.rglob("*") if entry.is_dir() and not entry.is_symlink() else ()
     return max(path.lstat().st_mtime for path in (entry, *inside))
 
@@ -89,7 +89,7 @@ def read_json(path: Path) -> Json | None:
         content = json.loads(path.read_bytes())
     except FileNotFoundError:
         return None
-    # A directory in its place, or not ours to read. Other trouble may pass: it is the machine's.
+    # A directory in its place, or no permission to read. Other errors may pass by themselves.
     except (IsADirectoryError, NotADirectoryError, PermissionError) as error:
         raise ContractError(f"{path}: cannot be read ({error.strerror}); mend that") from error
     except (ValueError, RecursionError) as error:

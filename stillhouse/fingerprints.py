@@ -1,13 +1,14 @@
-"""This file is where files become digests that tell whether their content has changed.
+"""Compute digests of files, which show whether their content has changed.
 
-A digest is the file's sha256. Of weights above WHOLE bytes it is a sample's: the size, the header
-with every tensor's name, type, shape and place, BLOCKS blocks all over the file, and one in the
-middle of each tensor. Training, merging, quantising or converting a model changes all of these
-blocks; what a sample can miss is a hand that changes some numbers of a tensor and spares its
-middle. Nobody does that by mistake, and reading 60 GB before each run would cost minutes for it.
+A digest is the file's sha256. For weights above WHOLE bytes it is the sha256 of a sample: the size,
+the header with every tensor's name, type, shape and offsets, BLOCKS blocks spread over the file,
+and one block in the middle of each tensor. Training, merging, quantizing or converting a model
+changes all of these blocks. A sample can miss a deliberate edit that changes some numbers of a
+tensor but not its middle. Nobody does that by mistake, and reading 60 GB before each run would cost
+minutes.
 
-What was read once is not read again while the file is the same one: path, size, inode and both
-times. Such a memory is a small file in the cache; without it, digests are computed.
+A file is not read again while its path, size, inode and both times are the same: its digest is then
+taken from a small file in the cache. Without that file, the digest is computed.
 """
 
 from __future__ import annotations
@@ -26,13 +27,13 @@ from stillhouse.rundir import Json, file_digest, read_json, sweep_leftovers, wri
 from stillhouse.spec import digest
 
 WHOLE = 2**28  # bytes of a weights file up to which all of it is read: half a second
-REMEMBERED = 2**22  # bytes from which a digest is worth a file in the cache
+REMEMBERED = 2**22  # bytes from which a digest is kept in the cache
 BLOCK = 4096
 BLOCKS = 64
-TENSORS = 1024  # at most so many of a file are looked into, spread over it
+TENSORS = 1024  # at most so many tensors of a file are sampled, spread over it
 LARGEST_HEADER = 10**8  # bytes; safetensors refuses longer ones
 SETTLED_S = 2  # a file written so lately may be written again within one tick of its clock
-# They differ from one version of transformers to the next, and say nothing about the function.
+# They differ between versions of transformers, and do not affect what the model computes.
 SAID_BY_THE_WAY = ("transformers_version", "_name_or_path")
 
 
@@ -51,9 +52,9 @@ def of_rows(files: Iterable[Path], cache_dir: Path) -> str:
 
 
 def of_settings(files: Iterable[Path], cache_dir: Path) -> str:
-    """One digest of small files by name; of JSON it is the content that counts, not the spelling.
+    """One digest of small files by name; for JSON the content counts, not the formatting.
 
-    A file that cannot be read as JSON is its bytes.
+    For a file that cannot be read as JSON, its bytes count.
     """
     return digest({file.name: _content(file, cache_dir) for file in files})
 

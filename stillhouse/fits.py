@@ -1,9 +1,9 @@
-"""This file is where it is said, without torch, what of a pair, its data and knobs does not fit.
+"""Check, without torch, that a pair's files, its data and the knobs fit one another.
 
-A model directory has halves that somebody put together: a config, a tokenizer, a generation config,
-weights. Whatever would end a run at its first step, on every attempt, is said here in a sentence
-before torch is imported. Nothing is guessed: what a file does not tell is not checked, and a model
-that is not on this machine is checked where it is.
+A model directory has parts that somebody put together: a config, a tokenizer, a generation config,
+weights. Anything that would end a run at its first step, on every attempt, is reported here in one
+sentence before torch is imported. Nothing is guessed: what a file does not say is not checked. A
+model that is not on this machine is checked on the machine that has it.
 """
 
 from __future__ import annotations
@@ -22,13 +22,14 @@ from stillhouse.rundir import Json, read_json, write_json
 from stillhouse.sources import of_pair, rows_of
 from stillhouse.spec import DataSpec, EvalSpec, TrainSpec, digest
 
-# Ends of the names of architectures that write no text from left to right.
+# Ends of the names of architectures that are no causal language models.
 NOT_CAUSAL = (
     "MaskedLM", "PreTraining", "SequenceClassification", "TokenClassification", "MultipleChoice",
     "QuestionAnswering", "NextSentencePrediction", "EncoderModel", "RewardModel", "ForEmbedding",
 )  # fmt: skip
-# Whose experts transformers holds as two tensors of three dimensions, and what PEFT takes for their
-# names (transformers 5.23, peft 0.21; a test compares). They get no adapter (`new_student`).
+# Model types whose experts transformers stores as two tensors of three dimensions, and the names by
+# which PEFT targets them (transformers 5.23, peft 0.21; a test compares). They get no adapter
+# (`new_student`).
 EXPERT_NAMES = {
     "mixtral": frozenset({"gate", "w1", "w2", "w3"}),
     "qwen2_moe": frozenset({"gate", "gate_proj", "up_proj", "down_proj"}),
@@ -50,7 +51,7 @@ SHOWN = 3  # tokens that a sentence names
 
 
 def misfits(checkpoint: Checkpoint, asked: str = "") -> Iterator[str]:
-    """What no knob could mend, one sentence each; `asked`: text of the data, if it is at hand."""
+    """Faults that no knob can fix, one sentence each; `asked`: text of the data, or ''."""
     config, text, rows = checkpoint.config, checkpoint.text, checkpoint.rows
     yield from _of_another_kind(config, checkpoint.strange)
     vocabulary, width = count(text, "vocab_size"), count(text, "hidden_size")
@@ -108,8 +109,8 @@ def _has_projection(text: Json) -> bool:
 
 
 def _beyond(checkpoint: Checkpoint, asked: str) -> Iterator[str]:
-    """Tokens without an embedding that will be read. An added one that nobody uses does no harm:
-    Gemma 3's text models have one for images, which they cannot read."""
+    """Faults from tokens that have no embedding and will be read. An added token that is never used
+    does no harm: Gemma 3's text models have one for images, which they cannot read."""
     tokens = checkpoint.tokens
     used = [
         token
@@ -131,7 +132,7 @@ def _beyond(checkpoint: Checkpoint, asked: str) -> Iterator[str]:
 
 
 def knob_misfits(checkpoint: Checkpoint, spec: TrainSpec, role: str) -> Iterator[str]:
-    """What another knob could mend, one sentence each; `role` is student or teacher."""
+    """Faults that another knob can fix, one sentence each; `role` is student or teacher."""
     kind = str(checkpoint.config.get("model_type"))
     family = MOE.get(kind)
     targets = spec.lora.target_modules
@@ -203,7 +204,7 @@ def check(specs: Iterable[TrainSpec | EvalSpec]) -> None:
 
 
 def _relevant(spec: TrainSpec | EvalSpec) -> object:
-    """What of a spec is looked at here."""
+    """The part of a spec that is checked here."""
     data = (spec.data.data_path, spec.data.max_length, spec.data.min_completion)
     if isinstance(spec, EvalSpec):
         return spec.pair, data
@@ -214,7 +215,7 @@ def _relevant(spec: TrainSpec | EvalSpec) -> object:
 
 def _check_one(spec: TrainSpec | EvalSpec) -> None:
     pair = spec.pair
-    if pair.pair_source != "hub":  # what is made or unpacked here fits
+    if pair.pair_source != "hub":  # what `prepare` makes or unpacks fits
         return
     for role, name, revision in (
         ("student", pair.student, pair.student_revision),
@@ -250,7 +251,7 @@ def _asked(spec: TrainSpec | EvalSpec) -> str:
 
 
 def note_largest_id(spec: TrainSpec | EvalSpec, largest: int) -> None:
-    """Keep the largest token id of these rows as this tokenizer writes them, for whoever plans."""
+    """Save the largest token id of these rows under this tokenizer, for checks at plan time."""
     file = _note_file(spec)
     if file is not None:
         write_json(file, {"largest_token_id": largest})
@@ -264,7 +265,7 @@ def _noted(spec: TrainSpec | EvalSpec) -> int | None:
 
 
 def _note_file(spec: TrainSpec | EvalSpec) -> Path | None:
-    """Its name says of which rows, tokenizer and limits; None where these are not here."""
+    """The file, named by a digest of rows, tokenizer and limits; None if these are not here."""
     cache_dir = Path(spec.place.cache_dir)
     models = of_pair(spec.pair, cache_dir, spec.place.commits)
     rows = rows_of(spec, cache_dir)

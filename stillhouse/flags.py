@@ -1,8 +1,8 @@
-"""This file is where a command line in either dialect becomes one list of settings.
+"""Parse a command line in either dialect, Hydra's or flags, into one list of settings.
 
 Hydra's (`optim.learning_rate=5e-6`, `lmbda=0`, `pair=tiny`) and flags (`--learning-rate 5e-6`,
-`--per-device-train_batch-size 2`, repeatable `--tags`, `--no-eval-teacher`) may stand side by side.
-A name that is neither a leaf nor a group is an error that names the nearest one.
+`--per-device-train_batch-size 2`, repeatable `--tags`, `--no-eval-teacher`) may be mixed. A name
+that is neither a leaf nor a group raises an error that suggests the nearest one.
 """
 
 from __future__ import annotations
@@ -128,7 +128,7 @@ def parse(argv: list[str], vocabulary: Vocabulary, where: str = "command line") 
 
 
 def _appended(settings: list[Setting], key: str, item: str) -> Setting:
-    """The list flag with one more item; one set in the other dialect is started anew."""
+    """The list flag with one more item; a value set in the other dialect is replaced."""
     last = next((s for s in reversed(settings) if s.key == key), None)
     items = (*last.items, item) if last else (item,)
     return Setting(key, ",".join(items), False, True, items)

@@ -1,22 +1,24 @@
-"""This file is where a laptop's files arrive on a volume: the pod's half of `stillhouse push`.
+"""Receive files from a laptop on a cluster's volume: the pod's half of `stillhouse push`.
 
     python -m stillhouse.intake REQUEST    run in a pod by `exec`: reads stdin, writes one JSON
 
-A request is one word (`parcel.pack`). `root` is a directory of the volume, `name` what is pushed,
-as LABEL-DIGEST; stdin has no end that could be relied on, so each request says how much comes:
+A request is one word (`parcel.pack`). `root` is a directory of the volume; `name` is the name of
+what is pushed, as LABEL-DIGEST. The end of stdin is not reliable, so each request says how much
+follows:
 
     {"root", "name", "do": "ask", "bytes": n}     n bytes: the list, {file: {"size", "sha256"}}
-    {"root", "name", "do": "add", "pieces": n}    n times {"file": place in the list, "at", "size"},
-                                                  a line each, and behind it `size` bytes
-    {"root", "name", "do": "finish"}              all is here: put it into its place, in one rename
+    {"root", "name", "do": "add", "pieces": n}    n times {"file": index in the list, "at", "size"},
+                                                  a line each, followed by `size` bytes
+    {"root", "name", "do": "finish"}              all has come: move it to its final path, by rename
 
-The answer says how many bytes of each file are here (all of them only once its digest was right, -1
-of an empty one that did not come), so that whoever was cut goes on from there:
+The answer says how many bytes of each file have come, so that an interrupted push can resume. All
+bytes of a file are counted only once its digest was right; -1 means an empty file that did not
+come:
 
-    {"format": 1, "is_there": whether it is in its place, "have": [bytes], "spoilt": [places in the
-     list of what came and was not right], "free": bytes}
+    {"format": 1, "is_there": whether it is at its final path, "have": [bytes], "spoilt": [indices
+     in the list of files that came with a wrong digest], "free": bytes}
 
-What has come lies in ROOT/.coming/NAME until it is whole.
+Incomplete files are kept in ROOT/.coming/NAME.
 """
 
 from __future__ import annotations
@@ -36,7 +38,7 @@ from stillhouse.files import write_atomic
 from stillhouse.parcel import Json, say_used, unpack
 
 FORMAT = 1
-COMING = ".coming"  # below the root: what is not whole yet
+COMING = ".coming"  # below the root: files that are not complete yet
 DIGITS = 12  # of the list's digest, at the end of a name
 MOST_LIST = 64 << 20  # bytes; 100,000 files take some 15 MB
 PIECE = 1 << 20  # bytes read at once
@@ -48,7 +50,7 @@ def digest_of(files: Json) -> str:
 
 
 def name_of(label: str, files: Json) -> str:
-    """What a volume calls this content."""
+    """The directory name of this content on a volume."""
     return f"{label}-{digest_of(files)[:DIGITS]}"
 
 
@@ -59,10 +61,10 @@ def is_plain(path: str) -> bool:
 
 
 def take(request: Json, stdin: io.BufferedIOBase) -> Json:
-    """Do what a request asks; what is there then.
+    """Carry out a request; returns the state of the volume after it.
 
     Raises:
-        ConfigError: it cannot be right, or the volume cannot be written.
+        ConfigError: the request cannot be right, or the volume cannot be written.
     """
     root, name = Path(request["root"]), request["name"]
     if not is_plain(name) or "/" in name or name == COMING:
@@ -82,7 +84,7 @@ def take(request: Json, stdin: io.BufferedIOBase) -> Json:
 
 
 class _Place:
-    """Where something that is pushed lies, while it comes and when it is whole."""
+    """The directories of something that is pushed, while it arrives and once it is complete."""
 
     def __init__(self, root: Path, name: str) -> None:
         self.name, self.final = name, root / name
@@ -90,7 +92,7 @@ class _Place:
         self.whole, self.parts = self.coming / "files", self.coming / "parts"
 
     def begin(self, data: bytes) -> Json:
-        """Note what is to come; the list.
+        """Save the list of files that will come, and return it.
 
         Raises:
             ConfigError: its digest is not the name's, or a path of it leads elsewhere.
@@ -117,10 +119,10 @@ class _Place:
             raise ConfigError(f"{self.name}: nobody said what is to come; push again") from error
 
     def answer(self, files: Json, spoilt: Iterable[int | None] = ()) -> Json:
-        """What is here of a list.
+        """How much of a list is on the volume.
 
         Raises:
-            ConfigError: it is in its place, and not what it was.
+            ConfigError: it is at its final path, and was changed there.
         """
         sizes = [entry["size"] for entry in files.values()]
         is_there = self.final.exists()
@@ -141,11 +143,11 @@ class _Place:
     def _have(self, number: int, file: str, files: Json) -> int:
         if _size(self.whole / file) is not None:
             return files[file]["size"]
-        # A part that is full is not proven yet: its last byte comes again, and then it is.
+        # A full part is not verified yet: its last byte is sent again, and that triggers the check.
         return min(_size(self.parts / str(number)) or 0, files[file]["size"] - 1)
 
     def add(self, files: Json, stdin: io.BufferedIOBase) -> int | None:
-        """Write the piece that comes next; the file's number if it is full and not what it was.
+        """Write the next piece; the file's number if the file is full and its digest is wrong.
 
         Raises:
             ConfigError: the piece does not follow what is here, or stdin ended before it did.
@@ -173,7 +175,7 @@ class _Place:
         return number if _size(part) == size and not self._settle(part, file, files[file]) else None
 
     def _settle(self, part: Path, file: str, entry: Json) -> bool:
-        """Whether a full part is what it is to be; then it is a file, else it is gone."""
+        """Whether a full part has the right digest: then it is moved to its file, else deleted."""
         with part.open("rb") as content:
             found = hashlib.file_digest(content, "sha256").hexdigest()
         if found != entry["sha256"]:
@@ -184,10 +186,10 @@ class _Place:
         return True
 
     def finish(self, files: Json) -> None:
-        """Put what came into its place.
+        """Move the complete files to their final path.
 
         Raises:
-            ConfigError: some of it is not here.
+            ConfigError: some of them are not complete.
         """
         if not self.final.exists():
             left = [file for file in files if _size(self.whole / file) != files[file]["size"]]
@@ -198,7 +200,7 @@ class _Place:
 
 
 class Cut(Exception):
-    """The stream ended before what it was to bring; what came stays."""
+    """The stream ended early; the bytes that came are kept."""
 
 
 def _size(path: Path) -> int | None:

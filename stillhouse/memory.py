@@ -1,4 +1,4 @@
-"""This file is where it is asked how much memory this machine, or this container, has left."""
+"""Measure how much memory this machine, or this container, has left."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ CGROUP = Path("/sys/fs/cgroup")
 
 
 def host_bytes() -> int:
-    """What a process could still take, in bytes; of a container, its own limit counts."""
+    """The memory that a process could still allocate, in bytes, within the container's limit."""
     free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    with contextlib.suppress(OSError):  # Linux alone tells what of it is not in use
+    with contextlib.suppress(OSError):  # only Linux says how much of it is unused
         for line in Path("/proc/meminfo").read_text().splitlines():
             if line.startswith("MemAvailable:"):
                 free = 1024 * int(line.split()[1])

@@ -1,7 +1,8 @@
-"""This file is where a method becomes what one step does: schedules over the run, read at a step.
+"""Translate a method into a plan for each step, by evaluating its schedules at that step.
 
 The training loop executes one `StepPlan` per step and does not know which method made it, so two
-methods differ in their YAML file only. No torch here: plans can be read and drawn on a laptop.
+methods differ only in their YAML files. Torch is not imported: plans can be read and drawn on a
+laptop.
 """
 
 from __future__ import annotations
@@ -17,9 +18,9 @@ ENDS = 7  # of its first and last value: 0 → 0.5
 
 @dataclass(frozen=True)
 class StepPlan:
-    """What one optimiser step does."""
+    """What one optimizer step does."""
 
-    is_cold: bool  # of the cold start: the teacher's answers to prompts of its own
+    is_cold: bool  # of the cold start: the teacher's answers to prompts reserved for it
     lmbda: float  # share of on-policy data, in [0, 1]
     lmbda_as: str  # "coin": one kind of data, by chance; "weight": both, their losses mixed
     off_policy_source: str  # "dataset" or "teacher": what is not a rollout

@@ -1,6 +1,6 @@
-"""This file is where the files of a model directory are read, without torch, into what they say.
+"""Read what the files of a model directory say about the model, without torch.
 
-Nothing is guessed: what a file does not tell is None.
+Nothing is guessed: what a file does not say is None.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ def text_config(config: Json) -> Json:
 
 
 def _named(tensors: Mapping[str, TensorHeader], ends: tuple[str, ...]) -> str | None:
-    """The tensor whose name ends so; of several, the one of the text model."""
+    """The tensor whose name has one of these ends; of several, the one of the text model."""
     found = [name for name in tensors if name.endswith(ends)]
     of_text = [n for n in found if not any(word in n for word in ("vision", "visual", "audio"))]
     return min(of_text, key=lambda name: (len(name), name), default=None)
@@ -108,7 +108,7 @@ def count(config: Json, key: str) -> int | None:
 
 
 def _tokens(directory: Path) -> tuple[dict[str, int], frozenset[str]]:
-    """Every token's id, and which of them are the tokenizer's own; none where no file tells."""
+    """Every token's id, and which tokens are not added ones; empty where no file says."""
     whole = _optional(directory / "tokenizer.json")
     model = whole.get("model")
     vocabulary: Any = cast("Json", model).get("vocab") if isinstance(model, dict) else None

@@ -1,21 +1,22 @@
-"""This file is where files of runs travel from a volume to a laptop that does not mount it.
+"""Transfer files of runs from a volume to a laptop that does not mount it.
 
-    python -m stillhouse.parcel hold SECONDS    a pod stays, until nobody has sent for so long
+    python -m stillhouse.parcel hold SECONDS    keep a pod alive until SECONDS pass without a send
     python -m stillhouse.parcel send REQUEST    run in that pod by `exec`: a stream to stdout
 
-A request is JSON, made one word by `pack`:
+A request is JSON, encoded as one word by `pack`:
 
     {"runs": root, "directories": [below root], "files": [glob patterns in each],
-     "have": {directory: its state},       a directory whose `state` is still that is left out
-     "largest": bytes, "most": bytes}      of one file, and of all: what whoever asked will take
+     "have": {directory: its state},       a directory whose `state` is unchanged is left out
+     "largest": bytes, "most": bytes}      limits of the receiver: for one file, and for all
 
-The stream is a gzipped tar of `directory/file`, its last member `manifest.json`, so that a stream
-that was cut has none:
+The stream is a gzipped tar of `directory/file`. Its last member is `manifest.json`, so that a
+truncated stream has none:
 
     {"format": 1, "files": {"directory/file": {"sha256": …, "size": …}}, "unchanged": [directories],
      "missing": [directories], "names": {NAME: directory}}
 
-Digests are those of the bytes that were sent: a file may grow meanwhile, and what it had then goes.
+Digests are of the bytes that were sent: a file may grow during the transfer, and only the bytes
+that it had at the start are sent.
 """
 
 from __future__ import annotations
@@ -63,10 +64,10 @@ def pack(request: Json) -> str:
 
 
 def unpack(word: str) -> Json:
-    """The request that `pack` made a word of.
+    """The request that `pack` encoded.
 
     Raises:
-        ConfigError: it is none.
+        ConfigError: the word is no encoded request.
     """
     try:
         return json.loads(zlib.decompress(base64.urlsafe_b64decode(word)))
@@ -94,7 +95,7 @@ def _matching(directory: Path, patterns: Sequence[str]) -> list[Path]:
 
 
 def hold(seconds: float) -> int:
-    """Wait until nobody has sent for so many seconds, or we are asked to end; 0."""
+    """Wait until so many seconds pass without a send, or until SIGTERM or SIGINT; 0."""
     signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
     print(f"waiting for somebody to collect, at most {seconds:g} s", flush=True)
     used = time.time()
@@ -112,7 +113,7 @@ def _sent() -> Path:
 
 
 def say_used() -> None:
-    """Let whoever holds a pod see that somebody needs it."""
+    """Mark the pod as in use, so that `hold` keeps it alive."""
     _sent().touch()
 
 
@@ -181,12 +182,12 @@ def _add(tar: tarfile.TarFile, name: str, file: io.BufferedIOBase) -> Json:
 def receive(chunks: Iterable[bytes], into: Path, asked: Json) -> Json:
     """Unpack what `send` wrote into an empty directory, and return its manifest.
 
-    Whoever may write to the volume, or stand in for the pod, decides what is in the stream. So each
-    name must be one that `asked` (a request) asked for, made of plain letters, and counts and sizes
-    have limits; all are looked at before a file is written.
+    The stream is not trusted: anyone who can write to the volume, or pose as the pod, decides what
+    is in it. So each name must match the request `asked` and be made of plain letters, and counts
+    and sizes have limits; all are checked before a file is written.
 
     Raises:
-        ValueError: it was cut, or is not what its manifest says, or not what was asked for; keep
+        ValueError: the stream was cut, or differs from its manifest or from the request; keep
             nothing of it.
     """
     into.mkdir(parents=True, exist_ok=True)
@@ -223,7 +224,7 @@ def _most(asked: Json) -> int:
 
 
 class _Bounded(gzip.GzipFile):
-    """A gzipped tar of which no header is so long that memory would not do."""
+    """A gzipped tar that refuses headers too long to read into memory."""
 
     def read(self, size: int | None = -1) -> bytes:
         if size is None or not 0 <= size <= MOST_HEADER:

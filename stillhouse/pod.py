@@ -1,21 +1,21 @@
 # ruff: noqa: E402  (a PID 1 that has no handler yet hears no SIGTERM, so that comes before imports)
-"""This file is where a pod begins and ends: PID 1, between Kubernetes and the code that trains.
+"""Run as PID 1 of a pod: start the command, forward signals, and report how it ended.
 
     pod.py [--code=D] [--id=I] [--log=FILE] [--processes=N] KIND -- WORDS…
 
     train eval prepare preflight drive
                                starts train.py, eval.py or `python -m stillhouse` with these words
-    collect -- SECONDS         parcel.py: waits until nobody has sent for so long, or a SIGTERM
+    collect -- SECONDS         parcel.py: waits until SECONDS pass without a send, or for a SIGTERM
     push -- SECONDS            the same, with the cache in place of the runs
     send -- REQUEST            parcel.py, by `exec` in a collect pod: files of runs to stdout
     take -- REQUEST            intake.py, by `exec` in a push pod: files from stdin to the cache
 
-It passes SIGTERM and SIGINT on, buries orphans, copies the output to stdout and to FILE, and says
-how it ended by its exit code (`verdict`) and by one JSON object in the termination message:
-{"exit_code": n, "cause": "…", "tail": "last lines"}.
+It forwards SIGTERM and SIGINT, reaps orphaned processes, and copies the output to stdout and to
+FILE. It reports how it ended by its exit code (`verdict`) and by one JSON object in the termination
+message: {"exit_code": n, "cause": "…", "tail": "last lines"}.
 
-Only the standard library, and nothing of ours: the code that it unpacks need not be the image's.
-STILLHOUSE_POD_ROOT, for tests, stands before /tmp, /dev and /sys.
+It imports the standard library only, and no module of this project: the code that it unpacks may
+differ from the image's. STILLHOUSE_POD_ROOT, for tests, is put before /tmp, /dev and /sys.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ SAVE_S = 150  # torchrun kills ranks that still save after 30 s; a pod has 180 t
 
 
 class Mistake(Exception):
-    """What this pod was asked cannot be; exit 42."""
+    """This pod's command line cannot be right; exit 42."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -89,7 +89,7 @@ class Parser(argparse.ArgumentParser):
 
 def main(argv: list[str]) -> int:
     """The exit code of a pod with these words; its termination message is written."""
-    if argv[:1] in (["send"], ["take"]):  # a stream for somebody, and no pod ends with it
+    if argv[:1] in (["send"], ["take"]):  # a stream run by `exec`; the pod does not end with it
         os.chdir(CODE if CODE.exists() else _installed())
         words = command(argv[0], argv[argv.index("--") + 1 :], 1)
         os.execv(words[0], words)
@@ -128,7 +128,7 @@ def _work(argv: list[str], output: Output) -> tuple[int, str]:
         "PYTHONPATH": os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")])),
         "PYTHONUNBUFFERED": "1",
         "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(SAVE_S),
-        # The ranks of a pod meet inside it, so its own loop will do, whatever else it has.
+        # The ranks of a pod all run inside it, so loopback is enough, whatever interfaces it has.
         "GLOO_SOCKET_IFNAME": os.environ.get("GLOO_SOCKET_IFNAME", "lo"),
     }
     environment |= {"STILLHOUSE_ID": options.id} if options.id else {}
@@ -169,7 +169,7 @@ def verdict(returned: int, said: list[Json], is_asked: bool, is_oom: bool) -> tu
     for code in FINAL:
         if code in causes or returned == code:
             return code, causes.get(code, "")
-    # A rank that was asked by its launcher, because another one broke, says 85 as well.
+    # A rank that its launcher stopped, because another one failed, exits with 85 as well.
     if returned == AGAIN or (is_asked and AGAIN in causes):
         return AGAIN, causes.get(AGAIN, "")
     if is_oom:
@@ -257,7 +257,7 @@ class Output:
         self._log: io.FileIO | None = None
 
     def open(self, log: Path) -> None:
-        """Append to this file too; one that cannot be written is said, and no reason to end."""
+        """Append to this file too; if it cannot be written, report that and go on."""
         try:
             log.parent.mkdir(parents=True, exist_ok=True)
             self._log = io.FileIO(log, "a")
@@ -283,8 +283,8 @@ class Output:
 def run(words: list[str], environment: dict[str, str], output: Output) -> int:
     """The return code of a command, negative for a signal, once its output is copied.
 
-    What asks us to stop is passed on to it, once: a second SIGTERM would make torchrun forget its
-    ranks. Whatever else ends is buried, because PID 1 inherits every orphan.
+    Each stop signal is forwarded to it once: a second SIGTERM would make torchrun forget its ranks.
+    Every other child that ends is reaped, because PID 1 inherits every orphan.
     """
     woken, waker = os.pipe()
     os.set_blocking(woken, False)
@@ -303,7 +303,7 @@ def run(words: list[str], environment: dict[str, str], output: Output) -> int:
         while returned is None:
             for number in {*ASKED} - passed:
                 passed.add(number)
-                os.kill(pid, number)  # ours until it is buried, so no stranger gets it
+                os.kill(pid, number)  # ours until reaped: the pid is not reused
             for key, _ in ready.select():
                 if key.fd == woken:
                     os.read(woken, 1024)
@@ -320,7 +320,7 @@ def run(words: list[str], environment: dict[str, str], output: Output) -> int:
 
 
 def _wake(number: int, frame: Any) -> None:
-    """Nothing: that a signal came has woken whoever waits."""
+    """Do nothing: the signal itself has woken the selector."""
 
 
 def _bury(pid: int) -> int | None:

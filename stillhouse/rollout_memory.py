@@ -1,8 +1,8 @@
-"""This file is where it is said, without torch, what writing rollouts takes besides the student.
+"""Estimate, without torch, the memory that writing rollouts takes besides the student.
 
 A rollout is written by a copy of the student's projections with the adapter folded in, in the dtype
-that it computes in, and keeps keys and values of every position. Models that are not on this
-machine, or whose config does not tell, are not spoken of.
+that the student computes in. It also keeps keys and values of every position. Models that are not
+on this machine, or whose config lacks the numbers, are left out.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def lines(specs: Iterable[TrainSpec]) -> list[str]:
         key = (spec.pair, computed_in(spec), rollout, positions(spec), _rows(spec), site)
         if key not in said:
             said[key] = None
-            with contextlib.suppress(ContractError, OSError):  # said where models are looked at
+            with contextlib.suppress(ContractError, OSError):  # `fits.check` reports these
                 said[key] = _said(spec)
     return list(dict.fromkeys(line for line in said.values() if line))
 
@@ -76,7 +76,7 @@ def _rows(spec: TrainSpec) -> int:
 
 
 def _there(spec: TrainSpec) -> int | None:
-    """Memory of where it runs, in bytes; None: of a GPU, which nobody can ask from here."""
+    """Memory where it runs, in bytes; None for a GPU, whose memory is not known here."""
     if spec.site.site_name == "local":
         return None if GPU.exists() else host_bytes()
     if spec.site.gpu_resource is not None:

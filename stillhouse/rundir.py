@@ -1,17 +1,17 @@
-"""This file is where every file name below `runs/` is built, and the only way to read or write one.
+"""Define every file name below `runs/`, and provide the only way to read or write these files.
 
     <runs>/<slug>-<id>/        spec.json status.json metrics.jsonl cost.json log.txt run.lock
                                checkpoints/step-N/  adapter/  eval/<task>.json
                                collected.json: it came from a cluster's volume (`collect`)
     <runs>/names/NAME          link to the run of that name
-    <runs>/sweeps/NAME.json    a sweep as it was asked
+    <runs>/sweeps/NAME.json    a sweep as it was requested
     <runs>/baselines/<slug>-<id>/   baseline.json  eval/<task>.json: rows that no run trained
-    <runs>/preflight/<pair>-<key>.json   what a preflight found
+    <runs>/preflight/<pair>-<key>.json   the result of a preflight
     <runs>/reports/NAME/       tables, plots and the page of a sweep
-    <runs>/.before/<slug>-<id>.N/   what lay in a run's directory before it began anew
+    <runs>/.before/<slug>-<id>.N/   the earlier files of a run that was started over
 
-Every write is atomic: temporary file, fsync, rename. Kill a process at any moment and what is there
-is true.
+Every write is atomic (temporary file, fsync, rename), so the files stay valid if a process is
+killed at any moment.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ from stillhouse.files import (
 )
 from stillhouse.spec import TrainSpec, digest, point_id, slug, to_plain, versioned
 
-__all__ = [  # who works on run directories needs files.py too, and has it from here
+__all__ = [  # code that works on run directories needs files.py too, and imports it from here
     "FORMAT",
     "Json",
     "RunDir",
@@ -93,10 +93,10 @@ def read_score(directory: Path, task: str, whole: bool = False) -> Json | None:
 
 
 def read_baseline(directory: Path) -> Json | None:
-    """What a row that no run trained is (baseline.json), None where nobody said.
+    """The description of a row that no run trained (baseline.json), None where there is none.
 
     Raises:
-        ContractError: the file is there and says no such thing.
+        ContractError: the file is there and is no such description.
     """
     file = directory / "baseline.json"
     row = read_json(file)
@@ -106,7 +106,7 @@ def read_baseline(directory: Path) -> Json | None:
 
 @cache
 def code_identity() -> Json:
-    """What code this process runs: a digest of its sources, and git's words for it, if any."""
+    """The code that this process runs: a digest of its sources, and its git state, if any."""
     package = Path(__file__).parent
     hasher = hashlib.sha256()
     for source in sorted(package.rglob("*.py")):
@@ -117,7 +117,7 @@ def code_identity() -> Json:
         try:
             done = subprocess.run(command, capture_output=True, text=True, check=True)
         except (OSError, subprocess.CalledProcessError):
-            return None  # installed from a wheel, or no git here: the digest says it all
+            return None  # installed from a wheel, or no git here: the digest is enough
         return done.stdout.strip()
 
     return {
@@ -135,7 +135,7 @@ class RunDir:
 
     @property
     def id(self) -> str:
-        # One that was put aside has a number behind it.
+        # A directory that was set aside has a number after the id.
         return self.path.name.rpartition("-")[2].partition(".")[0]
 
     @property
@@ -160,7 +160,7 @@ class RunDir:
 
     @property
     def collected_file(self) -> Path:
-        """Says where the directory was fetched from; one that was trained here has none."""
+        """The file that says where the directory was collected from; local runs have none."""
         return self.path / "collected.json"
 
     @property
@@ -177,7 +177,7 @@ class RunDir:
     def lock(self) -> FileLock:
         """Held by whoever trains this run, so that no two processes ever do."""
         self.path.mkdir(parents=True, exist_ok=True)
-        # A second's patience: whoever asks `is_locked` holds it for an instant.
+        # It waits one second, because `is_locked` holds the lock for an instant.
         return FileLock(self.path / "run.lock", timeout=1)
 
     def is_locked(self) -> bool:
@@ -266,7 +266,7 @@ class RunDir:
         return found
 
     def keep_metrics_before(self, step: int) -> None:
-        """Cut metrics.jsonl back to the steps before `step`: what a resume goes on from."""
+        """Truncate metrics.jsonl to the steps before `step`, for a resume from there."""
         if self.metrics_file.exists():
             kept = [m for m in self.metrics() if m["step"] < step]
             text = "".join(json.dumps(m) + "\n" for m in kept)
@@ -284,7 +284,7 @@ class RunDir:
         return None if contract is None else checked(contract, CONTRACT, file, cure)
 
     def is_trained(self) -> bool:
-        """Whether the adapter is there, whole, and of this point.
+        """Whether the adapter is there, complete, and of this point.
 
         Raises:
             ContractError: its contract is not what we write.
@@ -300,13 +300,13 @@ class RunDir:
 
     @property
     def set_aside_root(self) -> Path:
-        """Below it lies what was put aside; hidden, so that nobody takes it for runs."""
+        """The directory of runs that were set aside; hidden, so that they are not found as runs."""
         return self.path.parent / ".before"
 
     def set_aside(self) -> Path:
-        """Put away all that lies here, so that the point begins anew; the caller holds the lock.
+        """Move this run's files away, so that the point starts over; the caller holds the lock.
 
-        The lock stays, and spec.json goes last: until then the run is what it was.
+        The lock stays, and spec.json is moved last: until then the run is unchanged.
         """
         names = (f"{self.path.name}.{number}" for number in itertools.count(1))
         into = next(path for name in names if not (path := self.set_aside_root / name).exists())
@@ -317,7 +317,7 @@ class RunDir:
         return into
 
     def was_trained(self) -> bool:
-        """Whether the adapter is here, or, of a run that was fetched without it, lies there.
+        """Whether the adapter is here, or on the volume if the run was collected without it.
 
         A volume shows an adapter's contract only together with all of its weights.
         """
@@ -374,11 +374,11 @@ class Runs:
         return self.root / "sweeps" / f"{name}.json"
 
     def sweep_log(self, name: str) -> Path:
-        """What preparing its pairs and scoring its points printed."""
+        """The output of preparing its pairs and scoring its points."""
         return self.sweep_file(name).with_suffix(".log")
 
     def cancel_file(self, name: str) -> Path:
-        """Says when somebody asked a running `run` of the sweep to end."""
+        """The file that says when a running `run` of the sweep was asked to end."""
         return self.sweep_file(name).with_suffix(".cancelled")
 
     def baseline(self, label: str, key: str) -> Path:
@@ -387,7 +387,7 @@ class Runs:
 
     @property
     def verdicts(self) -> Path:
-        """Where preflights leave what they found."""
+        """The directory of the results of preflights."""
         return self.root / "preflight"
 
     def verdict_file(self, pair_name: str, key: str) -> Path:

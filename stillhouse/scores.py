@@ -1,14 +1,14 @@
-"""This file is where it is said what a score rests on beside its question, and if it still does.
+"""Determine what a score depends on besides its question, and whether that has changed.
 
     eval/<task>.json: key             the question: task, metric, the suite's settings (`score_key`)
-                      adapter_digest  of the adapter that was asked; null: none
-                      sources         its weights and tokenizer, as `sources` knows them
+                      adapter_digest  of the adapter that was scored; null: none
+                      sources         its weights and tokenizer, in the form of `sources`
                       versions        of lm-eval, of the task, and of the libraries
                       before          the scores that it replaced, and why
 
-A score whose question, adapter, weights, tokenizer, lm-eval or task is another now counts as none.
-Scoring is cheap, so it is done anew, and what was there before is noted. What is not known here, as
-lm-eval's version on a laptop without it, is not compared.
+A score is invalid once its question, adapter, weights, tokenizer, lm-eval or task has changed.
+Scoring is cheap, so it is then computed again, and the old score is noted. What is not known on
+this machine, such as lm-eval's version on a laptop without it, is not compared.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from stillhouse.rundir import Json, file_digest, now
 from stillhouse.sources import differences
 from stillhouse.spec import PairSpec, TaskSpec
 
-# Versions of our own tasks: raise one whenever it would ask or judge otherwise.
+# Versions of our own tasks: raise one whenever its questions or its scoring change.
 TASK_VERSIONS = {"tiny_gen": 1, "tiny_mc": 1}
 NOT_RECORDED = (
     "it was made before a score recorded what it rests on, and its weights may have been others"
@@ -33,7 +33,7 @@ NOT_RECORDED = (
 
 
 def rests_on(label: str, here: Mapping[str, Any]) -> Json:
-    """What a row's scores rest on, of the sources of its pair; `label`: whose scores they are."""
+    """The sources of a pair that a row's scores depend on; `label`: the row's kind."""
     model = "teacher" if label == "teacher" else "student"
     return {key: here[key] for key in (model, "tokenizer") if key in here}
 
@@ -47,7 +47,7 @@ def changes(
     cache_dir: Path,
     adapter: str | None = None,
 ) -> list[str]:
-    """A sentence for each thing that a score rests on and that is another now.
+    """A sentence for each thing that a score depends on and that has changed.
 
     `here`: the sources of its pair now (`sources.of_pair`). `adapter`: digest of the contract of
     the adapter that is asked; None: none is, or it is not known.
@@ -70,7 +70,7 @@ def changes(
 
 
 def replaced(before: Mapping[str, Any] | None, why: list[str]) -> list[Json]:
-    """What a new score keeps of the one that it replaces; [] where there was none."""
+    """The notes that a new score keeps of those it replaces; [] where there was none."""
     if before is None or "value" not in before:
         return []
     kept = ("key", "metric", "value", "n", "adapter_digest", "sources", "base_revision", "versions")

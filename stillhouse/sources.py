@@ -1,16 +1,17 @@
-"""This file is where it is said what a point rests on besides its own content, and whether it still
-is what it was: the weights, the tokenizer and the rows that its spec only names.
+"""Identify which weights, tokenizer and rows a point depends on, and detect when they change.
+
+A point's spec only names them, so they are not part of its content.
 
     sources: {"student":       {"what": name, "kind": "model", "digest": of weights, "settings": …}
-              "teacher":       {"what": name, "kind": "model", "commit": of the hub, "open": whether
-                                its revision was left open: as `place.commits` calls it}
+              "teacher":       {"what": name, "kind": "model", "commit": of the hub, "open": for a
+                                revision that may move, its name in `place.commits`}
               "tokenizer":     {"what": name, "kind": "tokenizer", "digest": …}
               "data":          {"what": name, "kind": "rows", "digest": …}
               "other_prompts": {"what": name, "kind": "rows", "digest": …}}
 
-They are recorded when a point is first used, and compared whenever it is used again. What is not on
-this machine is not in them, and nothing is said of it. `what` is for people: a path is a place, and
-two machines keep one file in two places.
+They are recorded when a point is first used, and compared at every later use. What is not on this
+machine is left out and not reported. `what` is for people and is not compared: it may be a path,
+and two machines can keep the same file at different paths.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ TOKENIZER = (
     "chat_template.json", "chat_template.jinja", "additional_chat_templates/*.jinja",
 )  # fmt: skip
 PROBLEMS = ("train.jsonl", "held_out.jsonl")  # generated ones that are trained on, or watched
-# What a run of a pair, or on rows, that this project did not make may have done differently.
+# For runs on a pair or rows that this project did not generate, which recorded no sources.
 NOT_RECORDED = (
     "it was begun before a run recorded what it rests on: its weights and rows may have been others"
     " than are here, and its turns may have ended elsewhere"
@@ -40,7 +41,7 @@ NOT_RECORDED = (
 
 
 def rests_on(spec: TrainSpec | EvalSpec) -> tuple[Any, ...]:
-    """What decides the sources of a spec: two specs that are equal in it have the same ones."""
+    """The fields that decide a spec's sources: specs that are equal in them have the same."""
     commits = tuple(sorted(spec.place.commits.items()))
     if isinstance(spec, EvalSpec):
         return spec.pair, commits
@@ -50,10 +51,10 @@ def rests_on(spec: TrainSpec | EvalSpec) -> tuple[Any, ...]:
 
 
 def sources_of(spec: TrainSpec | EvalSpec, cache_dir: Path) -> Json:
-    """What a point, or an evaluation of its pair, rests on as far as it is on this machine now.
+    """The sources of a point, or of an evaluation of its pair, that are on this machine now.
 
     Cheap where nothing changed: large files are read once (`fingerprints`). Never raises for what
-    cannot be read: whoever needs it will say why.
+    cannot be read: the code that needs it reports why.
     """
     found = of_pair(spec.pair, cache_dir, spec.place.commits)
     if isinstance(spec, TrainSpec):
@@ -70,9 +71,9 @@ def differences(recorded: Mapping[str, Any], here: Mapping[str, Any]) -> list[st
 def drift(run: RunDir, spec: TrainSpec, here: Mapping[str, Any]) -> list[str]:
     """A sentence for each source of a run that is not what it was when the run began.
 
-    [] for one that nobody began. `here`: `sources_of` its spec. Of a run that recorded none, what
-    its adapter's contract and its record say of generated weights is compared; of other weights and
-    rows nobody knows, and that is said.
+    [] for a run that never began. `here`: `sources_of` its spec. If the run recorded no sources,
+    generated weights are compared by its adapter's contract and its record; for other weights and
+    rows nothing is known, and one sentence says so.
 
     Raises:
         ContractError: a run directory that another version wrote, or that is not what it says.
@@ -82,7 +83,7 @@ def drift(run: RunDir, spec: TrainSpec, here: Mapping[str, Any]) -> list[str]:
 
 
 def drift_of(run: RunDir, record: Json, spec: TrainSpec, here: Mapping[str, Any]) -> list[str]:
-    """The same, of a record that was read already."""
+    """The same as `drift`, for a record that was already read."""
     if "sources" in record:
         return differences(record["sources"], here)
     if spec.pair.pair_source != "generated" or spec.data.data_source != "generated":
@@ -93,7 +94,7 @@ def drift_of(run: RunDir, record: Json, spec: TrainSpec, here: Mapping[str, Any]
 
 
 def refusal(run: RunDir, found: list[str]) -> str:
-    """What is said to whoever would go on with a run that rests on something else now."""
+    """The error text for resuming a run whose sources have changed."""
     return (
         f"{run.path}: {'; '.join(found)}. Restore that, or begin this point anew: the same command"
         f" with --sources=new, which keeps what lies here in {run.set_aside_root}"
@@ -191,7 +192,7 @@ def _entry(what: str, digest: str) -> Json:
 
 
 def _before_sources(spec: TrainSpec, record: Json, contract: Json | None) -> Json:
-    """What a run that recorded no sources says of the generated weights that it rests on."""
+    """The generated weights of a run that recorded no sources, from its record and contract."""
     prepared = cast("Json", record.get("prepared") or {})
     facts = cast("Json", prepared.get("facts") or {})
     found: Json = {}
@@ -205,7 +206,7 @@ def _before_sources(spec: TrainSpec, record: Json, contract: Json | None) -> Jso
 
 
 def _difference(key: str, then: Json, now: Json) -> str | None:
-    """How one source differs, None where it does not as far as both say something of it."""
+    """How one source differs; None if the fields that both have are equal."""
     what = {
         "model": f"the weights of {now['what']} are not what they were",
         "tokenizer": f"the tokenizer or the chat template of {now['what']} is not what it was",

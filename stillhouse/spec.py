@@ -1,8 +1,8 @@
-"""This file is where every knob of an experiment is declared: its type, its range, its reason.
+"""Declare every knob of an experiment: its type, its range, and its reason.
 
-Defaults are not here: they are data, in `conf/`. A spec is what a composed config becomes once it
-has been checked; it is frozen, and its identity follows from its content alone (`point_id`). Leaf
-names are unique over the whole tree, so that `lmbda` on a command line can only mean one thing.
+Defaults are not here: they are data, in `conf/`. A spec is a composed config that has been checked.
+It is frozen, and its identity depends on its content alone (`point_id`). Leaf names are unique over
+the whole tree, so that `lmbda` on a command line can only mean one thing.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 
 def _no_flag(value: Any) -> Any:
-    """Python counts True as 1; a person who writes true means something else."""
+    """Refuse a bool: Python counts True as 1, but a person who writes true means something else."""
     if isinstance(value, bool):
         raise ValueError("a number is wanted, not true or false")
     return value
@@ -142,7 +142,7 @@ def _is_list(value: Any) -> bool:
 
 
 def _knots(value: Any) -> Any:
-    """A schedule is one number or knots; said here, because a union only says what it is not."""
+    """Check that a schedule is a number or knots, because a union's own error is not clear."""
     if _is_list(value) and not (value and all(_is_list(k) and len(k) == 2 for k in value)):
         raise ValueError(
             "a schedule is a number, or [fraction, value] knots such as [[0, 0], [0.5, 1]]"
@@ -151,7 +151,7 @@ def _knots(value: Any) -> Any:
 
 
 def _in_order(value: float | Knots) -> float | Knots:
-    """A schedule whose knots are in order; a constant one is one thing, however it is written."""
+    """A schedule with its knots in order; a constant one becomes a number, however written."""
     if not isinstance(value, tuple):
         return value
     fractions = [fraction for fraction, _ in value]
@@ -221,8 +221,8 @@ class MethodSpec:
 
 @dataclass(frozen=True, config=_STRICT)
 class RescueSpec:
-    """What may help a pair that does not distil by itself: which prompts are asked, and by whom
-    they are answered first. Every method can use it; by default none of it is."""
+    """Settings for a pair that does not distill by itself: which prompts are used, and a cold start
+    on the teacher's answers. Every method can use them; by default all are off."""
 
     cold_start: NonNegative  # share of the steps that come first and learn the teacher's answers
     cold_prompts: Natural  # how many prompts are the cold start's own, each answered once
@@ -455,7 +455,7 @@ class WatchRule:
 
 @dataclass(frozen=True, config=_STRICT)
 class WatchSpec:
-    """What is looked out for while a point trains."""
+    """The rules that are applied while a point trains."""
 
     watch_rules: dict[Name, WatchRule]
     stop_on: tuple[str, ...]  # names of rules that stop the run, whatever action they name
@@ -480,7 +480,7 @@ class TrackingSpec:
 
 @dataclass(frozen=True, config=_STRICT)
 class PlaceSpec:
-    """Where things lie and what people call them."""
+    """Directories and names; they are no part of a point's identity."""
 
     runs: str  # directory of run directories
     cache_dir: str  # prepared pairs
@@ -739,9 +739,9 @@ NOT_VERSIONED: dict[str, str] = {
     "training.max_rollout_gap": "a check, not a computation",
 }
 
-# Knobs that came when there were runs already, and the value that is as before: a knob that has it
-# is no part of the content, so that those runs are still what they were asked to be. A key is a
-# section and its leaf; `task.LEAF` is a leaf of a suite's tasks.
+# Knobs that were added when runs already existed, and the value that keeps the old behavior. A knob
+# with that value is no part of the content, so that the identity of older runs does not change. A
+# key is a section and its leaf; `task.LEAF` is a leaf of a suite's tasks.
 ROLLOUT_ROWS = 64
 AS_BEFORE: dict[str, Any] = {
     "loss.position_weights": 1,
@@ -760,8 +760,8 @@ AS_BEFORE: dict[str, Any] = {
     "task.content": None,
 }
 
-# Knobs that are no part of the content and came when there were records already, and what a record
-# without them means.
+# Knobs that are no part of the content and were added when records already existed, and the value
+# that a record without them has.
 ADDED: dict[str, Any] = {
     "training.max_rollout_gap": None,
     "place.commits": {},
@@ -788,7 +788,7 @@ def to_plain(spec: TrainSpec | EvalSpec) -> dict[str, Any]:
 
 
 def from_plain(plain: Mapping[str, Any]) -> TrainSpec:
-    """The spec that a record keeps; a knob that came later than the record has the value of before.
+    """The spec in a record; a knob that was added after the record has its old-behavior value.
 
     Raises:
         ValidationError: it is no spec of this version.
@@ -798,7 +798,7 @@ def from_plain(plain: Mapping[str, Any]) -> TrainSpec:
 
 
 def filled(section: str, leaves: Mapping[str, Any]) -> dict[str, Any]:
-    """A section as a record keeps it, with the knobs that came later at the value of before."""
+    """A section of a record, with later knobs added at their old-behavior values."""
     keys = [(*key.split("."), value) for key, value in (AS_BEFORE | ADDED).items()]
     return {leaf: value for name, leaf, value in keys if name == section} | {**leaves}
 
@@ -839,9 +839,9 @@ def is_float32(spec: TrainSpec) -> bool:
 
 
 def as_before(section: str, leaves: dict[str, Any]) -> dict[str, Any]:
-    """A section in plain words, less the knobs that came later and have the value of before.
+    """A section as plain data, without the later knobs that have their old-behavior value.
 
-    Two sections are the same content where this is equal, whichever version wrote them down.
+    Two sections have the same content if this is equal, whichever version wrote them.
     """
     before = _BEFORE.get(section)
     if before is None:
@@ -852,7 +852,7 @@ def as_before(section: str, leaves: dict[str, Any]) -> dict[str, Any]:
 
 
 def _content(spec: TrainSpec | EvalSpec) -> dict[str, Any]:
-    """All of a spec, each of its sections as it was before."""
+    """All sections of a spec, each after `as_before`."""
     plain = {name: as_before(name, leaves) for name, leaves in to_plain(spec).items()}
     if isinstance(spec, EvalSpec):
         plain["suite"] = suite_content(spec.suite)
@@ -860,7 +860,7 @@ def _content(spec: TrainSpec | EvalSpec) -> dict[str, Any]:
 
 
 def suite_content(suite: SuiteSpec) -> dict[str, Any]:
-    """What a suite asks, in plain words, as it was before: all of it but where its files lie."""
+    """A suite as plain data after `as_before`, without the path of its files."""
     plain = as_before("suite", TypeAdapter(SuiteSpec).dump_python(suite, mode="json"))
     plain.pop("include_path", None)
     plain["tasks"] = [as_before("task", task) for task in plain["tasks"]]
@@ -895,9 +895,9 @@ def slug(spec: TrainSpec) -> str:
 
 
 def chat_settings(data: Mapping[str, Any]) -> str:
-    """How conversations are written, as JSON, of a data section in plain words.
+    """The settings by which conversations are formatted, as JSON, of a data section as plain data.
 
-    A section that an earlier version wrote down says nothing of it, and means the default.
+    A section that an earlier version wrote lacks them, and means the defaults.
     """
     leaves = ("chat_template_kwargs", "template_date")
     return json.dumps({leaf: data.get(leaf, AS_BEFORE[f"data.{leaf}"]) for leaf in leaves})
@@ -906,8 +906,8 @@ def chat_settings(data: Mapping[str, Any]) -> str:
 def score_key(suite: SuiteSpec, task: TaskSpec, chat: str | None = None) -> str:
     """What makes two scores of one row on one task the same question.
 
-    `chat`: settings of the chat template other than those under which the row was trained, or for
-    which it stands; these are part of what the row is.
+    `chat`: settings of the chat template, if they differ from those that the row was trained with
+    or stands for (which are part of the row's identity).
     """
     asked = as_before("task", TypeAdapter(TaskSpec).dump_python(task, mode="json"))
     settings = (suite.apply_chat_template, suite.limit, suite.max_gen_toks)
@@ -915,9 +915,9 @@ def score_key(suite: SuiteSpec, task: TaskSpec, chat: str | None = None) -> str:
 
 
 def baseline_key(label: str, pair: PairSpec, quant: QuantSpec, data: DataSpec | None = None) -> str:
-    """Identity of a row that no run trained: only `ptq` depends on the quantiser.
+    """Identity of a row that no run trained: only `ptq` depends on the quantizer.
 
-    Of `data` counts how conversations are written; None: as by default.
+    Of `data`, only the formatting of conversations counts; None: the default.
     """
     plain = TypeAdapter(PairSpec).dump_python(pair, mode="json")
     for section, leaf in _SKIP_LEAVES:
@@ -931,7 +931,7 @@ def baseline_key(label: str, pair: PairSpec, quant: QuantSpec, data: DataSpec | 
 
 
 def suite_key(suite: SuiteSpec) -> str:
-    """What makes two scorings the same questions, whatever their suite is called."""
+    """Identity of a suite's questions, whatever the suite is called."""
     return digest(sorted(score_key(suite, task) for task in suite.tasks))[:ID_DIGITS]
 
 

@@ -1,4 +1,4 @@
-"""This file is where being asked to stop is heard: one flag, polled wherever work can be cut."""
+"""Catch SIGTERM and SIGINT in one flag, which is polled wherever work can be interrupted."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""This file is where lm-eval tasks of the user's own are read: YAML below a suite's include_path.
+"""Read the user's own lm-eval tasks: YAML files below a suite's include_path.
 
 A task is its YAML with all that it includes, the Python files that its `!function` tags name, and
 the files of its data. Their digest is part of the question that a score answers, and these files
-are what travels to a cluster. Nothing is executed here and lm-eval is not asked, so a laptop that
-only launches knows what a suite asks for.
+are sent to a cluster. Nothing is executed here and lm-eval is not imported, so a laptop that only
+launches can tell what a suite asks for.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from stillhouse.errors import ConfigError, nearest
 from stillhouse.spec import ID_DIGITS, MISSING, REQUANTISED, SuiteSpec
 
 TASK_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")  # it names a file: eval/<task>.json
-PASSED_OVER = {"__pycache__", ".ipynb_checkpoints"}  # by lm-eval, too
+PASSED_OVER = {"__pycache__", ".ipynb_checkpoints"}  # lm-eval skips them too
 IN_BUNDLE = "tasks"  # where these files lie beside the code that travels to a cluster
 Plain = dict[str, Any]
 
@@ -51,10 +51,10 @@ class OwnTask:
 
 
 def completed(suite: Plain, where: str) -> Plain:
-    """A suite's plain words with every task of include_path in full: metric, digest.
+    """A suite as plain data, with every task of include_path in full: metric, digest.
 
-    `tasks` may hold bare names, or be null for all that is there. A suite that was completed
-    already is taken at its word, as in a pod: whoever loads a task compares its digest.
+    `tasks` may hold bare names, or be null for all tasks that are there. A suite that was already
+    completed is not checked again, as in a pod: loading a task compares its digest.
 
     Raises:
         ConfigError: a directory, file, function or metric that is not there or cannot be read.
@@ -119,7 +119,7 @@ def _completed(entry: Any, own: Mapping[str, OwnTask], root: Path, where: str) -
 
 
 def _metric(task: OwnTask, wanted: Any, where: str) -> Plain:
-    """The number that is quoted: the wanted one of a task's metric_list, or its first."""
+    """The metric that is reported: the wanted one of a task's metric_list, or its first."""
     listed: Any = task.config.get("metric_list")
     entries = cast("list[Any]", listed if isinstance(listed, list) else [])
     metrics = [cast("Plain", entry) for entry in entries if isinstance(entry, dict)]
@@ -186,7 +186,7 @@ def read(include_path: str, where: str) -> dict[str, OwnTask]:
 
 
 def chosen(suite: SuiteSpec, where: str) -> dict[str, OwnTask]:
-    """The tasks of the user's own that a suite asks, by lm-eval's name.
+    """The user's own tasks that a suite contains, by lm-eval's name.
 
     Raises:
         ConfigError: their files are not what they were when the suite was read.
@@ -229,7 +229,7 @@ def _task(file: Path, root: Path, where: str) -> OwnTask | None:
 
 
 def _inside(path: Path, root: Path, of: Path, where: str) -> Path:
-    """A path relative to include_path; what lies elsewhere is no part of a task of it."""
+    """A path relative to include_path; a path outside of it is refused (ConfigError)."""
     if not path.resolve().is_relative_to(root.resolve()):
         raise ConfigError(
             f"{where}: {of}: {path} is outside of include_path {root}; what a task is made of lies"

@@ -1,8 +1,9 @@
-"""This file is where the numbers of a preflight become a verdict: the first rule that holds.
+"""Turn the numbers of a preflight into a verdict, by the first rule that holds.
 
-The rules are data (conf/preflight.yaml), each with the conditions under which it speaks, what it
+The rules are data (conf/preflight.yaml). Each has the conditions under which it applies, what it
 says, and what is worth trying. A condition is about a number's value, one end of its 95 % interval,
-or what was asked: `beta`, `max_steps`. No torch here: a plan reads verdicts on a laptop.
+or a setting of the run: `beta`, `max_steps`. Torch is not imported: `plan` reads verdicts on a
+laptop.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from stillhouse.spec import TrainSpec, as_before, digest, to_plain
 LIKELY, UNLIKELY, UNSURE = 0, 3, 4  # exit codes
 EXIT_CODES = {"likely": LIKELY, "unlikely": UNLIKELY, "unsure": UNSURE}
 _STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
-# They came later than other knobs and before the first verdict: a key has them, whatever they are.
+# Added after other knobs and before the first verdict: a key contains them, whatever their value.
 _IN_KEYS = (("loss", "position_weights"), ("rollout", "horizon"))
 
 
@@ -36,7 +37,7 @@ class Measured:
     n: int  # prompts
 
     def as_json(self) -> Json:
-        """The fields; what is not defined or infinite is null, for neither is JSON."""
+        """The fields; NaN and infinity become null, because neither is JSON."""
         return {k: v if math.isfinite(v) else None for k, v in asdict(self).items()}
 
     @classmethod
@@ -57,7 +58,7 @@ class Condition:
     threshold: float
 
     def holds(self, numbers: Mapping[str, Measured]) -> bool:
-        """False where the number was not measured: what is not known speaks for nothing."""
+        """Whether the condition holds; false if the number was not measured."""
         if self.number not in numbers:
             return False
         found = getattr(numbers[self.number], self.end)
@@ -160,18 +161,18 @@ def rules_of(plain: Any, where: str) -> Rules:
 
 
 def asked_of(spec: TrainSpec) -> tuple[Any, ...]:
-    """What a verdict is of: the same pair under another loss, or for more steps, is another
-    question, because both decide the outcome."""
+    """The parts of a spec that a verdict is about: the same pair under another loss, or for more
+    steps, is another question, because both decide the outcome."""
     return spec.pair, spec.quant, spec.data, spec.loss, spec.rollout, spec.training.max_steps
 
 
 def key_of(spec: TrainSpec) -> str:
-    """Ten hex digits that name what a verdict is of."""
+    """Ten hex digits that identify what a verdict is about."""
     return key_of_plain(to_plain(spec))
 
 
 def key_of_plain(plain: Mapping[str, Any]) -> str:
-    """The same of a spec as a run's record keeps it."""
+    """The same as `key_of`, for a spec as a run's record keeps it."""
     asked = ("pair", "quant", "data", "loss", "rollout")
     sections = {name: as_before(name, plain[name]) for name in asked}
     for name, leaf in _IN_KEYS:
@@ -181,6 +182,6 @@ def key_of_plain(plain: Mapping[str, Any]) -> str:
 
 
 def asked_numbers(beta: float, max_steps: int) -> dict[str, Measured]:
-    """What is not measured and yet decides: rules may ask for it as for any other number."""
+    """Settings that are not measured but affect the outcome; rules use them like other numbers."""
     told = {"beta": beta, "max_steps": max_steps}
     return {name: Measured(value, value, value, 0) for name, value in told.items()}

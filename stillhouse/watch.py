@@ -1,9 +1,9 @@
-"""This file is where a run is watched: rules over what it logs, and what they find.
+"""Watch a run: apply rules to the metrics that it logs, and report their findings.
 
 A rule is data (`watch_rules` in conf/): a metric, a condition on its mean over a window of steps,
-and whether that is a warning or the end of the run. What a rule finds follows from the metrics
-alone, so a resumed run finds what one without a stop would have found. No torch here: rules are
-checked at plan time, on a laptop.
+and whether that is a warning or ends the run. Findings depend on the metrics alone, so a resumed
+run finds the same as an uninterrupted one. Torch is not imported: rules are checked at plan time,
+on a laptop.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ def logged(spec: TrainSpec) -> set[str]:
 
 
 def rules_of(spec: TrainSpec) -> dict[str, WatchRule]:
-    """The rules of this run: all, without the optional ones that have nothing to look at."""
+    """The rules of this run, without optional ones whose metric or window it does not have."""
     known, steps = logged(spec), spec.training.max_steps
     return {
         name: rule
@@ -158,7 +158,7 @@ class Watch:
         step = int(metrics["step"])
         for metric, values in self.seen.items():
             value = metrics.get(metric)
-            # The file of a run that goes on says null where the run that wrote it had infinity.
+            # In a resumed run, metrics.jsonl has null where the earlier process had infinity.
             if value is not None and math.isfinite(value):
                 values[step] = value
         found: list[Finding] = []
@@ -170,7 +170,7 @@ class Watch:
         return found
 
     def _said(self, name: str, rule: WatchRule, step: int) -> str | None:
-        """What there is to say of the window that ends at this step; None: nothing."""
+        """The text of the finding for the window that ends at this step; None: no finding."""
         first = step - rule.window + 1
         values = self._between(rule.metric, first, step)
         if first < 0 or not values or step not in self.seen[rule.metric]:

@@ -1,7 +1,8 @@
-"""This file is where it is read, without torch, which tensors a model directory holds.
+"""Read, without torch, which tensors a model directory holds.
 
-A safetensors file begins with eight bytes, the length of a JSON header that names its tensors; what
-follows is not read. An index names the file of each tensor where there are several.
+A safetensors file begins with eight bytes, the length of a JSON header that names its tensors. The
+data after the header is not read. If there are several files, an index names the file of each
+tensor.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""This file is where times, progress, and the words of others become what people can read."""
+"""Format times, progress, and text from other programs for people to read."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def duration(seconds: float) -> str:
 
 
 class Pace:
-    """How far something is that goes step by step, and how long the rest takes at its pace."""
+    """Progress of a task that goes step by step, and the time left at its current rate."""
 
     def __init__(self) -> None:
         self._first: tuple[int, float] | None = None  # a count of steps, and when it was seen

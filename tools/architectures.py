@@ -1,9 +1,9 @@
-"""This file is where docs/architectures.md is made: what becomes of each architecture.
+"""Write docs/architectures.md: how the package handles each model architecture.
 
     python tools/architectures.py          writes docs/architectures.md, in some two minutes
 
-Each is a random model of one or two layers, built from transformers' own class: what decides is the
-code of an architecture and not its weights. tests/test_architectures.py holds the table.
+Each is a random model of one or two layers, built from transformers' own class: the result depends
+on an architecture's code and not on its weights. tests/test_architectures.py checks the table.
 """
 
 from __future__ import annotations
@@ -157,7 +157,7 @@ def tiny(family: Family) -> Any:
 
 
 class Row(NamedTuple):
-    """What becomes of a family; these are the table's columns."""
+    """How the package handles a family; the fields are the table's columns."""
 
     trains: str
     logits: str = "–"
@@ -167,7 +167,7 @@ class Row(NamedTuple):
 
 
 def row(family: Family) -> Row:
-    """Asked of random models, by the functions that a run asks."""
+    """The outcome of a family, from random models and the functions that a run uses."""
     from stillhouse.distill.head import head_of
     from stillhouse.errors import ContractError
 

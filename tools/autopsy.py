@@ -1,13 +1,13 @@
-"""This file is where published faults are put back one at a time, to see which makes the cliff.
+"""Reintroduce published faults one at a time, to see which of them causes the cliff.
 
     .venv/bin/python -m tools.autopsy              all faults × methods × seeds; minutes to an hour
     .venv/bin/python -m tools.autopsy --seeds 2    fewer
 
 The faults are those of the cliff repository (bledden/context-distillation-tinkerideas,
-tinker_trainer.py): its supervised step asks a position for the token that it reads, not for the
+tinker_trainer.py): its supervised step trains each position on the token that it reads, not on the
 next one; its on-policy step feeds the response without its prompt; its supervised steps have twice
-the rate. Here they are laid over the package's own loop from outside; the package has no switch
-for them. A run lies in runs/autopsy/<fault>, as any other, and a repeated call goes on.
+the learning rate. They are patched into the package's own loop from outside; the package has no
+switch for them. A run lies in runs/autopsy/<fault>, like any other, and a repeated call resumes.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def fault(name: str) -> Iterator[None]:
 
     right, micro_batch = loop.positions_of, loop.Loop._micro_batch
     rate = loop.learning_rate
-    on_policy = [False]  # whether what is being trained on is, as the loop comes to it
+    on_policy = [False]  # whether the current micro batch is on-policy
 
     def seen(self: Any, batch: Any, *rest: Any) -> Any:
         on_policy[0] = batch.is_on_policy
@@ -56,7 +56,7 @@ def fault(name: str) -> Iterator[None]:
         *rest: Any,
     ) -> Any:
         if on_policy[0] and name in ("no_prompt", "all"):
-            # The mark that opens the answer stays: the first token needs something to follow.
+            # The prompt's last token stays: the first answer token needs a token before it.
             return right(model, [p[-1:] for p in prompts], completions, forced, 1, *rest)
         if not on_policy[0] and name in ("unshifted", "all"):
             longer = [[*c, c[-1]] for c in completions]

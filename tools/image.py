@@ -1,14 +1,14 @@
 #!/usr/bin/env python3
-"""This file is where `make image` builds the pods' image with whatever builder this machine has.
+"""Build the pods' image (`make image`) with whichever builder this machine has.
 
     image.py [NAME]
 
-NAME is a repository that the cluster can pull from (registry.example/team/stillhouse): the image
-is pushed there, and the line for conf/site is printed, with the digest that the registry knows.
+NAME is a repository that the cluster can pull from (registry.example/team/stillhouse). The image is
+pushed there, and the line for conf/site is printed, with the digest that the registry reports.
 Without NAME, or with ARCHIVE=FILE in the environment, nothing is pushed. Standard library only.
 
-The builder sees a copy of what `.dockerignore` names, and of that only what git tracks, as it is
-now: nothing else can get into a layer, and a secret in any of it is refused.
+The build context is a copy of the files that `.dockerignore` names and git tracks, in their current
+state. Nothing else can get into a layer, and a secret in any of them is refused.
 
 Environment: ENGINE (docker, podman or buildah; the first that works), BASE, INDEX, UV_VERSION (the
 Dockerfile's arguments), ARCHIVE (with podman or buildah: write an OCI archive, for a node that
@@ -61,7 +61,7 @@ def run(*command: str, shows: bool = False) -> str:
 
 
 def tag() -> str:
-    """The commit that the image is of, to tell images apart in a registry; pods go by digest."""
+    """The commit of the image, to tell images apart in a registry; pods use the digest."""
     words = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
     described = subprocess.run(words, capture_output=True, text=True)
     return described.stdout.strip() or "local"
@@ -71,7 +71,7 @@ def context(into: Path) -> None:
     """Copy what the image is built from.
 
     Raises:
-        Refused: a file is in the way that nobody tracks, or a secret is in one of them.
+        Refused: git does not track one of the files, or one of them has a secret.
     """
     sys.path.insert(0, str(ROOT))  # this file is started as it is, by any Python
     from stillhouse.errors import ConfigError

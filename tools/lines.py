@@ -1,4 +1,4 @@
-"""Count lines of Python by room, blank lines and comments included: `python tools/lines.py`."""
+"""Count lines of Python per package, blank lines and comments included: `python tools/lines.py`."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""This file is where uv.lock loses and regains the address of a package index.
+"""Remove the address of a package index from uv.lock, and restore it.
 
 The committed uv.lock holds versions, file names and hashes, and no host, so any index that serves
 the same files can install it (docs/decisions/0001-host-free-lock.md). Standard library and uv only.

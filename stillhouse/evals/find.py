@@ -1,12 +1,12 @@
-"""This file is where adapters are found: paths that a person typed become directories, each once.
+"""Find adapters: resolve the paths that a user typed to directories, each once.
 
 an adapter        a directory with adapter_config.json
-a run             a directory with spec.json; its adapter lies in adapter/
-anything else     is searched below, links followed
+a run             a directory with spec.json; its adapter is in adapter/
+anything else     is searched recursively, links followed
 dump/NAME, NAME   where there is no such path: the run of that name;  dump/: every run with a name
 
-A name is a link below runs/names. In a pod it may also be one that only its launcher knows: then
-STILLHOUSE_NAMES (a mounted ConfigMap) has a file of that name, which holds the run's directory.
+A name is a link below runs/names. In a pod it may also be a name that only its launcher knows: then
+STILLHOUSE_NAMES (a mounted ConfigMap) has a file of that name, which contains the run's directory.
 """
 
 from __future__ import annotations
@@ -123,7 +123,7 @@ def _described(adapter: Path, names: dict[Path, str]) -> Found:
     real = adapter.resolve()
     in_directory = real.name == "adapter"
     home = real.parent if in_directory else real
-    # A link is what somebody called it: a name, or the --output_dir of its training.
+    # A link carries the name that a user chose: a run's name, or the --output_dir of its training.
     link = next((p for p in (adapter, adapter.parent) if p.is_symlink()), None)
     if link is not None and link.resolve() in (real, home):
         return Found(adapter, home, link.name)

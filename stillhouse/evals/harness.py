@@ -1,10 +1,11 @@
-"""This file is where a suite is put to the rows of a table: teacher, student, PTQ and adapters.
+"""Score the rows of a table on a suite: teacher, student, PTQ and adapters.
 
-Every adapter is scored as the function it was trained as, Q(W)x + BAx under its own quantiser (its
-contract says which), and as Q(W + BA) only for a task that says so by its name, in a column of its
-own. A teacher is scored as the function that teaches: after the examples that it reads, if any.
-A score is written as soon as it is known and never computed twice, unless what it rests on is
-another now (`scores`): then it is said, computed anew, and keeps a note of what it replaces.
+Every adapter is scored as the function it was trained as, Q(W)x + BAx under its own quantizer,
+which its contract names. It is scored as Q(W + BA) only for a task whose name says so, in a
+separate column. A teacher is scored as the function that teaches: after its few-shot examples, if
+it has any. A score is written as soon as it is known and never computed twice, unless something it
+depends on has changed (`scores`). Then that is printed, the score is computed again, and it keeps a
+note of the one that it replaces.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ PROBE = "Ida has 7 cups. Then 3 more are found. How many cups now?"
 
 @dataclass(frozen=True)
 class Base:
-    """What is loaded once and serves several rows."""
+    """A base model that is loaded once and used by several rows."""
 
     path: str
     revision: str | None
@@ -74,21 +75,21 @@ class Row:
     pair: PairSpec
     cache_dir: Path
     sources: Json = field(compare=False)  # of the pair, as they are now
-    examples: int = 0  # solved problems that only this row reads before each question
-    chat: str | None = None  # chat_settings that it is asked with; None: those of its home
+    examples: int = 0  # few-shot examples that only this row reads before each question
+    chat: str | None = None  # chat_settings of its prompts; None: those of its home
 
     def key(self, suite: SuiteSpec, task: TaskSpec) -> str:
-        """What the question is, asked of this row."""
+        """The key of this question for this row."""
         return score_key(suite, task, self.chat)
 
     @property
     def rests_on(self) -> Json:
-        """Of the sources, those that this row's scores rest on."""
+        """The sources that this row's scores depend on."""
         return scores.rests_on(self.kind, self.sources)
 
     def drift(self, suite: SuiteSpec, task: TaskSpec) -> list[str]:
-        """Why the score on disk counts no more though it answers this question; [] where it does,
-        or there is none."""
+        """Why the score on disk is no longer valid though it answers this question; [] if it is
+        valid, or there is none."""
         score = read_json(eval_file(self.home, task.task)) or {}
         if score.get("key") != self.key(suite, task):
             return []
@@ -100,7 +101,7 @@ class Row:
         return found
 
     def finished(self, suite: SuiteSpec, task: TaskSpec) -> Json | None:
-        """The score on disk, if it answers this question about these very weights."""
+        """The score on disk, if it answers this question about exactly these weights."""
         score = read_json(eval_file(self.home, task.task)) or {}
         asked = (self.key(suite, task), self.adapter_digest)
         is_asked = (score.get("key"), score.get("adapter_digest")) == asked
@@ -114,7 +115,7 @@ def run_suite(spec: EvalSpec, stop: Stop) -> int:
 
     Raises:
         ConfigError: nothing found under a path, an unknown task, data that is not here.
-        ContractError: an adapter whose base or quantiser cannot be rebuilt, or that does nothing.
+        ContractError: an adapter whose base or quantizer cannot be rebuilt, or that does nothing.
         OutOfMemory: the device cannot hold eval_batch_size.
         Interrupted: asked to stop; every finished score is kept.
     """
@@ -145,10 +146,10 @@ def run_suite(spec: EvalSpec, stop: Stop) -> int:
 
 
 def load_suite(suite: SuiteSpec, data_dir: Path, fetches: bool) -> None:
-    """Load every task of a suite with its data once, downloaded if it `fetches`.
+    """Load every task of a suite with its data once, downloading it if `fetches`.
 
     Raises:
-        ConfigError: an unknown task, data that is not here and not to be had.
+        ConfigError: an unknown task, data that is not here and cannot be downloaded.
         ConnectionError: the hub cannot be reached; try again.
     """
     if not fetches:
@@ -276,7 +277,7 @@ def _label(quant_type: str, found: find.Found) -> str:
 
 def table(rows: list[Row], suite: SuiteSpec) -> str:
     """The seeds' table: one line per row, one column per task, blank where there is no score."""
-    # Cut, the two columns of a task would have one name.
+    # If cut, the two columns of a requantized task would have the same title.
     titles = [task.task if task.is_requantised else task.task[:SCORE_WIDTH] for task in suite.tasks]
     widths = [max(SCORE_WIDTH, len(title)) for title in titles]
     body = [titles]
@@ -308,7 +309,7 @@ def _score_all(
     bases = list(dict.fromkeys(row.base for row in rows if any(r == row for r, _ in missing)))
     for base in bases:
         stop.check()
-        # Rows without an adapter first: they want the base before PEFT has touched it.
+        # Rows without an adapter first: they need the base before PEFT has changed it.
         of_base = sorted((r for r in rows if r.base == base), key=lambda r: r.adapter is not None)
         try:
             _score_base(base, of_base, tasks, missing, scorer, spec.suite)
@@ -320,7 +321,7 @@ def _score_all(
                 " finished scores are kept, run again with a smaller one"
             ) from error
         finally:
-            scorer.engine = None  # which holds the base, beside which the next one may not fit
+            scorer.engine = None  # it holds the base, and memory may not hold two
             clear_torch_cache()
 
 
@@ -330,7 +331,7 @@ def _score_base(
 ) -> None:  # fmt: skip
     device = models.pick_device()
     model: Any = models.load_base(base.path, base.revision, base.dtype, base.quant, device)
-    # Teacher and untrained student of a self pair are one model: it is asked once.
+    # Teacher and untrained student of a self pair are one model: it is scored once.
     of_base: dict[tuple[str, str, int], Json] = {}
     for number, row in enumerate(rows):
         wanted = [task for task in tasks if (row, task.spec) in missing]
@@ -353,7 +354,7 @@ def _ask(
     model: Any, row: Row, tasks: list[Asked], scorer: Scorer, suite: SuiteSpec,
     known: dict[tuple[str, str, int], Json],
 ) -> None:  # fmt: skip
-    """Score and write; what is `known` of this model is not asked again, what is new is kept."""
+    """Score and write; results in `known` of this model are reused, and new ones added to it."""
     if tasks:
         _check_numbers(model, row, scorer.chat.tokenizer)
     for task in tasks:
@@ -362,19 +363,19 @@ def _ask(
         question = (task.spec.asks, task.spec.metric, row.examples)
         if question not in known:
             known[question] = scorer.score(model, task, row.label, row.examples)
-        # Whoever else drives this sweep may have been quicker: nobody holds a baseline's directory.
+        # Another process of this sweep may have been faster: a baseline's directory has no lock.
         if row.finished(suite, task.spec) is None:
             _write(row, task.spec, suite, known[question])
 
 
 def _check_numbers(model: Any, row: Row, tokenizer: Any) -> None:
-    """Refuses NaN, whose answers would be scored as wrong ones."""
+    """Refuse a model with NaN outputs, whose answers would be scored as wrong."""
     if not _probe(model, tokenizer).isfinite().all():
         raise ContractError(f"{row.adapter or row.base.path}: its outputs are NaN or infinite")
 
 
 def _check_effect(model: Any, row: Row, tokenizer: Any) -> None:
-    """Refuses an adapter that changes nothing: its score would be the base's."""
+    """Refuse an adapter that changes nothing: its score would be the base's."""
     logits_1TV = _probe(model, tokenizer)
     with model.disable_adapter():
         is_idle = (_probe(model, tokenizer) == logits_1TV).all()

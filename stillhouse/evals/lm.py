@@ -1,6 +1,6 @@
-"""This file is where lm-eval's own model class, progress bars and log are made to fit this project.
+"""Adapt lm-eval's model class, progress bars and log to this project.
 
-Importing it redirects the bars and the log of the lm_eval package, for the whole process.
+Importing this module redirects the bars and the log of the lm_eval package, for the whole process.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _HFLM: Any = HFLM  # its class decorator has no types
 
 
 class Lm(_HFLM):
-    """lm-eval's HFLM over a loaded model; its texts end where training's rollouts end."""
+    """lm-eval's HFLM over a loaded model; its answers end at the same tokens as rollouts."""
 
     def __init__(self, engine: Engine, chat: Chat, batch_size: int, is_chat: bool) -> None:
         """Over the engine's model as it is now."""
@@ -86,7 +86,7 @@ class Lm(_HFLM):
         self, context: Any, max_length: int, stop: list[str], **settings: Any
     ) -> Any:
         ends, pad = self.chat.stop_ids, self.tokenizer.pad_token_id
-        if settings.keys() - GREEDY - {"attention_mask"}:  # somebody's own task asks for more
+        if settings.keys() - GREEDY - {"attention_mask"}:  # a user's task sets more
             # Without these ids, what a row writes after its own end, until the last row of a batch
             # is done, would be read as part of its answer.
             settings["eos_token_id"] = ends
@@ -103,7 +103,7 @@ class Lm(_HFLM):
     def _loglikelihood_tokens(
         self, requests: Any, disable_tqdm: bool = False, override_bs: int | None = None
     ) -> list[tuple[float, bool]]:
-        """As HFLM's, in batches sorted by length, and a context is read once for its choices."""
+        """As HFLM's, in batches sorted by length; a context is read once for all its choices."""
         if self.engine.form is None:
             return super()._loglikelihood_tokens(requests, disable_tqdm, override_bs)
         asked: dict[tuple[int, ...], list[int]] = {}
@@ -130,7 +130,7 @@ class Lm(_HFLM):
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
-        """Turns as training writes them; without a generation prompt, the last one is begun."""
+        """The prompt as in training; without a generation prompt, the last turn is left open."""
         try:
             if add_generation_prompt:
                 return self.chat.render(chat_history).prompt
@@ -160,8 +160,8 @@ class Lm(_HFLM):
 def _batches(
     asked: Mapping[tuple[int, ...], list[int]], size: int
 ) -> Iterator[list[tuple[tuple[int, ...], list[int]]]]:
-    """Contexts with the numbers of what is asked behind them, at most `size` such where a context
-    has no more; the longest first, since what does not fit the memory is then said at once."""
+    """Batches of contexts with the numbers of their requests: at most `size` requests, unless one
+    context has more. The longest come first, so that running out of memory shows at once."""
     batch: list[tuple[tuple[int, ...], list[int]]] = []
     for context, numbers in sorted(asked.items(), key=lambda item: -len(item[0])):
         if batch and sum(len(each) for _, each in batch) + len(numbers) > size:
@@ -173,7 +173,7 @@ def _batches(
 
 
 class ProgressLines:
-    """Stands where lm-eval puts a progress bar: a plain line now and then, calm in any log."""
+    """Replacement for lm-eval's progress bar: a plain line now and then, readable in any log."""
 
     label: ClassVar[str] = ""
     said: ClassVar[float] = 0.0
@@ -193,7 +193,7 @@ class ProgressLines:
 
     @classmethod
     def begin(cls, label: str) -> None:
-        """What the next lines are about; the first comes some seconds from now, if at all."""
+        """Set the label of the next lines; the first is printed some seconds later, if at all."""
         cls.label, cls.said = label, time.monotonic()
 
     def __iter__(self) -> Iterator[Any]:
@@ -212,7 +212,7 @@ class ProgressLines:
 
 
 class _LogLines(logging.Handler):
-    """Of what lm-eval logs, errors are shown and cut prompts are counted; no more."""
+    """Print the errors that lm-eval logs, count its truncated prompts, and drop the rest."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,7 +1,8 @@
-"""This file is where lm-eval tasks of the user's own are loaded, with the functions they name.
+"""Load the user's own lm-eval tasks, with the Python functions that they name.
 
 A task's functions are the user's code. They are imported from the suite's include_path and from
-nowhere else, and what they raise is said in one sentence that names them: it would be raised again.
+nowhere else. An error that they raise is reported in one sentence that names them, because a retry
+would raise it again.
 """
 
 from __future__ import annotations
@@ -28,11 +29,11 @@ _NAMED = re.compile(rb"^(?:task|group):[ \t]*[\"']?([\w.-]+)[\"']?[ \t]*$", re.M
 
 
 def own_task(suite: SuiteSpec, spec: TaskSpec, ours: tuple[str, ...]) -> Any:
-    """The task as lm-eval loads it, its data with it. `ours`: names that this project has taken.
+    """The task as lm-eval loads it, with its data. `ours`: names that this project has taken.
 
     Raises:
-        ConfigError: a name that is taken, files that changed, a function or data that is not there
-            or does not do.
+        ConfigError: a name that is taken, files that changed, a function or data that is missing
+            or fails.
     """
     if spec.asks in ours or spec.asks in _names_of_lm_eval():
         whose = "this project" if spec.asks in ours else "lm-eval"
@@ -46,7 +47,7 @@ def own_task(suite: SuiteSpec, spec: TaskSpec, ours: tuple[str, ...]) -> Any:
         return TaskManager(include_defaults=False).load([config])["tasks"][spec.asks]
     except (StillhouseError, MemoryError):
         raise
-    except Exception as error:  # whatever files, functions and data of the user's make of it
+    except Exception as error:  # the user's files, functions and data can raise anything
         if is_unreachable(error):
             raise  # and that says nothing about the task
         raise ConfigError(f"task {spec.asks} ({own.yaml}): {_said(error)}") from error
@@ -54,7 +55,7 @@ def own_task(suite: SuiteSpec, spec: TaskSpec, ours: tuple[str, ...]) -> Any:
 
 @contextlib.contextmanager
 def blamed(suite: SuiteSpec, spec: TaskSpec) -> Iterator[None]:
-    """What a task's own functions or templates raise while it is asked is the user's to mend."""
+    """Turn errors from a user's task functions or templates into a ConfigError that names them."""
     try:
         yield
     except (StillhouseError, MemoryError):
@@ -95,7 +96,7 @@ def _names_of_lm_eval() -> frozenset[str]:
 
 
 def is_unreachable(error: BaseException | None) -> bool:
-    """Whether we may ask the hub and it did not answer: datasets calls that a missing file."""
+    """Whether the hub may be used and did not answer; datasets reports that as a missing file."""
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     if vars(sys.modules["datasets.config"])["HF_HUB_OFFLINE"]:

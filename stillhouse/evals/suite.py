@@ -1,8 +1,8 @@
-"""This file is where lm-eval is asked: the tasks of a suite, and one model's score on one of them.
+"""Run lm-eval: load the tasks of a suite, and score one model on one of them.
 
-`tiny_gen` and `tiny_mc` are defined here, over the generated problems of a prepared pair, with
-its training problems as examples for a teacher that reads some; every other name is lm-eval's own,
-and its data must be on this machine.
+`tiny_gen` and `tiny_mc` are defined here, over the generated problems of a prepared pair. Their
+few-shot examples, for a teacher that reads some, are the pair's training problems. Every other name
+is lm-eval's own or a task of the user (`own`), and its data must be on this machine.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from stillhouse.spec import SuiteSpec, TaskSpec
 __all__ = ["Asked", "Scorer", "Stop", "clear_torch_cache", "load_tasks"]
 
 TINY = tuple(TASK_VERSIONS)
-NO_NUMBER = (tuple, list, str, dict, type(None))  # what a metric of somebody's own may be besides
+NO_NUMBER = (tuple, list, str, dict, type(None))  # other types that a user's own metric may have
 GEN_TOKS = ("max_gen_toks", "max_new_tokens", "max_tokens")  # as tasks call it
 MOST_GEN_TOKS = 256  # lm-eval's own, where neither suite nor task says how many
 FEWSHOT_SEED = 1234  # lm-eval's own default: every row sees the same examples
@@ -60,12 +60,12 @@ class Asked:
 
     @contextlib.contextmanager
     def shown(self, examples: int) -> Iterator[None]:
-        """With so many solved examples before each question; 0: as many as the suite says."""
+        """Set the number of few-shot examples per question; 0: as many as the suite says."""
         before = [(leaf, leaf.get_config("num_fewshot")) for leaf in self.leaves()]
         try:
             for leaf in self.leaves():
                 leaf.set_fewshot_seed(FEWSHOT_SEED)
-                # A perplexity is of a text, where nothing is asked.
+                # A perplexity is computed over a text, which has no question.
                 if examples and leaf.OUTPUT_TYPE != "loglikelihood_rolling":
                     leaf.set_config(key="num_fewshot", value=examples)
             yield
@@ -82,7 +82,7 @@ def load_tasks(
 ) -> list[Asked]:
     """The wanted tasks of a suite with their data, ready to be asked.
 
-    `manager` knows lm-eval's own tasks; it takes 11 s to make and is made only if one is wanted.
+    `manager` indexes lm-eval's own tasks. That takes 11 s, so it is called only if needed.
 
     Raises:
         ConfigError: a task that lm-eval does not know, or whose data is not on this machine.
@@ -156,7 +156,7 @@ def _lm_eval_task(name: str, manager: TaskManager) -> Any:
 
 
 class _Rows(list[Json]):
-    """What lm-eval needs of a data set, without a copy of it in somebody's cache."""
+    """The part of a data set's interface that lm-eval needs, without a copy in a cache."""
 
     @property
     def features(self) -> Json:
@@ -230,7 +230,7 @@ def _test_rows(file: Path) -> _Rows:
 
 
 class Scorer:
-    """Asks models the tasks of one suite."""
+    """Scores models on the tasks of one suite."""
 
     def __init__(self, suite: SuiteSpec, chat: Chat, batch_size: int, stop: Stop) -> None:
         self.suite, self.chat, self.batch_size = suite, chat, batch_size
@@ -245,7 +245,7 @@ class Scorer:
     def score(self, model: Any, task: Asked, label: str, examples: int = 0) -> Json:
         """What eval/<task>.json says about the model; the caller adds whose model it is.
 
-        `examples`: solved problems that this model reads first; 0: as many as the suite says.
+        `examples`: few-shot examples that this model reads first; 0: as many as the suite says.
         `samples` hold 1.0 or 0.0 per document for accuracies. For perplexities they hold nats per
         unit (word or byte), with `weight` the number of units, so that the perplexity is
         exp(sum(weight * value) / sum(weight)). Metrics without a value per document have none.
@@ -299,7 +299,7 @@ def _summary(results: Any, task: Asked) -> Json:
         if "," in key and "_stderr," not in key and not isinstance(value, NO_NUMBER)
     }
     wanted = task.spec.metric
-    # A task can filter answers in several ways: its first is quoted, "metric,filter" picks one.
+    # A task can filter answers in several ways: the first is reported, "metric,filter" picks one.
     key = next((k for k in metrics if wanted in (k, k.split(",")[0])), None)
     if key is None:
         allowed = sorted({k.split(",")[0] for k in metrics})
