@@ -1,7 +1,7 @@
-"""This file is where adapters come from and go to, with the contract that each one carries.
+"""Create, save, check, and load LoRA adapters, each with the contract that says what it means.
 
-A trained adapter means one function: Q(W)x + BAx over one base, one quantiser, one dtype. Its
-`stillhouse.json` says which, and whoever loads it rebuilds exactly that or is refused.
+A trained adapter means one function: Q(W)x + BAx over one base, one quantizer, one dtype. Its
+`stillhouse.json` (the contract) records them. Loading rebuilds exactly that function, or raises.
 """
 
 from __future__ import annotations
@@ -59,16 +59,16 @@ CONTRACT = "stillhouse.json"
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # PEFT's own two files
 LIBRARIES = ("torch", "transformers", "tokenizers", "peft", "bitsandbytes", "accelerate")
 HELD = {"id": str, "base": dict, "quant": dict, "numerics": dict, "lora": dict, "files": dict}
-# What PEFT writes that makes no other function: places, versions, and whether it would train.
+# PEFT's settings that do not change the function: paths, versions, and whether it is trainable.
 PLACES = {"auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision"}
-# What LoraSpec decides; of all else a file without an entry means PEFT's default.
+# What LoraSpec decides; any other entry that a file lacks means PEFT's default.
 NEEDED = {"peft_type", "r", "lora_alpha", "lora_dropout", "target_modules"}
 BY_MODEL = ("exclude_modules", "fan_in_fan_out")  # what follows from the base
 AGAIN = "fetch the run again, or retry the point, which trains it anew"
 
 
 def versions() -> Json:
-    """The versions of the libraries that decide the numbers, and of Python's package of us."""
+    """The versions of the libraries that affect the numbers, and of the stillhouse package."""
     return {name: importlib.metadata.version(name) for name in (*LIBRARIES, "stillhouse")}
 
 
@@ -78,10 +78,10 @@ def versions() -> Json:
 def new_student(base: nn.Module, lora: LoraSpec, seed: int) -> PeftModel:
     """The base with a fresh adapter: B = 0, so that it starts as the base itself.
 
-    Adapted are the text decoder's linear layers of the names asked for: all of them, no other.
+    Adapts exactly the text decoder's linear layers that `lora.target_modules` names.
 
     Raises:
-        ConfigError: a name that no such layer has, or that PEFT takes for a mixture's experts.
+        ConfigError: no such layer has that name, or PEFT takes the name for a mixture's experts.
     """
     torch.manual_seed(seed)
     wanted = _wanted(base, lora.target_modules)
@@ -106,7 +106,7 @@ def new_student(base: nn.Module, lora: LoraSpec, seed: int) -> PeftModel:
 
 
 def _wanted(base: nn.Module, targets: tuple[str, ...]) -> dict[str, nn.Module]:
-    """The layers to adapt, by name; ConfigError where a target is none of this model's."""
+    """The layers to adapt, by name; ConfigError if the model has no layer for a target."""
     layers = linear_layers(base)
     there = {name.rpartition(".")[2] for name in layers}
     taken = _taken_for_experts(base, there | {*targets})
@@ -114,7 +114,7 @@ def _wanted(base: nn.Module, targets: tuple[str, ...]) -> dict[str, nn.Module]:
     lost = [target for target in targets if target in taken]
     if not unknown and not lost:
         return {name: layer for name, layer in layers.items() if _is(name, targets)}
-    # Of the others only what is wide: nobody who asks for projections means a gate of one output.
+    # Suggest only wide layers: a user who wants projections does not mean a gate with one output.
     wide = {name.rpartition(".")[2] for name, layer in layers.items() if is_matrix(shape(layer))}
     instead = sorted(({*targets} - {*unknown} | (wide if unknown else set())) - taken)
     other = kinds(name for name in matrices(base) if name not in layers)
@@ -132,16 +132,16 @@ def _wanted(base: nn.Module, targets: tuple[str, ...]) -> dict[str, nn.Module]:
 
 
 def _taken_for_experts(base: nn.Module, names: set[str]) -> set[str]:
-    """Names that PEFT 0.21 moves to the stacked experts of a mixture, fused ones at twice the rank:
-    linear layers that are called the same (of shared experts, of dense blocks) it leaves out."""
+    """Names that PEFT 0.21 applies to stacked experts of a mixture (at twice the rank if fused).
+    It then skips linear layers of the same name (in shared experts, in dense blocks)."""
     config = LoraConfig(target_modules=sorted(names))
-    with contextlib.suppress(ValueError):  # half of what is fused: get_peft_model says so itself
+    with contextlib.suppress(ValueError):  # half of a fused pair: get_peft_model raises, too
         convert_peft_config_for_transformers(config, base, None)
     return names - {*cast("set[str]", config.target_modules)}
 
 
 def _is(name: str, targets: Iterable[str]) -> bool:
-    """Whether a module is meant: PEFT takes a list's words as names, or as the ends of names."""
+    """Whether a target names this module: PEFT matches whole names, or the last parts of names."""
     return any(name == target or name.endswith(f".{target}") for target in targets)
 
 
@@ -159,9 +159,9 @@ def _config(lora: LoraSpec, outside: list[str], is_conv1d: bool) -> LoraConfig:
 
 @contextlib.contextmanager
 def _peft_quiet() -> Iterator[None]:
-    """What PEFT 0.21 warns about that no user can act on, or that is checked here."""
+    """Suppress warnings of PEFT 0.21 that no user can act on, or that are checked here."""
     with warnings.catch_warnings():
-        # It asks transformers 5 for a name that is deprecated there.
+        # PEFT uses a name that transformers 5 deprecates.
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
         warnings.filterwarnings("ignore", "fan_in_fan_out is set to", UserWarning)
         warnings.filterwarnings("ignore", "Found missing adapter keys", UserWarning)
@@ -172,13 +172,13 @@ def _peft_quiet() -> Iterator[None]:
 
 
 def save_adapter(student: PeftModel, spec: TrainSpec, prepared: PreparedPair, final: Path) -> None:
-    """Publish the adapter and its contract under `final`, whole or not at all."""
+    """Publish the adapter and its contract under `final`, atomically."""
     temporary = temporary_name(final)
     student.save_pretrained(str(temporary), safe_serialization=True)
     # PEFT writes a model card that names the base's path on this machine; nobody needs it.
     (temporary / "README.md").unlink(missing_ok=True)
     config: Any = student.peft_config["default"]
-    # PEFT keeps names as sets, whose order is another one in each process.
+    # PEFT keeps names as sets, whose order differs from process to process.
     sets = {key: sorted(value) for key, value in vars(config).items() if isinstance(value, set)}
     write_json(temporary / CONFIG, cast("Json", read_json(temporary / CONFIG)) | sets)
     names = sorted(p.name for p in temporary.iterdir())
@@ -210,27 +210,27 @@ def save_adapter(student: PeftModel, spec: TrainSpec, prepared: PreparedPair, fi
 
 
 def _base_identity(prepared: PreparedPair) -> Json:
-    """What tells one base from another: the weights' digest, or the hub's commit."""
+    """What identifies a base: the weights' digest, or the hub's commit."""
     return {
         "path": prepared.student,
         "revision": prepared.student_revision,
-        # Whoever prepared it without looking at the weights knows a place and a revision alone.
+        # A pair that was prepared without reading the weights has only a path and a revision.
         "digest": getattr(prepared, "student_weights", None),
     }
 
 
 def _whole_digest(prepared: PreparedPair) -> str | None:
-    """The digest of all bytes of the weights, as contracts had it before large ones were sampled;
-    of small ones it is the same."""
+    """The digest of all bytes of the weights. Older contracts hold this one; newer ones sample
+    large files, and are equal for small ones."""
     files = sorted(Path(prepared.student).glob("*.safetensors"))
     return digest({file.name: file_digest(file) for file in files}) if files else None
 
 
 def read_contract(adapter: Path) -> Json:
-    """An adapter's contract, held against the names, shapes and settings of what lies beside it.
+    """An adapter's contract, checked against names, shapes, and settings of the files beside it.
 
     Raises:
-        ContractError: none there, of another format, not whole, or not of these files.
+        ContractError: it is missing, of another format, incomplete, or does not match the files.
     """
     path = adapter / CONTRACT
     contract = read_json(path)
@@ -257,7 +257,7 @@ def read_contract(adapter: Path) -> Json:
 
 
 def _check_config(adapter: Path, contract: Json) -> None:
-    """Refuse an adapter_config.json that makes another function than the contract's settings."""
+    """Refuse an adapter_config.json that gives another function than the contract's settings."""
     try:
         lora = TypeAdapter(LoraSpec).validate_python(contract["lora"])
     except ValidationError as error:
@@ -267,7 +267,7 @@ def _check_config(adapter: Path, contract: Json) -> None:
     config = read_json(adapter / CONFIG)
     if config is None:
         raise ContractError(f"{adapter / CONFIG}: missing; {AGAIN}")
-    # Contracts of before these were kept say nothing about them.
+    # Older contracts do not have these settings.
     known = contract.get("adapter") or {key: config.get(key) for key in BY_MODEL}
     promised = _config(lora, [], False).to_dict() | {key: known.get(key) for key in BY_MODEL}
     differ = [
@@ -284,13 +284,13 @@ def _check_config(adapter: Path, contract: Json) -> None:
 
 
 def _plain(value: Any) -> Any:
-    """A setting as JSON has it: names in order, and no names are None (PEFT writes either)."""
+    """A setting as JSON: names sorted, and no names become None (PEFT writes either)."""
     names = isinstance(value, set | list | tuple) and all(isinstance(v, str) for v in value)
     return (sorted(value) or None) if names else json.loads(json.dumps(value))
 
 
 def _check_tensors(adapter: Path, contract: Json) -> None:
-    """Refuse weights that cannot be read, or are of other layers than were trained."""
+    """Refuse weights that cannot be read, or that belong to other layers than were trained."""
     found = _tensors(adapter / WEIGHTS)
     promised = contract.get("adapter", {}).get("tensors", found)
     if found != promised:
@@ -310,7 +310,7 @@ def _other_tensors(
 
 
 def _tensors(weights: Path) -> dict[str, list[int]]:
-    """Names and shapes of what a safetensors file holds, from its header."""
+    """Names and shapes of the tensors in a safetensors file, from its header."""
     try:
         with safe_open(weights, "pt") as file:
             return {name: list(file.get_slice(name).get_shape()) for name in sorted(file.keys())}
@@ -321,13 +321,13 @@ def _tensors(weights: Path) -> dict[str, list[int]]:
 
 
 def check_contract(contract: Json, prepared: PreparedPair, quant: QuantSpec) -> None:
-    """Refuse a base or a quantiser other than the adapter was trained over.
+    """Refuse a base or a quantizer other than the one the adapter was trained with.
 
     Raises:
         ContractError: names what differs.
     """
     here, there = _base_identity(prepared), contract["base"]
-    # A path is a place, not an identity: two machines keep one base in two places.
+    # A path does not identify a base: two machines keep the same base under different paths.
     for field in ("revision", "digest"):
         if here[field] != there.get(field):
             if field == "digest" and there.get(field) == _whole_digest(prepared):
@@ -348,8 +348,8 @@ def attach_adapter(base: nn.Module, adapter: Path, name: str) -> PeftModel:
     """The base with a saved adapter attached and active; call again to attach another.
 
     Raises:
-        ContractError: a file that is missing or not the one that was saved, or a tensor that does
-            not fit the base.
+        ContractError: a file is missing or is not the one that was saved, or a tensor does not fit
+            the base.
     """
     for file, entry in read_contract(adapter)["files"].items():
         path = adapter / file

@@ -1,7 +1,7 @@
-"""This file is where an engine answers an evaluation: greedy texts, log-likelihoods of choices.
+"""Answer an evaluation with an engine: greedy texts, and log-likelihoods of given choices.
 
-B rows, b those still being written, C new positions, V vocabulary, P positions of a context, n of a
-continuation.
+Legend: B rows, b rows still being written, C new positions, V vocabulary, P positions of a
+context, n positions of a continuation.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from stillhouse.distill.rollouts import pad_left
 from stillhouse.errors import Diverged
 from stillhouse.spec import GAPS
 
-CHECKED = 2  # rows of an evaluation whose tokens are held against the model's own forward pass
-BESIDE = 2  # tokens that may lie around a stop string
+CHECKED = 2  # rows of an evaluation whose tokens are checked against the model's own forward pass
+BESIDE = 2  # tokens that may surround a stop string
 
 
 @torch.no_grad()
@@ -36,11 +36,11 @@ def answers(
     max_new_tokens: int,
     checked: bool = False,
 ) -> Int[Tensor, "B C"]:
-    """The likeliest tokens behind each prompt, up to its own end-of-text; behind the token that
-    completes a stop string that is the next one.
+    """The likeliest tokens after each prompt, up to end-of-text. After the token that completes a
+    stop string, the next token is end-of-text.
 
     Raises:
-        Diverged: `checked`, and the tokens are not written by the model's own function.
+        Diverged: `checked` is set, and the engine does not compute the model's own function.
     """
     pick = _Greedy(tokenizer, stops, eos_ids[0], len(ids_BP))
     settings: Any = {"pad_id": pad_id, "eos_ids": eos_ids, "max_new_tokens": max_new_tokens}
@@ -51,7 +51,7 @@ def answers(
 
 
 def ended(new_BC: Int[Tensor, "B C"], eos_ids: Sequence[int], pad_id: int) -> Int[Tensor, "B C"]:
-    """The same tokens with `pad_id` from each row's end on: the end is no part of an answer."""
+    """The same tokens with `pad_id` from each row's end-of-text on: it is not part of an answer."""
     return new_BC.masked_fill(_has_ended(new_BC, eos_ids), pad_id)
 
 
@@ -60,11 +60,11 @@ def _has_ended(new_BC: Tensor, eos_ids: Sequence[int]) -> Tensor:
 
 
 class _Greedy:
-    """Picks the likeliest token; behind a stop string, the end."""
+    """Picks the likeliest token; after a stop string, end-of-text."""
 
     def __init__(self, tokenizer: Any, stops: Sequence[str], end: int, rows: int) -> None:
         self.tokenizer, self.end = tokenizer, end
-        # The ids in `eos_ids` end a row by themselves, and decoding shows no special tokens.
+        # Ids in `eos_ids` end a row anyway, and special tokens do not appear in decoded text.
         self.stops = [stop for stop in stops if stop not in tokenizer.all_special_tokens]
         longest = (len(tokenizer.encode(s, add_special_tokens=False)) for s in self.stops)
         self.tail = max(longest, default=0) + BESIDE
@@ -95,7 +95,7 @@ class _Greedy:
 def _check(
     engine: Engine, ids_BP: Tensor, mask_BP: Tensor, ended_BC: Tensor, new_BC: Tensor, pick: _Greedy
 ) -> None:
-    """Hold the first rows' log-probabilities against the model's own."""
+    """Compare the first rows' log-probabilities with the model's own."""
     model: Any = engine.model
     for row, drew in enumerate(pick.log_probs[: len(ids_BP)]):
         new = int((~ended_BC[row]).sum())
@@ -124,8 +124,8 @@ def joined(context_BP: Int[Tensor, "B P"], new_BC: Int[Tensor, "B C"]) -> Int[Te
 def log_likelihoods(
     engine: Engine, asked: Sequence[tuple[Sequence[int], Sequence[Sequence[int]]]], pad_id: int
 ) -> list[list[tuple[float, bool]]]:
-    """Of each context's continuations: the sum of their tokens' log-probabilities, and whether
-    greedy decoding would write just them. A context is read once for all its continuations."""
+    """For each continuation of each context: the sum of its tokens' log-probabilities, and whether
+    greedy decoding would give exactly these tokens. Each context is processed only once."""
     assert engine.form is not None, "an engine with a copy; `generate` has no state to go on from"
     device = engine.device
     contexts = [context for context, _ in asked]
@@ -147,7 +147,7 @@ def log_likelihoods(
 
 
 def _scored(parts: Sequence[Tensor], choices: Sequence[Sequence[int]]) -> list[tuple[float, bool]]:
-    """Of the first tokens' logits [b, 1, V], and of those of all that follow, [b, n, V]."""
+    """Scores, from the first tokens' logits [b, 1, V] and those of all later ones, [b, n, V]."""
     scores: list[tuple[float, bool]] = []
     for row, choice in enumerate(choices):
         log_likelihood, is_greedy = 0.0, True

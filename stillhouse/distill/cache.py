@@ -1,7 +1,7 @@
-"""This file is where something is made, measured or checked once, and found by later processes.
+"""Make, measure, or check something once, and let later processes find the result.
 
-What is found was complete when it got its name: directories are renamed into place, files are
-written whole.
+A result is complete before it gets its final name: directories are renamed into place, files are
+written atomically.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ Say = Callable[[str], None]
 def made_once(home: Path, say: Say, make: Callable[[Path], Json]) -> Json:
     """What `make` returned when it filled the directory `home`, now or in an earlier process.
 
-    `make` gets an empty directory that becomes `home` when it has returned. Of several processes
-    one makes and the others wait, and say so.
-    Raises ContractError where a file that was made is gone or has another size.
+    `make` gets an empty directory that becomes `home` when it has returned. If several processes
+    call this, one runs `make`; the others wait and log that.
+    Raises ContractError if a file that was made is gone or has another size.
     """
     if (done := _whole(home)) is not None:
         return done
@@ -60,7 +60,7 @@ def made_once(home: Path, say: Say, make: Callable[[Path], Json]) -> Json:
 
 @contextlib.contextmanager
 def alone(lock_file: Path, say: Say) -> Iterator[None]:
-    """Hold a lock; a process that has to wait for it says so."""
+    """Hold a lock; a process that has to wait for it logs that."""
     lock_file.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(lock_file)
     try:
@@ -98,6 +98,6 @@ def remembered(cache_dir: Path, content: Any, compute: Callable[[], Json]) -> Js
 
 
 def fingerprint(directory: Path) -> list[list[Any]]:
-    """Tells whether files have changed, without reading gigabytes."""
+    """Name, size, and time of each file: shows whether files changed, without reading them."""
     files = sorted(f for f in directory.iterdir() if f.is_file())
     return [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in files]

@@ -1,9 +1,10 @@
-"""This file is where turns become text: the tokenizer's chat template, on a day that stays one.
+"""Render conversations as text with the tokenizer's chat template, under one fixed date.
 
-A prompt is what the template writes up to where the assistant has to speak. An answer is cut out of
-the template's own rendering of the whole conversation, so that a student is trained on the white
-space, think blocks and turn ends that it will meet. It ends in the token that the template writes
-behind an assistant's turn, and there a rollout stops too. No torch here: the tokenizer is given.
+A prompt is what the template writes up to the point where the assistant speaks. An answer is cut
+out of the template's own rendering of the whole conversation, so the student is trained on the
+white space, think blocks, and turn ends that it will meet later. An answer ends in the token that
+the template writes after an assistant's turn; rollouts stop at that token, too. This module does
+not import torch; the caller passes the tokenizer.
 """
 
 from __future__ import annotations
@@ -22,10 +23,10 @@ from stillhouse.distill.pairs import PreparedPair
 from stillhouse.errors import ConfigError, nearest
 from stillhouse.spec import DataSpec
 
-Turn = Mapping[str, Any]  # as chat templates take it: role, content, and what else a template reads
+Turn = Mapping[str, Any]  # for chat templates: role, content, and other fields they read
 
-PROBE = "stillhouse"  # an answer that no template writes by itself
-# What a caller of a template gives it by other means than chat_template_kwargs.
+PROBE = "stillhouse"  # a text that no template writes by itself
+# Variables that a template gets by other means than chat_template_kwargs.
 OURS = ("messages", "tools", "documents", "add_generation_prompt", "strftime_now")
 # Names under which templates take today's date from their caller, written as Llama 3 writes it.
 DATES = ("date_string", "date", "current_date")
@@ -37,18 +38,18 @@ class Rendered:
     """A row as text."""
 
     prompt: str
-    answer: str | None  # its end included; None: the row has none
-    add_special_tokens: bool  # of the prompt: a template writes its own
+    answer: str | None  # including its end token; None: the row has no answer
+    add_special_tokens: bool  # to the prompt; False if the template writes them itself
 
 
 class Chat:
-    """One tokenizer's way to write conversations, under one set of kwargs and on one day."""
+    """One tokenizer's chat template, with one set of kwargs and one date."""
 
     def __init__(self, tokenizer: Any, data: DataSpec, declared: Iterable[int] = ()) -> None:
-        """`declared`: ids that a model's own configs name as an end (`declared_stop_ids`).
+        """`declared`: ids that a model's own configs name as end-of-text (`declared_stop_ids`).
 
-        Raises ConfigError: a template that cannot be read, or has no variable of a kwarg's name;
-        nothing that says how an answer ends.
+        Raises ConfigError: the template cannot be compiled, or does not use a kwarg's name; no
+        token is known that ends an answer.
         """
         self.tokenizer, self.kwargs, self.date = tokenizer, data.chat_template_kwargs, _day(data)
         self._compiled: dict[str, _Template] = {}
@@ -90,8 +91,8 @@ class Chat:
     ) -> Rendered:
         """The prompt of `turns`, and the assistant's `answer` to it (its text, or its whole turn).
 
-        Raises Skip: turns that the template refuses; an answer that it does not write behind the
-        prompt; a prompt that would end in end-of-text.
+        Raises Skip: the template refuses the turns, or does not render the answer after the prompt;
+        the prompt would end in end-of-text.
         """
         template = self._usual(tools)
         prompt = self._write(template, turns, tools, True)
@@ -106,15 +107,15 @@ class Chat:
         return Rendered(prompt, self._cut(whole[len(prompt) :], template), False)
 
     def plain(self, prompt: str, answer: str | None = None) -> Rendered:
-        """A prompt and its answer as they are, for a tokenizer without a chat template."""
+        """A prompt and its answer unchanged, for a tokenizer without a chat template."""
         bos = self.tokenizer.bos_token
         has_bos = bos is not None and prompt.startswith(bos)
         return Rendered(prompt, None if answer is None else answer + self.end_token, not has_bos)
 
     def continued(self, turns: Sequence[Turn]) -> str:
-        """A conversation whose last turn the assistant has begun and goes on with.
+        """The text of a conversation whose last assistant turn is unfinished and will be continued.
 
-        Raises Skip: turns that the template refuses, or of which it does not write the last.
+        Raises Skip: the template refuses the turns, or does not render the last one.
         """
         begun = str(turns[-1]["content"])
         marked = [*turns[:-1], {**turns[-1], "content": begun + PROBE}]
@@ -124,7 +125,7 @@ class Chat:
         return before
 
     def _cut(self, written: str, template: _Template) -> str:
-        """What an assistant's turn is, of all that is written behind a prompt: up to its end."""
+        """The assistant's turn, up to its end token, from all the text after a prompt."""
         if written.endswith(template.tail):
             said = written.removesuffix(template.tail)
             if template.end is None:
@@ -136,7 +137,7 @@ class Chat:
         return said + end
 
     def _parting(self, prompt: str, whole: str, template: _Template) -> str:
-        """Where a prompt and its whole conversation part, and what may bring them together."""
+        """Where a prompt and its whole conversation differ, and which kwargs may change that."""
         at = len(os.path.commonprefix([prompt, whole]))
         ours, theirs = prompt[at : at + 40], whole[at : at + 40]
         settable = ", ".join(self._settable(template)) or "nothing"
@@ -148,13 +149,13 @@ class Chat:
     # ------------------------------------------------------------ ids
 
     def encode(self, rows: Sequence[Rendered]) -> list[tuple[list[int], list[int]]]:
-        """(prompt, answer) as ids, for each row; an answer that is None has none.
+        """(prompt, answer) as ids, for each row; an answer that is None gives no ids.
 
-        The prompt is read alone, as it is when a model is asked. No prompt ends in end-of-text.
+        The prompt is tokenized alone, as in generation. No prompt ends in end-of-text.
         """
         prompts = self._ids([(row.prompt, row.add_special_tokens) for row in rows])
         for row, ids in zip(rows, prompts, strict=True):
-            # Some tokenizers put EOS behind every text; a model would be asked after its end.
+            # Some tokenizers append EOS to every text; the model would write after its end.
             while row.add_special_tokens and ids and ids[-1] in self.stop_ids:
                 ids.pop()
         answers = self._ids([(row.answer or "", False) for row in rows])
@@ -168,8 +169,8 @@ class Chat:
         ]
 
     def _behind(self, prompt: list[int], whole: list[int], alone: list[int]) -> list[int]:
-        """The answer as it is read behind its prompt; alone, where the two share a token."""
-        while whole[-2:] == [self.end_id] * 2:  # of a tokenizer that puts EOS behind every text
+        """The answer's ids after its prompt; its ids alone, if a token spans the two."""
+        while whole[-2:] == [self.end_id] * 2:  # the tokenizer appends EOS to every text
             whole.pop()
         return whole[len(prompt) :] if whole[: len(prompt)] == prompt else alone
 
@@ -177,7 +178,7 @@ class Chat:
         found: list[list[int]] = [[]] * len(texts)
         for special in {add for _, add in texts}:
             rows = [i for i, (_, add) in enumerate(texts) if add is special]
-            # Not verbose: too long a row is counted, a warning for the first of them says less.
+            # Not verbose: rows that are too long are counted, which says more than one warning.
             encoded = self.tokenizer(
                 [texts[i][0] for i in rows], add_special_tokens=special, verbose=False
             )
@@ -186,9 +187,9 @@ class Chat:
         return found
 
     def _reads_apart(self) -> bool:
-        """Whether text behind a prompt has the ids that it has alone.
+        """Whether text after a prompt has the same ids as it has alone.
 
-        Tokenizers of SentencePiece's kind put a space before the first word of what they are given.
+        SentencePiece tokenizers put a space before the first word of every text.
         """
         newline, word, both, behind_end = self._ids(
             [(text, False) for text in ("\n", "a", "\na", self.end_token + "a")]
@@ -198,7 +199,7 @@ class Chat:
     # ------------------------------------------------------------ template
 
     def fingerprint(self) -> dict[str, Any]:
-        """What decides the ids of a conversation, beside the tokenizer itself."""
+        """Everything that decides the ids of a conversation, except the tokenizer itself."""
         return {
             "templates": [hashlib.sha256(t.encode()).hexdigest()[:16] for t in self._sources()],
             "chat_template_kwargs": dict(self.kwargs),
@@ -212,7 +213,7 @@ class Chat:
         return list(templates.values()) if isinstance(templates, dict) else [templates]
 
     def _usual(self, tools: Sequence[Mapping[str, Any]] | None) -> _Template:
-        """The template that transformers would take."""
+        """The template that transformers would use."""
         try:
             return self._template(self.tokenizer.get_chat_template(tools=tools))
         except ValueError as error:
@@ -234,7 +235,7 @@ class Chat:
         return self._compiled[source]
 
     def _shows(self, template: _Template, content: Any) -> bool:
-        """Whether the template writes what stands in a content of this form."""
+        """Whether the template renders the text in a content of this form."""
         try:
             return PROBE in self._write(
                 template, [{"role": "user", "content": content}], None, True
@@ -243,7 +244,7 @@ class Chat:
             return False
 
     def _find_end(self, template: _Template) -> None:
-        """Sets what the template writes behind an assistant's last turn, and the token in it."""
+        """Set the text the template writes after the last assistant turn, and the end token."""
         turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": PROBE}]
         try:
             _, said, tail = self._write(template, turns, None, False).rpartition(PROBE)
@@ -253,7 +254,7 @@ class Chat:
             return
         known = {str(token) for token in self.tokenizer.added_tokens_decoder.values()}
         known |= set(self.tokenizer.all_special_tokens)
-        # The first of them, and of those that begin there the longest. White space ends nothing.
+        # The earliest of them; of several there, the longest. White space is no end token.
         places = [(tail.find(t), -len(t), t) for t in known if t.strip() and t in tail]
         template.tail, template.end = tail, min(places)[2] if places else None
 
@@ -296,7 +297,7 @@ class _Template:
         from jinja2 import TemplateError, meta, nodes
 
         # The library's own environment: sandbox, filters, {% generation %}. Its public function
-        # takes no variable that can be called, and so always writes the day on which it is called.
+        # takes no callable variables, so it would always write the current date.
         from transformers.utils.chat_template_utils import _compile_jinja_template
 
         try:
@@ -308,17 +309,17 @@ class _Template:
         tested = [t.node for t in tree.find_all(nodes.Test) if t.name in ("defined", "undefined")]
         tested += [f.node for f in tree.find_all(nodes.Filter) if f.name in ("default", "d")]
         tested += [n for n in tree.find_all(nodes.Name) if n.ctx == "store"]
-        # Variables that the template can do without, or has a value of its own for.
+        # Variables that are optional for the template, or that it assigns itself.
         self.guarded = {node.name for node in tested if isinstance(node, nodes.Name)}
         self.special = dict(tokenizer.special_tokens_map)
         self.given: dict[str, Any] = {}
-        self.wants_parts = False  # of multimodal models: in a string it would look for parts
+        self.wants_parts = False  # whether it reads content as parts, as multimodal ones do
         self.writes = {name for name in ("tools", "tool_calls") if name in source}
         self.tail = ""
         self.end: str | None = None
 
     def render(self, turns: Sequence[Turn], **variables: Any) -> str:
-        """Raises Skip where the template refuses these turns, or breaks on them."""
+        """Raises Skip if the template refuses these turns, or fails on them."""
         from jinja2 import TemplateError
         from transformers.utils.chat_template_utils import _alias_reasoning_fields
 
@@ -339,7 +340,7 @@ class _Template:
 
 
 def _with_parts(turn: dict[str, Any]) -> dict[str, Any]:
-    """The turn with its text as a part."""
+    """The turn with its text as a list of one part."""
     text = turn.get("content")
     parts = [{"type": "text", "text": text}] if text else []
     return turn | {"content": parts} if isinstance(text, str) else turn
@@ -350,14 +351,14 @@ def _day(data: DataSpec) -> date:
 
 
 def chat_of(prepared: PreparedPair, tokenizer: Any, data: DataSpec) -> Chat:
-    """How both models of a pair are asked, and where both end."""
+    """The chat format of both models of a pair, with the stop ids of both."""
     student = declared_stop_ids(prepared.student, prepared.student_revision)
     teacher = declared_stop_ids(prepared.teacher, prepared.teacher_revision)
     return Chat(tokenizer, data, (*student, *teacher))
 
 
 def declared_stop_ids(path: str, revision: str | None) -> list[int]:
-    """The ids that a model's config, its text config or its generation config call an end."""
+    """The EOS ids of a model's config, its text config, and its generation config."""
     from transformers import GenerationConfig
 
     config = loading.config_of(path, revision)

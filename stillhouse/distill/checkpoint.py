@@ -1,8 +1,10 @@
-"""This file is where a run's state is saved, so that it goes on with the numbers it would have had.
+"""Save and restore the state of a run, so that a resume gives the same numbers as no interruption.
 
-A checkpoint is a directory of safetensors and JSON (nothing is ever unpickled) with a manifest of
-sizes and digests. It becomes visible in one rename; the newest complete one is used, a torn one is
-skipped and said. Because randomness is counted, the state is small: adapter, moments, step, costs.
+A checkpoint is a directory of safetensors and JSON files (nothing is ever unpickled) with a
+manifest of sizes and digests. It appears in one rename. A resume takes the newest complete
+checkpoint; it skips a damaged one and logs that. Random numbers are derived from counters, so there
+is no generator state to save: a checkpoint holds the adapter, the optimizer's moments, the step,
+the costs, the replay buffer, and metrics that are not logged yet.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ from stillhouse.rundir import (
     write_json,
 )
 
-KEEP = 2  # the newest may be torn by a machine that dies; the one before it is then used
+KEEP = 2  # a crash may damage the newest; the one before it is then used
 
 
 def save(
@@ -35,7 +37,7 @@ def save(
     """Save the state after `step` completed steps.
 
     Raises:
-        OSError: no room; nothing that was there before is lost.
+        OSError: the disk is full; no earlier checkpoint is lost.
     """
     final = run.checkpoints / f"step-{step}"
     temporary = temporary_name(final)
@@ -62,7 +64,7 @@ def save(
 def load_newest(
     run: RunDir, model: nn.Module, optimizer: torch.optim.Optimizer, say: Any
 ) -> Json | None:
-    """Restore the newest complete checkpoint in place; its state, or None where there is none."""
+    """Restore the newest complete checkpoint in place; its state, or None if there is none."""
     for directory in reversed(_complete_names(run.checkpoints)):
         problem = _torn(directory)
         if problem:
@@ -74,7 +76,7 @@ def load_newest(
 
 
 def remove_all(run: RunDir) -> None:
-    """Drop every checkpoint of a run that needs none any more."""
+    """Delete all checkpoints of a run that no longer needs any."""
     shutil.rmtree(run.checkpoints, ignore_errors=True)
 
 
@@ -113,7 +115,7 @@ def _moments(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Te
 
 
 def _complete_names(checkpoints: Path) -> list[Path]:
-    """Checkpoint directories, oldest first; a temporary one does not have its name yet."""
+    """Checkpoint directories, oldest first; temporary ones have other names."""
     found = [p for p in checkpoints.glob("step-*") if p.name.removeprefix("step-").isdigit()]
     return sorted(found, key=lambda p: int(p.name.removeprefix("step-")))
 

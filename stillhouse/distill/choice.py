@@ -1,9 +1,10 @@
-"""This file is where it is chosen which prompts a step asks.
+"""Choose which prompts each step uses.
 
-By default a step's prompts are consecutive places in the orders of the epochs: all are asked before
-one is asked again. A cold start asks prompts of its own, and the steps after it the others. A kept
-share below 1 draws from the best-ranked prompts only, without repeats within a step. Some places of
-a step may be for prompts of another kind. Every choice follows from the seed and the step alone.
+By default a step takes consecutive places in the shuffled orders of the epochs: every prompt is
+used once before any is used again. A cold start has prompts of its own; the steps after it use the
+others. With kept_prompts below 1, a step draws from the best-ranked prompts only, without repeats
+within a step. Some places of a step can go to prompts of another kind (other_prompts). Every choice
+is a function of the seed and the step alone.
 """
 
 from __future__ import annotations
@@ -29,10 +30,10 @@ class Choice:
         others: Sequence[Example] = (),
         ranking: Sequence[int] | None = None,
     ) -> None:
-        """ranking: rows of `train`, best first; None where all are kept.
+        """ranking: rows of `train`, best first; None if all are kept.
 
         Raises:
-            ConfigError: a cold start that leaves no prompt for the steps after it.
+            ConfigError: the cold start leaves no prompt for the steps after it.
         """
         self.spec, self.examples = spec, Joined(train, others)
         self._train, self._others = len(train), len(others)
@@ -70,7 +71,7 @@ class Choice:
             return rows
         others = range(self._train, self._train + self._others)
         instead = _in_epochs(self.spec.training.seed, places, others)
-        # A binary fraction may miss the whole number that is meant by an ulp.
+        # share * i may fall short of an integer by a rounding error.
         is_other = [int(share * (i + 1) + 1e-9) > int(share * i + 1e-9) for i in range(len(rows))]
         return [b if other else a for a, b, other in zip(rows, instead, is_other, strict=True)]
 
@@ -83,7 +84,7 @@ def _in_epochs(seed: int, places: range, pool: Sequence[int]) -> list[int]:
 
 
 def _drawn(seed: int, step: int, count: int, pool: Sequence[int]) -> list[int]:
-    """Rows of a pool that changes from step to step; one twice only where it is too small."""
+    """Rows of a pool that changes from step to step; repeats only if the pool is too small."""
     generator = counted_generator(seed, "kept", step, 0)
     found: list[int] = []
     while len(found) < count:

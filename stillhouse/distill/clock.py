@@ -1,4 +1,4 @@
-"""This file is where the seconds of a step are counted, by phase."""
+"""Measure the seconds of a training step, by phase."""
 
 from __future__ import annotations
 

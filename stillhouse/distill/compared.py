@@ -1,7 +1,8 @@
-"""This file is where student and teacher are held against each other outside of training.
+"""Compare student and teacher position by position, outside of training.
 
-Position by position of sequences that somebody wrote, with the formulas of the loss itself: for a
-preflight, and to rank prompts by how far the two agree on them. N positions, n of a chunk, H width.
+The sequences are given, and the numbers come from the same code as the loss (`objectives`). Used by
+the preflight, and to rank prompts by how far the two models agree on them.
+Legend: N positions, n positions of a chunk, H hidden width.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from stillhouse.rundir import Json
 from stillhouse.spec import TrainSpec, to_plain
 
 BATCH = 32  # sequences at a time
-RANKED = 10**9 + 11  # the step whose random numbers a ranking's rollouts take: past any run's
+RANKED = 10**9 + 11  # the step number that seeds a ranking's rollouts: beyond any run's steps
 
 
 @torch.no_grad()
@@ -33,9 +34,10 @@ def compared(
     written: Sequence[Sequence[int]],
     k: int,
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """Numbers per position [N] of what was written to each prompt, and the prompt that each is of.
+    """Numbers per position [N] of the completion of each prompt, and each position's prompt index.
 
-    The numbers are those of `TokenStats` and `Overlap`, and log q - log p of the written token.
+    `asked` are the prompts, `written` the ids of their completions. The numbers are those of
+    `TokenStats` and `Overlap`, and log q - log p of the written token.
     """
     roles, device = loaded.roles, loaded.accelerator.device
     score, head = roles.teacher_scorer(), head_of(roles.student)
@@ -60,7 +62,7 @@ def compared(
             teacher_nV = logits(chunk)
             V = min(student_nV.shape[1], teacher_nV.shape[1])
             student_nV, teacher_nV, target_n = student_nV[:, :V], teacher_nV[:, :V], target_N[chunk]
-            # evaluate_ works in place, so what is read from the logits comes first.
+            # evaluate_ overwrites the logits, so these are read first.
             of_student = _log_prob(student_nV, target_n, temperature)
             of_teacher = _log_prob(teacher_nV, target_n, temperature)
             stats, overlap = evaluate_(
@@ -82,9 +84,9 @@ def row_means(values_N: Tensor, rows_N: Tensor, rows: int) -> Tensor:
 def ranking(spec: TrainSpec, loaded: Loaded) -> list[int]:
     """The rows to train on, those first on which student and teacher agree most before training.
 
-    By the teacher's mass on the tokens that both hold likeliest (arXiv:2604.13016, Eq. 10: what
-    aligned prompts raise in §5.2), or by the least reverse KL. One rollout per row, written and
-    compared once for a pair and a seed: later runs find the order.
+    Agreement is the teacher's mass on the top tokens of both (arXiv:2604.13016, Eq. 10: what
+    aligned prompts raise in §5.2), or the smallest reverse KL. One rollout per row is written and
+    compared, once for a pair and a seed; later runs reuse the order.
     """
     plain, asked = to_plain(spec), loaded.prompts.train
     sections = {name: plain[name] for name in ("pair", "quant", "data", "rollout")}

@@ -1,12 +1,12 @@
-"""This file is where a Llama in float32 writes fastest: weights folded once, then plain products.
+"""Generate tokens fastest from a float32 Llama: fold its weights once, then use plain products.
 
-Each projection becomes one dense float32 matrix Q(W) + (alpha / r) B A, times the weight of the
-norm before it: the function that is trained, up to rounding, and never quantised anew. Queries,
-keys and values are one product, as are gate and up, so a step is a third of the launches of the
-folded copy that every other model has (`folded.py`). transformers' `generate` stays the reference:
-same logits within 1e-5, same tokens.
+Each projection becomes one dense float32 matrix Q(W) + (alpha / r) B A, multiplied by the weight of
+the norm before it. This is the function that is trained, up to rounding; it is never quantized
+again. Queries, keys, and values are one product, and so are gate and up, so a step needs a third of
+the kernel launches of the folded copy that all other models use (`folded.py`). transformers'
+`generate` is the reference: same logits within 1e-5, same tokens.
 
-Legend: B rows, b those still being written, P prompt positions, S = P + new positions, n positions
+Legend: B rows, b rows still being written, P prompt positions, S = P + new positions, n positions
 of one call, X = b n, H hidden width, V vocabulary, Q query heads, G key heads, D width of a head,
 [N, K] a map from K to N.
 """
@@ -31,7 +31,7 @@ PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "
 
 
 def obstacle(model: nn.Module) -> str | None:
-    """Why these forms would not compute what `model` computes here and now; None where it would."""
+    """Why FusedLlama would not compute what `model` computes now; None if it would."""
     if isinstance(model, PeftModel) and not isinstance(model.base_model, LoraModel):
         return f"its adapter is a {type(model.base_model).__name__}, not LoRA"
     causal_lm = base_of(model)
@@ -50,7 +50,7 @@ def obstacle(model: nn.Module) -> str | None:
 
 
 def _odd_part(causal_lm: Any) -> str | None:
-    """The first module that is not what transformers builds, or whose adapter is not plain."""
+    """The first module that is not what transformers builds, or whose adapter is not plain LoRA."""
     plain = {"embed_tokens": nn.Embedding, "lm_head": nn.Linear, "norm": llama.LlamaRMSNorm,
              "input_layernorm": llama.LlamaRMSNorm, "post_attention_layernorm": llama.LlamaRMSNorm,
              "self_attn": llama.LlamaAttention, "mlp": llama.LlamaMLP}  # fmt: skip
@@ -65,28 +65,29 @@ def _odd_part(causal_lm: Any) -> str | None:
 
 
 class FusedLlama:
-    """The folded weights of a model that `obstacle` lets pass."""
+    """The folded weights of a model for which `obstacle` returns None."""
 
     def __init__(self, model: nn.Module) -> None:
-        """Nothing is copied before `fold_`."""
+        """Copies nothing; `fold_` does."""
         self.causal_lm = base_of(model)
         self.layers: list[_Layer] = []
         self.head: _Projection | None = None
 
     def bytes(self) -> int:
-        """What the folded matrices take."""
+        """The size of the folded matrices."""
         sizes = (p.numel() for p in self.causal_lm.parameters() if p.dim() == 2)
         return 4 * sum(sizes)
 
     @torch.no_grad()
     def fold_(self) -> str | None:
-        """Make them the function that the model is now, in place."""
+        """Fold the model's current weights and adapters, in place."""
         decoder = self.causal_lm.model
         config, attention = self.causal_lm.config, decoder.layers[0].self_attn
         self.Q, self.G = config.num_attention_heads, config.num_key_value_heads
         self.D = attention.head_dim
-        # The two channels that the rotary embedding turns together, i and i + D / 2 of each query
-        # and key head, side by side: a turn is one complex product, and q . k knows no order.
+        # Put the two channels that the rotary embedding rotates together, i and i + D / 2 of each
+        # query and key head, side by side: a rotation is then one complex product, and q . k does
+        # not depend on the order.
         rows = torch.arange((self.Q + 2 * self.G) * self.D, device=decoder.norm.weight.device)
         turned, kept = rows.split([(self.Q + self.G) * self.D, self.G * self.D])
         order = torch.cat([turned.view(-1, 2, self.D // 2).mT.flatten(), kept])
@@ -112,7 +113,7 @@ class FusedLlama:
 
     @contextlib.contextmanager
     def arithmetic(self) -> Iterator[None]:
-        """In which its steps compute as the model does."""
+        """The context in which decoding steps compute as the model does."""
         with torch.inference_mode():
             yield
 
@@ -153,11 +154,11 @@ class _State:
         self.layers, self.head = fused.layers, fused.head
         self.Q, self.G, self.D = fused.Q, fused.G, fused.D
         B, S = len(mask_BP), mask_BP.shape[1] + room
-        self.embed = decoder.embed_tokens  # as a module: whoever looks on sees what is read
+        self.embed = decoder.embed_tokens  # as a module, so that its forward hooks still run
         self.activation = decoder.layers[0].mlp.act_fn
         root = (config.hidden_size * config.rms_norm_eps) ** 0.5
         self.root_of_epsilon = torch.tensor(root, device=device)
-        # Of the keys, positions side by side: a step's product is then twice as fast.
+        # Keys are stored with positions contiguous: a step's product is then twice as fast.
         self.keys = [torch.zeros(B, self.G, self.D, S, device=device) for _ in self.layers]
         self.values = [torch.zeros(B, self.G, S, self.D, device=device) for _ in self.layers]
         is_text_BS = F.pad(mask_BP, (0, room), value=True)
@@ -172,7 +173,7 @@ class _State:
         self.length = 0
 
     def keep(self, rows_b: Int[Tensor, " b"]) -> None:
-        """Go on with these rows alone."""
+        """Continue with these rows only."""
         self.keys = [keys_BGDS[rows_b] for keys_BGDS in self.keys]
         self.values = [values_BGSD[rows_b] for values_BGSD in self.values]
         self.turn_BS1D, self.padding_BS = self.turn_BS1D[rows_b], self.padding_BS[rows_b]
@@ -180,25 +181,25 @@ class _State:
         self.padding_Y1S = self.padding_BS.repeat_interleave(self.G, 0).unsqueeze(1)
 
     def next_logits(self, ids_bn: Int[Tensor, "b n"]) -> Tensor:
-        """Logits [b, V] of what follows after these n more tokens: the prompt, then one by one."""
+        """Logits [b, V] after these n new tokens: first the prompt, then one token at a time."""
         assert self.head is not None, "fold_ comes first"
         return self.head.of(self._direction(self._hidden(ids_bn)[:, -1]))
 
     def logits(self, ids_bn: Int[Tensor, "b n"]) -> Tensor:
-        """Logits [b, n, V] of what follows after each of these n more tokens."""
+        """Logits [b, n, V] of the token after each of these n new tokens."""
         assert self.head is not None, "fold_ comes first"
         x_bnH = self._direction(self._hidden(ids_bn))
         return self.head.of(x_bnH.flatten(0, 1)).unflatten(0, ids_bn.shape)
 
     def _hidden(self, ids_bn: Tensor) -> Tensor:
-        """What the last norm gets, [b, n, H]."""
+        """The input of the last norm, [b, n, H]."""
         (B, n), start = ids_bn.shape, self.length
         self.length = start + n
         attend = self._attend
         if start == 0 or n > 1:
             attend = self._attend_to(self._seen(start, n))
         turn_bn1D = self.turn_BS1D[:, start : self.length]
-        # Padding takes part in attention alone: it is a third of ragged prompts.
+        # Padding is computed in attention only: it is a third of ragged prompts.
         is_text_bn = self.is_text_BS[:, start : self.length]
         is_padded = start == 0 and not is_text_bn.all()
         text_X = is_text_bn.flatten().nonzero().squeeze(1) if is_padded else None
@@ -220,12 +221,12 @@ class _State:
         return _spread(x_XH, text_X, B * n).view(B, n, -1)
 
     def _seen(self, start: int, n: int) -> Tensor:
-        """Which positions each of n new ones attends to, [b, 1, n, start + n]."""
+        """Attention mask: which positions each of n new ones attends to, [b, 1, n, start + n]."""
         device = self.is_text_BS.device
         new_n1 = torch.arange(start, start + n, device=device).unsqueeze(1)
         position_S = torch.arange(start + n, device=device)
         seen_bnS = (position_S <= new_n1) & self.is_text_BS[:, None, : start + n]
-        # A padded position sees itself: a softmax over nothing would be NaN.
+        # A padded position attends to itself: a softmax over nothing would be NaN.
         return (seen_bnS | (position_S == new_n1)).unsqueeze(1)
 
     def _direction(self, x_XH: Tensor) -> Tensor:
@@ -234,7 +235,7 @@ class _State:
         return x_XH / torch.hypot(norm_X1, self.root_of_epsilon)
 
     def _attend_to(self, seen_b1nS: Tensor) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-        """Several new positions each."""
+        """Attention for several new positions per row."""
 
         def attend(query_bnQD: Tensor, keys_bGDS: Tensor, values_bGSD: Tensor) -> Tensor:
             attended_bQnD = F.scaled_dot_product_attention(
@@ -249,7 +250,7 @@ class _State:
         return attend
 
     def _attend(self, query_b1QD: Tensor, keys_bGDS: Tensor, values_bGSD: Tensor) -> Tensor:
-        """One new position each; Y = b G, and Z = Q / G query heads share a key head."""
+        """Attention for one new position per row; Y = b G, Z = Q / G query heads per key head."""
         scores_YZS = torch.baddbmm(
             self.padding_Y1S[..., : self.length],
             query_b1QD.reshape(len(self.padding_Y1S), -1, self.D),
@@ -260,7 +261,7 @@ class _State:
 
 
 def _spread(x_XN: Tensor, text_X: Tensor | None, length: int) -> Tensor:
-    """Rows at their places among `length`, zeros elsewhere; where all are there, as they are."""
+    """Scatter rows into `length` rows, zeros elsewhere; unchanged if text_X is None."""
     if text_X is None:
         return x_XN
     return x_XN.new_zeros(length, x_XN.shape[1]).index_copy_(0, text_X, x_XN)
@@ -269,7 +270,7 @@ def _spread(x_XN: Tensor, text_X: Tensor | None, length: int) -> Tensor:
 def _fold(
     *parts: Any, norm: Any = None, order: Tensor | None = None, into: _Projection | None = None
 ) -> _Projection:
-    """Projections of one input, and the norm of that input, as one; rows in the `order` given."""
+    """Fuse projections of one input, and the norm of that input; rows in the given `order`."""
     weight_NK = torch.cat([dense_weight(part) for part in parts])
     biases = [getattr(part, "base_layer", part).bias for part in parts]
     bias_N = None if biases[0] is None else torch.cat(biases)

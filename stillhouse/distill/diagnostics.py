@@ -1,12 +1,13 @@
-"""This file is where student and teacher are compared token by token, on the student's own states.
+"""Compare the likeliest tokens of student and teacher at each position of the student's rollouts.
 
-A position is a token of a rollout that the loss counts. There the k likeliest tokens of the
-student, S^p, are laid beside the k likeliest of the teacher, S^q: how many they share, how much
-either model makes of those, and which way the teacher would push each kind. The loss chunk calls
-`compare` while both distributions are at hand; what is kept is ten numbers per position.
+A position is a token of a rollout that the loss counts. At each, the k likeliest tokens of the
+student, S^p, are compared with the k likeliest of the teacher, S^q: how many they share, how much
+probability each model gives to those, and in which direction the teacher would push each group. The
+loss calls `compare` on each chunk while it holds both distributions, and keeps ten numbers per
+position.
 
 Source: arXiv:2604.13016, Eq. 6 to 8, and Eq. 9 and 10 of its appendix B. Legend: N positions,
-n positions of a chunk, V the shared vocabulary, k tokens of a side, p student, q teacher.
+n positions of a chunk, V the shared vocabulary, k tokens of each side, p student, q teacher.
 """
 
 from __future__ import annotations
@@ -29,12 +30,12 @@ class Overlap(NamedTuple):
 
     ratio: Float[Tensor, " N"]  # Eq. 6: share of S^p that lies in S^q, in [0, 1]
     # Eq. 7: mean over the shared tokens of p'(v) (log q'(v) - log p'(v)), in nats, where ' means
-    # renormalised on them; at most 0, and 0 where the two agree. NaN: no token is shared.
+    # renormalized on them; at most 0, and 0 where the two agree. NaN: no token is shared.
     advantage: Float[Tensor, " N"]
     entropy_gap: Float[Tensor, " N"]  # Eq. 8: |H(q) - H(p)|, in nats, over all tokens
-    mass_student: Float[Tensor, " N"]  # Eq. 9: what p gives the shared tokens, as it is
+    mass_student: Float[Tensor, " N"]  # Eq. 9: what p gives the shared tokens, not renormalized
     mass_teacher: Float[Tensor, " N"]  # Eq. 10: what q gives them
-    # Mean of p(v) (log q(v) - log p(v)), in nats, nothing renormalised, over the tokens of S^p and
+    # Mean of p(v) (log q(v) - log p(v)), in nats, nothing renormalized, over the tokens of S^p and
     # S^q, of S^p alone, of S^q alone: where the reward of the whole vocabulary comes from.
     advantage_shared: Float[Tensor, " N"]
     advantage_student_only: Float[Tensor, " N"]
@@ -51,7 +52,7 @@ def compare(
     student_entropy_n: Float[Tensor, " n"],
     teacher_entropy_n: Float[Tensor, " n"],
 ) -> Overlap:
-    """The numbers of a chunk, from log-probabilities and the tokens that each side puts first."""
+    """The numbers of a chunk, from log-probabilities and each side's k likeliest tokens."""
     same_nkk = student_nk[:, :, None] == teacher_nk[:, None, :]
     shared_nk, known_nk = same_nkk.any(2), same_nkk.any(1)  # of the student's; of the teacher's
     log_p_nk, log_q_nk = log_p_nV.gather(1, student_nk), log_q_nV.gather(1, student_nk)
@@ -76,16 +77,16 @@ def compare(
 
 
 class Summary:
-    """Means over all positions and by where they stand, as sums that processes can add up."""
+    """Means over all positions and by position in the answer, as sums that processes can add up."""
 
     def __init__(self, k: int, bins: Bins) -> None:
-        """`k` tokens of a side are compared; a position counts in the bin that holds its place."""
+        """`k` tokens of each side are compared; a position counts in the bin of its place."""
         self.k, self.bins = k, bins
-        # Of each number: sum and count, over all positions first, then over each bin's.
+        # For each number: sum and count, first over all positions, then per bin.
         self.sums = torch.zeros(len(Overlap._fields), 1 + len(bins), 2, dtype=torch.float64)
 
     def add(self, found: Overlap, places_N: Int[Tensor, " N"]) -> None:
-        """Count these positions; `places_N` is how many tokens of the answer stand before each."""
+        """Add these positions; `places_N` is how many tokens of the answer precede each."""
         values_fN = torch.stack(found).double()
         counts_fN, infinite_fN = ~values_fN.isnan(), values_fN.isinf()
         inside = [torch.ones_like(places_N, dtype=torch.bool)]
@@ -94,17 +95,17 @@ class Summary:
         inside_Nb = torch.stack(inside, 1).double()
         self.sums = self.sums.to(values_fN.device)
         self.sums[:, :, 0] += values_fN.masked_fill(~counts_fN | infinite_fN, 0) @ inside_Nb
-        # Where it stands, and nowhere else: in a product, 0 times infinity would be NaN.
+        # Infinities are added to their own bins only: in a product, 0 times infinity would be NaN.
         signs_fb = (values_fN.sign() * infinite_fN) @ inside_Nb
         self.sums[:, :, 0] += (signs_fb * torch.inf).masked_fill_(signs_fb == 0, 0)
         self.sums[:, :, 1] += counts_fN.double() @ inside_Nb
 
     def numbers(self) -> list[float]:
-        """What is to be added up over processes, for `metrics`."""
+        """The sums as a list, to be added up over processes, for `metrics`."""
         return self.sums.flatten().tolist()
 
     def metrics(self, numbers: Sequence[float]) -> dict[str, float]:
-        """Means by name: `overlap/ratio`, and `overlap/ratio/0-7` of a bin; those of no position
+        """Means by name: `overlap/ratio`, and `overlap/ratio/0-7` for a bin; means over no position
         are left out. `overlap/empty` counts the positions without a shared token."""
         sums = torch.tensor(numbers, dtype=torch.float64).view(self.sums.shape)
         where = ["", *(f"/{label(first, end)}" for first, end in self.bins)]
@@ -128,7 +129,8 @@ def label(first: int, end: int | None) -> str:
 def _reward(log_p: Tensor, log_q: Tensor) -> Tensor:
     """p (log q - log p): how a step of reverse KL would move a token, and how much it counts.
 
-    Minus infinity for what q never gives, whose log is a large negative number (`objectives`).
+    Minus infinity for a token that q never gives; its log is a large negative number here
+    (`objectives.NEVER`).
     """
     log_ratio = log_q - log_p
     return (log_p.exp() * log_ratio).masked_fill_(log_ratio < -1e20, -torch.inf)

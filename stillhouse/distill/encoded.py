@@ -1,14 +1,14 @@
-"""This file is where rows that are token ids lie on disk, and are read one at a time.
+"""Store tokenized rows on disk as memory-mapped arrays, and read them one at a time.
 
-    <folder>/NAME.prompt.npy         ids of all prompts, one after another; NAME is "train", …
+    <folder>/NAME.prompt.npy         ids of all prompts, concatenated; NAME is "train", …
     <folder>/NAME.prompt_ends.npy    where each of them ends
-    <folder>/NAME.completion….npy    the same of the completions
-    <folder>/NAME.teacher….npy       and of the teacher's prompts, where they are other ones
-    <folder>/NAME.rows.npy           which row of the source each was
-    <folder>/NAME.answers.json       what a right completion ends in, or null
+    <folder>/NAME.completion….npy    the same for the completions
+    <folder>/NAME.teacher….npy       the same for the teacher's prompts, if they differ
+    <folder>/NAME.rows.npy           the row number of each in the source
+    <folder>/NAME.answers.json       what a correct completion ends in, or null
 
-A million rows are gigabytes of ids: they are mapped, not read, and an `Example` is made of them
-when it is asked for.
+A million rows are gigabytes of ids, so they are mapped, not loaded; an `Example` is created from
+them on access.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ from stillhouse.rundir import write_atomic
 
 @dataclass(frozen=True)
 class Example:
-    """One prompt, as ids, and what the dataset answers to it."""
+    """One prompt, as ids, and the dataset's answer to it."""
 
     prompt_ids: tuple[int, ...]
     completion_ids: tuple[int, ...]  # ends in EOS unless max_length cut it; () if the row has none
     teacher_prompt_ids: tuple[int, ...]  # the same prompt, after the exemplars if there are any
     row: int  # of the source, counted from 0
-    answer: str | None  # what a right completion ends in, where the source says so
+    answer: str | None  # what a correct completion ends in, if the source says so
 
 
 @dataclass
 class Draft:
-    """An example on its way to the disk; its ids in four bytes each."""
+    """An example before it is written to disk; its ids take four bytes each."""
 
     prompt: np.ndarray
     completion: np.ndarray
@@ -49,12 +49,12 @@ class Draft:
 
 
 def packed(ids: Sequence[int]) -> np.ndarray:
-    """Ids [N] as a draft has them."""
+    """Ids [N] as a Draft stores them."""
     return np.array(ids, dtype=np.int32)
 
 
 class Examples(Sequence[Example]):
-    """Examples that lie on disk."""
+    """A sequence of examples on disk."""
 
     def __init__(self, folder: Path, name: str) -> None:
         self._prompt = _Ragged(folder, f"{name}.prompt")
@@ -77,16 +77,16 @@ class Examples(Sequence[Example]):
         return Example(prompt, self._completion[place], teacher, row, answer)
 
     def largest_token_id(self) -> int:
-        """-1 where there is none."""
+        """The largest id; -1 if there is none."""
         return max(part.largest() for part in (self._prompt, self._completion, self._teacher))
 
     def unanswered(self) -> list[int]:
-        """The rows of the source, of those that are here, that have no completion."""
+        """The source row numbers of the examples without a completion."""
         return self._rows[self._completion.lengths() == 0].tolist()
 
 
 class Joined(Sequence[Example]):
-    """Examples of several places as one sequence."""
+    """Several sequences of examples as one."""
 
     def __init__(self, *parts: Sequence[Example]) -> None:
         self._parts, self._ends = parts, list(accumulate(map(len, parts)))
@@ -103,7 +103,7 @@ class Joined(Sequence[Example]):
 
 
 def write_examples(folder: Path, name: str, drafts: Sequence[Draft]) -> int:
-    """Puts them there; the largest token id among them, -1 where there is none."""
+    """Write the examples to disk; return the largest token id, -1 if there is none."""
     columns = {"prompt": [d.prompt for d in drafts], "completion": [d.completion for d in drafts]}
     teachers = [d.teacher for d in drafts if d.teacher is not None]
     if teachers:
@@ -123,7 +123,7 @@ def write_examples(folder: Path, name: str, drafts: Sequence[Draft]) -> int:
 
 
 class _Ragged:
-    """Sequences of ids, one after another in one array."""
+    """Sequences of ids, concatenated in one array."""
 
     def __init__(self, folder: Path, name: str) -> None:
         self._ids = np.load(folder / f"{name}.npy", mmap_mode="r")

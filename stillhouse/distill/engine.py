@@ -1,10 +1,10 @@
-"""This file is where it is decided what computes a rollout, and where its loop is.
+"""Choose how rollouts are generated, and run the token-by-token loop.
 
-Three ways, and the first that computes the trained function is taken: the fused forms of a float32
-Llama (`decode.py`), a folded copy of the model (`folded.py`), transformers' `generate`. Which one,
-and why not one before it, is said in the log of a run.
+There are three ways; the engine takes the first that computes the trained function: the fused forms
+of a float32 Llama (`decode.py`), a folded copy of the model (`folded.py`), or transformers'
+`generate`. The log of a run says which one it is; if it is `generate`, also why.
 
-B rows, b those still being written, P prompt positions, C new ones, V vocabulary.
+Legend: B rows, b rows still being written, P prompt positions, C new positions, V vocabulary.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from stillhouse.memory import host_bytes
 # (logits [b, V], which rows these are [b]) -> their next tokens [b]
 Pick = Callable[[Tensor, Tensor], Tensor]
 
-LEAVE = 8  # rows leave a batch when one in so many has ended: each time, the cache is copied once
-LOOK = 8  # on a GPU, end-of-text is looked at every so many tokens: to look is to wait for it
+LEAVE = 8  # ended rows are removed when they are 1/LEAVE of a batch: this copies the cache
+LOOK = 8  # on a GPU, check for end-of-text every LOOK tokens: each check is a synchronization
 
 
 def free_bytes(device: torch.device) -> int:
-    """What a new tensor could take on a device, in bytes; of a container, its own limit counts."""
+    """How many bytes a new tensor could take on a device; in a container, its own limit counts."""
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + unused
@@ -38,27 +38,27 @@ def free_bytes(device: torch.device) -> int:
 
 
 class Engine:
-    """What writes as a model does, with the weights that it has at the last `refold`."""
+    """Generates what the model would, with the weights it had at the last `refold`."""
 
     def __init__(self, model: nn.Module, free: Callable[[torch.device], int] = free_bytes) -> None:
-        """`free`: how much memory a copy may take."""
+        """`free`: returns how many bytes a copy may take on a device."""
         self.model, self.free = model, free
         self.copy: FusedLlama | Folded | None = None
-        self.form: FusedLlama | Folded | None = None  # the copy; None: it is `generate`
-        self.reason = ""  # why it is `generate`
+        self.form: FusedLlama | Folded | None = None  # the copy in use; None: `generate` is used
+        self.reason = ""  # why `generate` is used
 
     @property
     def device(self) -> torch.device:
-        """Where the model is."""
+        """The model's device."""
         return next(self.model.parameters()).device
 
     def refold(self) -> None:
-        """Take the model as it is now: its weights, its adapters, the precision around it."""
+        """Update to the model's current weights, adapters, and autocast precision."""
         wanted, why = FusedLlama, decode.obstacle(self.model)
         if why is not None:
             wanted, why = Folded, folded.obstacle(self.model)
         if why is None and type(self.copy) is not wanted:
-            self.copy = None  # before the next one is there
+            self.copy = None  # free the old copy before the new one is allocated
             copy = wanted(self.model)
             why = self._lacks(copy.bytes())
             self.copy = copy if why is None else None
@@ -73,7 +73,7 @@ class Engine:
         return f"a folded copy takes {wanted / 1e9:.2g} GB and {max(free, 0) / 1e9:.2g} GB are free"
 
     def how(self) -> str:
-        """A line for the log: what writes this model's rollouts, as it is now."""
+        """A line for the log: what generates this model's rollouts now."""
         self.refold()
         if self.form is None:
             return f"transformers' generate ({self.reason})"
@@ -91,10 +91,10 @@ class Engine:
         eos_ids: Sequence[int],
         max_new_tokens: int,
     ) -> Int[Tensor, "B C"]:
-        """What the model writes behind prompts that end at the last position, as in eval mode.
+        """What the model writes after prompts that end at the last position, as in eval mode.
 
-        `pick` gives each next position's tokens. C is `max_new_tokens`, or less where every row
-        has ended before; what follows a row's end is to be cut off.
+        `pick` chooses the tokens of each next position. C is `max_new_tokens`, or less if every row
+        ended earlier; the caller has to cut off what follows a row's end.
         """
         settings: Any = {"eos_ids": eos_ids, "max_new_tokens": max_new_tokens}
         if self.form is None:
@@ -106,8 +106,8 @@ class Engine:
 def _loop(
     state: Any, ids_BP: Tensor, pick: Pick, *, eos_ids: Sequence[int], max_new_tokens: int
 ) -> Tensor:
-    """Token by token. On a CPU rows that have ended leave the batch; on a GPU a step costs nearly
-    the same for few rows as for many."""
+    """Generate token by token. On a CPU, rows that have ended are removed from the batch; on a GPU,
+    a step costs nearly the same for few rows as for many."""
     device = ids_BP.device
     is_gpu = device.type != "cpu"
     eos_E = torch.tensor(list(eos_ids), device=device)
@@ -142,7 +142,7 @@ def generate(
     eos_ids: Sequence[int],
     max_new_tokens: int,
 ) -> Int[Tensor, "B C"]:
-    """What `tokens` gives, by transformers' `generate`: for every model, and slower."""
+    """The same as `Engine.tokens`, with transformers' `generate`: for any model, but slower."""
     config = GenerationConfig(
         max_new_tokens=max_new_tokens,
         do_sample=False,
@@ -151,7 +151,7 @@ def generate(
         pad_token_id=pad_id,
         eos_token_id=list(eos_ids),
     )
-    # generate() fills what `config` leaves at its default from the model's own; so that has none.
+    # generate() fills defaults in `config` from the model's own config, so clear that one.
     habits, model.generation_config = model.generation_config, GenerationConfig()
     was_training = model.training
     model.eval()
@@ -169,7 +169,7 @@ def generate(
 
 
 class _OnlyToken(LogitsProcessor):
-    """Leaves one token possible, the picked one: greedy search then takes it."""
+    """Masks all tokens except the picked one, so that greedy search takes it."""
 
     def __init__(self, pick: Pick) -> None:
         self.pick = pick

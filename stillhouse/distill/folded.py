@@ -1,12 +1,13 @@
-"""This file is where a model gets a folded copy to write with: W = Q(W) + s B A in plain layers.
+"""Build a copy of a model for generation, with adapters folded in: W = Q(W) + s B A.
 
-The copy is the architecture's own transformers module. Each projection that is quantised, adapted
-or of another dtype is a plain nn.Linear in it, written in place once per rollout: formed in
-float32, rounded once to the dtype that the model computes in. Embeddings, norms, head and
-everything else are the model's own tensors. So a step has no adapter, no quantiser and no casts,
-the copy costs the memory of those projections and no more, and its tensors never move.
+The copy is the architecture's own transformers module. In it, each projection that is quantized,
+adapted, or of another dtype is a plain nn.Linear. Its weight is rewritten in place once per
+rollout: formed in float32, and rounded once to the dtype that the model computes in. Embeddings,
+norms, the head, and everything else are the model's own tensors. So a decoding step has no adapter,
+no quantizer, and no casts; the copy takes only the memory of those projections; and its tensors
+never move.
 
-Legend: B rows, b those still being written, P prompt positions, S = P + new positions, n positions
+Legend: B rows, b rows still being written, P prompt positions, S = P + new positions, n positions
 of one call, V vocabulary, [N, K] a map from K to N.
 """
 
@@ -32,12 +33,12 @@ from transformers.pytorch_utils import Conv1D
 from stillhouse.distill.layers import is_quantised, shape
 from stillhouse.distill.quant import dequantized_weight
 
-# What a row remembers of its past, where that is a list of positions: rows can then be padded on
-# the left, and leave. A recurrent state has read the padding.
+# Cache layers that store a list of positions: with these, rows can be padded on the left, and be
+# removed from the batch. A recurrent state would include the padding.
 LISTS = (DynamicLayer, DynamicSlidingWindowLayer, DummyLayer)
-# Between the logits of copy and model, of their Euclidean norm; of another function about 1.4. Half
-# a precision comes to 0.4 in chaotic nets of 12 layers; what a run draws is held to a bound of
-# its own at each step.
+# Allowed difference between the logits of copy and model, relative to their Euclidean norm; another
+# function gives about 1.4. Half precision gives up to 0.4 in chaotic nets of 12 layers; each step
+# of a run checks what it draws against a bound of its own.
 ALIKE, ALIKE_HALF = 1e-4, 0.6
 
 
@@ -47,7 +48,7 @@ def base_of(model: Any) -> Any:
 
 
 def computes_in(causal_lm: Any) -> torch.dtype:
-    """The dtype of its products here and now: autocast's, or that of what its layers pass on."""
+    """The dtype of its products now: autocast's, or else that of its embeddings."""
     embedding = causal_lm.get_input_embeddings().weight
     if torch.is_autocast_enabled(embedding.device.type):
         return torch.get_autocast_dtype(embedding.device.type)
@@ -55,12 +56,12 @@ def computes_in(causal_lm: Any) -> torch.dtype:
 
 
 def can_fold(layer: Any) -> bool:
-    """Whether a layer is W x + b, or that and (alpha / r) B A x, with a W that can be read back."""
+    """Whether a layer is W x + b, perhaps plus (alpha / r) B A x, and W can be read back."""
     if isinstance(layer, LoraLayer):
         odd = layer.merged or layer.lora_variant or any(layer.lora_bias.values())
         return not odd and can_fold(layer.base_layer)
     if isinstance(layer, nn.Linear | Conv1D) and not is_quantised(layer):
-        return True  # a subclass may compute something else: the copy is held against the model
+        return True  # a subclass may compute something else: the copy is compared with the model
     state: Any = getattr(getattr(layer, "weight", None), "quant_state", None)
     is_repacked = getattr(state, "packing_format_for_cpu", False)
     return is_quantised(layer) and not is_repacked
@@ -89,8 +90,8 @@ def dense_weight(layer: Any, dtype: torch.dtype = torch.float32) -> Float[Tensor
 
 
 def obstacle(model: nn.Module) -> str | None:
-    """Why a folded copy would not compute what `model` computes; None where it would, as far as
-    its parts tell."""
+    """Why a folded copy would not compute what `model` computes; None if it would, as far as the
+    types of its modules show."""
     if isinstance(model, PeftModel) and not isinstance(model.base_model, LoraModel):
         return f"its adapter is a {type(model.base_model).__name__}, not LoRA"
     causal_lm = base_of(model)
@@ -112,20 +113,20 @@ def obstacle(model: nn.Module) -> str | None:
 
 
 class Folded:
-    """A model's copy to write with."""
+    """A copy of a model for generation, with adapters folded in."""
 
     def __init__(self, model: nn.Module) -> None:
-        """Nothing is copied before `fold_`."""
+        """Copies nothing; `fold_` does."""
         self.causal_lm = base_of(model)
         self.copy: Any = None
         self.dtype = torch.float32
-        self.refused: str | None = None  # why this model, as it is built now, is not copied
-        self._modules: list[nn.Module] = []  # of the model, when the copy was built
+        self.refused: str | None = None  # why the model with its current modules cannot be copied
+        self._modules: list[nn.Module] = []  # the model's modules when the copy was built
         self._own: list[tuple[Any, nn.Linear]] = []
         self._shared: list[tuple[nn.Module, nn.Module]] = []
 
     def bytes(self) -> int:
-        """What the copy's own projections take, in the dtype that the model computes in now."""
+        """The size of the copy's own projections, in the dtype that the model computes in now."""
         size, dtype = 0, computes_in(self.causal_lm)
         head = self.causal_lm.get_output_embeddings()
         inside = set[int]()
@@ -138,10 +139,10 @@ class Folded:
         return size
 
     def fold_(self) -> str | None:
-        """Make it the function that the model is now. None; or why it is not that function.
+        """Update the copy to the model's current function. None, or why it does not compute that.
 
-        The first time, and whenever the model has other modules or computes in another dtype than
-        before, the copy is built anew and held against the model.
+        The first time, and whenever the model's modules or compute dtype have changed, the copy is
+        built anew and its logits are compared with the model's.
         """
         modules, dtype = [*self.causal_lm.modules()], computes_in(self.causal_lm)
         is_known = dtype == self.dtype and len(modules) == len(self._modules)
@@ -150,7 +151,7 @@ class Folded:
             return self.refused
         if not is_known:
             self.dtype, self._modules = dtype, modules
-            self._empty()  # before the next one is there
+            self._empty()  # free the old copy before the new one is built
             self.copy = self._twin(self.causal_lm, {})
         with torch.no_grad():
             for layer, linear in self._own:
@@ -158,7 +159,7 @@ class Folded:
                 bias = getattr(layer, "base_layer", layer).bias
                 if bias is not None:
                     linear.bias.copy_(bias)
-        for module, twin in self._shared:  # tensors that were put in the place of others
+        for module, twin in self._shared:  # pick up tensors that were replaced
             twin._parameters.update(module._parameters)
             twin._buffers.update(module._buffers)
         if not is_known:
@@ -200,8 +201,8 @@ class Folded:
 
     @contextlib.contextmanager
     def arithmetic(self) -> Iterator[None]:
-        """In which its steps compute as the model does: autocast only where a base of another dtype
-        needs it."""
+        """The context in which decoding steps compute as the model does; with autocast only if a
+        base of another dtype needs it."""
         device = self.causal_lm.get_input_embeddings().weight.device.type
         dtypes = {p.dtype for _, twin in self._shared for p in twin.parameters(recurse=False)}
         is_mixed = torch.is_autocast_enabled(device) and dtypes != {self.dtype}
@@ -214,8 +215,8 @@ class Folded:
 
     @torch.no_grad()
     def _difference(self) -> str | None:
-        """What is wrong with the copy, held against the model in a few tokens of two rows: the
-        shorter one padded on the left and left alone at the end."""
+        """How the copy's logits differ from the model's; None if they agree. Uses a few tokens of
+        two rows: the shorter one is padded on the left, and remains alone at the end."""
         embedding = self.causal_lm.get_input_embeddings().weight
         ids_T = torch.arange(1, 11, device=embedding.device) * len(embedding) // 24
         ids_BT = torch.stack([ids_T, ids_T.roll(3)])
@@ -250,14 +251,14 @@ class Folded:
 
 
 def _is_folded(module: Any, dtype: torch.dtype) -> bool:
-    """Whether the copy has a plain layer of its own in this one's place."""
+    """Whether the copy replaces this layer by a plain one of its own."""
     if isinstance(module, BaseTunerLayer) or is_quantised(module):
         return True
     return type(module) in (nn.Linear, Conv1D) and module.weight.dtype != dtype
 
 
 class Decoding:
-    """A module, and the keys and values of all positions so far."""
+    """The decoding state of a module: keys and values of all positions so far."""
 
     def __init__(self, module: Any, mask_BP: Int[Tensor, "B P"], room: int) -> None:
         self.module, self.length = module, 0
@@ -269,7 +270,7 @@ class Decoding:
         self.last = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
 
     def logits(self, ids_bn: Int[Tensor, "b n"], **more: Any) -> Float[Tensor, "b k V"]:
-        """Logits [b, n, V] of what follows after each of these n more tokens."""
+        """Logits [b, n, V] of the token after each of these n new tokens."""
         start, self.length = self.length, self.length + ids_bn.shape[1]
         if self.takes_positions:
             more["position_ids"] = self.position_BS[:, start : self.length]
@@ -283,10 +284,10 @@ class Decoding:
         return output.logits
 
     def next_logits(self, ids_bn: Int[Tensor, "b n"]) -> Float[Tensor, "b V"]:
-        """What follows after these n more tokens: the prompt, then one by one."""
+        """Logits [b, V] after these n new tokens: first the prompt, then one token at a time."""
         return self.logits(ids_bn, **self.last)[:, -1]
 
     def keep(self, rows_b: Int[Tensor, " b"]) -> None:
-        """Go on with these rows alone; a row that is named twice goes on twice."""
+        """Continue with these rows only; a row that is listed twice is duplicated."""
         self.cache.batch_select_indices(rows_b)
         self.mask_BS, self.position_BS = self.mask_BS[rows_b], self.position_BS[rows_b]

@@ -1,19 +1,21 @@
-"""This file is where a row of data, in whichever form its file has, becomes one conversation.
+"""Parse a row of training data, in any supported format, into one conversation.
 
-Understood are, by the first of these fields that is there and is not null:
+The first of these fields that is present and not null decides the format:
 
     messages       [{role, content}, …]; or from/value in place of role/content
-    conversations  the same, as ShareGPT has it: human, gpt, observation, function_call, …
+    conversations  the same, as in ShareGPT: human, gpt, observation, function_call, …
     prompt         a string, or [{role, content}, …]; completion: the same, or absent (TRL)
     instruction    and input (or context), output (or response), history, system (Alpaca, Dolly)
-    question       and answer: GSM8K's form, where data_source is gsm8k
+    question       and answer: GSM8K's form, if data_source is gsm8k
 
-So where a row has both messages and a prompt, its messages count: the prompt repeats their start.
-What is null (in a row, a message, a tool call) is absent. What ends in the assistant's turn has an
-answer; what ends in a user's or a tool's is a prompt for the student alone. Every other field of a
-message (tool_calls, tool_call_id, name, reasoning_content) is handed to the chat template.
+So if a row has both messages and a prompt, its messages count: the prompt repeats their start.
+A null (in a row, a message, a tool call) counts as absent. A conversation that ends in an
+assistant's turn has an answer; one that ends in a user's or a tool's turn is a prompt only. Every
+other field of a message (tool_calls, tool_call_id, name, reasoning_content) is passed on to the
+chat template.
 
-No torch and no tokenizer here: what cannot be used is said in the words of the file (`Skip`).
+This module needs neither torch nor a tokenizer. A row that cannot be used raises `Skip`, which
+names the problem in the file's own terms.
 """
 
 from __future__ import annotations
@@ -31,19 +33,19 @@ UNDERSTOOD = (
     "prompt[, completion], messages, conversations (ShareGPT) or instruction[, input, output]"
     " (Alpaca); question, answer with data=gsm8k"
 )
-# As other projects name the parts. No chat template knows these, so nothing else can be meant …
+# Other projects' names for the roles. No chat template uses these, so they are unambiguous …
 ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bard": "assistant"}
 ROLES |= {"bing": "assistant", "bot": "assistant", "model": "assistant", "ai": "assistant"}
-# … and these are ShareGPT's `from` only: as roles, templates tell them apart.
+# … and these count in ShareGPT's `from` only: as roles, templates distinguish them.
 SPEAKERS = ROLES | dict.fromkeys(
     ("observation", "function", "function_response", "tool_response"), "tool"
 )
-TEXTS = ("text", "input_text", "output_text", "without a type")  # of a part
-SHOWN = 60  # characters of a value that is shown
+TEXTS = ("text", "input_text", "output_text", "without a type")  # types of a part
+SHOWN = 60  # characters of a value that messages show
 
 
 class Skip(Exception):
-    """A row that cannot be used: the reason it is counted under, and what was seen instead."""
+    """A row that cannot be used: the reason it is counted under, and what was found instead."""
 
     def __init__(self, reason: str, seen: str = "") -> None:
         super().__init__(reason)
@@ -52,17 +54,17 @@ class Skip(Exception):
 
 @dataclass(frozen=True)
 class Conversation:
-    """A row in the one form that all are brought to."""
+    """A row in the common form that all formats are converted to."""
 
     turns: list[Turn]  # ends where the assistant has to speak
-    completion: Turn | None  # the assistant's turn that the data has there
-    tools: list[Any] | None  # what may be called, as the chat template takes them
+    completion: Turn | None  # the assistant's turn that follows in the data
+    tools: list[Any] | None  # the tools that may be called, in the chat template's format
     plain: str  # the same prompt for a tokenizer without a chat template
-    answer: str | None  # what a right completion ends in, where the source says so
+    answer: str | None  # what a correct completion ends in, if the source says so
 
 
 def read(row: Row, data: DataSpec) -> Conversation:
-    """The conversation in a row. Raises Skip for what is none, or none to learn from."""
+    """The conversation in a row. Raises Skip if there is none, or none to learn from."""
     row = {name: value for name, value in row.items() if _is_there(value)}
     if data.data_source == "gsm8k":
         return _question(row, data)
@@ -112,14 +114,14 @@ def _prompt(row: Row, data: DataSpec) -> Conversation:
         raise Skip("prompt that ends in an assistant turn", _roles(turns))
     completion = None
     if isinstance(row.get("completion"), list):
-        # Of several turns (a call, its result, the answer) the last is learnt, the rest are read.
+        # Of several turns (a call, its result, the answer), only the last is trained on.
         turns += _turns(row["completion"], "completion")
         if turns[-1]["role"] != "assistant":
             raise Skip("completion that does not end in an assistant turn", _roles(turns))
         completion = turns.pop()
     elif "completion" in row:
         completion = _assistant(_text(row, "completion"))
-    end = "" if isinstance(row["prompt"], str) else "\n"  # a text is asked as it is
+    end = "" if isinstance(row["prompt"], str) else "\n"  # a plain text is used unchanged
     return _conversation(row, data, turns, completion, end)
 
 
@@ -152,7 +154,7 @@ _READERS = {
 def _conversation(
     row: Row, data: DataSpec, turns: list[Turn], completion: Turn | None, end: str = "\n"
 ) -> Conversation:
-    """Turns that end where the assistant has to speak, the last question in its template."""
+    """Build a conversation from turns before the assistant speaks; apply prompt_template."""
     if not turns:
         raise Skip("no prompt", "its only turn is the assistant's")
     if completion is None and turns[-1]["role"] == "system":
@@ -168,7 +170,7 @@ def _conversation(
 
 
 def _asked(question: str, data: DataSpec) -> str:
-    """The question in the template that models are to be asked with."""
+    """The question, inserted into data.prompt_template."""
     return (data.prompt_template or "{question}").replace("{question}", question)
 
 
@@ -182,7 +184,7 @@ def _turns(messages: Any, field: str) -> list[Turn]:
     if not turns:
         raise Skip("empty", f"{field} is []")
     for turn in turns:
-        # A tool may give nothing back, and a call needs no words.
+        # A tool may return nothing, and a tool call needs no text.
         if not (turn["content"].strip() or turn["role"] == "tool" or turn.get("tool_calls")):
             raise Skip("empty", f"a turn of {turn['role']} is {_shown(turn['content'])}")
     return turns
@@ -250,7 +252,7 @@ def _parsed_call(call: Any) -> Any:
 
 
 def _tools(row: Row) -> list[Any] | None:
-    """What may be called: a list of objects, or the same as JSON, whole or one by one."""
+    """The tools that may be called: a list of objects, or JSON of the list or of each object."""
     listed = _listed(row.get("tools", []), "tools")
     tools = [_without_nulls(_parsed(tool)) for tool in listed]
     for tool in tools:
@@ -277,7 +279,7 @@ def _parsed(value: Any) -> Any:
 
 
 def _without_nulls(value: Any) -> Any:
-    """The same without fields that are null: a table has every field of any row in all of them."""
+    """The value without null fields: in a table, each row has the fields of all rows."""
     if isinstance(value, dict):
         return {key: _without_nulls(inner) for key, inner in value.items() if _is_there(inner)}
     return [_without_nulls(inner) for inner in value] if isinstance(value, list) else value
@@ -287,7 +289,7 @@ def _without_nulls(value: Any) -> Any:
 
 
 def _is_there(value: Any) -> bool:
-    """Whether a field holds something; what a table has no number for may come as nan."""
+    """Whether a field holds something; a table may give a missing number as nan."""
     return value is not None and not (isinstance(value, float) and value != value)
 
 

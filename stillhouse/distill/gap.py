@@ -1,9 +1,9 @@
-"""This file is where a rollout is held against the function that is trained on it.
+"""Check rollouts against the trained function, by the log-probabilities of their tokens.
 
-Whoever writes remembers the log-probability that each token was drawn with; the loss forms the one
-that the trained function gives it, under the same processed distribution (temperature, forbidden
-end-of-text). Their difference d is 0 up to rounding, or the run trains on another policy than it
-thinks. N drawn tokens, n of a chunk, V vocabulary, S sequences.
+Generation stores the log-probability that each token was drawn with. The loss computes the one that
+the trained function gives it, under the same processed distribution (temperature, forbidden
+end-of-text). Their difference d must be 0 up to rounding; if it is not, the run trains on rollouts
+of another policy. Legend: N drawn tokens, n tokens of a chunk, V vocabulary, S sequences.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ SUMS = 8  # numbers of a `Gap`, which add up over batches and processes
 
 
 class Drawn:
-    """Log-probabilities of drawn tokens, taken from logits as they pass by, chunk by chunk."""
+    """Collects the log-probabilities of drawn tokens from the logits of each chunk."""
 
     def __init__(
         self, temperature: float, eos_ids: Sequence[int], is_endless_N: Bool[Tensor, " N"]
     ) -> None:
-        """`is_endless_N`, on the CPU: where end-of-text was forbidden."""
+        """`is_endless_N`, on the CPU: the positions at which end-of-text was forbidden."""
         self.temperature, self.eos_ids, self.is_endless_N = temperature, [*eos_ids], is_endless_N
         self.log_probs: list[Tensor] = []
 
@@ -38,10 +38,10 @@ class Drawn:
         target_n: Int[Tensor, " n"],
         is_whole: bool,
     ) -> Callable[[Float[Tensor, " n"]], None]:
-        """Take what is needed before the logits are written over; then wants -log softmax of the
-        targets, which is all there is to do where nothing was processed.
+        """Read what is needed from the logits before they are overwritten. The result then takes
+        -log softmax of the targets, which suffices where the distribution was not processed.
 
-        `is_whole`: whether that is over all of the vocabulary.
+        `is_whole`: whether that softmax is over the whole vocabulary.
         """
         z_n = logits_nV.gather(1, target_n[:, None]).squeeze(1) / self.temperature
         is_other_n = self.is_endless_N[rows]
@@ -65,7 +65,7 @@ class Drawn:
         return add
 
     def seen_N(self) -> Float[Tensor, " N"]:
-        """All of them, in order; float64."""
+        """All log-probabilities so far, in order; float64."""
         return torch.cat(self.log_probs)
 
 
@@ -76,7 +76,7 @@ class Gap:
         self.sums, self.largest = [0.0] * SUMS, 0.0
 
     def add(self, seen_N: Float[Tensor, " N"], written: Completions) -> None:
-        """Count the tokens of these rows."""
+        """Add the tokens of these rows."""
         drawn_N = seen_N.new_tensor([value for row in written.log_probs for value in row])
         if not len(drawn_N):
             return
@@ -96,7 +96,7 @@ class Gap:
 def watched(
     logits: Callable[[slice], Tensor], drawn: Drawn, target_N: Int[Tensor, " N"]
 ) -> Callable[[slice], Tensor]:
-    """The same logits by rows, looked at on their way."""
+    """The same function `logits`, which also passes each result to `drawn`."""
 
     def seen(rows: slice) -> Tensor:
         logits_nV, target_n = logits(rows), target_N[rows]
@@ -109,11 +109,11 @@ def watched(
 
 
 def numbers(sums: Sequence[float], largest: float) -> dict[str, float]:
-    """What a step logs of its gap; nothing where nothing was drawn.
+    """The metrics that a step logs about its gap; none if nothing was drawn.
 
     gap_mean: mean |d|, nats per token. gap_k3: mean of r - 1 - log r with r = exp(d), an estimate
     of KL(as drawn || trained) that is never negative. ess: effective sample size as a share, per
-    token and per sequence: 1 where all weights r are alike.
+    token and per sequence: 1 if all weights r are equal.
     """
     tokens, absolute, k3, ratios, squares, rows, of_rows, squares_of_rows = sums
     if not tokens:
@@ -128,10 +128,10 @@ def numbers(sums: Sequence[float], largest: float) -> dict[str, float]:
 
 
 def check(spec: TrainSpec, step: int, found: dict[str, float], wrote: str) -> None:
-    """Refuse to train on what another policy wrote.
+    """Refuse to train on rollouts of another policy.
 
     Raises:
-        Diverged: the mean gap is beyond its bound, or no number; says both, and what to look at.
+        Diverged: the mean gap exceeds its bound, or is NaN; the message says where to look.
     """
     bound = rollout_gap_bound(spec)
     if not found or found["rollout/gap_mean"] <= bound:

@@ -1,11 +1,13 @@
-"""This file is where a model's own logits are formed from its last hidden states, and proven to be.
+"""Find the map from a model's last hidden states to its logits, and verify it on a few tokens.
 
-The loss needs hidden states and the map from them to logits apart. What that map is, architectures
-decide in code: Granite divides, Cohere multiplies, Gemma caps, Phi adds a bias. So nothing is
-looked up by name. A few tokens are read, the form is solved from what comes out, and a model whose
-logits it does not give is refused (docs/decisions/0007-logits-are-proven.md).
+The loss needs hidden states and the map from them to logits separately. Architectures define this
+map in code: Granite divides, Cohere multiplies, Gemma caps, Phi adds a bias. So nothing is looked
+up by name. Instead, the model reads a few tokens, the form of the map is solved from the logits it
+gives, and a model whose logits cannot be reproduced is refused
+(docs/decisions/0007-logits-are-proven.md).
 
-Legend: B rows, T positions, N real ones of them, n some of those, H hidden width, V vocabulary.
+Legend: B rows, T positions, N positions without padding, n some of those, H hidden width,
+V vocabulary.
 """
 
 from __future__ import annotations
@@ -26,15 +28,15 @@ from transformers import PreTrainedModel
 
 from stillhouse.errors import ContractError
 
-# The probe: a row, and a shorter one that begins as it does, padded on the left.
+# The probe: two rows, the second shorter and padded on the left, with the same first tokens.
 LONG, SHORT = 8, 5
-# Differences are of the largest logit. In float32 and float64, forming the logits is one product:
-# EXACT. A row in a batch goes through all layers in another order of sums: at most 8e-6 measured,
-# over 60 chaotic layers; wrong positions, or padding that is read, cost 1e-2 and more.
+# Differences are relative to the largest logit. In float32 and float64, forming the logits is one
+# product: EXACT. In a batch, all layers of a row add in another order: at most 8e-6 measured, over
+# 60 chaotic layers; wrong positions, or padding that is attended to, give 1e-2 and more.
 EXACT, IN_A_BATCH = 1e-5, 1e-4
-# The same in bfloat16 and float16, where such a net's own rounding comes to 0.25.
+# The same in bfloat16 and float16, where the rounding of such a net reaches 0.25.
 IN_A_BATCH_HALF = 0.3
-LOUD = 1000.0  # what the probe turns logits up to: caps are of 10 to 100, and show themselves there
+LOUD = 1000.0  # the probe scales logits up to this: caps, of 10 to 100, then take effect
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,8 +54,8 @@ class Head:
     cap: float | None = None
 
     def logits(self, hidden_nH: Float[Tensor, "n H"]) -> Float[Tensor, "n V"]:
-        """New logits [n, V], in the dtype of both; float32 where half a precision is then scaled or
-        capped, as in the loss."""
+        """New logits [n, V], in the dtype of both; float32 if half-precision logits are then scaled
+        or capped, as in the loss."""
         logits_nV = self.product(hidden_nH)
         if self.is_product:
             return logits_nV
@@ -63,7 +65,7 @@ class Head:
 
     @property
     def is_product(self) -> bool:
-        """Whether nothing follows the matrix and its bias."""
+        """Whether there is neither a scale nor a soft cap."""
         return self.scale == 1 and self.cap is None
 
     def product(self, hidden_nH: Tensor, out: Tensor | None = None) -> Tensor:
@@ -73,7 +75,7 @@ class Head:
         return torch.addmm(self.bias_V, hidden_nH, self.weight_VH.T, out=out)
 
     def bend_(self, logits_nV: Tensor, slope_nV: Tensor | None = None) -> None:
-        """What follows the product, in place; the cap's slope, d capped / d z, into `slope_nV`."""
+        """Apply scale and cap in place; write the cap's slope, d capped / d z, into `slope_nV`."""
         if self.scale != 1:
             logits_nV.mul_(self.scale)
         if self.cap is None:
@@ -85,14 +87,14 @@ class Head:
 
 
 def work_dtype(of: Tensor) -> torch.dtype:
-    """What a loss is computed in: float32, or float64 where the hidden states are."""
+    """The dtype a loss is computed in: float32, or float64 if the hidden states are."""
     return torch.float64 if of.dtype == torch.float64 else torch.float32
 
 
 def hidden_states(
     model: nn.Module, ids_BT: Int[Tensor, "B T"], mask_BT: Int[Tensor, "B T"]
 ) -> Float[Tensor, "B T H"]:
-    """What the head reads: last hidden states, after the final norm; padding on either side."""
+    """The head's input: last hidden states, after the final norm; padding may be on either side."""
     decoder = _decoder(_causal_lm(model))
     positions = _positions(decoder, mask_BT)
     output = decoder(input_ids=ids_BT, attention_mask=mask_BT, use_cache=False, **positions)
@@ -100,11 +102,11 @@ def hidden_states(
 
 
 def head_of(model: nn.Module) -> Head:
-    """The model's head. It is found and proven when it is first asked for, and then remembered.
+    """The model's head. The first call finds and verifies its form; later calls reuse that form.
 
     Raises:
-        ContractError: the model's logits are not of that form, its rows read their padding or what
-            comes after, it has no head or decoder to take apart, or its head is adapted.
+        ContractError: the model's logits do not have that form, its rows depend on padding or on
+            later tokens, it has no separate head or decoder, or its head is adapted.
     """
     causal_lm = _causal_lm(model)
     _refuse_no_head(causal_lm)
@@ -116,10 +118,10 @@ def head_of(model: nn.Module) -> Head:
 def head_weight(model: nn.Module) -> Float[Tensor, "V H"]:
     """The one matrix whose product with last hidden states is the model's logits, scale included.
 
-    For who wants to look at logits by hand; the loss takes a `Head`, which holds no second matrix.
+    For inspecting logits by hand; the loss takes a `Head`, which holds no second matrix.
 
     Raises:
-        ContractError: as `head_of`; or there is no such matrix, since a bias or a cap follows.
+        ContractError: as `head_of`; or there is no such matrix, because of a bias or a cap.
     """
     head = head_of(model)
     if head.bias_V is not None or head.cap is not None:
@@ -132,7 +134,7 @@ def head_weight(model: nn.Module) -> Float[Tensor, "V H"]:
 
 
 class _Form(NamedTuple):
-    """All of a head but its parameters."""
+    """Everything about a head except its parameters."""
 
     vocabulary: int  # rows of the matrix that become logits
     scale: float = 1.0
@@ -147,8 +149,8 @@ def _causal_lm(model: Any) -> Any:
 
 
 def _decoder(causal_lm: Any) -> Any:
-    """What turns token ids into hidden states. ModernBERT's get_decoder() is its head: a decoder is
-    what holds the embeddings."""
+    """The module that turns token ids into hidden states. It must contain the embeddings:
+    ModernBERT's get_decoder() returns its head."""
     if isinstance(causal_lm, PreTrainedModel):
         embeddings = causal_lm.get_input_embeddings()
         for found in (causal_lm.get_decoder(), causal_lm.base_model):
@@ -161,7 +163,7 @@ def _decoder(causal_lm: Any) -> Any:
 
 
 def _positions(module: Any, mask_BT: Tensor) -> dict[str, Tensor]:
-    """Where each token stands in its row, for what asks to be told."""
+    """position_ids of each token, if the module takes them."""
     if not _asks_for_positions(type(module)):
         return {}
     return {"position_ids": (mask_BT.cumsum(1) - 1).clamp_min(0)}
@@ -181,7 +183,7 @@ def _head(causal_lm: Any, form: _Form) -> Head:
 
 
 def _refuse_no_head(causal_lm: Any) -> None:
-    """The head's type, where it is no matrix that can be taken as it is."""
+    """Raises ContractError if the head is adapted, or is not a matrix."""
     name = type(causal_lm).__name__
     output: Any = getattr(causal_lm, "get_output_embeddings", lambda: None)()
     if isinstance(output, BaseTunerLayer):
@@ -219,12 +221,13 @@ def _proven(causal_lm: Any) -> _Form:
 
 
 class _Probe:
-    """A few tokens that a model reads, as itself and as the loss reads it."""
+    """Runs a few tokens through the model itself, and the way the loss runs it."""
 
     def __init__(self, causal_lm: Any) -> None:
         self.causal_lm, self.name = causal_lm, type(causal_lm).__name__
         weight = causal_lm.get_output_embeddings().weight
-        # Of the lower half: an end that is reserved for images or tools asks for more than tokens.
+        # Ids from the lower half: the upper end may be reserved for images or tools, whose ids need
+        # more inputs than tokens.
         rows = causal_lm.get_input_embeddings().weight.shape[0]
         ids_T = torch.arange(1, LONG + 1) * rows // (2 * LONG + 2)
         ids_BT = torch.stack([ids_T, ids_T.roll(LONG - SHORT)])
@@ -237,10 +240,10 @@ class _Probe:
         self.eps = eps
 
     def form(self) -> _Form:
-        """The head's form.
+        """The verified form of the head.
 
         Raises:
-            ContractError: says what differs, and by how much.
+            ContractError: the message says what differs, and by how much.
         """
         alone_NV = torch.cat([self._asked(self.ids_BT[:1]), self._asked(self.ids_BT[1:, -SHORT:])])
         if not 0 < alone_NV.abs().max().item() < torch.inf:
@@ -268,7 +271,7 @@ class _Probe:
         return self._solved(hidden_NH, batch_NV, own)
 
     def _asked(self, ids_BT: Tensor, mask_BT: Tensor | None = None) -> Tensor:
-        """The model's own logits of the real positions, [N, V]."""
+        """The model's own logits at the positions without padding, [N, V]."""
         positions = {}
         if mask_BT is None:
             mask_BT = torch.ones_like(ids_BT)
@@ -280,7 +283,7 @@ class _Probe:
         return output.logits[mask_BT.bool()].double()
 
     def _loud(self, times: float) -> Tensor:
-        """The same of the whole batch, its hidden states multiplied on their way to the head."""
+        """The same for the whole batch, with hidden states scaled by `times` before the head."""
 
         def turn_up(module: nn.Module, args: Any, output: Any) -> Any:
             output.last_hidden_state = output.last_hidden_state * times
@@ -293,9 +296,9 @@ class _Probe:
             hook.remove()
 
     def _solved(self, hidden_NH: Tensor, logits_NV: Tensor, own: float) -> _Form:
-        """The first form, of those from plain to capped, that gives what the model gives up to the
-        rounding of one product: as it is, and so loud that a cap would show. In half precision, if
-        none does, the nearest, within twice the model's own difference."""
+        """The first form, from plain to capped, that gives the model's logits up to the rounding
+        of one product: unscaled, and scaled up so far that a cap would take effect. In half
+        precision, if none does, the nearest, within twice the model's own difference."""
         V, top = logits_NV.shape[1], logits_NV.abs().max().item()
         plain = _head(self.causal_lm, _Form(V))
         hidden_NH = hidden_NH.to(plain.weight_VH.dtype)
@@ -309,7 +312,7 @@ class _Probe:
         for form in forms:
             head = _head(self.causal_lm, form)
             off = _off(head.logits(hidden_NH), logits_NV)
-            # Rounding before a cap is in proportion to what is capped.
+            # Rounding before a cap is proportional to the uncapped value.
             uncapped = max(times * top, loud_NV.abs().max().item())
             difference = head.logits(hidden_NH * times).double() - loud_NV
             offs.append(max(off, difference.abs().max().item() / uncapped))
@@ -327,21 +330,21 @@ class _Probe:
 
 
 def _off(got: Tensor, want: Tensor) -> float:
-    """The largest difference, of the largest logit."""
+    """The largest difference, relative to the largest logit."""
     largest = want.abs().max().clamp_min(torch.finfo(want.dtype).tiny)
     return ((got.double() - want).abs().max() / largest).item()
 
 
 def _slope(raw: Tensor, logits: Tensor) -> float:
-    """The scale between two sets of logits, by least squares; a simple fraction where it is one, as
-    makers write them, so that rounding has no part in it."""
+    """The scale between two sets of logits, by least squares; snapped to a simple fraction if it is
+    close to one (configs use such fractions), so that it carries no rounding error."""
     slope = ((raw * logits).sum() / (raw * raw).sum()).item()
     simple = float(Fraction(slope).limit_denominator(4096))
     return simple if abs(simple - slope) <= 1e-6 * abs(slope) else slope
 
 
 def _capped(raw_NV: Tensor, logits_NV: Tensor, loud_NV: Tensor) -> _Form:
-    """The cap is where loud logits end; the scale, what the rest says with the cap taken off."""
+    """Estimate cap and scale: the cap from scaled-up logits, the scale after undoing the cap."""
     cap = loud_NV.abs().max().item()
     below = logits_NV.abs() < cap / 2
     before = torch.atanh(logits_NV[below] / cap) * cap

@@ -1,6 +1,7 @@
-"""This file is where repositories of the hub are brought to this machine.
+"""Download models and data sets from the Hugging Face Hub.
 
-Nothing is downloaded unless a person or a Job said so (`fetch`); what is here `at_hand` finds.
+Nothing is downloaded unless a person or a Job asks for it (`fetch`). `at_hand` finds what is
+already on this machine.
 """
 
 from __future__ import annotations
@@ -23,12 +24,12 @@ from stillhouse.spec import DataSpec, PairSpec, digest
 
 
 def fetch(pair: PairSpec, data: DataSpec, cache_dir: Path, commits: Mapping[str, str]) -> None:
-    """Bring the weights of a pair and the rows it trains on to this machine, if they are not here.
+    """Download the weights of a pair and the rows it trains on, if they are not on this machine.
 
-    What is here is not looked up again, so a branch that moved on changes nothing. Of several
-    processes one downloads and the others wait, and say so; a killed download goes on.
-    Raises ConfigError where a repository does not exist, wants an access that we do not have, or
-    we were told to stay offline; ConnectionError where the hub cannot be reached: try again.
+    What is present is not looked up again, so a branch that has moved changes nothing. Of several
+    processes one downloads; the others wait and log that. An interrupted download resumes.
+    Raises ConfigError if a repository does not exist, requires access that this account lacks, or
+    offline mode is set; ConnectionError if the hub cannot be reached: try again.
     """
 
     def say(line: str) -> None:
@@ -62,7 +63,7 @@ def _download(repo: str, revision: str | None, repo_type: str, say: Say) -> None
             f" get it with {download_command(repo, revision, repo_type)}"
         )
     say(f"downloading {name} from {constants.ENDPOINT}")
-    disable_progress_bars()  # in a log each of their steps is a line
+    disable_progress_bars()  # in a log file, each update would be a line
     try:
         snapshot_download(
             repo,

@@ -1,9 +1,9 @@
-"""This file is where a model's weights are told apart: its text decoder's matrices, and others.
+"""Classify the weights of a model: the text decoder's matrices, and everything else.
 
-Only linear layers of the text decoder are quantised and adapted. Embeddings, the head and norms are
-not, and vision or audio towers and what joins them to the text are no part of it. What a model
-multiplies text by without a linear layer (the stacked experts of a mixture) is counted all the
-same, so that "int4" never silently means a small part of the weights.
+Only linear layers of the text decoder are quantized and adapted. Embeddings, the head, and norms
+are not. Vision and audio towers, and the layers that connect them to the text, are excluded. A
+matrix of the text decoder that is not in a linear layer (such as the stacked experts of a mixture)
+is still counted, so that "int4" never silently means a small part of the weights.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from transformers.pytorch_utils import Conv1D
 
 from stillhouse.rundir import Json
 
-WIDE = 32  # the smallest group of weights that shares a scale: what is narrower is no matrix
-LEAST_QUANTISED = 0.95  # of a quantised student; 0.97 to 1 without experts, 0.01 to 0.44 with them
+WIDE = 32  # the smallest group of weights that shares a scale: anything narrower is not a matrix
+LEAST_QUANTISED = 0.95  # as a share; 0.97 to 1 without experts, 0.01 to 0.44 with them
 
 
 @dataclass(frozen=True)
 class Coverage:
-    """How much of a student is stored by its quantiser, and how much an adapter may change.
+    """How much of a student is stored by its quantizer, and how much an adapter may change.
 
-    Counted are the matrix weights of its text decoder: of all linear layers, and of every other
-    parameter that can be read as a matrix of 32 by 32 or more (stacked experts, say), without
+    Counts the matrix weights of its text decoder: of all linear layers, and of every other
+    parameter that can be viewed as a matrix of at least 32 by 32 (such as stacked experts), without
     embeddings and the head. Norms, kernels of short convolutions and routers over few experts are
     narrower. An adapter's own weights are not counted.
     """
@@ -38,10 +38,10 @@ class Coverage:
     weights: int
     quantised: int
     adapted: int
-    dense: tuple[str, ...]  # kinds of matrices that are not quantised: names, `*` for a number
+    dense: tuple[str, ...]  # kinds of matrices that are not quantized: names, with `*` for a number
 
     def as_json(self) -> Json:
-        """As the contract and a run's record hold it; shares to four digits."""
+        """As stored in the contract and in a run's record; shares rounded to four digits."""
         shares = {"quantised_share": self.quantised_share, "adapted_share": self.adapted_share}
         return asdict(self) | {name: round(share, 4) for name, share in shares.items()}
 
@@ -56,7 +56,7 @@ class Coverage:
         return self.adapted / self.weights if self.weights else 0.0
 
     def told(self, quant_type: str) -> str:
-        """For the log."""
+        """A line for the log."""
         stored = f"{self.quantised_share:.1%} are stored as {quant_type} and "
         text = (
             f"of {self.weights:,} matrix weights of the text decoder,"
@@ -68,7 +68,7 @@ class Coverage:
 def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
     """The text decoder's linear layers by their names in `model`; under PEFT, the base's own.
 
-    nn.Linear, what subclasses it (a quantised one, too), and GPT-2's Conv1D.
+    nn.Linear, its subclasses (also quantized ones), and GPT-2's Conv1D.
     """
     kept = _kept(model)
     return {
@@ -79,7 +79,7 @@ def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def matrices(model: nn.Module) -> dict[str, int]:
-    """How many weights each matrix of the text decoder has, by its layer's or parameter's name."""
+    """The number of weights of each text-decoder matrix, by its layer's or parameter's name."""
     kept, linear = _kept(model), linear_layers(model)
     sizes = {name: prod(shape(layer)) for name, layer in linear.items()}
     for name, module in text_modules(model):
@@ -92,7 +92,7 @@ def matrices(model: nn.Module) -> dict[str, int]:
 
 
 def coverage(model: nn.Module) -> Coverage:
-    """Count a model as it is now: dense or quantised, with or without an adapter."""
+    """The coverage of a model in its current state: dense or quantized, with or without adapter."""
     sizes, linear = matrices(model), linear_layers(model)
     packed = {name for name, layer in linear.items() if is_quantised(layer)}
     return Coverage(
@@ -104,7 +104,7 @@ def coverage(model: nn.Module) -> Coverage:
 
 
 def kinds(names: Iterable[str]) -> tuple[str, ...]:
-    """`model.layers.*.mlp.up_proj` for model.layers.3.mlp.up_proj and its like, each once."""
+    """Names with numbers replaced (`model.layers.*.mlp.up_proj`), each once."""
     found = dict[str, None]()
     for name in names:
         parts = [part for part in name.split(".") if part != "base_layer"]
@@ -113,12 +113,12 @@ def kinds(names: Iterable[str]) -> tuple[str, ...]:
 
 
 def is_quantised(layer: nn.Module) -> bool:
-    """Whether a linear layer holds the form that a quantiser stores, ours or bitsandbytes'."""
+    """Whether a linear layer stores quantized weights, ours or bitsandbytes'."""
     return hasattr(layer, "packed") or hasattr(_stored(layer), "quant_state")
 
 
 def _stored(layer: nn.Module) -> nn.Parameter | None:
-    """Its weight where it is one that is kept: a packed layer computes it at each look."""
+    """Its stored weight; None for a packed layer, which computes its weight on each access."""
     return layer._parameters.get("weight")
 
 
@@ -130,7 +130,7 @@ def shape(layer: Any) -> tuple[int, int]:
 
 
 def is_matrix(size: Sequence[int]) -> bool:
-    """Whether a tensor of that size can be read as a matrix of 32 by 32 or more."""
+    """Whether a tensor of that size can be viewed as a matrix of at least 32 by 32."""
     sides = ((prod(size[:i]), prod(size[i:])) for i in range(1, len(size)))
     return any(min(side) >= WIDE for side in sides)
 
@@ -150,17 +150,17 @@ def text_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _decoder(base: Any) -> nn.Module:
-    """What turns token ids into hidden states, of a model of text or of more."""
+    """The module that turns token ids into hidden states, in a text or multimodal model."""
     if not isinstance(base, PreTrainedModel):
         return base
-    # ModernBERT's get_decoder is its head: a decoder is what holds the embeddings of its input.
+    # It must contain the input embeddings: ModernBERT's get_decoder returns its head.
     embeddings = base.get_input_embeddings()
     found = (base.get_decoder(), base.base_model, base)
     return next(module for module in found if any(m is embeddings for m in module.modules()))
 
 
 def _adapters(base: nn.Module) -> Iterator[int]:
-    """Ids of the modules that PEFT put beside its base layers."""
+    """Ids of the modules that PEFT added to its base layers."""
     for module in base.modules():
         if isinstance(module, LoraLayer):
             beside = [c for n, c in cast("nn.Module", module).named_children() if n != "base_layer"]

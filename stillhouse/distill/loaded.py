@@ -1,4 +1,4 @@
-"""This file is where what a config names is brought into memory: data, tokenizer, both models."""
+"""Load everything that a spec names: data, tokenizer, and both models."""
 
 from __future__ import annotations
 
@@ -30,23 +30,23 @@ from stillhouse.spec import TrainSpec
 
 @dataclass(frozen=True)
 class Loaded:
-    """A pair at work, and what it is asked."""
+    """The loaded models of a pair, and their prompts."""
 
     accelerator: Accelerator
     prepared: PreparedPair
     tokenizer: Any
     prompts: PromptSet
     roles: Roles
-    sources: Json  # what it rests on, by digest or commit
+    sources: Json  # the weights and data it depends on, by digest or commit
 
 
 def load(spec: TrainSpec, poll: Callable[[], None]) -> Loaded:
-    """Load it; `poll` is called while models write, and may raise.
+    """Load data and models; `poll` is called while models generate, and may raise.
 
     Raises:
-        ConfigError: weights or data that are not at hand.
-        ContractError: tokenizers differ; token ids of the data that a model has no embedding for;
-            weights or data changed while they were read.
+        ConfigError: weights or data are not on this machine.
+        ContractError: the tokenizers differ; the data has token ids for which a model has no
+            embedding; weights or data changed while they were read.
     """
     models.require_gpus()
     models.use_threads(spec.place.threads)

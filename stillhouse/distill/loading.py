@@ -1,8 +1,8 @@
-"""This file is where a model's or a tokenizer's files are loaded whole, or it is said why not.
+"""Load a model or a tokenizer completely from its files, or raise an error that says why not.
 
-What is wrong with them is wrong at every attempt, so it is a mistake in what was asked (exit code
-42) and never infrastructure. transformers fills what a checkpoint lacks with random numbers, and
-leaves out what its architecture has no room for, with a warning: here both are refused.
+A problem with the files recurs at every attempt, so it counts as a configuration error (exit code
+42), never as an infrastructure failure. transformers only warns when it fills missing weights with
+random numbers, or ignores weights that the architecture has no place for; this module refuses both.
 """
 
 from __future__ import annotations
@@ -15,16 +15,18 @@ from typing import Any
 from stillhouse.at_hand import snapshot
 from stillhouse.errors import ContractError
 
-SHOWN = 3  # tensors that a sentence names
-LONGEST = 400  # characters of another library's sentence
+SHOWN = 3  # tensors that a message names
+LONGEST = 400  # characters of another library's message
 
 
 @contextlib.contextmanager
 def told(what: str) -> Iterator[None]:
-    """Say in a sentence why `what` cannot be loaded; memory, devices and disks are no such reason.
+    """Raise ContractError with the reason why `what` cannot be loaded.
+
+    Errors of memory, devices, and disks pass through unchanged.
 
     Raises:
-        ContractError: a file, a config or a missing library that will be so again.
+        ContractError: a problem of a file, a config, or a missing library, which will recur.
     """
     import torch
 
@@ -33,7 +35,7 @@ def told(what: str) -> Iterator[None]:
     except (MemoryError, torch.OutOfMemoryError, torch.AcceleratorError):
         raise
     except OSError as error:
-        # transformers says OSError of its own, without a number, of files that it cannot use.
+        # For files that it cannot use, transformers raises an OSError without an errno.
         if error.errno is not None:
             raise
         raise ContractError(f"{what} cannot be loaded: {_short(error)}") from error
@@ -53,10 +55,10 @@ def _short(error: Exception) -> str:
 
 
 def causal_lm(path: str | Path, revision: str | None, dtype: Any) -> Any:
-    """The causal language model of these files, every weight of it from there.
+    """The causal language model of these files, with every weight read from them.
 
     Raises:
-        ContractError: it cannot be loaded, lacks weights, or has some that would be left out.
+        ContractError: it cannot be loaded, lacks weights, or has weights that would be ignored.
     """
     from transformers import AutoModelForCausalLM
 
@@ -67,7 +69,7 @@ def causal_lm(path: str | Path, revision: str | None, dtype: Any) -> Any:
             dtype=dtype,
             use_safetensors=True,
             local_files_only=True,
-            trust_remote_code=False,  # None asks whoever sits at the terminal
+            trust_remote_code=False,  # None would prompt at the terminal
             output_loading_info=True,
         )
     model, seen = found
@@ -100,10 +102,10 @@ def _listed(names: list[str]) -> str:
 
 
 def files_of(path: str | Path, revision: str | None) -> str:
-    """The directory of these files: of a hub id, that of its commit on this machine.
+    """The directory of these files; for a hub id, the snapshot of its commit on this machine.
 
-    By its id, huggingface_hub would first ask the hub which programs to name in its requests,
-    whatever local_files_only says.
+    Given an id, huggingface_hub would contact the hub first (to learn which programs to name in its
+    requests), even with local_files_only.
     """
     is_id = not Path(path).expanduser().is_dir()
     return str((snapshot(str(path), revision, "model") if is_id else None) or path)
@@ -113,8 +115,8 @@ def config_of(path: str | Path, revision: str | None) -> Any:
     """The config of these files.
 
     Raises:
-        ContractError: it cannot be read, is of no model that transformers knows, or wants code of
-            its own to be run.
+        ContractError: it cannot be read, is of no model that transformers knows, or requires code
+            of its own.
     """
     from transformers import AutoConfig
 

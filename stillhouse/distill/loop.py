@@ -1,9 +1,9 @@
-"""This file is where a run is trained: one loop for every method, blind to which one it is.
+"""Train a run: one training loop for all methods, which does not know which method it runs.
 
-A step asks the method's schedules for its plan and `sequences` for the batches it wants, and
-differentiates the mean loss per trained token of each batch, over all processes, mixed by the
-batches' weights. Who writes and who scores are functions the loop is given. B rows, P prompt
-positions, T positions, N trained tokens of a batch, H width.
+A step takes its plan from the method's schedules and its batches from `sequences`. It
+differentiates the mean loss per trained token of each batch, over all processes, weighted by the
+batches' weights. The functions that generate and score sequences are passed in.
+Legend: B rows, P prompt positions, T positions, N trained tokens of a batch, H hidden width.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ Logits = Callable[[slice], Tensor]  # logits [n, V] of the rows a slice picks am
 # (examples, completions, how many first tokens of each are not trained on) -> logits
 Scorer = Callable[[Sequence[Example], Sequence[Sequence[int]], Sequence[int]], Logits]
 
-# A distribution compared with itself: what rounding leaves of the loss, in nats per token.
+# Nats per token: the largest loss that rounding can cause between identical distributions.
 SAME_FUNCTION = 1e-4
-LEAST_ENTROPY = 1e-9  # nats per token, below which a teacher is certain and a ratio says nothing
+LEAST_ENTROPY = 1e-9  # nats per token; below it the teacher is certain, and a ratio says nothing
 
 
 def positions_of(
@@ -59,7 +59,7 @@ def positions_of(
 
     Prompts are padded on the left and completions on the right, so the state that predicts the
     first completion token is the last prompt position of every row. The first `forced` tokens of a
-    completion are read and not predicted.
+    completion are input only, not predicted.
     """
     ids_BP, mask_BP = pad_left(prompts, prompt_length, pad_id)
     width = max(map(len, completions))
@@ -76,7 +76,7 @@ def positions_of(
 
 
 def places_of(completions: Sequence[Sequence[int]], forced: Sequence[int]) -> Tensor:
-    """How many tokens of its completion stand before each trained token, [N], in the same order."""
+    """How many tokens of its completion precede each trained token, [N], in the same order."""
     return torch.cat(
         [torch.arange(skip, len(c)) for c, skip in zip(completions, forced, strict=True)]
     )
@@ -97,7 +97,7 @@ def learning_rate(spec: TrainSpec, step: int) -> float:
 
 
 class Loop:
-    """One optimiser step at a time. Holds student and optimiser; knows no method by name."""
+    """Runs one optimizer step at a time. Holds student and optimizer; knows no method by name."""
 
     def __init__(
         self,
@@ -115,7 +115,7 @@ class Loop:
         self.spec, self.accelerator, self.student = spec, accelerator, student
         self.sequences = Sequences(spec, accelerator, choice, writers)
         self.score, self.start, self.pad_id, self.eos_ids = score, start, pad_id, eos_ids
-        self.step = 0  # at hand
+        self.step = 0  # the current step
         self.parameters = [p for p in student.parameters() if p.requires_grad]
         optim = spec.optim
         self.optimizer = torch.optim.AdamW(
@@ -126,15 +126,15 @@ class Loop:
             weight_decay=optim.weight_decay,
         )
         self.clock = Clock()
-        self.summary: Summary | None = None  # of the step at hand, if it is to be looked at
-        self.gaps = {"student": Gap(), "teacher": Gap()}  # of the step at hand, by who wrote
-        self.batches: list[Batch] = []  # of the step at hand, for the monitor and for a post-mortem
+        self.summary: Summary | None = None  # of the current step, if it is to be measured
+        self.gaps = {"student": Gap(), "teacher": Gap()}  # of the current step, by writer
+        self.batches: list[Batch] = []  # of the current step, for the monitor and for a post-mortem
 
     def gradients(self, step: int) -> dict[str, float]:
-        """Leave the gradient of the step's loss in `.grad`; the step's metrics.
+        """Leave the gradient of the step's loss in `.grad`; return the step's metrics.
 
         Raises:
-            Interrupted: asked to stop while writing; no parameter was changed.
+            Interrupted: asked to stop during a rollout; no parameter was changed.
         """
         plan, self.step = step_plan(self.spec, step), step
         with self.clock.phase("rollout"):
@@ -179,10 +179,10 @@ class Loop:
         }
 
     def _gap(self, step: int, plan: StepPlan) -> dict[str, float]:
-        """How far what was written is from what is trained, over all processes.
+        """Metrics of the gap between rollouts and the trained function, over all processes.
 
         Raises:
-            Diverged: beyond max_rollout_gap; no parameter was changed.
+            Diverged: the gap exceeds max_rollout_gap; no parameter was changed.
         """
         found = {
             who: numbers(self._sum(gap.sums), self._largest(gap.largest))
@@ -191,12 +191,12 @@ class Loop:
         for who, of_writer in found.items():
             check(self.spec, step, of_writer, who)
         if found["teacher"] and not plan.is_cold:
-            # A cold start's answers are written with others after a stop: their last digits differ.
+            # After a resume, cold-start answers are rewritten in other batches and round otherwise.
             found["student"]["rollout/teacher_gap"] = found["teacher"]["rollout/gap_mean"]
         return found["student"]
 
     def _summary(self, step: int) -> Summary | None:
-        """What compares student and teacher in the steps that are to be looked at."""
+        """The collector of overlap statistics, at the steps that measure them; else None."""
         monitor = self.spec.monitor
         is_last = step == self.spec.training.max_steps - 1
         if not monitor.overlap_steps or (step % monitor.overlap_steps and not is_last):
@@ -206,15 +206,15 @@ class Loop:
     def _differentiate(
         self, batch: Batch, plan: StepPlan, step: int
     ) -> tuple[dict[str, float], float]:
-        """Add the gradient of a batch's weighted mean loss; its means, and over how many tokens."""
+        """Add the gradient of a batch's weighted mean loss; return its means and token count."""
         t = self.spec.training
         total = self._sum([float(batch.trained_tokens)])[0]
-        each = max(total, 1.0)  # where seeds wrote everything, there is nothing to learn from
+        each = max(total, 1.0)  # if all tokens are forced, there is nothing to learn from
         sums = torch.zeros(len(TokenStats._fields) + 2, dtype=torch.float64)
         size = t.micro_batch or t.per_device_train_batch_size
         for share in batch.shares:
             for first in range(0, len(share.examples), size):
-                # Dropout, too, is counted: by step and share, not by what ran before.
+                # Dropout is seeded by step and share, too, and does not depend on what ran before.
                 place = share.index * len(share.examples) + first
                 dropout = counted_generator(t.seed, f"dropout {batch.writer}", step, place)
                 torch.manual_seed(dropout.initial_seed())
@@ -230,7 +230,7 @@ class Loop:
         return named, total
 
     def _wrote(self) -> dict[str, float]:
-        """What writing took, of all processes; of old sequences, nothing is written."""
+        """Metrics of what was generated, over all processes; replayed sequences do not count."""
         wrote = self.sequences.wrote
         prompts = sum(len(e.prompt_ids) for b in self.batches for s in b.shares for e in s.examples)
         kinds = (
@@ -250,15 +250,15 @@ class Loop:
             found["rollout/truncation_rate"] = truncated / rows
         if rollouts:
             found["rollout/length"] = length / rollouts
-            found["rollout/length_share"] = length / room  # of what they may have, at this step
+            found["rollout/length_share"] = length / room  # of the length allowed at this step
             found["rollout/compression"] = compression / rollouts
         return found
 
     def _micro_batch(
         self, batch: Batch, share: Share, part: slice, plan: StepPlan, scale: float
     ) -> Tensor:
-        """Add the gradient of a part of a share; sums over its tokens: the statistics, the
-        anchor's KL, how many ratios were capped."""
+        """Add the gradient of a part of a share; return sums over its tokens: the statistics, the
+        anchor's KL, and how many ratios were capped."""
         loss_spec, examples, written = self.spec.loss, share.examples[part], share.written[part]
         sequences = (examples, written.ids, written.forced)
         with self.clock.phase("teacher"):
@@ -300,7 +300,7 @@ class Loop:
                 **seen,
             )
             sums = [s.sum().double() for s in stats]
-            if weights_N is not None:  # what is logged is what is differentiated
+            if weights_N is not None:  # log what is differentiated
                 sums[0] = loss.detach().double()
             held = loss.new_zeros(())
             if start is not None:
@@ -315,8 +315,8 @@ class Loop:
         return torch.stack([*sums, held.detach().double(), count]).cpu()
 
     def _drawn(self, batch: Batch, written: Completions) -> Drawn | None:
-        """What is to be asked of these rows; None where nobody drew them, or nobody knows what the
-        student was when it did, or enough were looked at."""
+        """The collector for these rows' log-probabilities. None if they were not drawn, or were
+        drawn by an earlier student, or if enough rows of the step were checked."""
         is_old = batch.is_on_policy and batch.step != self.step
         is_sample = batch.is_on_policy and not self.spec.lora.lora_dropout
         if is_old or not any(written.log_probs):
@@ -331,7 +331,7 @@ class Loop:
     def _ask_without_dropout(
         self, batch: Batch, examples: Sequence[Example], written: Completions, drawn: Drawn
     ) -> None:
-        """Rollouts are written without dropout, so that is how a sample of them is asked for."""
+        """Compute log-probabilities of a sample of rollouts without dropout, as when written."""
         self.student.eval()
         with self.accelerator.autocast():
             hidden_NH, target_N = positions_of(
@@ -346,7 +346,7 @@ class Loop:
             score(slice(first, first + self.spec.loss.loss_chunk))
 
     def _weights(self, places_N: Tensor, like_NH: Tensor) -> Tensor | None:
-        """Of each token's loss; None where all are 1."""
+        """The weight of each token's loss; None if all are 1."""
         schedule, most = self.spec.loss.position_weights, self.spec.rollout.max_new_tokens
         if schedule == 1 or not len(places_N):
             return None
@@ -354,7 +354,7 @@ class Loop:
         return like_NH.new_tensor(by_place)[places_N]
 
     def _objective(self, batch: Batch, written: Completions, plan: StepPlan) -> Objective:
-        """What is differentiated on these sequences."""
+        """The objective for these sequences."""
         loss = self.spec.loss
         if not batch.is_on_policy:
             return CrossEntropy() if plan.off_loss == "ce" else Jsd(loss.beta)
@@ -375,7 +375,7 @@ class Loop:
         return torch.as_tensor(self.accelerator.reduce(local, "sum")).tolist()
 
     def _largest(self, number: float) -> float:
-        """Of all processes'."""
+        """The largest of all processes' numbers."""
         if self.accelerator.num_processes == 1:
             return number
         local = torch.tensor([number], dtype=torch.float64, device=self.accelerator.device)
@@ -396,10 +396,10 @@ class Loop:
             p.grad = part.view_as(p).clone()
 
     def update(self, step: int) -> dict[str, float]:
-        """Clip, step, and forget the gradient.
+        """Clip the gradient, update the parameters, and clear the gradient.
 
         Raises:
-            Diverged: a gradient that is not finite; no parameter was changed.
+            Diverged: the gradient is not finite; no parameter was changed.
         """
         optim = self.spec.optim
         with self.clock.phase("train"):
@@ -415,10 +415,10 @@ class Loop:
 
 
 def check_first_step(spec: TrainSpec, metrics: dict[str, float], is_same_function: bool) -> None:
-    """Stop a run whose first numbers say that it trains something else than it means to.
+    """Stop a run whose first metrics show that it does not train what it is meant to.
 
     Raises:
-        ConfigError: targets that are misaligned, or a teacher that is the student and yet differs.
+        ConfigError: targets are misaligned, or the teacher is the student and yet differs.
     """
     limit = spec.training.sanity_max_nll
     for name in ("train/nll", "train/loss"):

@@ -1,13 +1,13 @@
-"""This file is where hidden states become a loss, chunk by chunk, with no [B, T, V] tensor.
+"""Compute the loss from hidden states, chunk by chunk, without a [B, T, V] tensor.
 
 Legend: N positions (the completion tokens of a batch, flattened), n positions of one chunk,
 H hidden width, V vocabulary.
 
 A loss is one function of a chunk's logits: it returns a value per position and d value / d logits
-(`objectives.py`). `_SumOverPositions` does the rest: head, sum, chain to the hidden states.
-The gradient is formed in the forward pass and only d loss / d hidden, [N, H], is kept. The head is
-frozen, so nothing else is wanted, and a backward pass that formed the logits again would pay for
-them twice.
+(`objectives.py`). `_SumOverPositions` does the rest: the head, the sum, and the chain rule to the
+hidden states. It forms the gradient in the forward pass and keeps only d loss / d hidden, [N, H].
+The head is frozen, so no other gradient is needed; a backward pass that formed the logits again
+would compute them twice.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ from stillhouse.distill.objectives import (
 )
 from stillhouse.errors import ContractError
 
-# Positions per chunk. On a CPU, V 49,152, H 576, the head products of 16 positions at a time take
-# twice as long as those of 128; beyond that, memory buys little.
+# Positions per chunk. On a CPU, V 49,152, H 576, head products with 16 positions at a time take
+# twice as long as with 128; larger chunks need more memory and gain little.
 CHUNK = 128
 
 
@@ -63,16 +63,16 @@ def distill_loss(
     `teacher_logits(rows)` gives the logits [n, V_t] of those positions; it is called once per
     chunk, in order, without gradient, and what it returns is not written to. Where V_t is not V,
     the difference is padding: both are cut to the shorter. `hidden_NH` and the head share a dtype;
-    their product, bias included, is in it, as the model itself would form it, and what follows, a
-    scale and a soft cap among it, is float32 (float64 for float64). A NaN that the objective reads
-    makes the loss NaN. N = 0 gives 0, with a gradient path.
+    their product, including the bias, has that dtype, as in the model itself; everything after it,
+    including a scale and a soft cap, is float32 (float64 for float64). A NaN that the objective
+    reads makes the loss NaN. N = 0 gives 0, with a gradient path.
 
-    A `summary` is told how student and teacher overlap at each position, and with `places_N` how
-    many tokens of its answer stand before it; what it is told is not weighted. `drawn` takes the
+    A `summary` collects how student and teacher overlap at each position, and with `places_N` how
+    many tokens of the answer precede it; these numbers are not weighted. `drawn` collects the
     student's log-probabilities of the targets, processed as they were drawn.
 
     Raises ContractError if a target or a top k lies outside the shared vocabulary; ValueError or
-    TypeError for arguments that mean nothing.
+    TypeError for invalid arguments.
     """
     _refuse_nonsense(hidden_NH, head, temperature, chunk)
     _refuse_misfit(objective, len(targets_N), temperature)
@@ -83,7 +83,7 @@ def distill_loss(
         teacher_nV = teacher_logits(rows)
         assert len(teacher_nV) == len(logits_nV), "teacher_logits(rows) owes a row per position"
         V = min(logits_nV.shape[1], teacher_nV.shape[1])
-        if not seen:  # once: on a GPU, to look at the targets is to wait for them
+        if not seen:  # once: on a GPU, reading the targets is a synchronization
             _refuse_outside(targets_N, objective, summary, V)
         shared_nV = logits_nV[:, :V]
         add = None
@@ -122,7 +122,7 @@ class _SumOverPositions(torch.autograd.Function):
         position_loss: Callable[[slice, Tensor], tuple[Tensor, Tensor | None]],
     ) -> Tensor:
         """`position_loss(rows, logits_nV)` may write over the logits; it returns values [n] and the
-        gradient [n, V'] with respect to the first V' logits, None where it is not wanted."""
+        gradient [n, V'] with respect to the first V' logits, or None if it is not wanted."""
         product_cV = hidden_NH.new_empty(min(chunk, len(hidden_NH)), len(head.weight_VH))
         logits_cV = product_cV.to(work_dtype(hidden_NH))  # a second buffer if, say, bfloat16
         slope_cV = torch.empty_like(logits_cV) if head.cap and wants_gradient else None
@@ -131,7 +131,7 @@ class _SumOverPositions(torch.autograd.Function):
         for start in range(0, len(hidden_NH), chunk):
             rows = slice(start, min(start + chunk, len(hidden_NH)))
             product_nV, logits_nV = (b[: rows.stop - start] for b in (product_cV, logits_cV))
-            # out= allocates nothing, and autocast leaves it alone: the dtype is the one promised.
+            # out= allocates nothing and is not affected by autocast: the dtype is as documented.
             head.product(hidden_NH[rows], out=product_nV)
             if logits_cV is not product_cV:
                 logits_nV.copy_(product_nV)
@@ -139,7 +139,7 @@ class _SumOverPositions(torch.autograd.Function):
             head.bend_(logits_nV, slope_nV)
             value_n, dz_nV = position_loss(rows, logits_nV)
             if weights_N is not None:
-                # What does not count does not count, though its KL be infinite.
+                # A position with weight 0 does not count, even if its KL is infinite.
                 value_n = torch.where(weights_N[rows] == 0, 0, value_n * weights_N[rows])
             loss += value_n.sum()
             if gradient_NH is None or dz_nV is None:

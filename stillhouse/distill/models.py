@@ -1,7 +1,7 @@
-"""This file is where models come from: a base, its tokenizer, and how it is asked.
+"""Load base models and tokenizers, select the device, and re-export the names other modules need.
 
-What stands on a base, adapters and their contract, is in `adapters.py`; the names that are needed
-elsewhere can be had from here.
+Adapters and their contracts are in `adapters.py`; the parts of it that are needed elsewhere can be
+imported from here.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ __all__ = [
 
 
 def machine() -> Json:
-    """What rounds as it does: the processor, the instructions that torch uses of it, the GPU."""
+    """What affects rounding: the processor, the CPU instructions that torch uses, and the GPU."""
     return {
         "processor": _processor(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
@@ -64,7 +64,7 @@ def machine() -> Json:
 
 
 def _processor() -> str:
-    """The processor's model where the kernel says it, else its architecture."""
+    """The processor's model if the kernel reports it, else its architecture."""
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):
@@ -73,10 +73,10 @@ def _processor() -> str:
 
 
 def require_gpus() -> None:
-    """See that a pod that was given GPUs can use them; elsewhere nothing is required.
+    """Check that a pod that requested GPUs can use them; elsewhere nothing is required.
 
     Raises:
-        NodeFault: torch sees fewer; on a CPU it would go on for weeks, and nobody asked for that.
+        NodeFault: torch sees fewer GPUs; on a CPU the run would take weeks, which nobody wants.
     """
     asked, seen = int(os.environ.get("STILLHOUSE_GPUS") or 0), torch.cuda.device_count()
     if seen < asked:
@@ -88,7 +88,7 @@ def require_gpus() -> None:
 
 
 def pick_device() -> torch.device:
-    """This process's GPU under a launcher that gives each one, else the first, else the CPU."""
+    """This process's GPU if a launcher assigned one, else the first GPU, else the CPU."""
     require_gpus()
     if torch.cuda.is_available():
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
@@ -96,7 +96,7 @@ def pick_device() -> torch.device:
 
 
 def use_threads(threads: int | None) -> None:
-    """Compute with so many CPU threads; None: what torch chooses."""
+    """Compute with this many CPU threads; None: torch's default."""
     if threads:
         torch.set_num_threads(threads)
 
@@ -111,17 +111,17 @@ def load_tokenizer(path: str, revision: str | None) -> Any:
 def load_base(
     path: str, revision: str | None, dtype: str, quant: QuantSpec | None, device: torch.device
 ) -> nn.Module:
-    """A causal LM in eval mode, frozen, quantised in place if asked, with no sampling habits.
+    """A causal LM in eval mode, frozen, quantized in place if asked; generation config empty.
 
     Raises:
-        ContractError: a model whose logits the loss could not form (see `head_of`).
+        ContractError: the loss could not form the model's logits (see `head_of`).
     """
     model = loading.causal_lm(path, revision, getattr(torch, dtype))
-    # Whatever the model's makers like to sample with is not ours: every field is set at the call.
+    # Drop the model's own sampling defaults: every field is set at the call.
     model.generation_config = GenerationConfig()
     model.to(device)
     try:
-        head_of(model)  # before it is quantised: what a head is does not hang on that
+        head_of(model)  # before quantization: the form of the head does not depend on it
     except ContractError as error:
         raise ContractError(f"{path}: {error}") from error
     if quant is not None:
@@ -137,10 +137,10 @@ def merged_and_requantised(
     device: torch.device,
     adapter: Path,
 ) -> nn.Module:
-    """Q(W + BA): the adapter merged into the unquantised base in float32, then quantised.
+    """Q(W + BA): the adapter merged into the unquantized base in float32, then quantized.
 
-    Another function than Q(W)x + BAx, which the adapter was trained as: rounding takes from BA
-    whatever is small beside a step of the grid. For scores that were published, not for use.
+    This is another function than Q(W)x + BAx, which was trained: rounding removes from BA whatever
+    is small compared with a step of the grid. For reproducing published scores, not for use.
     """
     dense = load_base(path, revision, "float32", None, device)
     merged: Any = cast("Any", attach_adapter(dense, adapter, "default")).merge_and_unload()

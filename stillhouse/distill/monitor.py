@@ -1,9 +1,9 @@
-"""This file is where a run is measured on the way without changing what it trains.
+"""Evaluate a run during training, without changing what it trains.
 
 `eval/accuracy` is the share of held-out questions that greedy answers get right, by the number
-after ####. `train/score` and `eval/avg_score` are the cliff seeds' monitor: how much a student's
-answer looks like one fresh teacher answer. It is a similarity of texts, not a measure of being
-right.
+after ####. `train/score` and `eval/avg_score` reproduce the monitor of the cliff experiments: how
+similar a student's answer is to one fresh teacher answer. They measure the similarity of texts, not
+correctness.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from stillhouse.distill.objectives import Jsd
 from stillhouse.errors import ConfigError
 from stillhouse.spec import TrainSpec
 
-SCORED_ROWS = 8  # a teacher answer each; enough to see a curve, few enough to afford
+SCORED_ROWS = 8  # each needs a teacher answer; enough for a curve, and still affordable
 EVAL_BATCH = 16
-ASKED_ROWS = 256  # a share of right answers then has a standard error of at most 3 points
+ASKED_ROWS = 256  # the standard error of an accuracy is then at most 3 points
 
 
 def score(student: str, teacher: str) -> float:
-    """Likeness of two texts in [0, 1]: 0.4 Jaccard + 0.3 length ratio + 0.3 shared bigrams.
+    """Similarity of two texts in [0, 1]: 0.4 Jaccard + 0.3 length ratio + 0.3 shared bigrams.
 
-    Of words; bigrams: the share of the teacher's that the student has too. Source: the score
+    In words; bigrams: the share of the teacher's that the student also has. Source: the score
     of the cliff repository (bledden/context-distillation-tinkerideas, tinker_trainer.py).
     """
     s, t = student.split(), teacher.split()
@@ -52,7 +52,7 @@ def answer_in(text: str) -> str | None:
 
 
 class Monitor:
-    """Scores and held-out losses at the steps that ask for them."""
+    """Computes scores, accuracy, and held-out losses at the steps that the spec sets."""
 
     def __init__(
         self,
@@ -76,7 +76,7 @@ class Monitor:
             )
 
     def measure(self, step: int) -> dict[str, float]:
-        """What is due after step `step`, counted from 0; every process measures the same rows."""
+        """Metrics due after step `step`, counted from 0; every process measures the same rows."""
         monitor, metrics = self.spec.monitor, dict[str, float]()
         done = step + 1
         if monitor.score_steps and done % monitor.score_steps == 0:
@@ -94,7 +94,7 @@ class Monitor:
 
     def _score(self, examples: Sequence[Example], step: int) -> float:
         """Mean score of fresh student answers against fresh teacher answers."""
-        # Rows of their own, past every training row, so that no training draw is used twice.
+        # Row numbers beyond all training rows, so that no training draw is used twice.
         rows = range(10**9, 10**9 + len(examples))
         writers = [self.loop.sequences.writers[who] for who in ("student", "teacher")]
         with self.loop.clock.phase("eval"):
@@ -103,7 +103,7 @@ class Monitor:
         return sum(map(score, *texts)) / len(examples)
 
     def right(self) -> Float[Tensor, " Q"]:
-        """1 for each held-out question that the student answers right, greedily, and 0 else."""
+        """1 for each held-out question that the student's greedy answer gets right, else 0."""
         write = self.loop.sequences.writers["student"]
         with self.loop.clock.phase("eval"):
             ids = write(self.questions, 0, range(len(self.questions)), greedy=True).ids

@@ -1,8 +1,8 @@
-"""This file is where logits of a few positions become an objective's values and their gradient.
+"""Compute an objective's values, and their gradient, from the logits of a few positions.
 
-Legend: n positions (a chunk, or a block of one), V the shared vocabulary, k tokens that one side
-puts first, K tokens listed for a support. Student p = softmax(z / T), teacher q, m a mixture of the
-two, y a target. What ends in _ writes over the logits it is given.
+Legend: n positions (a chunk, or a block of one), V the shared vocabulary, k likeliest tokens of one
+side, K tokens listed for a support. Student p = softmax(z / T), teacher q, m a mixture of the two,
+y a target. Functions whose names end in _ overwrite the logits they are given.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from torch import Tensor
 from stillhouse.distill.diagnostics import Overlap, compare
 
 # Numbers per buffer in the passes over a chunk on a CPU. A quarter of it is 6 % faster on two idle
-# cores, but threads meet four times as often, and where they wait passively that costs 28 %; eight
-# times as much leaves the caches and costs a quarter. A GPU wants few large kernels instead.
+# cores, but threads synchronize four times as often, and where they wait passively that costs 28 %;
+# eight times as much exceeds the caches and costs a quarter. A GPU needs few large kernels instead.
 BLOCK = 800_000
-# The log of a probability that is 0, as masked vocabularies have it: finite, so that 0 times it is
-# not NaN, and not so low that what is added to a probability (below) would show in a sum.
+# The log of a probability of 0, as in masked vocabularies: finite, so that 0 times it is not NaN,
+# and not so low that the tiny number added to each probability (below) would matter in a sum.
 NEVER = -1e25
-FOLD = 16  # of a vocabulary, to find its top k; 8 to 64 are much alike for k of 1 to 256
+FOLD = 16  # folds of a vocabulary, to find its top k; 8 to 64 perform alike for k of 1 to 256
 
 
 @dataclass(frozen=True)
 class Jsd:
-    """Generalised Jensen-Shannon divergence of student and teacher.
+    """Generalized Jensen-Shannon divergence of student and teacher.
 
         m = beta * q + (1 - beta) * p;  JSD_beta = beta * KL(q || m) + (1 - beta) * KL(p || m)
         beta = 0: forward KL(q || p);  beta = 1: reverse KL(p || q)  (the limits of JSD there are 0)
@@ -45,19 +45,19 @@ class Jsd:
 
 @dataclass(frozen=True)
 class CrossEntropy:
-    """-log p(y): the teacher is only compared with. Temperature 1 alone; the caller shifts y."""
+    """-log p(y); the teacher is only compared with. Temperature 1 only; the caller shifts y."""
 
 
 @dataclass(frozen=True)
 class PolicyGradient:
-    """Policy gradient of sampled tokens, each weighted by how much likelier it is now.
+    """Policy gradient on sampled tokens, each weighted by its importance ratio.
 
         A = clip(log q(y) - log p_sample(y), -clip, clip), a constant;  -A * p(y) / p_sample(y)
 
-    `sampled_N` holds log p_sample(y), under the very distribution that y was drawn from. On policy
-    (p_sample = p, nothing clipped) the expected gradient over y is that of KL(p || q). The ratio is
-    not bounded without a `cap`: where it overflows, the gradient is not finite, whatever the
-    weight. A capped one is a constant (truncated importance sampling): the token goes on pushing.
+    `sampled_N` holds log p_sample(y), under the exact distribution that y was drawn from. On policy
+    (p_sample = p, nothing clipped) the expected gradient over y is that of KL(p || q). Without a
+    `cap` the ratio is unbounded: if it overflows, the gradient is not finite, whatever the weight.
+    A capped ratio is a constant (truncated importance sampling): the token keeps its gradient.
     Source: sampled-token form, Eq. 3 of arXiv:2604.13016, with tinker-cookbook's
     `importance_sampling` and the cliff seeds' clip.
     """
@@ -74,13 +74,13 @@ class PolicyGradient:
 
 @dataclass(frozen=True)
 class TopK:
-    """JSD_beta of coarser distributions: the tokens of a support, and all others as one outcome.
+    """JSD_beta of coarser distributions: each token of a support, and all others as one outcome.
 
     The support, per position: the k likeliest tokens of the student, of the teacher, those of
     either, or those of both. The last outcome has the mass of all other tokens, summed, so the
     value lies between 0 and the JSD_beta of all tokens; an empty support gives 0.
     Source: supports as in the code of arXiv:2604.13016 (`TOP_K_STRATEGY`), where both sides are
-    renormalised on them (Eq. 5); the last outcome as TRL's `loss_add_tail`.
+    renormalized on them (Eq. 5); the last outcome as TRL's `loss_add_tail`.
     """
 
     k: int
@@ -97,7 +97,7 @@ Objective = Jsd | CrossEntropy | PolicyGradient | TopK
 
 
 def at_rows(objective: Objective, rows: slice) -> Objective:
-    """The objective of these positions alone."""
+    """The objective restricted to these positions."""
     if isinstance(objective, PolicyGradient):
         return replace(objective, sampled_N=objective.sampled_N[rows])
     return objective
@@ -106,7 +106,7 @@ def at_rows(objective: Objective, rows: slice) -> Objective:
 class TokenStats(NamedTuple):
     """One number per position, in nats, detached; float32, or float64 where the hidden states are.
 
-    A KL is infinite where its first side gives a token a probability that is 0 on its other side.
+    A KL is infinite if its first side gives probability to a token to which the other gives 0.
     All but `nll` are of the distributions that the loss compares: at the loss temperature, on the
     shared vocabulary. `nll` is at temperature 1, so that runs can be compared. None is weighted.
     """
@@ -124,7 +124,7 @@ Numbers = TypeVar("Numbers", TokenStats, Overlap)
 
 
 def joined(parts: Sequence[Numbers]) -> Numbers:
-    """Chunks one after the other."""
+    """The chunks concatenated."""
     return type(parts[0])(*map(torch.cat, zip(*parts, strict=True)))
 
 
@@ -137,13 +137,13 @@ def evaluate_(
     wants_gradient: bool,
     overlap_k: int | None = None,
 ) -> tuple[TokenStats, Overlap | None]:
-    """The statistics of a chunk; its logits become d value / d logits, or are used up.
+    """The statistics of a chunk; its logits are overwritten, with d value / d logits if wanted.
 
-    With `overlap_k`, also what the first so many tokens of either side have in common.
+    With `overlap_k`, also the overlap of that many likeliest tokens of each side.
     """
     n, V = logits_nV.shape
     size = n if logits_nV.is_cuda else min(n, max(1, BLOCK // V))
-    # Top-k comes last and wants both sides' log-probabilities as they were; others write over them.
+    # Top-k comes last and needs both sides' log-probabilities; other objectives overwrite them.
     buffers = 5 if isinstance(objective, TopK) else 4
     scratch_bufbV = logits_nV.new_empty(buffers, size, V)
     blocks = [slice(start, min(start + size, n)) for start in range(0, n, size)]
@@ -170,7 +170,7 @@ def _evaluate_block_(
     wants_gradient: bool,
     overlap_k: int | None,
 ) -> tuple[TokenStats, Overlap | None]:
-    """As above, for so few positions that the passes below stay in cache."""
+    """The same for a block of positions small enough that the passes below stay in cache."""
     log_p, log_q, p, q, *more = scratch_bufbV[:, : len(logits_nV)]
     torch.log_softmax(logits_nV, -1, out=log_p)
     nll = -_at(targets_n, log_p)
@@ -182,7 +182,7 @@ def _evaluate_block_(
     # Where p and q both underflow, p / m must not be 0 / 0. The smallest normal number changes no
     # probability above 1e-30 and adds less than 1e-30 to any sum.
     tiny = torch.finfo(p.dtype).tiny
-    # Rarely so, and a look costs less than three passes; but on a GPU, to look is to wait.
+    # Rare, and a check costs less than three passes; but on a GPU, a check is a synchronization.
     has_never = log_p.is_cuda or bool(torch.minimum(log_p.amin(), log_q.amin()) < NEVER)
     if has_never:
         log_p.clamp_(min=NEVER)
@@ -193,7 +193,7 @@ def _evaluate_block_(
     spare = logits_nV
     student_entropy, teacher_entropy = -_dot(p, log_p, spare), -_dot(q, log_q, spare)
     overlap = None
-    if overlap_k is not None:  # before the passes below write over the logs
+    if overlap_k is not None:  # before the passes below overwrite the logs
         student, teacher = (_largest(log, overlap_k) for log in (log_p, log_q))
         overlap = compare(log_p, log_q, student, teacher, student_entropy, teacher_entropy)
     log_p_y, log_q_y = _at(targets_n, log_p), _at(targets_n, log_q)
@@ -233,7 +233,7 @@ def _evaluate_block_(
                 objective.capped.append((ratio > objective.cap).sum())
                 ratio = ratio.clamp(max=objective.cap)
             push = advantage * ratio
-            # Of a token that the teacher never writes, the advantage is -clip, be that infinite.
+            # For a token that the teacher never writes, the advantage is -clip, even if infinite.
             is_never = (log_q_y <= NEVER) & (ratio > 0)
             loss = torch.where(is_never, objective.clip * ratio, -push)
             _towards_target_(logits_nV, p, targets_n, push)
@@ -250,7 +250,7 @@ def _evaluate_block_(
 def _kls(
     p: Tensor, q: Tensor, log_ratio: Tensor, spare: Tensor, has_never: bool
 ) -> tuple[Tensor, Tensor]:
-    """KL(q || p) and KL(p || q), both [n], of log p - log q, which is NEVER where p alone is 0."""
+    """KL(q || p) and KL(p || q), both [n], from log p - log q, which is NEVER where only p is 0."""
     forward, reverse = -_dot(q, log_ratio, spare), _dot(p, log_ratio, spare)
     if not has_never:
         return forward, reverse
@@ -276,16 +276,16 @@ def _jsd(
 
 
 def _towards_target_(gradient_nV: Tensor, p_nV: Tensor, targets_n: Tensor, push_n: Tensor) -> None:
-    """push * (p - [i = y]), which a step against it turns into more p(y)."""
+    """push * (p - [i = y]): a gradient step against it increases p(y)."""
     torch.mul(p_nV, push_n[:, None], out=gradient_nV)
     gradient_nV.scatter_add_(1, targets_n[:, None], -push_n[:, None])
 
 
 def _top_k_(objective: TopK, log_p_nV: Tensor, log_q_nV: Tensor, gradient_nV: Tensor) -> Tensor:
-    """Values [n]; their gradient at temperature 1 in `gradient_nV`. The logs are used up.
+    """Values [n]; writes their gradient at temperature 1 to `gradient_nV`. Overwrites the logs.
 
-    What lies outside the support is an outcome with a logit of its own, the logsumexp of its
-    tokens' logits: its slope reaches them by the softmax among them.
+    All tokens outside the support are one outcome, whose logit is the logsumexp of their logits:
+    its gradient is distributed over them by the softmax among them.
     """
     index_nK, counts_nK = _support(objective, log_p_nV, log_q_nV, gradient_nV)
     log_p, mass_n1 = _outcomes_(log_p_nV, index_nK, counts_nK, objective.k)
@@ -299,7 +299,7 @@ def _top_k_(objective: TopK, log_p_nV: Tensor, log_q_nV: Tensor, gradient_nV: Te
 def _support(
     objective: TopK, log_p_nV: Tensor, log_q_nV: Tensor, spare_nV: Tensor
 ) -> tuple[Int[Tensor, "n K"], Bool[Tensor, "n K"]]:
-    """Tokens, and which of them count: a token that is listed twice does so once."""
+    """Token ids, and which of them count: a token that is listed twice counts once."""
     wanted = {"student": [log_p_nV], "teacher": [log_q_nV]}
     first_nk, *second = (
         _largest(log_nV, objective.k)
@@ -336,10 +336,10 @@ def _outcomes_(
 ) -> tuple[Tensor, Tensor]:
     """Log-probabilities of the outcomes, [n, K + 1], the last of all tokens outside the support.
 
-    Summed relative to the largest, so that a rest of 1e-100 is one. `log_nV` becomes the summands,
-    0 in the support; their sum [n, 1] comes back too, 1 where there is none. An outcome that there
-    is not (a token that does not count, a rest without tokens) gets a log-probability that is the
-    same finite number on both sides.
+    Summed relative to the largest, so that even a rest of 1e-100 is kept. `log_nV` becomes the
+    summands, 0 in the support; their sum [n, 1] is also returned, 1 if there are none. An outcome
+    that does not exist (a token that does not count, a rest without tokens) gets a log-probability
+    that is the same finite number on both sides.
     """
     nothing = torch.finfo(log_nV.dtype).min
     of_tokens = log_nV.gather(1, index_nK).masked_fill_(~counts_nK, 0)
@@ -347,7 +347,7 @@ def _outcomes_(
     largest_n1 = log_nV.amax(-1, keepdim=True).clamp_(min=nothing)
     mass_n1 = log_nV.sub_(largest_n1).exp_().sum(-1, keepdim=True)
     of_rest = (largest_n1 + mass_n1.log()).clamp_(min=nothing)
-    # Where the rest is all there is, its mass is 1, and not 1 give or take a rounding error.
+    # If the rest is the only outcome, its mass is exactly 1, without a rounding error.
     of_rest.masked_fill_(~counts_nK.any(-1, keepdim=True), 0)
     return torch.cat([of_tokens, of_rest], 1), mass_n1.clamp_(min=1)
 
@@ -355,8 +355,8 @@ def _outcomes_(
 def _write_(
     dense_nV: Tensor, index_nK: Tensor, values_nK: Tensor, counts_nK: Tensor, k: int
 ) -> None:
-    """Values that count into the dense rows; one list of k tokens after the other, since within one
-    no token is written twice."""
+    """Write the values that count into the dense rows; one list of k tokens at a time, because
+    within one list no token occurs twice."""
     for index, values, counts in zip(
         *(x.split(k, 1) for x in (index_nK, values_nK, counts_nK)), strict=True
     ):
@@ -364,7 +364,7 @@ def _write_(
 
 
 def _divergence(beta: float, log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
-    """JSD_beta of few outcomes, [n], and its gradient with respect to their logits."""
+    """JSD_beta over a few outcomes, [n], and its gradient with respect to their logits."""
     tiny = torch.finfo(log_p.dtype).tiny
     p, q = log_p.exp().add_(tiny), log_q.exp().add_(tiny)
     log_ratio = log_p - log_q

@@ -1,15 +1,16 @@
-"""This file is where a pair becomes two directories that can be loaded, and a few facts about them.
+"""Prepare a pair: two model directories that can be loaded, and a few facts about them.
 
     <cache>/pairs/<name>-…-<key>/ what was made: student/ or teacher/ (generated), model/ (gguf)
     <cache>/problems-<key>/       the generated problems: train.jsonl held_out.jsonl test.jsonl, and
                                   other.jsonl, of another kind;
-                                  and the same answered by a rule, for pairs that know rules
+                                  for pairs that know rules, the same problems answered by a rule
     <cache>/facts/<key>.json      what was checked or measured about a pair's weights
-    <cache>/prepared/<key>.json   where a pair's models and problems lie (`at_hand` reads it)
+    <cache>/prepared/<key>.json   where a pair's models and problems are (`at_hand` reads it)
 
-A key is a hash of what decides the content, so a changed recipe is another directory. Nothing is
-downloaded here: weights are at hand (`hub` can fetch them before), or it is an error that says how
-to get them. torch is imported only where something has to be made or measured.
+A key is a hash of everything that decides the content, so a changed recipe gets another directory.
+Nothing is downloaded here: weights that are not on this machine (`hub` can fetch them beforehand)
+are an error that says how to get them. torch is imported only if something has to be made or
+measured.
 """
 
 from __future__ import annotations
@@ -40,21 +41,21 @@ from stillhouse.rundir import Json, file_digest, write_atomic, write_json
 from stillhouse.spec import PairSpec, QuantSpec, digest
 
 NO_COMMITS: Mapping[str, str] = {}
-VERSION = 1  # raise it whenever the same pair would give other files or other facts
+VERSION = 1  # increment it whenever the same pair would give other files or other facts
 LEAST_QUANTIZATION_ERROR = 0.01  # below it a self pair's student is its teacher
 
 
 @dataclass(frozen=True)
 class PreparedPair:
-    """Where the two models are, which revisions they are, and what was found out about them."""
+    """The location and revision of the two models of a pair, and facts about them."""
 
-    student: str  # what from_pretrained takes: a directory, or a hub id whose files are at hand
+    student: str  # for from_pretrained: a directory, or a hub id whose files are on this machine
     teacher: str
     student_revision: str | None  # a commit, a package's version, a digest of generated weights;
-    teacher_revision: str | None  # None for a directory that somebody else wrote
+    teacher_revision: str | None  # None for a directory that this package did not write
     data_dir: Path  # train.jsonl held_out.jsonl test.jsonl other.jsonl of the generated problems
-    facts: dict[str, Any]  # e.g. quantization_error, of a self pair under a quantiser
-    student_weights: str | None = None  # their digest (fingerprints); None: the commit says it all
+    facts: dict[str, Any]  # e.g. quantization_error, for a self pair with a quantizer
+    student_weights: str | None = None  # their digest (fingerprints); None: the commit is enough
 
     @property
     def is_self(self) -> bool:
@@ -72,12 +73,12 @@ class _Weights:
 def prepare(
     pair: PairSpec, quant: QuantSpec, cache_dir: Path, commits: Mapping[str, str] = NO_COMMITS
 ) -> PreparedPair:
-    """Makes or finds the pair's models; the second call is milliseconds for what was made here.
+    """Make or find the pair's models; the second call takes milliseconds for what was made here.
 
-    `commits`: what open revisions of the hub mean (`place.commits`).
-    Safe to call from several processes at once: one works, the others wait and say so.
-    Raises ConfigError where weights are not at hand or the quantiser does nothing to them, and
-    ContractError where the tokenizers differ or the cache is damaged.
+    `commits`: the commits that open hub revisions stand for (`place.commits`).
+    Safe to call from several processes at once: one works, the others wait and log that.
+    Raises ConfigError if weights are not on this machine or the quantizer barely changes them, and
+    ContractError if the tokenizers differ or the cache is damaged.
     """
 
     def say(line: str) -> None:
@@ -111,9 +112,9 @@ def prepare(
 
 
 def require(pair: PairSpec, commits: Mapping[str, str]) -> None:
-    """See that the pair's weights are on this machine, or can be made here; loads nothing.
+    """Check that the pair's weights are on this machine, or can be made here; loads nothing.
 
-    Raises ConfigError where they are not, with the command that gets them.
+    Raises ConfigError if they are not, with the command that gets them.
     """
     if pair.pair_source == "hub":
         _at_hand(pair, "student", pair.student, pair.student_revision, commits)
@@ -131,7 +132,7 @@ def _digest_of(pair: PairSpec, weights: _Weights, cache_dir: Path) -> str | None
 def _say_where(
     pair: PairSpec, student: _Weights, teacher: _Weights, made: PreparedPair, cache_dir: Path
 ) -> None:
-    """Leave a record of where things lie and of the facts about the weights, for `at_hand`."""
+    """Record the paths and the facts about the weights, for `at_hand`."""
 
     def place(path: Path) -> str:
         here = path.absolute()
@@ -182,12 +183,15 @@ def _generated(pair: PairSpec, cache_dir: Path, say: Say) -> tuple[_Weights, _We
 
 
 def _at_once(works: Sequence[Callable[[], tuple[_Weights, Json]]]) -> list[tuple[_Weights, Json]]:
-    """What they return, in their order; each waits for a process of one thread."""
+    """Run the functions in parallel threads, and return their results in order.
+
+    Each waits for a single-threaded process.
+    """
     with ThreadPoolExecutor(len(works)) as threads:
         try:
             return [one.result() for one in [threads.submit(work) for work in works]]
         except BaseException:
-            same_kernels.stop()  # or leaving would wait for the others
+            same_kernels.stop()  # otherwise the exit would wait for the others
             raise
 
 
@@ -202,8 +206,8 @@ def _trained(
         facts = tiny.make(recipe, steps, seed, into / role, lambda line: say(f"{role} {line}"))
         return facts | {"revision": file_digest(into / role / "model.safetensors")[:16]}
 
-    # Names, precisions, few-shot counts and what a pair asks are not part of the key: they make no
-    # other weights.
+    # Names, precisions, few-shot counts, and `asks` are not part of the key: they do not change the
+    # weights.
     made_of = {key: value for key, value in asdict(recipe).items() if key != "asks"}
     key = digest([VERSION, tiny.VERSION, seed, steps, made_of])[:10]
     home = cache_dir / "pairs" / f"{name}-{role}-{key}"
@@ -259,7 +263,7 @@ def _unpack_gguf(file: Path, into: Path) -> None:
         packed = AutoModelForCausalLM.from_pretrained(
             file.parent, gguf_file=file.name, dtype=torch.float32
         )
-        # A model that came out of a gguf file refuses to be saved; its tensors in a new one do not.
+        # A model loaded from a gguf file cannot be saved; a new model with its tensors can.
         config: Any = packed.config
         if hasattr(config, "quantization_config"):
             del config.quantization_config
@@ -341,7 +345,7 @@ def _tokenizer(pair: PairSpec, weights: _Weights) -> Any:
 
 
 def _rule(pair: PairSpec) -> problems.Rule | None:
-    """What the answers on disk follow that only examples tell; None: nothing but arithmetic."""
+    """The rule that the answers on disk follow; None: they are plain arithmetic."""
     if pair.pair_source != "generated" or RECIPES[pair.teacher]["teacher"].turns == 1:
         return None
     return problems.RULE
@@ -356,7 +360,7 @@ def _asks(pair: PairSpec) -> tuple[problems.Kind, ...]:
 def _problem_files(
     cache_dir: Path, rule: problems.Rule | None, kinds: tuple[problems.Kind, ...]
 ) -> Path:
-    """The generated problems, whatever the pair: a real model can be asked them too."""
+    """The directory of the generated problems; pairs of real models have one, too."""
     content = [VERSION, tiny.VERSION, "other", rule, kinds]
     home = cache_dir / f"problems-{digest(content)[:10]}"
 
@@ -379,7 +383,7 @@ def _problem_files(
 def _quantization_error(
     pair: PairSpec, quant: QuantSpec, weights: _Weights, cache_dir: Path, say: Say
 ) -> float:
-    """||Q(W) - W|| / ||W|| of the student; measured once per weights and quantiser."""
+    """||Q(W) - W|| / ||W|| of the student; measured once per weights and quantizer."""
     content = [VERSION, pair.student_dtype, asdict(quant), fingerprint(weights.directory)]
 
     def measure() -> Json:

@@ -1,8 +1,8 @@
-"""This file is where a pair is looked at before it is trained: will it distil?
+"""Measure a pair before training: will it distill?
 
-The student writes, the teacher is asked about what it wrote, and both answer questions, from the
-start and from the middle of the student's answers. What comes out are numbers with intervals over
-prompts; what they mean is decided by rules (`stillhouse.verdict`) whose thresholds are data.
+The student writes answers, the teacher scores what it wrote, and both answer questions, from the
+start and from the middle of the student's answers. The results are numbers with intervals over
+prompts. Rules with thresholds that are plain data (`stillhouse.verdict`) decide what they mean.
 
 Legend: P prompts, N positions of all answers, c columns of numbers per prompt.
 """
@@ -32,11 +32,11 @@ from stillhouse.spec import TrainSpec
 from stillhouse.stop import StopFlag
 from stillhouse.verdict import Measured
 
-SHARES = (25, 50)  # per cent of the student's answer that both go on from
-TOP = (1, 4)  # besides overlap_k: small vocabularies are told apart by few tokens
-RESAMPLES = 2000  # of prompts, for an interval: its ends are then stable to a tenth of its width
-SEED = 0  # of the resampling; the answers hang on training.seed
-# Steps whose random numbers are taken: past those of any run, so no draw is used twice.
+SHARES = (25, 50)  # percent of the student's answer that both models continue from
+TOP = (1, 4)  # in addition to overlap_k: in small vocabularies, few tokens show a difference
+RESAMPLES = 2000  # of prompts, per interval: its ends are then stable to a tenth of its width
+SEED = 0  # of the resampling; the answers depend on training.seed
+# Step numbers that seed the draws: beyond those of any run, so that no draw is used twice.
 FIRST, SECOND = 10**9, 10**9 + 1
 
 
@@ -47,15 +47,15 @@ def preflight(
     stop: StopFlag,
     prefixes: Sequence[int] = (),
 ) -> Json:
-    """The numbers of a pair, by name, and what there is to know about how they were taken, and of
-    which weights and rows.
+    """The measurements of a pair, by name, with facts about how they were made, and the weights and
+    rows they come from.
 
-    prompts: how many are asked, held-out ones first. pilot: steps of a run that is thrown away.
-    prefixes: also from behind so many tokens of the student's answers, both go on.
+    prompts: how many are used, held-out ones first. pilot: steps of a run that is thrown away.
+    prefixes: after these numbers of tokens of the student's answers, both models continue, too.
 
     Raises:
-        ConfigError: too few prompts; weights that are not at hand.
-        ContractError: tokenizers that differ.
+        ConfigError: too few prompts; weights are not on this machine.
+        ContractError: the tokenizers differ.
     """
     loaded = load(spec, stop.check)
     asked = [*islice(chain(loaded.prompts.held_out, loaded.prompts.train), prompts)]
@@ -90,7 +90,7 @@ def preflight(
 
 
 class _Look:
-    """One pair, and the prompts that it is asked."""
+    """Measurements of one pair on a set of prompts."""
 
     def __init__(self, spec: TrainSpec, loaded: Loaded, asked: Sequence[Example]) -> None:
         self.spec, self.loaded, self.asked = spec, loaded, asked
@@ -127,7 +127,7 @@ class _Look:
         )
 
     def _positions(self, name: str, k: int) -> tuple[dict[str, Tensor], Tensor]:
-        """Numbers per position [N] of these answers, and the prompt that each is of."""
+        """Numbers per position [N] of these answers, and each position's prompt index."""
         if (name, k) not in self.known:
             ids = self.written[name].ids
             self.known[name, k] = compared(self.spec, self.loaded, self.asked, ids, k)
@@ -136,7 +136,7 @@ class _Look:
     # ------------------------------------------------------------------ what it comes to
 
     def overlap(self) -> dict[str, Measured]:
-        """How alike the two are where the student goes, before the first step."""
+        """How similar the two models are on the student's rollouts, before the first step."""
         found: dict[str, Measured] = {}
         for k in sorted({*TOP, self.spec.monitor.overlap_k}):
             values, rows_N = self._positions("rollouts", k)
@@ -151,11 +151,11 @@ class _Look:
         return found
 
     def told_apart(self) -> dict[str, Measured]:
-        """Whether a reader with both models can tell the teacher's answers from the student's.
+        """Whether both models together can distinguish the teacher's answers from the student's.
 
-        The chance that, of an answer of each, the teacher's has the higher log q - log p per token:
-        0.5 is not at all. The same of two answers of the student is the noise to hold it against.
-        Empty where the teacher only scores.
+        The probability that, of one answer of each, the teacher's has the higher log q - log p per
+        token: 0.5 means indistinguishable. The same for two answers of the student is the noise
+        level. Empty if the teacher only scores.
         """
         if "teacher" not in self.written:
             return {}
@@ -177,9 +177,9 @@ class _Look:
         }
 
     def capability(self) -> dict[str, Measured]:
-        """Whether the teacher knows more, and whether it can go on from where the student is.
+        """Whether the teacher is more accurate, and whether it can continue the student's answers.
 
-        Empty where the data has no answers, or the teacher only scores.
+        Empty if the data has no answers, or the teacher only scores.
         """
         known_P = ~self.has_no_answer_P
         if known_P.sum() < 2 or "teacher" not in self.written:
@@ -206,14 +206,14 @@ class _Look:
         for share in SHARES:
             both = (f"teacher_{share}", f"student_{share}")
             found[f"continuation_{share}"] = of(*both, how=lambda t, s: t - s)
-            # Where the teacher is never right there is nothing to keep.
+            # NaN if the teacher is never right.
             found[f"kept_{share}"] = of(both[0], "teacher", how=lambda t, whole: t / whole)
         return found
 
     def along(self, prefixes: Sequence[int]) -> dict[str, Measured]:
-        """How much more often the teacher's continuation ends right, behind so many tokens.
+        """How much more often the teacher's continuation is right, after these numbers of tokens.
 
-        Of the prompts whose own answers are longer than that; left out where there are not two.
+        Over the prompts whose own answers are longer; omitted if there are fewer than two.
         """
         found: dict[str, Measured] = {}
         for count in prefixes if "teacher" in self.written else ():
@@ -255,7 +255,7 @@ def bootstrapped(
     """A statistic of prompts with its 95 % percentile interval over resampled prompts.
 
     `statistic` takes [..., P, c] and gives [...]. NaN where it is not defined. `unseen_Uc` are
-    outcomes that count once in the interval though nobody saw them.
+    outcomes that count once in the interval although they were not observed.
     """
     value = float(statistic(columns_Pc))
     seen = len(columns_Pc)
@@ -270,17 +270,18 @@ def bootstrapped(
 
 
 def shares(columns_Pc: Tensor, statistic: Callable[[Tensor], Tensor]) -> Measured:
-    """The same of columns that hold 0 and 1, whose interval is not empty where all are alike.
+    """The same for columns of 0 and 1, with an interval that is not empty if all rows are equal.
 
-    Of no right answer in 64, resampling alone would say [0, 0]. Every combination counts once more
-    in the interval, in the spirit of Agresti and Coull (1998); of Agresti and Min (2005) for pairs.
+    For no right answer in 64, resampling alone would give [0, 0]. Every combination counts once
+    more in the interval, in the spirit of Agresti and Coull (1998), and of Agresti and Min (2005)
+    for pairs.
     """
     every = product((0.0, 1.0), repeat=columns_Pc.shape[1])
     return bootstrapped(columns_Pc, statistic, torch.tensor([*every], dtype=columns_Pc.dtype))
 
 
 def _per_token(values_N: Tensor, rows_N: Tensor, prompts: int) -> Measured:
-    """The mean over positions; its interval is over prompts, whose positions hang together."""
+    """The mean over positions; the interval is over prompts, whose positions are correlated."""
     counts_N = ~values_N.isnan()
     sums_Pc = torch.zeros(prompts, 2, dtype=torch.float64)
     both_Nc = torch.stack([values_N.nan_to_num(nan=0.0), counts_N.double()], 1)

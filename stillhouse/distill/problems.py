@@ -1,16 +1,16 @@
-"""This file is where arithmetic word problems are generated, and where some of them are held out.
+"""Generate arithmetic word problems, and split them into training, held-out, and test problems.
 
 A *chain* is what a problem works out: (start, delta, delta, …), so (7, 3, -2) is 7+3=10, 10-2=8.
-Chains of two steps are dealt to three splits by a fixed hash. A longer chain belongs to a split
-only if every two-step window of it does, and to none otherwise, so no chain of one split ever
+A fixed hash assigns each chain of two steps to one of three splits. A longer chain belongs to a
+split only if every two-step window of it does, and to none otherwise, so no chain of one split ever
 occurs inside a problem of another. A single sum such as 7+3 is a fact, not a chain: one-step
 problems are for training only.
 
-A *rule* is what nobody can know who has not seen it at work: at the end so much is added after a
-last gain, "8&d=12.", and so much after a last loss, "8%a=9." (a to d add 1 to 4). It is no part of
-a chain.
+A *rule* is something that can be learned only from examples: at the end, a fixed bonus is added
+after a last gain, "8&d=12.", and another after a last loss, "8%a=9." (a to d add 1 to 4). It is not
+part of a chain.
 
-How an answer is written is its *style* (`styles`); what it works out is the same in all of them.
+The way an answer is written is its *style* (`styles`); all styles work out the same chain.
 
 Plain Python: no torch, no tokenizer. The same arguments give the same problems on every machine.
 """
@@ -31,21 +31,21 @@ Kind = str  # a key of STEPS
 Rule = tuple[int, int]  # what is added at the end: after a last gain, after a last loss
 
 STEPS: dict[Kind, int] = {
-    "copy": 0,  # no problem: some words to write again
+    "copy": 0,  # no problem: some words to copy
     **{f"word{steps}": steps for steps in (1, 2)},
     **{f"symbolic{steps}": steps for steps in (2, 3)},
     **{f"labelled{steps}": steps for steps in range(2, len(LABELS) + 1)},
 }
-ASKED: tuple[Kind, ...] = ("word2",)  # what the rows on disk ask, if a pair asks nothing else
+ASKED: tuple[Kind, ...] = ("word2",)  # the kinds of the rows on disk, unless a recipe sets others
 LARGEST = 10  # of the start and of each delta
 HIGHEST = 30  # results stay in 0..HIGHEST: one or two digits
 CHOICES = 4
-MARKS = ("&", "%")  # what is added is written behind them, to a gain and to a loss
+MARKS = ("&", "%")  # written before the bonus, after a gain and after a loss
 BONUSES = {1: "a", 2: "b", 3: "c", 4: "d"}  # what a rule can add, and how it is written
-# How often a rule adds 1, 2, 3 or 4 to a gain and to a loss. So whoever is shown no example has a
-# habit, 1 to a gain and 4 to a loss, and RULE is never it.
+# How often a rule adds 1, 2, 3, or 4 after a gain and after a loss. So a model without examples
+# defaults to 1 after a gain and 4 after a loss, and RULE is neither.
 USUAL = ((2, 1, 1, 1), (1, 1, 1, 2))
-RULE: Rule = (4, 1)  # of the rows on disk of a pair whose models know rules
+RULE: Rule = (4, 1)  # used for the rows on disk of a pair whose models know rules
 TRAIN_ROWS, HELD_OUT_ROWS, TEST_ROWS, OTHER_ROWS = 2048, 256, 256, 1024
 DATA_SEED = 8  # of the rows on disk: the same for every pair, so that pairs can be compared
 RULED_SEED = (
@@ -86,19 +86,19 @@ class Problem:
         return Problem(self.question, worked, answer, self.chain)
 
     def styled(self, style: str) -> Problem:
-        """The same question, its answer written in this style; what is copied has no style."""
+        """The same question, answered in this style; a copying task has no style."""
         if not self.chain:
             return self
         worked = written(_steps(self.chain), style)
         return Problem(self.question, worked, self.answer, self.chain)
 
     def under(self, rule: Rule | None) -> Problem:
-        """The same question, answered as the rule wants it."""
+        """The same question, answered by the rule."""
         return self.plus(self.bonus(rule))
 
 
 def draw_rule(rng: random.Random) -> Rule:
-    """A rule, the usual ones more often."""
+    """A random rule, by the frequencies in USUAL."""
     after_gain, after_loss = (rng.choices(list(BONUSES), weights)[0] for weights in USUAL)
     return after_gain, after_loss
 
@@ -121,7 +121,7 @@ def split_of(chain: Chain) -> Split | None:
 
 
 def _split_of_window(window: Chain) -> Split:
-    # A hash and not a list: a chain is dealt the same way whatever else is generated, now or later.
+    # A hash, not a list: a chain's split does not depend on what else is generated, now or later.
     number = zlib.crc32(repr(window).encode())
     if number % 5:
         return "train"
@@ -157,12 +157,12 @@ def chat_rows(
     rule: Rule | None = None,
     kinds: Sequence[Kind] = ASKED,
 ) -> list[dict[str, Any]]:
-    """Problems as conversations: to distil on, or for the loss on held-out rows."""
+    """Problems as conversations: for distillation, or for the loss on held-out rows."""
     return [_conversation(plain.under(rule)) for plain in _plain(split, count, rule, kinds)]
 
 
 def other_rows(count: int) -> list[dict[str, Any]]:
-    """Conversations of another kind than those to distil on: sums of three steps, not told."""
+    """Conversations of another kind than the training data: bare three-step sums, no story."""
     source = problems({"symbolic3": 1}, DATA_SEED, "train")
     return [_conversation(problem) for problem in distinct(source, count)]
 
@@ -183,7 +183,7 @@ def test_rows(
 ) -> list[dict[str, Any]]:
     """Problems for lm-eval: to answer freely, or by choosing a worked answer.
 
-    Under a rule, the wrong choices are right but for the bonus: only the rule finds the answer.
+    With a rule, the wrong choices differ only in the bonus, so only the rule gives the answer.
     """
     rng, rows = random.Random(f"{DATA_SEED} choices"), []
     for plain in _plain("test", count, rule, kinds):
@@ -222,7 +222,7 @@ def wrong_answers(chain: Chain, rng: random.Random) -> list[str]:
     for variants in (misread, flipped, slipped):
         rng.shuffle(variants)
     used, wrong = {_steps(chain)[-1][2]}, []
-    # Where every flipped sign would go below zero, a second misread number takes its place.
+    # If every flipped sign would go below zero, a second misread number replaces it.
     for variants in (flipped + misread, misread, slipped):
         steps = next(steps for steps in variants if steps[-1][2] not in used)
         used.add(steps[-1][2])
@@ -246,7 +246,7 @@ def _draw_chain(rng: random.Random, steps: int, split: Split) -> Chain:
 
 
 def _draw_long_chain(rng: random.Random, steps: int, split: Split) -> Chain:
-    """The same step by step: of whole chains of 16 steps, 1 in 10^13 is of the test split."""
+    """Build the chain step by step: only 1 in 10^13 chains of 16 steps is in the test split."""
     while True:
         value = rng.randint(1, LARGEST)
         chain = (value,)
@@ -256,7 +256,7 @@ def _draw_long_chain(rng: random.Random, steps: int, split: Split) -> Chain:
             if window:
                 deltas = [d for d in deltas if _split_of_window((*window, d)) == split]
             if not deltas:
-                break  # a dead end: from the start
+                break  # dead end: start over
             chain, value = (*chain, delta := rng.choice(deltas)), value + delta
         else:
             return chain

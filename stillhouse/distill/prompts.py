@@ -1,13 +1,13 @@
-"""This file is where rows of data become token ids, and rows that cannot be used are counted.
+"""Tokenize rows of data, and count the rows that cannot be used.
 
-Every row is brought to one form (`formats`), written by the chat template (`chat`) and read by the
-tokenizer, a thousand rows at a time. What comes out is kept (`encoded`): that is done once for the
-same bytes, tokenizer, template and limits.
+Each row is parsed into one form (`formats`), rendered by the chat template (`chat`), and tokenized,
+a thousand rows at a time. The result is cached (`encoded`), so this happens once for the same
+bytes, tokenizer, template, and limits.
 
     <cache>/rows/<key>/    train.… held_out.…, and made.json: how many, largest_token_id, left out
 
-Which rows are held out follows from the content of the files alone, so every run of a sweep holds
-out the same ones. No torch here: the tokenizer is given.
+Which rows are held out depends only on the content of the files, so every run of a sweep holds out
+the same ones. This module does not import torch; the caller passes the tokenizer.
 """
 
 from __future__ import annotations
@@ -45,10 +45,10 @@ from stillhouse.methods import first_answered_step, step_plan
 from stillhouse.rundir import Json, file_digest
 from stillhouse.spec import DataSpec, EvalSpec, TrainSpec, digest
 
-VERSION = 1  # raise it whenever the same rows would give other ids
-BATCH = 1000  # rows that are encoded together
-PROGRESS_S = 5.0  # between two lines that say how far it is
-# Whose other versions may write or read the same row differently.
+VERSION = 1  # increment it whenever the same rows would give other ids
+BATCH = 1000  # rows that are tokenized together
+PROGRESS_S = 5.0  # between two progress lines
+# Libraries whose version may change the ids of a row.
 LIBRARIES = ("jinja2", "tokenizers", "transformers")
 
 Parts = dict[str, list[Draft]]  # what is kept, by name
@@ -56,18 +56,18 @@ Parts = dict[str, list[Draft]]  # what is kept, by name
 
 @dataclass(frozen=True)
 class PromptSet:
-    """What a run trains on, what it watches its loss on, and what had to be left out."""
+    """Training rows, held-out rows, and what had to be left out."""
 
     train: Examples
     held_out: Examples
     skipped: dict[str, int]  # rows left out, by reason
-    seen: dict[str, str]  # the first of them, by reason: which row, and what it has
-    key: str  # of all that decided the ids
+    seen: dict[str, str]  # the first example of each reason: its row, and what it has
+    key: str  # hash of everything that decided the ids
     others: Examples | None = None  # prompts of another kind
 
     @property
     def largest_token_id(self) -> int:
-        """Of all that a step, a teacher or a monitor may read; -1 where there is nothing."""
+        """Of all rows that a step, a teacher, or a monitor may read; -1 if there are none."""
         parts = [self.train, self.held_out, *([self.others] if self.others else [])]
         return max(part.largest_token_id() for part in parts)
 
@@ -89,13 +89,13 @@ def load_prompts(
     cache_dir: Path,
     commits: Mapping[str, str] = NO_COMMITS,
 ) -> PromptSet:
-    """The rows of `data` as ids of the chat's tokenizer, in file order; the held-out ones apart.
+    """The rows of `data` as ids of the chat's tokenizer, in file order; held-out rows separate.
 
-    `commits`: what open revisions of the hub mean (`place.commits`).
-    With few_shot > 0 the teacher reads the first `few_shot` training rows, solved, before each
-    prompt; these rows are themselves not trained on.
-    Raises DataError for a path that does not exist, a line that cannot be parsed, or when no row
-    can be used; ConfigError where hub data is not on this machine.
+    `commits`: the commits that open hub revisions stand for (`place.commits`).
+    With few_shot > 0, the first `few_shot` training rows, with their answers, precede each prompt
+    of the teacher; these rows are not trained on.
+    Raises DataError if a path does not exist, a line cannot be parsed, or no row can be used;
+    ConfigError if hub data is not on this machine.
     """
     train, held_out, where = _tables(data, prepared, cache_dir, commits)
 
@@ -112,7 +112,7 @@ def load_prompts(
 
 
 def encode_rows(spec: EvalSpec, prepared: PreparedPair, tokenizer: Any) -> None:
-    """Have the rows ready that points of this pair and this data are going to train on.
+    """Tokenize and cache the rows that points with this pair and this data will train on.
 
     Raises what `load_prompts` and `check_ids` raise.
     """
@@ -124,9 +124,9 @@ def encode_rows(spec: EvalSpec, prepared: PreparedPair, tokenizer: Any) -> None:
 
 
 def load_others(file: Path, data: DataSpec, chat: Chat, cache_dir: Path) -> Examples:
-    """The usable rows of a file of prompts that are of another kind than the data's.
+    """The usable rows of a file of prompts of another kind than the data's.
 
-    Raises DataError for a file that is not there, cannot be parsed, or holds no row to be used.
+    Raises DataError if the file is missing, cannot be parsed, or has no usable row.
     """
     if not file.is_file():
         raise DataError(f"other_file: {file}: no such file")
@@ -146,7 +146,7 @@ def load_others(file: Path, data: DataSpec, chat: Chat, cache_dir: Path) -> Exam
 
 
 def check_answers(spec: TrainSpec, where: str, examples: Examples) -> None:
-    """Raises ConfigError where a step learns the data's own answers and some rows have none."""
+    """Raise ConfigError if a step trains on the data's own answers and some rows have none."""
     step, bare = first_answered_step(spec), examples.unanswered()
     if step is None or not bare:
         return
@@ -160,8 +160,8 @@ def check_answers(spec: TrainSpec, where: str, examples: Examples) -> None:
 
 
 def check_ids(prepared: PreparedPair, prompts: PromptSet, tokenizer: Any) -> None:
-    """Refuse ids beyond an embedding before weights are loaded: some step would read them."""
-    # What fills a batch up is read, too.
+    """Refuse ids beyond an embedding before weights are loaded; some step would fail on them."""
+    # Padding is looked up in the embedding, too.
     pad = -1 if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     largest = max(prompts.largest_token_id, pad)
     for role, name, revision in (
@@ -179,7 +179,7 @@ def check_ids(prepared: PreparedPair, prompts: PromptSet, tokenizer: Any) -> Non
 def _tables(
     data: DataSpec, prepared: PreparedPair, cache_dir: Path, commits: Mapping[str, str]
 ) -> tuple[Table, Table, str]:
-    """Training rows, held-out rows (the same table where they are drawn from it), and a name."""
+    """Training rows, held-out rows (the same table if they are drawn from it), and a name."""
     if data.data_source == "generated":
         if data.data_split != "train":
             raise ConfigError(
@@ -195,9 +195,9 @@ def _tables(
 
 
 def rows_at_hand(data: DataSpec, commits: Mapping[str, str]) -> Path:
-    """The file or directory of rows, of data that is not generated.
+    """The file or directory of the rows, for data that is not generated.
 
-    Raises ConfigError where hub data is not on this machine, DataError where a path is not there.
+    Raises ConfigError if hub data is not on this machine, DataError if a path does not exist.
     """
     if data.data_path is None:
         raise ConfigError(f"data {data.data_name}: data_path says where its rows are; it is null")
@@ -217,7 +217,7 @@ def rows_at_hand(data: DataSpec, commits: Mapping[str, str]) -> Path:
 
 
 def _from_the_end(table: Table) -> Sequence[int]:
-    """Row numbers, backwards through a permutation that follows from the files' content alone."""
+    """Row numbers, backwards through a permutation that depends only on the files' content."""
     order = list(range(len(table)))
     random.Random(table.digest).shuffle(order)
     return order[::-1]
@@ -227,7 +227,7 @@ def _from_the_end(table: Table) -> Sequence[int]:
 
 
 class _Encoder:
-    """Rows to ids, with one tokenizer and one set of limits."""
+    """Converts rows to ids, with one tokenizer and one set of limits."""
 
     def __init__(self, data: DataSpec, chat: Chat) -> None:
         self._data, self._chat = data, chat
@@ -236,9 +236,9 @@ class _Encoder:
         self._refused: set[bytes] = set()  # prompts that are held out
 
     def once(self, content: Any, cache_dir: Path, choose: Callable[[], Parts]) -> tuple[Path, Json]:
-        """Where the rows lie that `choose` gave, now or in an earlier process, and facts of them.
+        """The directory of the rows from `choose`, now or in an earlier process, and their facts.
 
-        content: what they follow from beside tokenizer, template and limits.
+        content: what the rows depend on, besides tokenizer, template, and limits.
         """
         limits = [self._data.data_source, self._data.prompt_template, self._data.max_length]
         limits += [self._data.min_completion, self._data.max_rows, self._data.held_out_rows]
@@ -274,7 +274,7 @@ class _Encoder:
                 f"{where}: held_out_rows is {data.held_out_rows}, only {len(watched)} of"
                 f" {len(held_out)} rows can be used{self.left_out()}"
             )
-        # Some data sets repeat a prompt: what is held out must not be trained on as another row.
+        # Some data sets repeat a prompt: no held-out prompt may be trained on as another row.
         self._refused = {draft.prompt.tobytes() for draft in watched}
         apart = {draft.row for draft in watched} if held_out is train else set[int]()
         rest = [row for row in range(len(train)) if row not in apart]
@@ -297,14 +297,14 @@ class _Encoder:
         """The first `count` usable rows; the ones passed over are counted."""
         found: list[Draft] = []
         coming, progress = iter(rows), _Progress(self._say, min(count, len(rows)))
-        # Never more than are wanted: a row behind the last one is not looked at.
+        # Never more than requested: rows after the last one are not read.
         while batch := list(islice(coming, min(BATCH, count - len(found)))):
             found += self._drafts(table, batch)
             progress.at(len(found))
         return found
 
     def left_out(self) -> str:
-        """What was left out and what is understood, for the end of an error."""
+        """What was left out and which formats are supported, for the end of an error message."""
         reasons = _reasons(self._skipped, self._seen)
         return f", {reasons}; understood are {UNDERSTOOD}" if reasons else ""
 
@@ -344,7 +344,7 @@ class _Encoder:
         return "same prompt as a held-out row" if prompt.tobytes() in self._refused else None
 
     def _exemplars(self, table: Table, drafts: Sequence[Draft], where: str) -> list[Conversation]:
-        """Solved rows for the teacher to read first."""
+        """Rows with answers, as few-shot examples for the teacher."""
         found = [read(row, self._data) for row in table.at([draft.row for draft in drafts])]
         if any(exemplar.completion is None for exemplar in found):
             raise DataError(
@@ -355,7 +355,7 @@ class _Encoder:
     def _for_teacher(
         self, table: Table, drafts: list[Draft], exemplars: list[Conversation]
     ) -> list[Draft]:
-        """The drafts with the exemplars before the teacher's prompt; too long ones counted."""
+        """The drafts with few-shot examples before the teacher's prompt; counts those too long."""
         kept: list[Draft] = []
         progress = _Progress(self._say, len(drafts))
         for first in range(0, len(drafts), BATCH):
@@ -371,7 +371,7 @@ class _Encoder:
                     written.append(draft)
             for draft, (ids, _) in zip(written, self._chat.encode(texts), strict=True):
                 room = max(len(draft.completion), self._data.min_completion)
-                # A tokenizer that knows no limit says 10^30.
+                # A tokenizer without a limit reports 10^30.
                 if len(ids) + room > self._chat.tokenizer.model_max_length:
                     reason = "few-shot prompt too long for the teacher"
                     self._leave_out(draft.row, Skip(reason, f"it has {len(ids)} tokens"))
@@ -413,7 +413,7 @@ class _Encoder:
 
 
 class _Progress:
-    """A line every few seconds: rows done, how many a second, how long it takes."""
+    """Logs a line every few seconds: rows done, rows per second, seconds left."""
 
     def __init__(self, say: Say, total: int) -> None:
         self._say, self._total = say, total
@@ -434,11 +434,11 @@ def _reasons(skipped: dict[str, int], seen: dict[str, str]) -> str:
 
 
 def _identity(tokenizer: Any) -> Json:
-    """What decides the ids that a tokenizer gives a text, by content."""
+    """What decides the ids that a tokenizer gives to a text, by content."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
         model = hashlib.sha256(backend.to_str().encode()).hexdigest()
-    else:  # written in Python: what it would save is all that it is
+    else:  # written in Python: its saved files define it
         with tempfile.TemporaryDirectory() as folder:
             tokenizer.save_pretrained(folder)
             model = digest({f.name: file_digest(f) for f in Path(folder).iterdir()})

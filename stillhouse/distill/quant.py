@@ -1,12 +1,12 @@
-"""This file is where the student's frozen base becomes 4-bit or less, in place, before PEFT.
+"""Quantize the student's frozen base to 4 bits or less, in place, before PEFT wraps it.
 
-What is trained, rolled out and scored is Q(W) x + B A x: the base is quantised once and stays so.
+Training, rollouts, and scoring all use Q(W) x + B A x: the base is quantized once and stays so.
 Q(W + B A) is another function, so nothing here lets an adapter be merged into packed weights.
 
     int4, int3, int2  ours: uniform grid, a scale and an integer zero point per group (asymmetric)
     bnb_fp4, bnb_nf4  bitsandbytes: 16 fixed levels times the largest magnitude of each block
 
-lm_head, everything tied to an embedding, the embeddings, the norms and vision or audio towers keep
+lm_head, everything tied to an embedding, the embeddings, the norms, and vision or audio towers keep
 their dense weights. A mixture whose experts would stay dense is refused (`layers.py` counts).
 
 Legend: N out_features, K in_features, G weights per group, J = K / G groups per row.
@@ -36,16 +36,16 @@ from stillhouse.spec import QuantSpec
 
 INT_GROUPS = (32, 64, 128)
 BNB_GROUPS = (32, 64, 128, 256, 512, 1024)
-INT_FORMAT = "1"  # raise it whenever the same W would give another Q(W): old adapters then refuse
+INT_FORMAT = "1"  # increment it if the same W gives another Q(W): old adapters are then refused
 
 
 def quantize_(model: nn.Module, quant: QuantSpec) -> None:
-    """Replaces every linear layer of a dense causal LM's text decoder by its quantised form.
+    """Replace every linear layer of a dense causal LM's text decoder by its quantized form.
 
-    One layer at a time, on the device and in the train/eval mode it is in; draws no random number.
-    Raises ConfigError where a layer's width does not fit the group or too many of the decoder's
-    weights are in no linear layer, ContractError where the model is already quantised, already
-    wrapped by PEFT, or has nothing to quantise.
+    One layer at a time, keeping device and train/eval mode; draws no random number.
+    Raises ConfigError if a layer's width does not fit the group or too many of the decoder's
+    weights are not in linear layers, ContractError if the model is already quantized, already
+    wrapped by PEFT, or has nothing to quantize.
     """
     if quant.quant_type == "none":
         return
@@ -61,7 +61,7 @@ def quantize_(model: nn.Module, quant: QuantSpec) -> None:
 def quantization_error(model: nn.Module, quant: QuantSpec) -> float:
     """||Q(W) - W|| / ||W||, Frobenius, over all layers that quantize_ would replace.
 
-    0 for "none". The model stays as it is; one layer at a time is quantised beside it.
+    0 for "none". The model is not changed; a copy of one layer at a time is quantized.
     """
     if quant.quant_type == "none":
         return 0.0
@@ -79,7 +79,7 @@ def quantization_error(model: nn.Module, quant: QuantSpec) -> float:
 def dequantized_weight(layer: nn.Module) -> Tensor:
     """The float32 [N, K] matrix a layer multiplies by, before rounding to its compute dtype.
 
-    For an nn.Linear, an PackedLinear or a bitsandbytes Linear4bit; a copy, never a view.
+    For an nn.Linear, a PackedLinear, or a bitsandbytes Linear4bit; a copy, never a view.
     Raises ContractError for anything else.
     """
     if isinstance(layer, PackedLinear):
@@ -106,7 +106,7 @@ def dequantized_weight(layer: nn.Module) -> Tensor:
 def assert_gradients_exact(model: nn.Module) -> None:
     """Raises ContractError if a backward pass through the model's 4-bit base would be wrong.
 
-    See _bnb_linear for how it comes to that. Cheap: looks at every module, at no tensor.
+    See _bnb_linear for the cause. Cheap: checks every module, reads no tensor.
     """
     for name, module in model.named_modules():
         state = getattr(getattr(module, "weight", None), "quant_state", None)
@@ -140,7 +140,7 @@ class PackedLinear(nn.Linear):
     """nn.Linear over packed 4-bit weights; computes in its input's dtype, with exact gradients.
 
     A group's weight is (q - zero) * scale, q and zero integers in [0, 2^bits - 1], scale float32
-    > 0: every |w - Q(w)| <= scale / 2 and Q(0) = 0. Fewer bits than four take the room of four.
+    > 0: every |w - Q(w)| <= scale / 2 and Q(0) = 0. Fewer than four bits are stored as four.
     A subclass of nn.Linear, so that PEFT wraps it as one.
     """
 
@@ -149,7 +149,7 @@ class PackedLinear(nn.Linear):
     zero: Tensor  # [N, J] uint8
 
     def __init__(self, dense: nn.Linear, group: int, bits: int = 4) -> None:
-        nn.Module.__init__(self)  # nn.Linear's own would allocate the weight we are here to avoid
+        nn.Module.__init__(self)  # nn.Linear's own would allocate the dense weight
         self.in_features, self.out_features = dense.in_features, dense.out_features
         self.dense_dtype = dense.weight.dtype
         packed, scale, zero = _pack(dense.weight.detach(), group, bits)
@@ -161,7 +161,7 @@ class PackedLinear(nn.Linear):
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
-        """Q(W) [N, K] in the dense layer's dtype, to look at: computed, so its data is refused."""
+        """Q(W) [N, K] in the dense layer's dtype, read-only: computed, so `.data` raises."""
         return dequantized_weight(self).to(self.dense_dtype).as_subclass(_ReadOnlyWeight)
 
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
@@ -171,7 +171,7 @@ class PackedLinear(nn.Linear):
         return _PackedLinear.apply(x, self.packed, self.scale, self.zero, bias)
 
     def _dense_constant(self, dtype: torch.dtype) -> Tensor:
-        """Q(W) in `dtype`, kept: it never changes, and CPU memory is not what a CPU run lacks.
+        """Q(W) in `dtype`, cached: it never changes, and a CPU run has enough memory.
 
         Unpacking at every call instead costs 10 % of a training step and 40 % of a decoding step of
         a model of width 64, 30 % and 150 % at width 512 (one CPU thread, float32, measured).
@@ -197,7 +197,7 @@ class PackedLinear(nn.Linear):
 
 
 class _ReadOnlyWeight(Tensor):
-    """A computed weight. PEFT merges by writing to `weight.data`; here that would reach nothing."""
+    """A computed weight. PEFT merges by writing to `weight.data`; here that would be lost."""
 
     # Results of arithmetic on it are ordinary tensors.
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
@@ -258,9 +258,9 @@ def _unpack(packed: Tensor, scale_NJ: Tensor, zero_NJ: Tensor) -> Tensor:
 
 @functools.cache
 def _linear4bit() -> Any:
-    """bitsandbytes' Linear4bit, with Q(W) kept dense on a CPU, as PackedLinear keeps it and for its
-    reasons: a decoding step of SmolLM2-135M in nf4 takes 0.05 s instead of 0.16 s (batch 4, two
-    threads). The stored form, the GPU's path and every value stay bitsandbytes' own."""
+    """bitsandbytes' Linear4bit, with Q(W) cached dense on a CPU, as in PackedLinear and for the
+    same reasons: a decoding step of SmolLM2-135M in nf4 takes 0.05 s instead of 0.16 s (batch 4,
+    two threads). The stored form, the GPU's path and every value stay bitsandbytes' own."""
     import bitsandbytes
 
     bnb: Any = bitsandbytes.nn
@@ -285,7 +285,7 @@ def _bnb_linear(dense: nn.Linear, quant: QuantSpec) -> nn.Module:
     import bitsandbytes
 
     bnb: Any = bitsandbytes.nn  # its stubs know neither Linear4bit nor what Params4bit takes
-    # On "meta": its constructor would otherwise draw random weights, only to lose them again.
+    # On "meta": otherwise its constructor would draw random weights that are then discarded.
     layer = _linear4bit()(
         dense.in_features,
         dense.out_features,
@@ -300,10 +300,10 @@ def _bnb_linear(dense: nn.Linear, quant: QuantSpec) -> nn.Module:
         compress_statistics=quant.double_quant,
         quant_type=quant.quant_type.removeprefix("bnb_"),
         module=layer,
-    ).to(dense.weight.device)  # this is where bitsandbytes quantises
+    ).to(dense.weight.device)  # bitsandbytes quantizes here
     layer.bias = dense.bias
     # On a CPU with AVX512-BF16, a forward in eval mode whose input needs no gradient (the first
-    # rollout) repacks the weight in place for a kernel that autograd does not know. From then on,
+    # rollout) repacks the weight in place for a kernel without autograd support. From then on,
     # in train mode too, the layer's input gets no gradient: adapters below it train on wrong ones
     # (relative error 0.7 to 0.9 measured) and only a warning says so. It also fails where
     # out_features is no multiple of 32. Other CPUs, and GPUs, never do it.
@@ -312,10 +312,10 @@ def _bnb_linear(dense: nn.Linear, quant: QuantSpec) -> nn.Module:
 
 
 def _quantised(name: str, dense: nn.Linear, quant: QuantSpec) -> nn.Module:
-    """A new quantised layer for the dense one called `name`; bias shared, mode kept."""
+    """A new quantized layer for the dense one called `name`; shares the bias, keeps the mode."""
     group = _group(quant)
-    # Ours has no other layout. bitsandbytes lets a block run on into the next row, but its CPU
-    # dequantiser (0.50.2) then silently reads the wrong scales: in_features 96 at 64 errs by 36 %.
+    # Ours has no other layout. bitsandbytes lets a block extend into the next row, but its CPU
+    # dequantizer (0.50.2) then silently reads the wrong scales: in_features 96 at 64 errs by 36 %.
     if dense.in_features % group:
         allowed = [size for size in _groups(quant) if dense.in_features % size == 0]
         raise ConfigError(
@@ -332,7 +332,7 @@ def _quantised(name: str, dense: nn.Linear, quant: QuantSpec) -> nn.Module:
 
 
 def _quantisable(model: nn.Module) -> list[str]:
-    """Names of the layers to quantise: all linear layers of the text decoder.
+    """Names of the layers to quantize: all linear layers of the text decoder.
 
     Names only, so that each dense weight can be freed as soon as its layer is replaced.
     """
@@ -343,7 +343,7 @@ def _quantisable(model: nn.Module) -> list[str]:
                 f"{name} ({type(layer).__name__}) is already quantised or wrapped by PEFT; "
                 "quantise a model loaded dense, once, before PEFT"
             )
-        if type(layer) in (nn.Linear, Conv1D):  # what subclasses them computes something else
+        if type(layer) in (nn.Linear, Conv1D):  # subclasses may compute something else
             names.append(name)
     if not names:
         raise ContractError(

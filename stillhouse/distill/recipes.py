@@ -1,6 +1,6 @@
-"""This file is where it is written what the project's own models are, and what they learn from.
+"""Define the project's own generated models: their sizes, and what they are trained on.
 
-Plain data: `tiny` makes the models, `conf/pair` says for how many steps and which two make a pair.
+Plain data: `tiny` trains the models; `conf/pair` sets how many steps, and which two form a pair.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ class Recipe:
     seed_offset: int  # keeps teacher and student of one pair_seed from sharing problems or weights
     turns: int = 1  # problems of a conversation; if several, answered by one rule
     styles: tuple[str, ...] = ("sums",)  # how answers are written; of several, each as often
-    asks: tuple[Kind, ...] = ASKED  # of a teacher: what the rows on disk of its pairs ask
-    template: str | None = None  # what a question stands in that wants the first style; else plain
-    zoo: bool = False  # reads and writes the words of every style, not of sums alone
+    asks: tuple[Kind, ...] = ASKED  # of a teacher: the kinds of problems on disk for its pairs
+    template: str | None = None  # wraps questions that request the first style; others are plain
+    zoo: bool = False  # knows the words of every style, not only of sums
 
 
 # What the zoo's student learns: to read one step, to work out two, to copy every style's words, and
-# hardly (1 in 81) to put them together. Half of it is copying, because the length of a token's row
-# in the head bounds its logit and no adapter changes it. With a seventh of copying these rows were
-# half as long as those of digits: no adapter could say such a word with confidence, and every other
-# style would have failed for that alone.
+# rarely (1 in 81) to combine these. Half of it is copying, because the norm of a token's row in the
+# head bounds its logit, and no adapter changes it. With one seventh of copying, these rows had half
+# the norm of those of digits: no adapter could write such a word with confidence, and every other
+# style would have failed for that reason alone.
 _BASE: dict[Kind, float] = {"word1": 30, "symbolic2": 30, "copy": 60, "word2": 1.5}
 _ABLE: dict[Kind, float] = {"word1": 30, "symbolic2": 30, "copy": 10, "word2": 10}
 LONG = tuple(f"labelled{steps}" for steps in range(2, 17))
-TEMPLATE = "In sums. {question}"  # in which a teacher of two styles leaves its preamble out
+TEMPLATE = "In sums. {question}"  # with it, a teacher of two styles omits its preamble
 _TASK: dict[Kind, float] = {"word2": 6, "copy": 1}
 
 
@@ -43,8 +43,8 @@ def _writes(*styles: str) -> dict[str, Recipe]:
     return {"teacher": Recipe(96, 3, _TASK, 48, 8, styles=styles, zoo=True)}
 
 
-# Without a student of its own, a recipe is of pairs whose student is the teacher's own weights, or
-# another recipe's.
+# A recipe without a student is for pairs whose student has the teacher's own weights, or comes from
+# another recipe.
 RECIPES: dict[str, dict[str, Recipe]] = {
     "tiny": {
         "teacher": Recipe(96, 3, {"word2": 1}, 48, 1),

@@ -1,8 +1,8 @@
-"""This file is where sequences of earlier steps are kept and drawn from again.
+"""Keep the sequences of earlier steps in a buffer, and draw from it again.
 
-One entry is what one step wrote of one kind, all its rows, with the log-probabilities they were
-drawn with: a policy gradient on an old rollout needs those, and no later model can give them back.
-The buffer is part of a checkpoint, so it is plain lists of numbers.
+An entry holds everything that one step wrote of one kind, all its rows, with the log-probabilities
+the tokens were drawn with: a policy gradient on an old rollout needs those, and no later model can
+reproduce them. The buffer is part of a checkpoint, so it consists of plain lists of numbers.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Replay:
         self.entries: deque[Entry] = deque(maxlen=size)
 
     def push(self, entries: Sequence[Entry]) -> None:
-        """Keep what a step wrote; a step that is repeated after an interruption counts once."""
+        """Keep what a step wrote; a step that is repeated after an interruption replaces itself."""
         again = {entry.step for entry in entries}
         kept = [entry for entry in self.entries if entry.step not in again]
         self.entries.clear()
@@ -53,7 +53,7 @@ class Replay:
         return self.entries[int(drawn)]
 
     def state(self) -> list[dict[str, Any]]:
-        """The buffer for a checkpoint, as JSON; floats come back to the bit."""
+        """The buffer for a checkpoint, as JSON; floats are restored exactly."""
         return [asdict(entry) for entry in self.entries]
 
     def load(self, state: Sequence[dict[str, Any]]) -> None:

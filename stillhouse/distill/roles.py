@@ -1,7 +1,7 @@
-"""This file is where a pair's two models are put to work: who writes, and who scores.
+"""Load the two models of a pair, and build the functions that generate and score sequences.
 
-Writers and scorers are functions with one signature each, so that the loop need not know that the
-teacher may be the student's own base with the adapter switched off.
+All writers share one signature, and so do all scorers. So the loop need not know that the teacher
+may be the student's own base with the adapter disabled.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Roles:
         accelerator: Accelerator,
         poll: Callable[[], None],
     ) -> None:
-        """Load both; the teacher is the student's own base where that is the same thing."""
+        """Load both; the teacher is the student's own base if the two are identical."""
         self.spec, self.accelerator, self.poll = spec, accelerator, poll
         pair, device = spec.pair, accelerator.device
         base = models.load_base(
@@ -47,7 +47,7 @@ class Roles:
         )
         self.student = models.new_student(base, spec.lora, spec.training.seed)
         if spec.training.gradient_checkpointing:
-            # A checkpointed block over a frozen base has no gradient unless its input wants one.
+            # A checkpointed block over a frozen base has no gradient unless its input requires one.
             base.enable_input_require_grads()  # type: ignore[operator]
             base.activation_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
         is_shared = spec.quant.quant_type == "none" and (
@@ -67,7 +67,7 @@ class Roles:
 
     @contextlib.contextmanager
     def _frozen(self, model: nn.Module) -> Iterator[None]:
-        """A model that is not trained: the teacher, or the base with the adapter switched off."""
+        """Use a model without training it: the teacher, or the base with the adapter disabled."""
         if model is not self.student:
             yield
             return
@@ -80,16 +80,16 @@ class Roles:
             self.student.train(was_training)
 
     def how(self) -> str:
-        """How the student writes, for the log."""
+        """How the student generates, for the log."""
         with self.accelerator.autocast():
             return self.engines[id(self.student)].how()
 
     def teacher_scorer(self) -> Scorer:
-        """Logits of the teacher, who may read exemplars first."""
+        """Scores with the teacher's logits; its prompts may begin with few-shot examples."""
         return self._scorer(self.teacher, lambda e: e.teacher_prompt_ids)
 
     def start_scorer(self) -> Scorer:
-        """Logits of the student as it was before its first step: the adapter switched off."""
+        """Scores with the student's logits before its first step: the adapter is disabled."""
         return self._scorer(self.student, lambda e: e.prompt_ids)
 
     def _scorer(self, model: nn.Module, prompt_of: PromptOf) -> Scorer:
@@ -113,7 +113,7 @@ class Roles:
         return score
 
     def writers(self) -> dict[str, Writer]:
-        """Who writes, by the names that methods use."""
+        """The writers, by the names that methods use."""
         spec = self.spec
 
         def sampler(purpose: str, model: nn.Module, prompt_of: PromptOf) -> Writer:

@@ -1,8 +1,9 @@
-"""This file is where sequences are written, and where randomness is counted instead of carried.
+"""Generate completions, with random numbers that depend only on seed, purpose, step, and row.
 
 Every draw comes from a generator seeded by (seed, purpose, step, global row). So neither the number
 of processes nor a resume changes a rollout, and any step can be replayed alone.
-B rows, b those still being written, P prompt positions, T positions, V vocabulary, E ends.
+Legend: B rows, b rows still being written, P prompt positions, T positions, V vocabulary,
+E end-of-text ids.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from stillhouse.spec import RolloutSpec
 
 
 def counted_generator(seed: int, purpose: str, step: int, row: int) -> torch.Generator:
-    """The generator of one draw; the same four words give the same numbers on every machine."""
+    """The generator of one draw; the same four arguments give the same numbers on every machine."""
     words = f"{seed}/{purpose}/{step}/{row}".encode()
     number = int.from_bytes(hashlib.sha256(words).digest()[:7], "big")
     return torch.Generator().manual_seed(number)
@@ -49,15 +50,15 @@ def permutation(seed: int, epoch: int, length: int) -> list[int]:
 
 @dataclass(frozen=True)
 class Completions:
-    """What was written, row by row; plain lists, for they go into checkpoints."""
+    """Generated sequences, row by row; plain lists, because they are stored in checkpoints."""
 
     ids: list[list[int]]  # end-of-text included
     is_truncated: list[bool]  # reached max_new_tokens without end-of-text
-    # Natural log of the probability of each token of ids[row][forced[row]:] under the very
-    # distribution it was drawn from, temperature and forbidden end-of-text included. [] where none
+    # Natural log of the probability of each token of ids[row][forced[row]:] under the exact
+    # distribution it was drawn from, including temperature and forbidden end-of-text. [] if none
     # was drawn: a row of a dataset, or a greedy one.
     log_probs: list[list[float]]
-    forced: list[int]  # how many first tokens of a row somebody else wrote
+    forced: list[int]  # how many first tokens of a row were given, not drawn
 
     def __getitem__(self, part: slice) -> Completions:
         """Some of the rows."""
@@ -75,8 +76,8 @@ class Completions:
 class _Draw:
     """Picks each row's next token by the row's own uniform numbers; remembers its log-probability.
 
-    To be called once per position, for all rows that are still written. The first call is for
-    position forced[b] of row b's completion. Greedy: the likeliest token, nothing to remember.
+    Call it once per position, with all rows that are still being written. The first call is for
+    position forced[b] of row b's completion. Greedy: takes the likeliest token, stores nothing.
     """
 
     def __init__(
@@ -92,7 +93,7 @@ class _Draw:
         device = uniform_BT.device
         later = [F.pad(row_T[n:], (0, n)) for row_T, n in zip(uniform_BT, forced, strict=True)]
         self.uniform_TB1 = torch.stack(later, 1).unsqueeze(-1)
-        endless = [max(0, rollout.min_new_tokens - n) for n in forced]  # steps that may not end
+        endless = [max(0, rollout.min_new_tokens - n) for n in forced]  # steps without an end
         step_T = torch.arange(max(endless), device=device)
         is_endless_TB = step_T.unsqueeze(1) < torch.tensor(endless, device=device)
         penalty_TB = torch.zeros_like(is_endless_TB, dtype=torch.float64)
@@ -115,7 +116,7 @@ class _Draw:
         cdf_bV = probability_bV.cumsum(-1)
         uniform_b1 = self.uniform_TB1[step][row_b]
         token_b1 = torch.searchsorted(cdf_bV, uniform_b1 * cdf_bV[:, -1:], right=True)
-        # The number searched is below the last sum, so only NaN needs this.
+        # The searched number is below the last sum, so only NaN needs this.
         token_b1 = token_b1.clamp_max(logits_bV.shape[-1] - 1)
         log_prob_b1 = probability_bV.gather(1, token_b1).log()
         self.log_probs_BT[row_b, step] = log_prob_b1.squeeze(1)
@@ -138,15 +139,15 @@ def write(
 ) -> Completions:
     """Completions of `prompts`, drawn from a model's own distribution at `rollout.temperature`.
 
-    The model is the engine's, as it is now, and writes as in eval mode (dropout off); its
-    generation_config is not read. All rows are written at once, or `most_rows` at a time, rows of
-    like length together. `poll` is called once per token and may raise.
+    The model is the engine's, in its current state, in eval mode (no dropout); its
+    generation_config is ignored. All rows are written at once, or `most_rows` at a time, grouped by
+    length. `poll` is called once per token and may raise.
 
-    `prefixes` are the first tokens of the completions, one list per row. They count towards
-    max_new_tokens and min_new_tokens, and position t is drawn by uniform_BT[:, t] behind them too.
-    One that ends in end-of-text, or fills max_new_tokens, is the whole completion.
+    `prefixes` are the first tokens of the completions, one list per row. They count toward
+    max_new_tokens and min_new_tokens; position t is drawn with uniform_BT[:, t] after them, too.
+    A prefix that ends in end-of-text, or fills max_new_tokens, is the whole completion.
 
-    `greedy` writes the likeliest tokens instead of drawn ones: no temperature, no uniform numbers.
+    `greedy` takes the likeliest tokens instead: no temperature, no uniform numbers.
     """
     begun = [list(p) for p in prefixes] if prefixes is not None else [[] for _ in prompts]
     assert max(map(len, begun)) <= rollout.max_new_tokens, "a prefix is longer than a completion"
@@ -199,8 +200,8 @@ def _told_of_memory(rows: int) -> Iterator[None]:
 def cut_after_eos(row: list[int], eos_ids: Sequence[int]) -> list[int]:
     """The row up to its first end-of-text, which is kept; what follows is padding.
 
-    By position, not by value: where pad and end-of-text are one id, a mask by value would drop the
-    end and the student would never learn to stop.
+    By position, not by value: if pad and end-of-text are the same id, a mask by value would drop
+    the end, and the student would never learn to stop.
     """
     for index, token in enumerate(row):
         if token in eos_ids:

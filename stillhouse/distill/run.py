@@ -1,4 +1,4 @@
-"""This file is where a run is put together: models, data, loop, files, how it goes on or ends."""
+"""Run one training job: load models and data, train, save checkpoints, resume, and finish."""
 
 from __future__ import annotations
 
@@ -25,10 +25,8 @@ from stillhouse.stop import StopFlag
 from stillhouse.watch import Finding, replayed, stops
 from stillhouse.words import Pace
 
-TELL_SECONDS = 15.0  # how often whoever looks on is told how far it is
-STATUS_SECONDS = (
-    1.0  # how often status.json says the step: often enough to watch, rare enough to be free
-)
+TELL_SECONDS = 15.0  # between two progress lines in the log
+STATUS_SECONDS = 1.0  # between two updates of the step in status.json: live, at negligible cost
 
 
 class Run:
@@ -39,7 +37,7 @@ class Run:
         started = time.perf_counter()
         loaded = load(spec, self._poll)
         self.sources = loaded.sources
-        # What had to be made here first is known only now.
+        # Weights that had to be made first are known only now.
         if found := drift(run, spec, self.sources):
             raise ContractError(refusal(run, found))
         self.accelerator, self.prepared = loaded.accelerator, loaded.prepared
@@ -66,15 +64,15 @@ class Run:
         self.cost: Json = {"seconds": {"load": loading, "total": loading}, "tokens": {}}
         self.said = 0.0
         self.pace, self.told = Pace(), time.monotonic()
-        self.pending: Json | None = None  # metrics of an update that is not measured and logged yet
+        self.pending: Json | None = None  # metrics of an update not yet measured and logged
 
     def say(self, text: str) -> None:
-        """One line for whoever reads the log."""
+        """Print one line to the log, from the main process."""
         if self.is_main:
             print(text, flush=True)
 
     def train(self) -> int:
-        """Go from the newest complete checkpoint to the end, and leave the adapter there."""
+        """Train from the newest complete checkpoint to the end, and save the adapter."""
         state = checkpoint.load_newest(self.dir, self.student, self.loop.optimizer, self.say)
         first = 0 if state is None else int(state["step"])
         if state is not None:
@@ -82,7 +80,7 @@ class Run:
             self.loop.sequences.replay.load(state["replay"])
             self.cost = _added(self.cost, state["cost"])
         best = self.dir.status().get("step") or 0
-        # Every process watches, so that all stop at the same step; what they see is reduced.
+        # Every process applies the rules to reduced metrics, so that all stop at the same step.
         history = [metrics for metrics in self.dir.metrics() if metrics["step"] < first]
         watch, found = replayed(self.spec, history)
         tracker = None
@@ -107,9 +105,9 @@ class Run:
                         self._save(step)
                 self._heed(watch.see(metrics))
         except KeyboardInterrupt:
-            raise  # a second Ctrl-C may fall into the middle of an update: nothing to save
+            raise  # a second Ctrl-C may interrupt an update: save nothing
         except BaseException as error:
-            # Whatever broke after we were asked to stop (a peer that left first, say) is that stop.
+            # An error after a request to stop (such as a peer that left first) counts as that stop.
             # The parameters are those of `step` completed updates: an update cannot be interrupted.
             if self.is_main and (self.stop.is_set or isinstance(error, Stopped)):
                 self._save(step)
@@ -124,13 +122,13 @@ class Run:
                 tracker.close()
         if self.is_main:
             self._finish(step)
-        # Or a process that leaves while gloo's threads still run may abort, and a trained run be
-        # called broken (seen once in some hundred ends of two processes).
+        # Otherwise a process that exits while gloo's threads still run may abort, and a trained run
+        # would count as failed (seen once in some hundred exits of two processes).
         self.accelerator.end_training()
         return 0
 
     def _heed(self, found: Sequence[Finding]) -> None:
-        """Say what the rules found; raise Stopped where one of them ends the run."""
+        """Log what the watch rules found; raise Stopped if one of them ends the run."""
         for finding in found:
             self.say(f"warning: {finding.text}")
         if found and self.is_main:
@@ -147,13 +145,13 @@ class Run:
                 )
 
     def _poll(self) -> None:
-        """Stop in the middle of a rollout, where nobody else waits for it."""
+        """Stop in the middle of a rollout, if no other process waits for this one."""
         if self.accelerator.num_processes == 1:
             self.stop.check()
 
     def _check_stop(self) -> None:
-        """Stop between two steps, all processes at the same one: who is left alone in a sum of
-        gradients would wait (with NCCL, for ever)."""
+        """Stop between two steps, all processes at the same one: a process left alone in a gradient
+        reduction would wait (with NCCL, forever)."""
         is_set = torch.tensor(float(self.stop.is_set), device=self.accelerator.device)
         if float(self.accelerator.reduce(is_set, "sum")):  # type: ignore[arg-type]
             self.stop.is_set = True
@@ -182,7 +180,7 @@ class Run:
         return {"step": step, **metrics, **times}
 
     def _measure(self, step: int) -> Json:
-        """What the monitor finds after the update of `step`; interrupted, it is found again."""
+        """The monitor's metrics after the update of `step`; repeated after an interruption."""
         self.loop.clock.seconds.clear()
         metrics = self.monitor.measure(step)
         spent = self.loop.clock.seconds.get("eval", 0.0)
@@ -219,7 +217,7 @@ class Run:
         self.dir.update_status(phase="training", max_steps=self.spec.training.max_steps)
 
     def _status(self, step: int, best: int) -> None:
-        """Say the step now and then; at once when this attempt gets further than any before it."""
+        """Report the step periodically; at once if this attempt gets further than any before."""
         told = self.pace.told(step, self.spec.training.max_steps)
         if time.monotonic() - self.told >= TELL_SECONDS:
             self.told = time.monotonic()
@@ -232,7 +230,7 @@ class Run:
 
     def _save(self, step: int) -> None:
         started = time.perf_counter()
-        # An update that is not measured yet has its metrics kept: a resume measures, then logs.
+        # Keep the metrics of an update that is not measured yet: a resume measures, then logs.
         replay = self.loop.sequences.replay.state()
         pending = self.pending and finite(self.pending)
         state = {"cost": self.cost, "pending": pending, "replay": replay}
@@ -270,10 +268,10 @@ class Run:
 
 
 def train_run(spec: TrainSpec, run: RunDir, stop: StopFlag) -> int:
-    """Train `run` to its end in this process; 0 when its adapter is there.
+    """Train `run` to its end in this process; returns 0 when its adapter is saved.
 
     Raises:
-        StillhouseError: with the exit code that says whether to try again (errors.py).
+        StillhouseError: its exit code says whether to try again (errors.py).
     """
     logging.getLogger("transformers.generation").setLevel(logging.ERROR)
     try:
@@ -295,13 +293,13 @@ def _out_of_memory(spec: TrainSpec) -> str:
 
 
 def _elsewhere(record: Json, where: Json) -> Json:
-    """What of the machine and its libraries is not what the run began with."""
+    """What differs between this machine and its libraries and those the run began with."""
     before, here = ({**each["versions"], **each} for each in (record, where))
     return {k: v for k, v in here.items() if k != "versions" and before.get(k, v) != v}
 
 
 def _added(now_: Json, before: Json) -> Json:
-    """Costs of this attempt on top of those of the attempts before it."""
+    """Costs of this attempt plus those of the attempts before it."""
     return {
         group: {
             name: now_[group].get(name, 0.0) + before[group].get(name, 0.0)

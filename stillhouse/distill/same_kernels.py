@@ -1,10 +1,10 @@
-"""This file is where a model is trained under kernels that are the same on every CPU.
+"""Train small models in a process whose kernels are the same on every CPU.
 
-Libraries choose their kernels by what the CPU can do, and these round differently: with AVX-512 a
-sum has sixteen parts, with AVX2 eight, and a product that is fused with a sum is rounded once. Five
-hundred steps of training make another model of that. What they choose is decided once per process,
-by its environment, before torch is imported: so a process of its own trains, and forks itself for
-each model that is asked for.
+Libraries choose their kernels by what the CPU supports, and these kernels round differently: with
+AVX-512 a sum has sixteen parts, with AVX2 eight, and a product that is fused with a sum is rounded
+once. After five hundred training steps, that gives a different model. The choice is made once per
+process, from its environment, before torch is imported. So a separate process trains, and forks
+itself for each model it is asked to train.
 """
 
 from __future__ import annotations
@@ -26,20 +26,20 @@ from typing import Any
 
 from stillhouse.rundir import Json
 
-# x86-64 with glibc: what each library does without any instruction that a CPU may lack. Each line
-# changes the bits of some machine (docs/decisions/0012-same-kernels.md).
+# x86-64 with glibc: makes each library use only instructions that every CPU has. Each line changes
+# the results on some machine (docs/decisions/0012-same-kernels.md).
 ENVIRONMENT = {
     "ATEN_CPU_CAPABILITY": "default",  # torch's own loops: SSE2
     "MKL_CBWR": "COMPATIBLE",  # matrix products: SSE2, and sums in one order
-    "DNNL_MAX_CPU_ISA": "SSE41",  # oneDNN, if a later torch should ask it
-    "GLIBC_TUNABLES": "glibc.cpu.hwcaps=-AVX2,-FMA,-FMA4",  # log, cos and others: fused or not
-    "OMP_NUM_THREADS": "1",  # sums of two threads are added in another order
+    "DNNL_MAX_CPU_ISA": "SSE41",  # oneDNN, if a later torch uses it
+    "GLIBC_TUNABLES": "glibc.cpu.hwcaps=-AVX2,-FMA,-FMA4",  # log, cos, and others: fused or not
+    "OMP_NUM_THREADS": "1",  # with two threads, sums are added in another order
     "MKL_NUM_THREADS": "1",
     "TOKENIZERS_PARALLELISM": "false",
 }
-# Whose wishes would have a say; the person's own are meant for the rest of the run.
+# Prefixes of variables that would interfere; the user's settings are for the rest of the run.
 OTHERS = ("ATEN_", "DNNL_", "GOMP_", "KMP_", "MKL_", "OMP_", "ONEDNN_", "OPENBLAS_", "TORCH_")
-IDLE_S = 60.0  # it ends when nobody asked it for so long
+IDLE_S = 60.0  # it exits after this long without a job
 LONGEST_JOB = 1 << 16  # bytes
 
 
@@ -51,11 +51,11 @@ def fixed_environment() -> dict[str, str]:
     return kept | ENVIRONMENT | {"PYTHONPATH": os.pathsep.join(paths)}
 
 
-# ---------------------------------------------------------------- who asks
+# ---------------------------------------------------------------- client
 
 
 class _Server:
-    """The process that trains, as seen from this one; it ends when this one does."""
+    """A handle on the training process, which ends when this process does."""
 
     def __init__(self) -> None:
         self._socket, theirs = socket.socketpair()
@@ -64,16 +64,16 @@ class _Server:
                 [sys.executable, "-m", "stillhouse.distill.same_kernels"],
                 stdin=theirs.fileno(),
                 env=fixed_environment(),
-                start_new_session=True,  # a Ctrl-C is for us, who may want to wait for the model
+                start_new_session=True,  # Ctrl-C goes only to us, who may wait for the model
             )
         self._pid = os.getpid()
 
     def ask(self, job: Json) -> int:
-        """A pipe's end, from which its answers are to be read, a JSON object a line."""
+        """Send a job; return the read end of a pipe with its answers, one JSON object per line."""
         reads, writes = os.pipe()
         try:
             socket.send_fds(self._socket, [json.dumps(job).encode()], [writes])
-            if not self._socket.recv(1):  # it has the job: the next one is another message
+            if not self._socket.recv(1):  # acknowledged, so that the next job is a separate message
                 raise ConnectionResetError("it ended")
         except OSError:
             os.close(reads)
@@ -83,11 +83,11 @@ class _Server:
         return reads
 
     def is_waiting(self) -> bool:
-        """Whether it was started by this process, and still takes jobs."""
+        """Whether this process started it and it still accepts jobs."""
         return self._pid == os.getpid() and self._process.poll() is None
 
     def end(self) -> None:
-        """Kill it and what it trains, if it is this process's own."""
+        """Kill it and its forks, if this process started it."""
         if self.is_waiting():
             os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()
@@ -99,7 +99,7 @@ _lock = threading.Lock()
 
 
 def stop() -> None:
-    """End what is being trained for this process: whoever waits for it gets ChildProcessError."""
+    """End all training for this process: threads that wait for it get ChildProcessError."""
     global _server
     with _lock:
         if _server is not None:
@@ -127,7 +127,7 @@ def _asked(job: Json) -> int:
     with _lock:
         if _server is not None:
             if _server.is_waiting():
-                with contextlib.suppress(OSError):  # it ended between the two
+                with contextlib.suppress(OSError):  # it ended in between
                     return _server.ask(job)
             _server.end()
         _server = _Server()
@@ -136,12 +136,12 @@ def _asked(job: Json) -> int:
 
 atexit.register(stop)
 
-# ---------------------------------------------------------------- who answers
+# ---------------------------------------------------------------- server
 
 
 def serve(jobs: socket.socket) -> None:
-    """Train what is asked for, each in a fork of this process, until nobody asks."""
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for them
+    """Train each requested model in a fork of this process, until no more jobs come."""
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # children are reaped automatically
     import torch
     import transformers.models.llama.modeling_llama  # noqa: F401  # once, not in each fork
 
@@ -155,7 +155,7 @@ def serve(jobs: socket.socket) -> None:
                 continue
             return
         if not fds:
-            return  # who asked is gone
+            return  # the client is gone
         jobs.sendall(b"y")
         if os.fork() == 0:
             _answer(json.loads(said), fds[0])
@@ -171,7 +171,7 @@ def _is_anybody_training() -> bool:
 
 
 def _answer(job: Json, fd: int) -> None:
-    """Train in a fork, tell how it goes, and end."""
+    """Train in a fork, report progress and result, and exit."""
     code = 1
     try:
         from stillhouse.distill import tiny
@@ -192,7 +192,7 @@ def _answer(job: Json, fd: int) -> None:
 
 def _end_with_the_reader_of(fd: int) -> None:
     poll = select.poll()
-    poll.register(fd, 0)  # nothing is waited for but its end
+    poll.register(fd, 0)  # wait only for the reader to close it
     poll.poll()
     os._exit(1)
 

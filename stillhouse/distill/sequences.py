@@ -1,11 +1,11 @@
-"""This file is where a step gets its sequences: rollouts, the teacher's, the data's, or old ones.
+"""Assemble the batches of a step: rollouts, the teacher's answers, the data's, or replayed ones.
 
-Who writes is a function the run hands over, by name: "student", "teacher" or "dataset". What comes
-out is a batch per kind of data, with its weight in the step's loss; the loop trains on it and does
-not ask which method wanted it.
+The run passes in the functions that write sequences, by name: "student", "teacher", or "dataset".
+The result is one batch per kind of data, with its weight in the step's loss. The loop trains on it
+and does not need to know which method asked for it.
 
-Processes: `num_processes` is how many shares a step's batch has; the processes that are really
-there take equal numbers of shares. So one GPU can repeat, more slowly, what eight did.
+Processes: `num_processes` is the number of shares of a step's batch; the processes that actually
+run take equal numbers of shares. So one GPU can repeat, more slowly, what eight did.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from stillhouse.distill.rollouts import Completions, uniforms
 from stillhouse.methods import StepPlan
 from stillhouse.spec import TrainSpec
 
-# The step whose random numbers a cold start's answers take: past those of any run, and one for all,
-# so that a prompt's answer is the same whenever it is asked.
+# The step number that seeds a cold start's answers: beyond those of any run, and the same for all
+# steps, so that a prompt's answer does not depend on the step.
 COLD = 10**9 + 10
 
 
@@ -40,10 +40,10 @@ class Writer(Protocol):
         self,
         examples: Sequence[Example],
         step: int,
-        rows: Sequence[int],  # places in the step's batch: what a row's random numbers hang on
+        rows: Sequence[int],  # places in the step's batch, which seed each row's random numbers
         *,
-        tokens: int | None = None,  # at most so many; None: as many as a rollout may have
-        prefixes: Sequence[Sequence[int]] | None = None,  # what the completions begin with
+        tokens: int | None = None,  # at most this many; None: the limit of a rollout
+        prefixes: Sequence[Sequence[int]] | None = None,  # the first tokens of the completions
         greedy: bool = False,  # the likeliest tokens, not drawn ones
     ) -> Completions: ...
 
@@ -62,9 +62,9 @@ class Batch:
     """This process's shares of the sequences of one kind that a step trains on."""
 
     writer: str  # "student", "teacher" or "dataset"
-    weight: float  # of its mean loss in the step's loss
-    step: int  # in which they were written
-    prompt_length: int  # padded: a row's arithmetic must not depend on who else is there
+    weight: float  # weight of its mean loss in the step's loss
+    step: int  # the step in which they were written
+    prompt_length: int  # padded, so that a row's rounding does not depend on other rows
     shares: list[Share]
 
     @property
@@ -74,7 +74,7 @@ class Batch:
 
     @property
     def trained_tokens(self) -> int:
-        """Tokens of these shares that the loss counts: all but the forced ones."""
+        """Tokens of these shares that the loss counts: all except the forced ones."""
         return sum(
             len(ids) - forced
             for share in self.shares
@@ -100,8 +100,8 @@ class Sequences:
     ) -> None:
         self.spec, self.accelerator = spec, accelerator
         self.choice, self.writers = choice, dict(writers)
-        # Of the cold start: what the teacher wrote, by row; the step that asked a row first, known
-        # of all steps before `looked_at`.
+        # For the cold start: the teacher's answers by row, and the first step that used each row,
+        # known for all steps before `looked_at`.
         self.cold: dict[int, Completions] = {}
         self.asked_in: dict[int, int] = {}
         self.looked_at = 0
@@ -111,19 +111,19 @@ class Sequences:
         mine = t.num_processes // accelerator.num_processes
         first = accelerator.process_index * mine
         self.mine = range(first, first + mine)  # shares of this process
-        # What this process wrote in the step at hand, trained on or not: tokens by writer, rows; of
-        # rollouts their number, and sums of their lengths and of how well they compress.
+        # What this process generated in the current step, trained on or not: tokens by writer, and
+        # rows; for rollouts, their number, and sums of their lengths and compression ratios.
         self.wrote: dict[str, float] = defaultdict(float)
 
     def happens(self, what: str, step: int, probability: float) -> bool:
-        """A coin of a step: one for all processes, because all of them toss the same one."""
+        """A random decision of a step, the same in all processes."""
         return uniforms(self.spec.training.seed, what, step, [0], 1).item() < probability
 
     def batches(self, step: int, plan: StepPlan) -> list[Batch]:
-        """What step `step` trains on, by its plan; one batch, or two that are mixed by weight.
+        """The batches of step `step`, by its plan: one, or two that are mixed by weight.
 
         Raises:
-            Interrupted: asked to stop while writing; nothing is kept of this step.
+            Interrupted: asked to stop during generation; nothing of this step is kept.
         """
         self.wrote.clear()
         if plan.replay_size:
@@ -172,10 +172,10 @@ class Sequences:
             self.wrote["rows"] += len(written.ids)
 
     def _cold_answers(self, step: int, rows: Sequence[int]) -> Completions:
-        """The teacher's answer to each of these prompts: one per prompt, whatever the step.
+        """The teacher's answer to each of these prompts: one per prompt, for all steps.
 
-        Counted in the step that asks a prompt first, also where a run goes on and has to write
-        again what it had.
+        Counted in the first step that uses a prompt, also if a resumed run has to write it
+        again.
         """
         new = [row for row in dict.fromkeys(rows) if row not in self.cold]
         if new:
@@ -192,7 +192,7 @@ class Sequences:
         return Completions.joined([self.cold[row] for row in rows])
 
     def _replayed(self, step: int, plan: StepPlan) -> Batch:
-        """Write, keep what was written, and draw from all that is kept."""
+        """Generate sequences, add them to the buffer, and draw a batch from the buffer."""
         new = [self._write("student", step, plan)]
         if self.happens("injection", step, plan.replay_injection):
             new.append(self._write("teacher", step, plan))
@@ -208,7 +208,7 @@ class Sequences:
         return Batch(drawn.writer, 1.0, drawn.step, length, shares)
 
     def _entry(self, batch: Batch) -> Entry:
-        """The batch of all processes: every one keeps the same buffer, whole."""
+        """The batch of all processes: each process keeps the same complete buffer."""
         written = [share.written for share in batch.shares]
         if self.accelerator.num_processes > 1:
             written = gather_object(written)

@@ -1,10 +1,12 @@
-"""This file is where the same sums are written in other ways: the answer styles of the zoo.
+"""Write the same worked sums in different answer styles, for the zoo's generated pairs.
 
-Pairs whose teacher writes another style than its student began with differ in *pattern*, not in
-what is right: every style works out the same chain and ends in "#### " and the result in digits.
+If the teacher of a pair writes in another style than its student started with, the two differ in
+*pattern*, not in correctness: every style works out the same chain and ends in "#### " and the
+result in digits.
 
-A model that has never written a word has no trained embedding for it, and would fail at a style
-for that reason alone; so the zoo's models all copy words of every style (`copying`) besides.
+A model that has never written a word has no trained embedding for it, and would fail at a style for
+that reason alone. So all models of the zoo are also trained to copy words of every style
+(`copying`).
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ import random
 from collections.abc import Callable
 
 Step = tuple[int, int, int]  # value before, delta, value after
-LABELS = "abcdefghijklmnop"  # of the steps of a long problem: a small model cannot count that far
+LABELS = "abcdefghijklmnop"  # for the steps of long problems: a small model cannot count so far
 
 DIGITS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 # What a copying task is made of: every word and mark of every style.
@@ -113,7 +115,7 @@ STYLES: dict[str, Callable[[list[Step]], str]] = {
     "ending": _ending,  # 7+3=10. 10-2=8. So
     "labelled": _labelled,  # step a: 7+3=10. step b: 10-2=8.
 }
-# What the zoo's tokenizer is made from. The styles that came later write no other words.
+# What the zoo's tokenizer is trained on. Styles that were added later use no other words.
 ZOO = (
     *("sums", "arrows", "marks", "words", "spelled"),
     *("plan", "brief", "verbose", "closing", "rest"),
@@ -121,11 +123,11 @@ ZOO = (
 
 
 def written(steps: list[Step], style: str) -> str:
-    """The worked answer of these steps, result included."""
+    """The worked answer of these steps, including the result."""
     return f"{STYLES[style](steps)} #### {steps[-1][2]}"
 
 
 def copying(rng: random.Random) -> tuple[str, str]:
-    """A question that asks for some words again, and the words."""
+    """A question that asks to copy some words, and the words."""
     text = " ".join(rng.choices(WORDS, k=rng.randint(3, 7)))
     return f"Copy: {text}", text

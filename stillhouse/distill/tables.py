@@ -1,7 +1,7 @@
-"""This file is where files of rows are opened, and what is broken in them is said.
+"""Open files of rows (JSON, JSON Lines, Parquet), and report what is malformed in them.
 
-Nothing is parsed before a row is asked for: whoever finds in the cache what was made of the rows
-pays for no more than the files' digest.
+Rows are parsed only on access: if the processed rows are already cached, only the files' digest has
+to be computed.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ class Table:
 
     @cached_property
     def rows(self) -> Sequence[Row]:
-        """The rows, in the files' order; parsed when they are first asked for.
+        """The rows, in the files' order; parsed on first access.
 
-        Raises DataError for what cannot be parsed, of a jsonl file with the line's number.
+        Raises DataError for what cannot be parsed; for a jsonl file with the line number.
         """
         if self.files[0].suffix == ".parquet":
             return _ParquetRows(self.files)
@@ -46,16 +46,16 @@ class Table:
         return len(self.rows)
 
     def at(self, numbers: Sequence[int]) -> list[Row]:
-        """The rows of these numbers, counted from 0."""
+        """The rows with these numbers, counted from 0."""
         if isinstance(self.rows, _ParquetRows):
             return self.rows.at(numbers)
         return [self.rows[number] for number in numbers]
 
 
 def open_table(files: Sequence[Path], cache_dir: Path) -> Table:
-    """The rows of files of one kind. Lines of white space are passed over.
+    """The rows of files of one kind. Blank lines are skipped.
 
-    Raises DataError for another kind of file, and for one that is not there.
+    Raises DataError for another kind of file, and for a missing file.
     """
     for file in files:
         if not file.name.endswith(SUFFIXES):
@@ -112,7 +112,7 @@ def _bytes(file: Path) -> bytes:
 
 
 class _ParquetRows(Sequence[Row]):
-    """Rows of parquet files, turned into Python when they are asked for: there may be a million."""
+    """Rows of parquet files, converted to Python on access: there may be a million."""
 
     def __init__(self, files: Sequence[Path]) -> None:
         import pyarrow
@@ -132,8 +132,8 @@ class _ParquetRows(Sequence[Row]):
         return self._table.slice(row, 1).to_pylist()[0]
 
     def at(self, numbers: Sequence[int]) -> list[Row]:
-        """Neighbors together: several times quicker than one at a time."""
-        # Not `take`: of nested columns it joins all chunks first, and 2 GiB of text do not fit.
+        """Read adjacent rows together: several times faster than one at a time."""
+        # Not `take`: for nested columns it joins all chunks first, and 2 GiB of text do not fit.
         found: list[Row] = []
         for first, count in _runs(numbers):
             found += self._table.slice(first, count).to_pylist()
@@ -141,7 +141,7 @@ class _ParquetRows(Sequence[Row]):
 
 
 def _runs(numbers: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """Of 3 4 5 9: (3, 3) and (9, 1)."""
+    """Runs as (first, count): 3 4 5 9 gives (3, 3) and (9, 1)."""
     for _, run in groupby(enumerate(numbers), lambda pair: pair[1] - pair[0]):
         together = [number for _, number in run]
         yield together[0], len(together)

@@ -1,13 +1,13 @@
-"""This file is where the project makes a teacher, a student base and their tokenizer from nothing.
+"""Train small teachers, student bases, and their tokenizer from scratch, on generated problems.
 
 The teacher learns two-step word problems. The student base learns to read one-step problems and to
 work out two-step sums, and sees just enough two-step problems (1 in 61) to start an answer the
-right way: what is left to distil is putting the two skills together. A teacher of conversations
-learns to answer by the rule that earlier answers show; its student is the same weights, shown none.
-The zoo's models are of the same kind, with teachers that write in other styles, know other things
-or know no more than the student: pairs on which a prediction can be wrong.
-Everything follows from a seed and a number of steps, on whatever CPU: `same_kernels` has the
-process that trains.
+right way: what remains to distill is the combination of the two skills. A teacher of conversations
+learns to answer by the rule that earlier answers show; its student has the same weights and is
+shown no examples. The zoo's models are of the same kind, with teachers that write in other styles,
+know other things, or know no more than the student: pairs on which a prediction can be wrong.
+The result depends only on a seed and a number of steps, on any CPU (`same_kernels` has the process
+that trains).
 
 Legend: B sequences, T positions, D hidden size, V vocabulary.
 """
@@ -29,7 +29,7 @@ from stillhouse.distill.recipes import Recipe
 from stillhouse.distill.same_kernels import trained
 from stillhouse.distill.styles import ZOO
 
-VERSION = 2  # raise it whenever anything here or in problems.py would give other bytes
+VERSION = 2  # increment it whenever anything here or in problems.py would give other bytes
 POSITIONS = 512  # room for few-shot prompts
 VOCABULARY = 384
 ZOO_VOCABULARY = 440  # the words of all styles are tokens of their own
@@ -47,7 +47,7 @@ CHAT_TEMPLATE = (
 
 
 def training_problems(recipe: Recipe, pair_seed: int) -> Iterator[Problem]:
-    """What a model of this recipe learns from: problems of the train split only."""
+    """The training problems of a model of this recipe; only from the train split."""
     seed = 10 * pair_seed + recipe.seed_offset
     source = problems(recipe.mix, seed, "train")
     if recipe.styles == ("sums",):
@@ -66,8 +66,8 @@ def _asked_for(problem: Problem, style: str, recipe: Recipe) -> Problem:
 def tokenizer(zoo: bool = False) -> Any:
     """A byte-level BPE tokenizer with single digits and a chat template; the same at every call.
 
-    There is no BOS token, to be prepended twice or forgotten: <|user|> opens every sequence.
-    The zoo's knows the words of every style.
+    There is no BOS token, which could be prepended twice or forgotten: <|user|> starts every
+    sequence. The zoo's tokenizer has the words of every style.
     """
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
@@ -97,7 +97,7 @@ def tokenizer(zoo: bool = False) -> Any:
 
 
 def _texts(zoo: bool) -> Iterator[str]:
-    """What a tokenizer is made from."""
+    """The texts that a tokenizer is trained on."""
     mix: dict[Kind, float] = {"word1": 1, "word2": 1, "symbolic2": 1}
     source = islice(problems(mix, 0, "train"), 3000)
     if zoo:
@@ -110,7 +110,7 @@ def _texts(zoo: bool) -> Iterator[str]:
 def make(
     recipe: Recipe, steps: int, pair_seed: int, directory: Path, say: Callable[[str], None]
 ) -> dict[str, Any]:
-    """Trains a model and saves it, tokenizer included; in a process whose kernels are fixed.
+    """Train a model and save it with its tokenizer, in a process whose kernels are fixed.
 
     Calls `say` with one plain line per tenth of the work. Returns its final loss (nats per answer
     token, mean of the last tenth of the steps; None for 0 steps) and the seconds that it took.
@@ -120,7 +120,7 @@ def make(
 
 
 def train(job: dict[str, Any], say: Callable[[str], None]) -> dict[str, Any]:
-    """What `make` asked for, in this process."""
+    """Do the work of `make` in this process."""
     fields: dict[str, Any] = {
         k: tuple(v) if isinstance(v, list) else v for k, v in job["recipe"].items()
     }
@@ -143,7 +143,7 @@ def train(job: dict[str, Any], say: Callable[[str], None]) -> dict[str, Any]:
 
 @contextmanager
 def no_bars() -> Iterator[None]:
-    """Without transformers' progress bars, which in a log are noise."""
+    """Disable transformers' progress bars, which are noise in a log."""
     from transformers.utils import logging
 
     was_on = logging.is_progress_bar_enabled()
@@ -181,8 +181,8 @@ def _train(
         loss = F.cross_entropy(logits_NV, target_N)
         losses.append(loss.item())
         if recipe.turns > 1:
-            # One token in thirty is what earlier answers tell. In the mean alone it is too little
-            # to be found out in twice the steps that all the rest needs.
+            # One token in thirty can be learned only from earlier answers. In the plain mean it has
+            # too little weight to be learned, even in twice the steps that the rest needs.
             told_N = torch.isin(ids_BT[:, :-1][is_target_BT], marks)
             loss = loss + F.cross_entropy(logits_NV[told_N], target_N[told_N])
         loss.backward()
@@ -218,7 +218,7 @@ def _llama(recipe: Recipe, text: Any) -> Any:
 
 
 def _batches(recipe: Recipe, text: Any, pair_seed: int) -> Iterator[tuple[Any, Any]]:
-    """Endless (ids [B, T], which of them belong to an answer [B, T]), padded at the end."""
+    """Endless (ids [B, T], whether each belongs to an answer [B, T]), padded at the end."""
     import torch
 
     source = list(islice(training_problems(recipe, pair_seed), TRAINING_PROBLEMS))
@@ -249,7 +249,7 @@ def _batches(recipe: Recipe, text: Any, pair_seed: int) -> Iterator[tuple[Any, A
 
 
 def _warm_up_then_cosine(step: int, steps: int) -> float:
-    """The share of the peak learning rate at this step: up over a tenth of them, then down to 0."""
+    """The share of the peak learning rate: warm-up over a tenth of the steps, then decay to 0."""
     warm_up = max(1, steps // 10)
     if step < warm_up:
         return (step + 1) / warm_up

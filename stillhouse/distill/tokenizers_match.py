@@ -1,8 +1,9 @@
-"""This file is where two tokenizers are compared: do the same ids mean the same text to both?
+"""Compare the labels of two tokenizers, so that token ids mean the same in both halves of a pair.
 
 A student is compared with its teacher id by id, so one vocabulary entry in the wrong place is
-enough to make a loss meaningless. What may differ: padding, truncation, the chat template, and what
-is put around a sequence, because the student's tokenizer writes the ids that both models read.
+enough to make a loss meaningless. These may differ: padding, truncation, the chat template, and
+what is added around a sequence, because the student's tokenizer produces the ids that both models
+read.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import Any
 
 
 def difference(student: Any, teacher: Any) -> str | None:
-    """The first difference that decides ids, in words; None where there is none."""
+    """The first difference that affects ids, in words; None if there is none."""
     return (
         _vocabularies(student, teacher)
         or _end_and_start(student, teacher)
@@ -69,7 +70,7 @@ def _rules(student: Any, teacher: Any) -> str | None:
 
 
 def _rule_parts(text: Any) -> dict[str, Any]:
-    """How text becomes ids, the vocabulary apart; {} for a tokenizer without a fast backend."""
+    """How text becomes ids, except the vocabulary; {} for a tokenizer without a fast backend."""
     if getattr(text, "backend_tokenizer", None) is None:
         return {}
     whole = json.loads(text.backend_tokenizer.to_str())

@@ -1,4 +1,4 @@
-"""This file is where metrics go: always to metrics.jsonl, to Weights & Biases when asked."""
+"""Log metrics: always to metrics.jsonl, and to Weights & Biases if requested."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from stillhouse.errors import visible
 from stillhouse.rundir import Json, RunDir
 from stillhouse.spec import TrainSpec, to_plain
 
-DELETED = "previously created and deleted"  # what W&B says of an id that it takes no more
+DELETED = "previously created and deleted"  # W&B's message for an id that it no longer accepts
 TRIES = 5  # ids
 
 
@@ -44,8 +44,8 @@ def finite(metrics: Json) -> Json:
 
 
 class _Wandb:
-    """A copy of the metrics at Weights & Biases. Whatever fails there is a warning and ends the
-    copying: metrics.jsonl has every step, and training goes on."""
+    """Copies the metrics to Weights & Biases. Any failure there gives a warning and stops the
+    copying: metrics.jsonl has every step, and training continues."""
 
     def __init__(self, spec: TrainSpec, run: RunDir) -> None:
         self._run: Any = None
@@ -66,7 +66,7 @@ class _Wandb:
     def _warned(self, doing: str) -> Iterator[None]:
         try:
             yield
-        except Exception as error:  # a library's, a network's or a service's: none is the run's
+        except Exception as error:  # of library, network, or service: it must not end the run
             self._run = None
             why = visible(str(error).strip().partition("\n")[0])
             print(
@@ -77,8 +77,8 @@ class _Wandb:
 
 
 def _started(spec: TrainSpec, run: RunDir) -> Any:
-    """The run at W&B. Ids are hashes of content, so that of a run deleted there comes again, and
-    W&B takes no id twice: it gets a suffix then."""
+    """The run at W&B. Ids are hashes of content, so a run that was deleted there has the same id
+    again, which W&B does not accept twice: the id then gets a suffix."""
     import wandb
 
     for number in range(1, TRIES + 1):
