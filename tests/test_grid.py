@@ -120,21 +120,21 @@ def test_the_cliff_compares_each_method_within_each_family_at_its_rate():
 
 
 def test_the_cliff_on_the_published_pairs_has_their_one_rate_and_their_problems():
-    words = ["pair=qwen3_4b_30b,llama_8b_70b", "seeds=10"]
+    words = ["pair=qwen3_4b_30b,llama_8b_70b", "seeds=2"]
     sweep = load_sweep(str(SWEEPS / "cliff.yaml"), words, Path("runs"))
-    assert len(sweep.points) == 2 * 22 * 10
+    assert len(sweep.points) == 2 * 22 * 2
     assert {p.spec.optim.learning_rate for p in sweep.points} == {5e-5}
     assert set(sweep.axes) == {"pair", "loss", "method"}
     assert {p.spec.data.data_name for p in sweep.points} == {"gsm8k"}
     assert sweep.compare == Compare("method", "gsm8k/exact_match", "on_policy_gkd")
 
 
-def test_the_cliff_renders_for_the_published_pairs(capsys: pytest.CaptureFixture[str]):
-    words = ["pair=qwen3_4b_30b,llama_8b_70b", "seeds=1", "--backend", "cluster"]
+def test_the_cliff_renders_for_a_published_pair(capsys: pytest.CaptureFixture[str]):
+    words = ["pair=llama_8b_70b", "seeds=1", "--backend", "cluster"]
     assert main(["render", str(SWEEPS / "cliff.yaml"), *words]) == 0
     jobs = [*yaml.safe_load_all(capsys.readouterr().out)]
     kinds = [job["metadata"]["labels"]["app.kubernetes.io/component"] for job in jobs]
-    assert kinds.count("train") == 2 * 22
+    assert kinds.count("train") == 22
 
 
 def test_the_cliffs_published_lines_are_lines_of_the_sweep_as_the_findings_say():

@@ -206,9 +206,17 @@ KILLS = st.lists(
 FATES = st.sampled_from([(), ("crash",), ("evicted", "crash"), ("poison",), ("crash", "give-up")])
 
 
-@settings(max_examples=50, deadline=None, derandomize=True, database=None)
-@given(KILLS, st.tuples(FATES, FATES, FATES, FATES))
-def test_three_hundred_killed_drivers_make_every_job_once(
+@pytest.mark.parametrize("sweeps", [15, pytest.param(50, marks=pytest.mark.slow)])
+def test_drivers_that_are_killed_six_times_a_sweep_make_every_job_once(
+    tmp_path_factory: pytest.TempPathFactory, sweeps: int
+) -> None:
+    tried = settings(max_examples=sweeps, deadline=None, derandomize=True, database=None)
+    tried(given(KILLS, st.tuples(FATES, FATES, FATES, FATES))(make_every_job_once))(
+        tmp_path_factory
+    )
+
+
+def make_every_job_once(
     tmp_path_factory: pytest.TempPathFactory,
     kills: list[tuple[int, int, bool]],
     fates: tuple[tuple[str, ...], ...],

@@ -141,7 +141,10 @@ def test_the_examples_that_a_teacher_reads_show_both_halves_of_the_rule() -> Non
     assert [row["chain"][-1] > 0 for row in shown] == [False, True, False, True]
 
 
-def test_nothing_a_tiny_pair_learns_from_shares_a_chain_with_a_test_problem() -> None:
+@pytest.mark.parametrize("pair_seed", [0, pytest.param(1, marks=pytest.mark.slow)])
+def test_nothing_a_tiny_pair_learns_from_shares_a_chain_with_a_test_problem(
+    pair_seed: int,
+) -> None:
     train = problems.chat_rows("train", problems.TRAIN_ROWS)
     held_out = problems.chat_rows("held_out", problems.HELD_OUT_ROWS)
     tested = windows_of([row["worked"] for row in problems.test_rows(problems.TEST_ROWS)])
@@ -154,10 +157,9 @@ def test_nothing_a_tiny_pair_learns_from_shares_a_chain_with_a_test_problem() ->
     # A style writes the same chains in other words, so recipes that differ in that alone are one.
     different = {(tuple(r.mix.items()), r.seed_offset): r for r in recipes}
     for recipe in different.values():
-        for pair_seed in (0, 1):
-            source = islice(tiny.training_problems(recipe, pair_seed), tiny.TRAINING_PROBLEMS)
-            trained = {window for p in source if p.chain for window in problems.windows(p.chain)}
-            assert not trained & tested, (recipe, pair_seed)
+        source = islice(tiny.training_problems(recipe, pair_seed), tiny.TRAINING_PROBLEMS)
+        trained = {window for p in source if p.chain for window in problems.windows(p.chain)}
+        assert not trained & tested, (recipe, pair_seed)
     for name, texts in sources.items():
         assert not windows_of(texts) & tested, name
     assert not windows_of(sources["held-out rows"]) & windows_of(sources["distillation prompts"])
