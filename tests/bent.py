@@ -455,8 +455,12 @@ KINDS: dict[str, Callable[[Any], None]] = {
 }
 
 
-def run(kind: str, count: int, number: int = 0) -> None:
-    """Generate that many of a kind, in the working directory; raises what one of them ended in."""
+def run(kind: str, count: int, number: int = 0) -> int:
+    """Generate `count` inputs of a kind, in the working directory; raises what one ended in.
+
+    Returns how many ended in an answer or a sentence: fewer than `count` where no more differ.
+    """
+    ended = 0
 
     @seed(number)
     @settings(
@@ -465,9 +469,12 @@ def run(kind: str, count: int, number: int = 0) -> None:
     )  # fmt: skip
     @given(st.data())
     def one(data: st.DataObject) -> None:
+        nonlocal ended
         KINDS[kind](data.draw)
+        ended += 1
 
     one()
+    return ended
 
 
 def main(count: int, number: int) -> int:
@@ -477,11 +484,8 @@ def main(count: int, number: int) -> int:
         os.chdir(home)
         for kind in KINDS:
             try:
-                run(kind, -(-count // len(KINDS)), number)
-                print(
-                    f"{kind}: {-(-count // len(KINDS))} ended in an answer or a sentence",
-                    flush=True,
-                )
+                ended = run(kind, -(-count // len(KINDS)), number)
+                print(f"{kind}: {ended} ended in an answer or a sentence", flush=True)
             except BaseException as error:
                 failed[kind] += 1
                 print(f"{kind}: {error!r}", flush=True)

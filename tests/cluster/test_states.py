@@ -133,7 +133,7 @@ def test_a_quota_that_can_never_hold_it_is_named_as_that(ada_queues: Desk):
     ada = ada_queues
     ada.kube.kueue.queue("zero-q", ada.space.name, {GPU: 0})
     send(ada, "zero", "zero-q")
-    told(ada, "zero", "queue zero-q can never hold it", "maximum capacity")
+    assert told(ada, "zero", "queue zero-q can never hold it", "maximum capacity")
 
 
 def test_a_flavor_of_other_nodes_is_named_as_that(ada_queues: Desk):
@@ -141,7 +141,7 @@ def test_a_flavor_of_other_nodes_is_named_as_that(ada_queues: Desk):
     labels = {"nvidia.com/gpu.product": "NVIDIA-L4"}
     ada.kube.kueue.queue("l4-q", ada.space.name, {GPU: 8}, node_labels=labels)
     send(ada, "flavor", "l4-q", "gpu_product=NVIDIA-H100-80GB-HBM3")
-    told(ada, "flavor", "queue l4-q can never hold it", "doesn't match node affinity")
+    assert told(ada, "flavor", "queue l4-q can never hold it", "doesn't match node affinity")
 
 
 def test_an_admission_check_that_says_nothing_is_named(ada_queues: Desk):
@@ -160,14 +160,14 @@ def test_an_admission_check_that_says_nothing_is_named(ada_queues: Desk):
     checks = {"admissionChecksStrategy": {"admissionChecks": [{"name": "budget"}]}}
     change(ada, "clusterqueue", "check-q", checks)
     send(ada, "checked", "check-q")
-    told(ada, "checked", "queue check-q has quota for it, waits for admission check budget")
+    assert told(ada, "checked", "queue check-q has quota for it, waits for admission check budget")
 
 
 def test_a_priority_that_kueue_does_not_know_is_named_as_what_it_may_be(ada_queues: Desk):
     ada = ada_queues
     ada.kube.kueue.queue("class-q", ada.space.name, {GPU: 8})
     send(ada, "class", "class-q", "queue_priority=nobodys")
-    told(ada, "class", "Kueue has not seen it yet", "nobodys", "site.queue_priority")
+    assert told(ada, "class", "Kueue has not seen it yet", "nobodys", "site.queue_priority")
 
 
 def test_a_queue_named_default_takes_jobs_that_name_none_and_doctor_says_so(ada_queues: Desk):
@@ -175,7 +175,7 @@ def test_a_queue_named_default_takes_jobs_that_name_none_and_doctor_says_so(ada_
     ada.kube.kueue.queue("default", ada.space.name, {GPU: 0})
     assert "default" in ada.say("doctor", *SITE)
     send(ada, "unlabelled", None)
-    told(ada, "unlabelled", "queue default can never hold it")
+    assert told(ada, "unlabelled", "queue default can never hold it")
 
 
 # ------------------------------------------------------------------------------ without Kueue
@@ -201,6 +201,7 @@ def test_a_quota_of_jobs_that_is_full_is_named(ada: Desk):
     run = ada.start("run", file, *SITE, *AWAY)
     until("run says it", lambda: "count/jobs.batch" in run.said and "few" in run.said, WITHIN_S)
     run.kill()
+    assert ada.seen.count() == 0
 
 
 def test_a_limit_range_is_named(ada: Desk):
@@ -209,7 +210,7 @@ def test_a_limit_range_is_named(ada: Desk):
     kind = {"apiVersion": "v1", "kind": "LimitRange", "metadata": meta, "spec": limits}
     ada.kube.kubectl("apply", "-f", "-", input=json.dumps(kind))
     send(ada, "limited", None)
-    told(ada, "limited", "quota or limit range", "maximum memory usage per Container is 1Gi")
+    assert told(ada, "limited", "quota or limit range", "maximum memory usage per Container is 1Gi")
 
 
 def test_a_job_held_past_its_deadline_fails_at_once_when_it_is_let_go_on(ada: Desk):
@@ -222,7 +223,7 @@ def test_a_job_held_past_its_deadline_fails_at_once_when_it_is_let_go_on(ada: De
         started = seconds(only(ada)["status"]["startTime"]) or 0.0
         until("its deadline is past", lambda: time.time() > started + 21, 60)
         change(ada, "job", name, {"suspend": False})
-        told(ada, "held", "longer than its deadline", state="failed")
+        assert told(ada, "held", "longer than its deadline", state="failed")
 
 
 def test_ends_that_cost_no_attempt_get_a_new_job_before_the_pauses_grow(ada: Desk):
@@ -261,11 +262,8 @@ def test_a_namespace_that_is_being_deleted_is_named_as_that(ada: Desk, kube: Kub
     try:
         kube.call("DELETE", f"{PATHS['Namespace']}/{ada.space.name}")
         file = ada.sweep("gone", "base: {pair: tiny}")
-        until(
-            "run names it",
-            lambda: "is being deleted" in ada.say("run", file, *SITE, *AWAY, code=42),
-            WITHIN_S,
-        )
+        said = lambda: ada.say("run", file, *SITE, *AWAY, code=42)  # noqa: E731
+        assert until("run names it", lambda: "is being deleted" in said(), WITHIN_S)
     finally:
         change_meta = json.dumps({"metadata": {"finalizers": None}})
         words = ("patch", "configmap", "held", "-n", ada.space.name, "--type=merge", "-p")
