@@ -172,6 +172,59 @@ def _evaluate_block_(
 ) -> tuple[TokenStats, Overlap | None]:
     """The same for a block of positions small enough that the passes below stay in cache."""
     log_p, log_q, p, q, *more = scratch_bufbV[:, : len(logits_nV)]
+    nll, has_never = _distributions_(
+        logits_nV, teacher_nV, targets_n, temperature, (log_p, log_q, p, q)
+    )
+    spare = logits_nV
+    student_entropy, teacher_entropy = -_dot(p, log_p, spare), -_dot(q, log_q, spare)
+    overlap = None
+    if overlap_k is not None:  # before the passes below overwrite the logs
+        student, teacher = (_largest(log, overlap_k) for log in (log_p, log_q))
+        overlap = compare(log_p, log_q, student, teacher, student_entropy, teacher_entropy)
+    log_p_y, log_q_y = _at(targets_n, log_p), _at(targets_n, log_q)
+    if isinstance(objective, TopK):
+        log_ratio = mixture = torch.sub(log_p, log_q, out=more[0])
+    else:
+        log_ratio, mixture = log_p.sub_(log_q), log_q
+    forward_kl, reverse_kl = _kls(p, q, log_ratio, spare, has_never)
+    keeps = log_ratio if isinstance(objective, Jsd) and objective.beta == 0.5 else spare
+    half = _jsd(0.5, p, q, mixture, keeps, spare)
+
+    scale = 1.0
+    match objective:
+        case Jsd():
+            kls = forward_kl, reverse_kl
+            loss, scale = _divergence_(
+                objective.beta, kls, half, (p, q, log_ratio, mixture), logits_nV, wants_gradient
+            )
+        case CrossEntropy():
+            loss = nll
+            _towards_target_(logits_nV, p, targets_n, torch.ones_like(nll))
+        case PolicyGradient():
+            loss, push = _policy_gradient(objective, log_p_y, log_q_y)
+            _towards_target_(logits_nV, p, targets_n, push)
+        case TopK():
+            loss = _top_k_(objective, log_p, log_q, logits_nV)
+    scale /= temperature
+    if wants_gradient and scale != 1:
+        logits_nV.mul_(scale)
+    stats = TokenStats(loss, forward_kl, reverse_kl, half[0], nll, student_entropy, teacher_entropy)
+    return stats, overlap
+
+
+def _distributions_(
+    logits_nV: Tensor,
+    teacher_nV: Tensor,
+    targets_n: Tensor,
+    temperature: float,
+    into: tuple[Tensor, Tensor, Tensor, Tensor],
+) -> tuple[Tensor, bool]:
+    """Write log p, log q, p and q [n, V] of student and teacher at `temperature` into buffers.
+
+    Overwrites the logits. Returns the targets' negative log-likelihood [n] at temperature 1, and
+    whether some probability may be 0: its log is NEVER then.
+    """
+    log_p, log_q, p, q = into
     torch.log_softmax(logits_nV, -1, out=log_p)
     nll = -_at(targets_n, log_p)
     teacher_nV = teacher_nV.to(log_p.dtype)
@@ -189,62 +242,52 @@ def _evaluate_block_(
         log_q.clamp_(min=NEVER)
     torch.exp(log_p, out=p).add_(tiny)
     torch.exp(log_q, out=q).add_(tiny)
+    return nll, has_never
 
-    spare = logits_nV
-    student_entropy, teacher_entropy = -_dot(p, log_p, spare), -_dot(q, log_q, spare)
-    overlap = None
-    if overlap_k is not None:  # before the passes below overwrite the logs
-        student, teacher = (_largest(log, overlap_k) for log in (log_p, log_q))
-        overlap = compare(log_p, log_q, student, teacher, student_entropy, teacher_entropy)
-    log_p_y, log_q_y = _at(targets_n, log_p), _at(targets_n, log_q)
-    if isinstance(objective, TopK):
-        log_ratio = mixture = torch.sub(log_p, log_q, out=more[0])
+
+def _divergence_(
+    beta: float,
+    kls: tuple[Tensor, Tensor],
+    half: tuple[Tensor, Tensor],
+    buffers: tuple[Tensor, Tensor, Tensor, Tensor],
+    logits_nV: Tensor,
+    wants_gradient: bool,
+) -> tuple[Tensor, float]:
+    """The β-JSD [n] and what its gradient, left in `logits_nV` where asked for, is to be scaled by.
+
+    `kls`: KL(q || p), KL(p || q); `half`: what `_jsd` returns at β ½; `buffers`: p, q, log p -
+    log q (at β ½: log p - log m) and the mixture's buffer, [n, V].
+    """
+    p, q, log_ratio, mixture = buffers
+    if beta == 0:
+        if wants_gradient:
+            torch.sub(p, q, out=logits_nV)
+        return kls[0], 1.0
+    if beta == 1:
+        loss, centre = kls[1], kls[1].clamp(max=-NEVER)
+    elif beta == 0.5:
+        loss, centre = half
     else:
-        log_ratio, mixture = log_p.sub_(log_q), log_q
-    forward_kl, reverse_kl = _kls(p, q, log_ratio, spare, has_never)
-    beta = objective.beta if isinstance(objective, Jsd) else None
-    keeps = log_ratio if beta == 0.5 else spare
-    jsd_half, centre = _jsd(0.5, p, q, mixture, keeps, spare)
+        loss, centre = _jsd(beta, p, q, mixture, log_ratio, logits_nV)
+    if wants_gradient:  # log_ratio is log p - log q at beta = 1, else log p - log m
+        torch.mul(log_ratio.sub_(centre[:, None]), p, out=logits_nV)
+    return loss, 1.0 if beta == 1 else 1 - beta
 
-    scale = 1 / temperature
-    match objective:
-        case Jsd(beta=0):
-            loss = forward_kl
-            if wants_gradient:
-                torch.sub(p, q, out=logits_nV)
-        case Jsd():
-            if objective.beta == 1:
-                loss, centre = reverse_kl, reverse_kl.clamp(max=-NEVER)
-            elif objective.beta == 0.5:
-                loss = jsd_half
-            else:
-                loss, centre = _jsd(objective.beta, p, q, mixture, log_ratio, spare)
-            if wants_gradient:  # log_ratio is log p - log q at beta = 1, else log p - log m
-                torch.mul(log_ratio.sub_(centre[:, None]), p, out=logits_nV)
-            scale = (1 if objective.beta == 1 else 1 - objective.beta) / temperature
-        case CrossEntropy():
-            loss = nll
-            _towards_target_(logits_nV, p, targets_n, torch.ones_like(nll))
-        case PolicyGradient():
-            sampled_n = objective.sampled_N.to(log_p_y.dtype)
-            advantage = (log_q_y - sampled_n).clamp(-objective.clip, objective.clip)
-            ratio = torch.exp(log_p_y - sampled_n)
-            if objective.cap is not None:
-                objective.capped.append((ratio > objective.cap).sum())
-                ratio = ratio.clamp(max=objective.cap)
-            push = advantage * ratio
-            # For a token that the teacher never writes, the advantage is -clip, even if infinite.
-            is_never = (log_q_y <= NEVER) & (ratio > 0)
-            loss = torch.where(is_never, objective.clip * ratio, -push)
-            _towards_target_(logits_nV, p, targets_n, push)
-        case TopK():
-            loss = _top_k_(objective, log_p, log_q, logits_nV)
-    if wants_gradient and scale != 1:
-        logits_nV.mul_(scale)
-    stats = TokenStats(
-        loss, forward_kl, reverse_kl, jsd_half, nll, student_entropy, teacher_entropy
-    )
-    return stats, overlap
+
+def _policy_gradient(
+    objective: PolicyGradient, log_p_y: Tensor, log_q_y: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The loss [n] of the drawn tokens, and how strongly each is pushed towards, [n]."""
+    sampled_n = objective.sampled_N.to(log_p_y.dtype)
+    advantage = (log_q_y - sampled_n).clamp(-objective.clip, objective.clip)
+    ratio = torch.exp(log_p_y - sampled_n)
+    if objective.cap is not None:
+        objective.capped.append((ratio > objective.cap).sum())
+        ratio = ratio.clamp(max=objective.cap)
+    push = advantage * ratio
+    # For a token that the teacher never writes, the advantage is -clip, even if infinite.
+    is_never = (log_q_y <= NEVER) & (ratio > 0)
+    return torch.where(is_never, objective.clip * ratio, -push), push
 
 
 def _kls(
