@@ -5,6 +5,7 @@ The error states the numbers.
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -137,7 +138,10 @@ def test_a_writer_that_misses_an_update_ends_the_run_with_the_numbers(tmp_path, 
         doors.train(spec)
     assert e.value.exit_code == 43
     assert "allowed 0.001 (max_rollout_gap)" in str(e.value)
-    assert [m["step"] for m in Runs(tmp_path).of(spec).metrics()] == [0]
+    run = Runs(tmp_path).of(spec)
+    assert [m["step"] for m in run.metrics()] == [0]
+    saved = json.loads((run.path / "diverged.json").read_text())
+    assert saved["step"] == 1 and float(saved["metrics"]["rollout/gap_mean"]) > 0.001
 
 
 def test_a_bound_is_by_dtype_unless_it_is_given_and_never_below_rounding(tmp_path):

@@ -165,10 +165,11 @@ def test_deaths_before_the_first_step_never_stop_whoever_starts_the_line_again(t
     assert run.status()["attempts_without_progress"] == 0
 
 
-def test_a_number_that_is_no_number_stops_the_run_with_its_batch_saved(tmp_path):
+@pytest.mark.parametrize("lmbda", [0, 1])
+def test_a_number_that_is_no_number_stops_the_run_with_its_batch_saved(tmp_path, lmbda):
     from stillhouse.distill import run as room
 
-    spec = cheap(tmp_path, "lmbda=0")
+    spec = cheap(tmp_path, f"lmbda={lmbda}")
     run = Runs(tmp_path).of(spec)
     one = room.Run(spec, run, StopFlag())
     next(iter(one.loop.parameters)).data[0] = float("nan")

@@ -128,6 +128,7 @@ class Loop:
         self.clock = Clock()
         self.summary: Summary | None = None  # of the current step, if it is to be measured
         self.gaps = {"student": Gap(), "teacher": Gap()}  # of the current step, by writer
+        self.found_gaps: dict[str, dict[str, float]] = {}  # its numbers
         self.batches: list[Batch] = []  # of the current step, for the monitor and for a post-mortem
 
     def gradients(self, step: int) -> dict[str, float]:
@@ -169,7 +170,7 @@ class Loop:
             mixed["train/teacher_entropy"], LEAST_ENTROPY
         )
         metrics = mixed | metrics | self._wrote()
-        metrics |= self._gap(step, plan)
+        metrics |= self._gap(plan)
         if self.summary is not None:
             metrics |= self.summary.metrics(self._sum(self.summary.numbers()))
         return metrics | {
@@ -178,22 +179,25 @@ class Loop:
             "tokens/completion": total,
         }
 
-    def _gap(self, step: int, plan: StepPlan) -> dict[str, float]:
-        """Metrics of the gap between rollouts and the trained function, over all processes.
+    def _gap(self, plan: StepPlan) -> dict[str, float]:
+        """Metrics of the gap between rollouts and the trained function, over all processes."""
+        found = self.found_gaps = {
+            who: numbers(self._sum(gap.sums), self._largest(gap.largest))
+            for who, gap in self.gaps.items()
+        }
+        if found["teacher"] and not plan.is_cold:
+            # After a resume, cold-start answers are rewritten in other batches and round otherwise.
+            return found["student"] | {"rollout/teacher_gap": found["teacher"]["rollout/gap_mean"]}
+        return found["student"]
+
+    def check_rollouts(self, step: int) -> None:
+        """Refuse to train on what `gradients` found to be drawn from another distribution.
 
         Raises:
             Diverged: the gap exceeds max_rollout_gap; no parameter was changed.
         """
-        found = {
-            who: numbers(self._sum(gap.sums), self._largest(gap.largest))
-            for who, gap in self.gaps.items()
-        }
-        for who, of_writer in found.items():
+        for who, of_writer in self.found_gaps.items():
             check(self.spec, step, of_writer, who)
-        if found["teacher"] and not plan.is_cold:
-            # After a resume, cold-start answers are rewritten in other batches and round otherwise.
-            found["student"]["rollout/teacher_gap"] = found["teacher"]["rollout/gap_mean"]
-        return found["student"]
 
     def _summary(self, step: int) -> Summary | None:
         """The collector of overlap statistics, at the steps that measure them; else None."""

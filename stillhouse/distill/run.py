@@ -161,12 +161,14 @@ class Run:
         self.loop.clock.seconds.clear()
         started = time.perf_counter()
         metrics = self.loop.gradients(step)
-        if not math.isfinite(metrics["train/loss"]):
-            self._post_mortem(step, metrics)
-            raise Diverged(f"step {step}: the loss is {metrics['train/loss']}; see diverged.json")
-        if step == 0:
-            check_first_step(self.spec, metrics, self.roles.is_same_function)
         try:
+            # A student that is NaN writes NaN, too: its loss says so first, and the cure is there.
+            if not math.isfinite(metrics["train/loss"]):
+                loss = metrics["train/loss"]
+                raise Diverged(f"step {step}: the loss is {loss}; see diverged.json")
+            self.loop.check_rollouts(step)
+            if step == 0:
+                check_first_step(self.spec, metrics, self.roles.is_same_function)
             metrics |= self.loop.update(step)
         except Diverged:
             self._post_mortem(step, metrics)
