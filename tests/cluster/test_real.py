@@ -274,14 +274,11 @@ def trainer_of(id_: str) -> int:
     raise AssertionError(f"nobody trains {id_}")
 
 
-# Its queue counts GPUs that this node only says it has, and a pod that asks for a GPU and sees none
-# ends by now (`models.require_gpus`): the queue has to count something else first.
-@pytest.mark.xfail(run=False, reason="its pods ask for GPUs that the node does not have")
 def test_whatever_befalls_pods_and_node_the_results_are_as_if_undisturbed(ada: Desk):
     kube, here = ada.kube, ada.space.name
-    kube.kueue.queue("rough", here, {"nvidia.com/gpu": 2})
+    kube.kueue.queue("rough", here, {"cpu": "0.7"})  # two pods at once
     kube.kueue.priority("urgent", 1000)
-    sweep = ada.sweep("rough", *ROUGH, at_site(ada, queue="rough"))
+    sweep = ada.sweep("rough", *ROUGH, at_site(ada, queue="rough", gpu_resource="null"))
     points = Rough(ada, sweep)
     assert "sent" in ada.say("run", sweep, *AWAY, "--detach")
     reference = locally(ada, "rough", ROUGH)  # meanwhile
@@ -356,7 +353,12 @@ def preempted_of(points: Rough) -> str:
 def words_of(ada: Desk) -> list[str]:
     """What makes a line of k8s/train.sh of a point of the sweep."""
     first = ada.seen.jobs("train")[0]["metadata"]["annotations"]["stillhouse/words"].split()
-    site = at_site(ada, queue="rough").removeprefix("site: {").removesuffix("}").split(", ")
+    site = (
+        at_site(ada, queue="rough", gpu_resource="null")
+        .removeprefix("site: {")
+        .removesuffix("}")
+        .split(", ")
+    )
     kept = [w for w in first if not w.startswith(("runs=", "cache_dir=", "name="))]
     return [*kept, *(word.replace(": ", "=", 1) for word in site)]
 
