@@ -4,13 +4,21 @@ Every call of an annotated function there is checked, tensor shapes included. Th
 checked by pyright in strict mode, which costs its tests no time.
 """
 
+from __future__ import annotations
+
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from jaxtyping import install_import_hook
+
+if TYPE_CHECKING:
+    from fake_api import FakeApi
+
+    from stillhouse.sweep.backends.cluster import Cluster
 
 # A fixed user: composed configurations are cached, and Jobs carry their owner's name.
 os.environ["USER"] = "ada"
@@ -48,3 +56,32 @@ def report(finished: Path) -> Callable[[str], Path]:
     from stillhouse.results.report import write_report
 
     return cache(lambda name: write_report(name, finished).parent)
+
+
+@pytest.fixture
+def fake() -> Iterator[FakeApi]:
+    """An API server with an empty namespace."""
+    from fake_api import FakeApi
+
+    with FakeApi() as server:
+        yield server
+
+
+@pytest.fixture
+def cluster(fake: FakeApi, tmp_path: Path) -> Iterator[Cluster]:
+    """A client of it."""
+    from driving import cluster_of
+
+    with cluster_of(fake, tmp_path / "kubeconfig") as client:
+        yield client
+
+
+@pytest.fixture
+def furnished(fake: FakeApi, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All that a sweep needs is in the namespace, and a kubeconfig leads there from an empty
+    working directory."""
+    from lab import furnish, kubeconfig
+
+    furnish(fake)
+    monkeypatch.setenv("KUBECONFIG", str(kubeconfig(fake, tmp_path)))
+    monkeypatch.chdir(tmp_path)

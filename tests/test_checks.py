@@ -36,12 +36,6 @@ def fake() -> Iterator[FakeApi]:
         yield server
 
 
-@pytest.fixture
-def cluster(fake: FakeApi, tmp_path: Path) -> Iterator[Cluster]:
-    with cluster_of(fake, tmp_path / "kubeconfig") as client:
-        yield client
-
-
 def put_claim(fake: FakeApi, name: str, phase: str) -> None:
     claim = {"metadata": {"name": name}, "spec": {}, "status": {"phase": phase}}
     fake.put("persistentvolumeclaims", claim)

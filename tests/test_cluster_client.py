@@ -30,12 +30,6 @@ from stillhouse.sweep.backends.cluster import ApiError, Cluster, CommandFailed, 
 
 
 @pytest.fixture
-def fake() -> Iterator[FakeApi]:
-    with FakeApi() as server:
-        yield server
-
-
-@pytest.fixture
 def log_in(fake, tmp_path, monkeypatch) -> Iterator[Callable[..., Cluster]]:
     """Connects to the fake, through any of its doors."""
     made: list[Cluster] = []

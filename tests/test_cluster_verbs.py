@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import yaml
 from fake_api import FakeApi
-from lab import IMAGE, SITE, furnish, kubeconfig, said
+from lab import IMAGE, SITE, said
 from published import EVAL, TRAIN, lines, name_of
 
 from stillhouse.cli import main
@@ -34,13 +34,7 @@ POINTS = 1500  # of a large sweep
 TAIL = "step 6\nstep 7"  # what points that fail printed last
 
 
-@pytest.fixture
-def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Generator[FakeApi, None, None]:
-    with FakeApi() as fake:
-        furnish(fake)
-        monkeypatch.setenv("KUBECONFIG", str(kubeconfig(fake, tmp_path)))
-        monkeypatch.chdir(tmp_path)
-        yield fake
+pytestmark = pytest.mark.usefixtures("furnished")
 
 
 @pytest.fixture

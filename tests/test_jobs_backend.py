@@ -56,18 +56,6 @@ RATES: dict[Kind, float] = {
 
 
 @pytest.fixture
-def fake() -> Iterator[FakeApi]:
-    with FakeApi() as server:
-        yield server
-
-
-@pytest.fixture
-def cluster(fake: FakeApi, tmp_path: Path) -> Iterator[Cluster]:
-    with cluster_of(fake, tmp_path / "kubeconfig") as client:
-        yield client
-
-
-@pytest.fixture
 def backend(cluster: Cluster) -> Iterator[JobsBackend]:
     with backend_of(cluster, SWEEP) as one:
         yield one

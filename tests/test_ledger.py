@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -36,18 +35,6 @@ from stillhouse.sweep.roster import of_record, roster_of
 from stillhouse.sweep.roster import record_of as record_of_sweep
 
 CLAIM = "stillhouse-runs"
-
-
-@pytest.fixture
-def fake() -> Iterator[FakeApi]:
-    with FakeApi() as server:
-        yield server
-
-
-@pytest.fixture
-def cluster(fake: FakeApi, tmp_path: Path) -> Iterator[Cluster]:
-    with cluster_of(fake, tmp_path / "kubeconfig") as client:
-        yield client
 
 
 @pytest.fixture

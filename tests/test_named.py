@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable, Generator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from driving import cluster_of, sweep_of
 from fake_api import FakeApi
-from lab import SITE, furnish, kubeconfig
+from lab import SITE
 
 from stillhouse.cli import main
 from stillhouse.errors import ConfigError, ContractError
@@ -31,13 +31,7 @@ CLAIM = "stillhouse-runs"
 Said = Callable[..., tuple[int, str]]
 
 
-@pytest.fixture
-def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Generator[FakeApi, None, None]:
-    with FakeApi() as fake:
-        furnish(fake)
-        monkeypatch.setenv("KUBECONFIG", str(kubeconfig(fake, tmp_path)))
-        monkeypatch.chdir(tmp_path)
-        yield fake
+pytestmark = pytest.mark.usefixtures("furnished")
 
 
 @pytest.fixture

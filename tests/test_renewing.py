@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,18 +27,6 @@ GROUP = "tiny/int4"
 TRAIN, PREPARE = Action("train", GROUP, (IDS[0],)), Action("prepare", GROUP)
 NAME = Steps(SWEEP).of(TRAIN).name
 QUEUED = sweep_of(4, "queue=lab", "queue_priority=high")
-
-
-@pytest.fixture
-def fake() -> Iterator[FakeApi]:
-    with FakeApi() as server:
-        yield server
-
-
-@pytest.fixture
-def cluster(fake: FakeApi, tmp_path: Path) -> Iterator[Cluster]:
-    with cluster_of(fake, tmp_path / "kubeconfig") as client:
-        yield client
 
 
 def task(action: Action) -> Task:
