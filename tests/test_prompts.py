@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stillhouse.compose import compose, from_command_line
-from stillhouse.distill import problems, prompts, tiny
+from stillhouse.distill import encoder, problems, tiny
 from stillhouse.distill.chat import Chat
 from stillhouse.distill.encoded import Example, Joined
 from stillhouse.distill.pairs import PreparedPair
@@ -546,7 +546,7 @@ def test_rows_have_the_ids_and_the_places_that_they_had_before_they_were_encoded
 def test_the_same_bytes_tokenizer_template_and_limits_are_encoded_once(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(prompts, "PROGRESS_S", 0.0)  # then each batch has its line
+    monkeypatch.setattr(encoder, "PROGRESS_S", 0.0)  # then each batch has its line
     cache, day = tmp_path / "cache", "2026-07-26"
     file = lines(tmp_path / "a.jsonl", *sums(40))
 

@@ -6,7 +6,7 @@ Reading order:
     quant, adapters                      the quantized base, and the LoRA adapter with its contract
     pairs, hub, tokenizers_match, cache  where weights come from; whether the two halves fit
     recipes, tiny, problems, styles, same_kernels   models and problems that the project generates
-    tables, formats, chat, prompts, encoded         rows of data -> conversations -> token ids
+    tables, formats, chat, prompts, encoder, encoded   rows of data -> conversations -> token ids
     choice, sequences, replay            the prompts and the batches of a step
     rollouts, engine, decode, folded, gap           generation, and the check of what it drew
     loop, losses, objectives, diagnostics, clock    one step: loss, gradient, metrics, seconds
