@@ -163,4 +163,9 @@ def until(condition: Callable[[], object], timeout_s: float = 30.0) -> None:
         time.sleep(0.002)
 
 
+def until_told(backend: JobsBackend, condition: Callable[[], object]) -> None:
+    """Let a backend take in news until something is so; what ended meanwhile is not asked for."""
+    until(lambda: (backend.wait(0.01), condition())[1])
+
+
 __all__ = ["Faults", "FakeApi"]

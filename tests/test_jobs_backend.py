@@ -24,6 +24,7 @@ from driving import (
     start_driver,
     sweep_of,
     until,
+    until_told,
 )
 from fake_api import FakeApi
 from faults import Faults, Kind
@@ -104,7 +105,7 @@ def finished(backend: JobsBackend) -> Finished:
 
 def made(fake: FakeApi, backend: JobsBackend, name: str = NAME) -> None:
     """Wait until a Job is there and the backend knows."""
-    until(lambda: backend.wait(0.01) or backend.scene.job(name))
+    until_told(backend, lambda: backend.scene.job(name))
 
 
 # --------------------------------------------------------------------------- from start to end
@@ -387,10 +388,10 @@ def test_a_job_that_is_still_being_deleted_is_waited_for(fake: FakeApi, cluster:
         assert backend.live() == []
         assert backend.look(IDS[0]).cause == "its Job is being deleted"
         backend.start(task())
-        until(lambda: backend.wait(0.01) or backend.maker.cluster.requests > 30)
+        until_told(backend, lambda: backend.maker.cluster.requests > 30)
         assert fake.created("jobs")[name] == 0
         fake.end_pods(name)
-        until(lambda: backend.wait(0.01) or fake.created("jobs")[name])
+        until_told(backend, lambda: fake.created("jobs")[name])
         assert backend.live() == [TRAIN]
 
 
@@ -398,7 +399,7 @@ def test_a_quota_of_jobs_is_waited_for(fake: FakeApi, backend: JobsBackend) -> N
     fake.quota("jobs", 0)
     backend.blocked_s = 0.01
     backend.start(task())
-    until(lambda: backend.wait(0.01) or fake.requests["create", "jobs"] > 2)
+    until_told(backend, lambda: fake.requests["create", "jobs"] > 2)
     assert (backend.live(), fake.names("jobs")) == ([TRAIN], [])
     fake.quota("jobs", None)
     made(fake, backend)
@@ -443,7 +444,7 @@ def test_nothing_is_deleted_while_the_ledger_cannot_be_written(
         fake.complete(NAME)
         assert finished(backend).exit_code == 0
         assert fake.faults.struck["unavailable"] == 50
-        until(lambda: backend.wait(0.01) or fake.deleted("jobs")[NAME])
+        until_told(backend, lambda: fake.deleted("jobs")[NAME])
     assert records(fake)[IDS[0]].state == "done"
 
 
@@ -478,12 +479,12 @@ def test_a_failed_attempt_leaves_its_cause_on_the_job(fake: FakeApi, backend: Jo
         job = fake.get("jobs", NAME) or {}
         return json.loads(job["metadata"]["annotations"].get("stillhouse/attempts", "[]"))
 
-    until(lambda: backend.wait(0.01) or told())
+    until_told(backend, told)
     (one,) = told()
     assert (one["pod"], one["code"], one["cause"]) == (pod, 1, "OSError: disk")
     fake.remove("pods", pod)
     fake.disrupt(NAME)
-    until(lambda: backend.wait(0.01) or len(told()) == 2)
+    until_told(backend, lambda: len(told()) == 2)
     assert told()[1]["cause"] == "it was evicted (a drain, say)"
 
 
@@ -494,7 +495,7 @@ def test_what_the_node_killed_for_its_memory_is_not_tried_again(
     made(fake, backend)
     fake.fail(NAME, 137, reason="OOMKilled", ends=None)
     assert finished(backend).exit_code == 44
-    until(lambda: backend.wait(0.01) or fake.deleted("jobs")[NAME])
+    until_told(backend, lambda: fake.deleted("jobs")[NAME])
     assert backend.look(IDS[0]).state == "failed"
     assert records(fake)[IDS[0]].code == 44
 
@@ -504,12 +505,12 @@ def test_what_cannot_start_holds_its_slot_for_a_while_only(fake: FakeApi, cluste
         backend.start(task())
         made(fake, backend)
         fake.pending(NAME, "ImagePullBackOff", "not found")
-        until(lambda: backend.wait(0.01) or "image" in str(backend.look(IDS[0]).cause))
+        until_told(backend, lambda: "image" in str(backend.look(IDS[0]).cause))
         assert backend.live() == [TRAIN]
         end = finished(backend)
         assert end.exit_code == CANNOT_START
         assert str(end.cause).startswith("cannot start: image not pulled: not found")
-        until(lambda: backend.wait(0.01) or fake.deleted("jobs")[NAME])
+        until_told(backend, lambda: fake.deleted("jobs")[NAME])
         assert backend.live() == []
         assert backend.look(IDS[0]).state == "failed"
 
@@ -521,9 +522,9 @@ def test_a_job_that_waits_for_room_waits_as_long_as_it_takes(
         backend.start(task())
         made(fake, backend)
         fake.pending(NAME)
-        until(lambda: backend.wait(0.01) or "free nvidia" in str(backend.look(IDS[0]).cause))
+        until_told(backend, lambda: "free nvidia" in str(backend.look(IDS[0]).cause))
         patience_is_over = time.monotonic() + 1.2
-        until(lambda: backend.wait(0.05) or time.monotonic() > patience_is_over)
+        until_told(backend, lambda: time.monotonic() > patience_is_over)
         assert backend.live() == [TRAIN]
 
 
@@ -580,7 +581,7 @@ def test_a_point_that_somebody_wants_to_be_tried_again_is_noticed(
         backend.retry_s = 0.0
         cluster.delete("jobs", name)
         Ledger(cluster, SWEEP.site.runs_claim).write({IDS[0]: None})
-        until(lambda: backend.wait(0.01) or backend.look(IDS[0]).state == "new")
+        until_told(backend, lambda: backend.look(IDS[0]).state == "new")
         assert IDS[0] in backend.changed()
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from driving import EVICTED, World, backend_of, cluster_of, drive, ids, sweep_of, until
+from driving import EVICTED, World, backend_of, cluster_of, drive, ids, sweep_of, until, until_told
 from fake_api import FakeApi
 
 from stillhouse.sweep.backends.cluster import Cluster
@@ -46,14 +46,20 @@ def uid(fake: FakeApi, name: str) -> str:
 
 def waits(backend: JobsBackend, action: Action, words: str) -> str:
     """Why an action waits, once that has these words."""
-    until(lambda: backend.wait(0.01) or words in backend.waits().get(action, ""))
+    until_told(backend, lambda: words in backend.waits().get(action, ""))
     return backend.waits()[action]
 
 
 def renewed(fake: FakeApi, backend: JobsBackend, name: str, before: str) -> None:
     """Wait until another Job has this one's name, and is followed."""
-    until(lambda: backend.wait(0.01) or (fake.get("jobs", name) and uid(fake, name) != before))
-    until(lambda: backend.wait(0.01) or backend._live[name].uid == uid(fake, name))
+    until_told(backend, lambda: fake.get("jobs", name) and uid(fake, name) != before)
+    until_told(backend, lambda: follows(backend, name) == uid(fake, name))
+
+
+def follows(backend: JobsBackend, name: str) -> str | None:
+    """The uid of the Job that a backend follows under a name."""
+    work = backend._live.get(name)
+    return work.uid if work is not None else None
 
 
 def ended(backend: JobsBackend) -> Finished:
@@ -76,7 +82,7 @@ def test_a_pair_and_scores_that_wait_say_for_what(fake: FakeApi, cluster: Cluste
         assert "no node has 1 free nvidia.com/gpu" in waits(backend, pack, "no node")
         assert backend.waits().keys() == {PREPARE, pack}
         fake.run_pod(prepare)
-        until(lambda: backend.wait(0.01) or PREPARE not in backend.waits())
+        until_told(backend, lambda: PREPARE not in backend.waits())
 
 
 def test_a_quota_of_jobs_is_named_by_whoever_waits_for_it(fake: FakeApi, cluster: Cluster) -> None:
@@ -87,8 +93,8 @@ def test_a_quota_of_jobs_is_named_by_whoever_waits_for_it(fake: FakeApi, cluster
         assert said.startswith("quota: exceeded quota: lab, requested: count/jobs.batch=1"), said
         assert said.endswith("until others are deleted (those that ended count too)")
         fake.quota("jobs", None)
-        until(lambda: backend.wait(0.01) or fake.names("jobs"))
-        until(lambda: backend.wait(0.01) or "quota" not in backend.waits().get(PREPARE, ""))
+        until_told(backend, lambda: fake.names("jobs"))
+        until_told(backend, lambda: "quota" not in backend.waits().get(PREPARE, ""))
 
 
 def test_what_its_queue_gives_up_on_gives_its_place_back_and_a_retry_takes_it_back(
@@ -101,10 +107,10 @@ def test_what_its_queue_gives_up_on_gives_its_place_back_and_a_retry_takes_it_ba
         name = put(fake, action, sweep)
         fake.workload(name, state=state)
         with backend_of(cluster, sweep) as backend:
-            until(lambda: backend.wait(0.01) or backend.live())
+            until_told(backend, lambda: backend.live())
             end = ended(backend)
             assert end.exit_code == CANNOT_START and words in str(end.cause), state
-            until(lambda: backend.wait(0.01) or not fake.get("jobs", name))  # noqa: B023
+            until_told(backend, lambda: not fake.get("jobs", name))  # noqa: B023
             assert backend.live() == [] and backend.look(action.points[0]).state == "failed"
             backend.ledger.write({action.points[0]: None})  # what `retry` does
 
@@ -132,7 +138,7 @@ def test_nobody_says_that_kueue_is_silent_before_it_was_asked(
 ) -> None:
     with backend_of(cluster, QUEUED) as backend:
         backend.start(task(TRAIN))
-        until(lambda: backend.wait(0.01) or backend.look(IDS[0]).cause)
+        until_told(backend, lambda: backend.look(IDS[0]).cause)
         assert backend.look(IDS[0]).cause == "just sent to queue lab"
         backend.sight.read_queue()
         assert "or it has no class high" in str(backend.look(IDS[0]).cause)
@@ -165,7 +171,7 @@ def test_a_job_of_another_site_that_runs_is_left_to_run(fake: FakeApi, cluster: 
     name = put(fake, TRAIN, sweep_of(4, "cpu=1"))
     fake.run_pod(name)
     with backend_of(cluster, SWEEP) as backend:
-        until(lambda: backend.wait(0.01) or backend.look(IDS[0]).state == "running")
+        until_told(backend, lambda: backend.look(IDS[0]).state == "running")
         fake.complete(name)
         assert ended(backend).exit_code == 0
     assert not fake.created("jobs")[name]
@@ -189,7 +195,7 @@ def test_jobs_of_this_site_and_of_versions_that_did_not_say_are_left(
     del old["metadata"]["annotations"]["stillhouse/asks"]
     fake.put("jobs", old)
     with backend_of(cluster, SWEEP) as backend:
-        until(lambda: backend.wait(0.01) or len(backend.live()) == 2)
+        until_told(backend, lambda: len(backend.live()) == 2)
         backend.wait(0.05)
     assert not fake.deleted("jobs") and name in fake.names("jobs")
 
@@ -204,7 +210,7 @@ def test_after_the_second_end_that_cost_nothing_the_job_is_made_anew_once(
     before = uid(fake, name)
     with backend_of(cluster, SWEEP, blocked_s=0.01) as backend:
         fake.fail(name, 85, EVICTED, ends="Ignore")
-        until(lambda: backend.wait(0.01) or "between two" in str(backend.look(IDS[0]).cause))
+        until_told(backend, lambda: "between two" in str(backend.look(IDS[0]).cause))
         assert "waits 10 s before the second" in str(backend.look(IDS[0]).cause)
         fake.disrupt(name, exit_code=85, message=EVICTED)
         renewed(fake, backend, name, before)
@@ -214,14 +220,14 @@ def test_after_the_second_end_that_cost_nothing_the_job_is_made_anew_once(
             notes = (fake.get("jobs", name) or {})["metadata"]["annotations"]
             return json.loads(notes.get("stillhouse/attempts", "[]"))
 
-        until(lambda: backend.wait(0.01) or told())
+        until_told(backend, told)
         assert [one["before"] for one in told()] == [True, True], "what they cost is not forgotten"
         fake.fail(name, 85, EVICTED, ends="Ignore")
-        until(lambda: backend.wait(0.01) or len(told()) == 3)
+        until_told(backend, lambda: len(told()) == 3)
         assert "waits 10 s before the second" in str(backend.look(IDS[0]).cause)
         second = uid(fake, name)
         fake.disrupt(name)
-        until(lambda: backend.wait(0.01) or "the third" in str(backend.look(IDS[0]).cause))
+        until_told(backend, lambda: "the third" in str(backend.look(IDS[0]).cause))
         assert uid(fake, name) == second, "once: pods count their attempts by Job"
         fake.complete(name)
         assert ended(backend).exit_code == 0
@@ -241,7 +247,7 @@ def test_a_job_that_lost_an_attempt_or_has_a_place_in_a_queue_waits_out_its_paus
         fake.fail(queued, 85, EVICTED, ends="Ignore")
     with backend_of(cluster, QUEUED) as backend:
         backend._there_before.clear()
-        until(lambda: backend.wait(0.01) or len(backend.live()) == 2)
+        until_told(backend, lambda: len(backend.live()) == 2)
         backend.wait(0.05)
         assert "waits 40 s before the 4th" in str(backend.look(IDS[1]).cause)
     assert not fake.deleted("jobs")
@@ -284,14 +290,14 @@ def test_no_second_job_is_made_beside_a_pod_that_goes_on_without_its_job(
     pod = "" if is_seen else orphaned(fake, name)
     with backend_of(cluster, SWEEP, blocked_s=0.01) as backend:
         pod = pod or orphaned(fake, name)
-        until(lambda: backend.wait(0.01) or pod in str(backend.look(IDS[0]).cause))
+        until_told(backend, lambda: pod in str(backend.look(IDS[0]).cause))
         seen = backend.look(IDS[0])
         assert seen.state == "running" and f"pod {pod} goes on" in str(seen.cause)
         backend.start(task(TRAIN))
         assert f"pod {pod} goes on" in waits(backend, TRAIN, pod)
         backend.changed()
         fake.remove("pods", pod)
-        until(lambda: backend.wait(0.01) or fake.created("jobs")[name] == 1)
+        until_told(backend, lambda: fake.created("jobs")[name] == 1)
         assert IDS[0] in backend.changed()
 
 
