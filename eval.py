@@ -5,7 +5,7 @@ import sys
 from stillhouse.errors import explained_imports
 
 with explained_imports():
-    from stillhouse.doors import eval_main
+    from stillhouse.entrypoints import eval_main
 
 if __name__ == "__main__":
     sys.exit(eval_main(sys.argv[1:]))

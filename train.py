@@ -5,7 +5,7 @@ import sys
 from stillhouse.errors import explained_imports
 
 with explained_imports():
-    from stillhouse.doors import train_main
+    from stillhouse.entrypoints import train_main
 
 if __name__ == "__main__":
     sys.exit(train_main(sys.argv[1:]))

@@ -27,13 +27,14 @@ import yaml
 
 from benchmarks.run import put
 from stillhouse.rundir import Runs, new_record, write_json
-from stillhouse.sweep.backends.cluster import Cluster, connect
-from stillhouse.sweep.backends.jobs import WRITERS
+from stillhouse.sweep.cluster.code_bundle import bundle
+from stillhouse.sweep.cluster.connect import Cluster, connect
+from stillhouse.sweep.cluster.jobs import WRITERS
+from stillhouse.sweep.cluster.jobspec import JobSpecs
+from stillhouse.sweep.cluster.ledger import Ledger, prepare_of
+from stillhouse.sweep.cluster.manifest import render, to_yaml
 from stillhouse.sweep.grid import Sweep, load_sweep
-from stillhouse.sweep.kube.bundle import bundle
-from stillhouse.sweep.kube.ledger import Ledger, Record, prepare_of
-from stillhouse.sweep.kube.manifest import render, to_yaml
-from stillhouse.sweep.kube.steps import Steps
+from stillhouse.sweep.outcome import Record
 from stillhouse.sweep.plan import Action, groups_of
 from tests.cluster import binaries
 from tests.cluster.api import PATHS
@@ -88,7 +89,7 @@ def sweep_of(ada: Desk, name: str, points: int, first: int, *words: str) -> tupl
 
 def bodies_of(sweep: Sweep) -> list[bytes]:
     """What `run` would send for the points of a sweep, byte for byte."""
-    steps, groups, code = Steps(sweep), groups_of(sweep), bundle().key
+    steps, groups, code = JobSpecs(sweep), groups_of(sweep), bundle().key
     actions = (Action("train", groups[point.id], (point.id,)) for point in sweep.points)
     return [to_yaml(render(steps.of(action), sweep.site, code)) for action in actions]
 
@@ -203,8 +204,8 @@ def _ours(kube: Kubernetes, points: int) -> tuple[float, float, tuple[float, flo
 
 
 LISTER = """
-from stillhouse.sweep.backends.cluster import connect
-from stillhouse.sweep.kube.manifest import SELECTOR
+from stillhouse.sweep.cluster.connect import connect
+from stillhouse.sweep.cluster.manifest import SELECTOR
 print(sum(len(items) for items, _ in connect(None, None).pages("jobs", SELECTOR)))
 """
 
@@ -434,7 +435,7 @@ def real(programs: Path, runs: int) -> str:
             write_json(run.adapter / "stillhouse.json", {"id": point.id, "files": {}})
         for path in [ada.space.runs, *ada.space.runs.rglob("*")]:
             path.chmod(0o777 if path.is_dir() else 0o666)
-        prepare = Steps(sweep).of(Action("prepare", groups_of(sweep)[sweep.points[0].id]))
+        prepare = JobSpecs(sweep).of(Action("prepare", groups_of(sweep)[sweep.points[0].id]))
         done = {prepare_of(prepare.id): Record("done", at=time.time())}
         Ledger(cluster, "stillhouse-runs").write(done)
 

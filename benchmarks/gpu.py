@@ -27,10 +27,10 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCau
 
 from benchmarks import loss, rollout
 from benchmarks.run import put
-from stillhouse.distill import tiny
 from stillhouse.distill.models import load_base, new_student
 from stillhouse.distill.objectives import CrossEntropy, Jsd, TopK
 from stillhouse.distill.rollouts import pad_left
+from stillhouse.distill.toy import tiny
 from stillhouse.spec import LoraSpec, QuantSpec
 
 GPU = torch.device("cuda")

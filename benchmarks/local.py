@@ -19,11 +19,11 @@ import time
 from pathlib import Path
 
 from stillhouse.rundir import Runs, new_record, write_json
-from stillhouse.sweep.backends.local import CUDA_DEVICE, PRELOAD, PRELOAD_WITHOUT_CUDA, LocalBackend
-from stillhouse.sweep.drive import Task
+from stillhouse.sweep.driver import Task
 from stillhouse.sweep.grid import Point, load_sweep
+from stillhouse.sweep.local.workers import CUDA_DEVICE, PRELOAD, PRELOAD_WITHOUT_CUDA, LocalBackend
 from stillhouse.sweep.plan import Action
-from stillhouse.sweep.roster import roster_of
+from stillhouse.sweep.registry import roster_of
 
 POINTS = 21  # the first pays for the server
 LIMIT_S = 0.5

@@ -23,7 +23,7 @@ import torch
 from stillhouse.compose import compose, from_command_line
 from stillhouse.distill.preflight import preflight
 from stillhouse.distill.run import train_run
-from stillhouse.doors import PROMPTS
+from stillhouse.entrypoints import PROMPTS
 from stillhouse.rundir import RunDir
 from stillhouse.spec import TrainSpec
 from stillhouse.stop import StopFlag

@@ -27,12 +27,12 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
-from stillhouse.distill import tiny
 from stillhouse.distill.engine import Engine, generate
 from stillhouse.distill.models import load_base, new_student
-from stillhouse.distill.problems import problems
-from stillhouse.distill.recipes import RECIPES
 from stillhouse.distill.rollouts import _Draw, pad_left, uniforms
+from stillhouse.distill.toy import tiny
+from stillhouse.distill.toy.problems import problems
+from stillhouse.distill.toy.recipes import RECIPES
 from stillhouse.spec import LoraSpec, QuantSpec, RolloutSpec
 
 BATCH, NEW_TOKENS = 32, 32

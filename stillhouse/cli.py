@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from stillhouse.errors import AGAIN, DONE, MISTAKE, ConfigError, exit_code_of, nearest
-from stillhouse.words import say
+from stillhouse.text import say
 
 VERBS = {
     "plan": "how many points are new, done, running, failed or drifted, and what the rest costs",
@@ -113,7 +113,7 @@ def _dispatch(words: list[str]) -> int:
     if verb in DOORS and {"-h", "--help"} & {*rest}:
         return _help_of_door(verb)
     if verb == "prepare":
-        from stillhouse.doors import prepare_main
+        from stillhouse.entrypoints import prepare_main
 
         return prepare_main(rest)
     if verb not in VERBS | DOORS:
@@ -122,7 +122,7 @@ def _dispatch(words: list[str]) -> int:
             f'no verb "{verb}" ({", ".join(known)}).{nearest(verb, known)} `stillhouse --help`'
         )
     do = _preflight if verb == "preflight" else _send if verb in DOORS else _do
-    from stillhouse.sweep.backends.cluster import ApiError
+    from stillhouse.sweep.cluster.connect import ApiError
 
     try:
         return do(verb, rest)
@@ -166,7 +166,7 @@ def _do(verb: str, words: list[str]) -> int:
 
 
 def _preflight(verb: str, words: list[str]) -> int:
-    from stillhouse.doors import preflight_main
+    from stillhouse.entrypoints import preflight_main
 
     return preflight_main(words)
 
@@ -180,7 +180,7 @@ def _send(kind: str, words: list[str]) -> int:
     options, rest = parser.parse_known_args(words)
     if options.help:
         return _help_of_door(kind)
-    from stillhouse.sweep.kube.sending import send
+    from stillhouse.sweep.cluster.submit import send
 
     return send("train" if kind == "train" else "eval", rest, options.dry_run, options.json)
 

@@ -20,7 +20,7 @@ from typing import Any, TypeVar, cast
 
 from pydantic import TypeAdapter, ValidationError
 
-from stillhouse import flags, tasks, watch
+from stillhouse import flags, tasks, watch_rules
 from stillhouse.errors import ConfigError, nearest
 from stillhouse.spec import EvalSpec, TrainSpec
 
@@ -38,6 +38,12 @@ def conf_dir() -> Path:
     """`conf/` of the checkout, or the copy that an installed wheel carries."""
     inside = Path(__file__).parent / "conf"
     return inside if inside.is_dir() else Path(__file__).parent.parent / "conf"
+
+
+def k8s_dir() -> Path:
+    """`k8s/` of the checkout, or the copy that an installed wheel carries."""
+    inside = Path(__file__).parent / "k8s"
+    return inside if inside.is_dir() else Path(__file__).parent.parent / "k8s"
 
 
 @functools.cache
@@ -216,7 +222,7 @@ def check(plain: Mapping[str, Any], spec_type: type[Spec], where: str) -> Spec:
     except ValidationError as error:
         raise ConfigError(_explain(error, spec_type, where)) from error
     if isinstance(spec, TrainSpec):
-        watch.check(spec, where)
+        watch_rules.check(spec, where)
     return spec
 
 

@@ -28,6 +28,9 @@ DIVERGED = 43
 OUT_OF_MEMORY = 44
 STOPPED = 46
 AGAIN = 85
+UNKNOWN = 1  # how it ended was not recorded
+TOO_LATE = 124  # its deadline passed; the code that timeout(1) has for it
+CANNOT_START = 125  # it never ran: image, secret, volume, quota; the code that containers use
 
 # Codes after which the same run would end the same way: the reconcile loop never retries them.
 POISON = frozenset({MISTAKE, DIVERGED, OUT_OF_MEMORY})

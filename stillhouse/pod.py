@@ -5,9 +5,9 @@
 
     train eval prepare preflight drive
                                starts train.py, eval.py or `python -m stillhouse` with these words
-    collect -- SECONDS         parcel.py: waits until SECONDS pass without a send, or for a SIGTERM
+    collect -- SECONDS         transfer.py: waits until SECONDS pass without a send, or for a SIGTERM
     push -- SECONDS            the same, with the cache in place of the runs
-    send -- REQUEST            parcel.py, by `exec` in a collect pod: files of runs to stdout
+    send -- REQUEST            transfer.py, by `exec` in a collect pod: files of runs to stdout
     take -- REQUEST            intake.py, by `exec` in a push pod: files from stdin to the cache
 
 It forwards SIGTERM and SIGINT, reaps orphaned processes, and copies the output to stdout and to
@@ -63,10 +63,10 @@ COMMANDS = {
     "prepare": "-m stillhouse prepare",
     "preflight": "-m stillhouse preflight",
     "drive": "-m stillhouse",
-    "collect": "-m stillhouse.parcel hold",
-    "push": "-m stillhouse.parcel hold",
-    "send": "-m stillhouse.parcel send",
-    "take": "-m stillhouse.intake",
+    "collect": "-m stillhouse.transfer hold",
+    "push": "-m stillhouse.transfer hold",
+    "send": "-m stillhouse.transfer send",
+    "take": "-m stillhouse.receive",
 }
 MISTAKE, OUT_OF_MEMORY, AGAIN = 42, 44, 85
 FINAL = (42, 43, 44, 46)  # never retried, so what one rank says of it counts for all

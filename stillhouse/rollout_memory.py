@@ -12,9 +12,9 @@ from collections.abc import Iterable
 from math import prod
 from pathlib import Path
 
-from stillhouse.at_hand import at_hand
+from stillhouse.compatibility import positions
 from stillhouse.errors import ContractError
-from stillhouse.fits import positions
+from stillhouse.local_models import at_hand
 from stillhouse.memory import host_bytes
 from stillhouse.model_files import EMBEDDINGS, HEADS, count, read
 from stillhouse.spec import TrainSpec, computed_in

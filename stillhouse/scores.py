@@ -19,7 +19,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, cast
 
-from stillhouse import at_hand
+from stillhouse import local_models
 from stillhouse.rundir import Json, file_digest, now
 from stillhouse.sources import differences
 from stillhouse.spec import PairSpec, TaskSpec
@@ -107,5 +107,5 @@ def _revision(pair: PairSpec, role: str, here: Mapping[str, Any], cache_dir: Pat
             return None
     if pair.pair_source == "hub":
         return cast("Json", here.get(role) or {}).get("commit")
-    there = at_hand.model(pair, role, cache_dir, {})
+    there = local_models.model(pair, role, cache_dir, {})
     return file_digest(there.path / "model.safetensors")[:16] if there else None

@@ -21,7 +21,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
-from stillhouse import at_hand, fingerprints
+from stillhouse import fingerprints, local_models
 from stillhouse.errors import ContractError, DataError
 from stillhouse.rundir import Json, RunDir
 from stillhouse.spec import DataSpec, EvalSpec, PairSpec, RescueSpec, TrainSpec
@@ -109,7 +109,7 @@ def of_pair(pair: PairSpec, cache_dir: Path, commits: Mapping[str, str]) -> Json
     found: Json = {}
     for role, name in (("student", pair.student), ("teacher", pair.teacher)):
         with contextlib.suppress(OSError, ContractError):
-            there = at_hand.model(pair, role, cache_dir, commits)
+            there = local_models.model(pair, role, cache_dir, commits)
             if there is not None:
                 found[role] = _model(pair, role, name, there, cache_dir)
                 if role == "student" and there.commit is None:
@@ -119,23 +119,25 @@ def of_pair(pair: PairSpec, cache_dir: Path, commits: Mapping[str, str]) -> Json
     return found
 
 
-def _model(pair: PairSpec, role: str, name: str, there: at_hand.AtHand, cache_dir: Path) -> Json:
+def _model(
+    pair: PairSpec, role: str, name: str, there: local_models.AtHand, cache_dir: Path
+) -> Json:
     entry: Json = {"what": name, "kind": "model"}
     if there.commit is not None:
-        _, revision = at_hand.asked(pair, role)
+        _, revision = local_models.asked(pair, role)
         return entry | _commit(there.commit, name, revision, "model")
     settings = [file for name in SETTINGS if (file := there.path / name).is_file()]
     entry["digest"] = fingerprints.of_weights(there.path, cache_dir)
     entry["settings"] = fingerprints.of_settings(settings, cache_dir)
-    facts = cast("Json", at_hand.prepared(pair, cache_dir).get("facts") or {})
+    facts = cast("Json", local_models.prepared(pair, cache_dir).get("facts") or {})
     loss = facts.get(f"{role}_loss")
     return entry if loss is None else entry | {"loss": loss}
 
 
 def _commit(commit: str, repo: str, revision: str | None, repo_type: str) -> Json:
-    if revision and at_hand.COMMIT.fullmatch(revision):
+    if revision and local_models.COMMIT.fullmatch(revision):
         return {"commit": commit}
-    return {"commit": commit, "open": at_hand.open_name(repo, revision, repo_type)}
+    return {"commit": commit, "open": local_models.open_name(repo, revision, repo_type)}
 
 
 def _of_data(spec: TrainSpec, cache_dir: Path) -> Json:
@@ -162,13 +164,13 @@ def rows_of(spec: TrainSpec | EvalSpec, cache_dir: Path) -> Json | None:
         return None
     if data.data_source == "local" and not Path(data.data_path).expanduser().exists():
         return None
-    there = at_hand.at_hand(data.data_path, None, "dataset", spec.place.commits)
+    there = local_models.at_hand(data.data_path, None, "dataset", spec.place.commits)
     if there is None:
         return None
     if there.commit is not None:
         entry = _commit(there.commit, data.data_path, None, "dataset")
         return {"what": data.data_path, "kind": "rows"} | entry
-    files = at_hand.split_files(there.path, data.data_split)
+    files = local_models.split_files(there.path, data.data_split)
     return _entry(data.data_path, fingerprints.of_rows(files, cache_dir))
 
 
@@ -180,7 +182,7 @@ def _others(spec: TrainSpec, rescue: RescueSpec, cache_dir: Path) -> Path | None
 
 
 def _problems(pair: PairSpec, cache_dir: Path) -> Path | None:
-    lies = at_hand.prepared(pair, cache_dir).get("problems")
+    lies = local_models.prepared(pair, cache_dir).get("problems")
     return cache_dir / lies if lies else None
 
 

@@ -17,14 +17,14 @@ from pathlib import Path
 
 import numpy as np
 
-from stillhouse import verdict
+from stillhouse import preflight_rules
 from stillhouse.compose import data_file
+from stillhouse.preflight_rules import Measured
 from stillhouse.results.analyses.preflight import Case, cases, parts
 from stillhouse.results.format import Table, as_markdown
 from stillhouse.results.stats import NAN, number
 from stillhouse.results.table import load
 from stillhouse.rundir import Runs
-from stillhouse.verdict import Measured
 
 RESAMPLES = 2000
 SEED = 0
@@ -130,7 +130,7 @@ def as_table(found: Sequence[Case]) -> Table:
 
 def calibration(sweeps: Sequence[str], runs: Path) -> str:
     """The tables of all cases of these sweeps, as Markdown."""
-    rules = verdict.rules_of(data_file("preflight"), "conf/preflight.yaml")
+    rules = preflight_rules.rules_of(data_file("preflight"), "conf/preflight.yaml")
     found = [case for name in sweeps for case in cases(load(name, runs), Runs(runs), rules)]
     texts: list[str] = []
     for name, part in parts(found).items():

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from stillhouse.sweep.backends.cluster import ApiError, Cluster, Gone, Watched
+from stillhouse.sweep.cluster.connect import ApiError, Cluster, Gone, Watched
 
 Json = dict[str, Any]
 

@@ -27,31 +27,27 @@ import yaml
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
-TESTS = Path(__file__).parent
-if str(TESTS) not in sys.path:
-    sys.path.insert(0, str(TESTS))
-
-from sample_runs import Sample, write_sample  # noqa: E402
-
-import stillhouse  # noqa: E402
-from stillhouse import cli  # noqa: E402
-from stillhouse.compose import compose, from_command_line  # noqa: E402
-from stillhouse.errors import StillhouseError  # noqa: E402
-from stillhouse.rundir import Json, RunDir  # noqa: E402
-from stillhouse.spec import EvalSpec, TrainSpec, suite_key  # noqa: E402
-from stillhouse.sweep import roster  # noqa: E402
-from stillhouse.sweep.grid import Sweep, load_sweep  # noqa: E402
-from stillhouse.sweep.kube.facts import keys_of  # noqa: E402
-from stillhouse.sweep.kube.ledger import Ledger, Record, read_sweep, sweeps  # noqa: E402
-from stillhouse.sweep.kube.manifest import render  # noqa: E402
-from stillhouse.sweep.kube.names import Names  # noqa: E402
-from stillhouse.sweep.kube.particulars import particulars, said_of_others  # noqa: E402
-from stillhouse.sweep.kube.renewing import carried_attempts, is_better_made_anew  # noqa: E402
-from stillhouse.sweep.kube.scene import Scene, baselines_seen  # noqa: E402
-from stillhouse.sweep.kube.settle import attempts_patch, records_of  # noqa: E402
-from stillhouse.sweep.kube.steps import Steps  # noqa: E402
-from stillhouse.sweep.kube.workload import queue_view  # noqa: E402
-from stillhouse.sweep.plan import Action, groups_of  # noqa: E402
+import stillhouse
+from stillhouse import cli
+from stillhouse.compose import compose, from_command_line
+from stillhouse.errors import StillhouseError
+from stillhouse.rundir import Json, RunDir
+from stillhouse.spec import EvalSpec, TrainSpec, suite_key
+from stillhouse.sweep import registry
+from stillhouse.sweep.cluster.cache import NamespaceCache, baselines_seen
+from stillhouse.sweep.cluster.describe import particulars, said_of_others
+from stillhouse.sweep.cluster.facts import keys_of
+from stillhouse.sweep.cluster.job_outcomes import attempts_patch, records_of
+from stillhouse.sweep.cluster.jobspec import JobSpecs
+from stillhouse.sweep.cluster.kueue import queue_view
+from stillhouse.sweep.cluster.ledger import Ledger, read_sweep, sweeps
+from stillhouse.sweep.cluster.manifest import render
+from stillhouse.sweep.cluster.replace import carried_attempts, is_better_made_anew
+from stillhouse.sweep.cluster.run_names import Names
+from stillhouse.sweep.grid import Sweep, load_sweep
+from stillhouse.sweep.outcome import Record
+from stillhouse.sweep.plan import Action, groups_of
+from tests.builders.sample_runs import Sample, write_sample
 
 # --------------------------------------------------------------------------------- bending
 
@@ -144,7 +140,7 @@ def sweep_file(draw: Any) -> None:
     file.write_bytes(torn(draw, data) if draw(st.integers(0, 4)) == 0 else data)
     try:
         with contextlib.suppress(StillhouseError):
-            json.dumps(roster.record_of(load_sweep(str(file), [], Path("runs"))))
+            json.dumps(registry.record_of(load_sweep(str(file), [], Path("runs"))))
     finally:
         file.unlink()
 
@@ -287,7 +283,7 @@ TIME = "2026-11-30T10:00:00Z"
 def objects() -> list[tuple[str, Json]]:
     """A Job of each kind, and the other objects of a namespace about it."""
     sweep = asked()
-    steps, (first, *_), ids = Steps(sweep), asked().points, [p.id for p in asked().points]
+    steps, (first, *_), ids = JobSpecs(sweep), asked().points, [p.id for p in asked().points]
     group = groups_of(sweep)[first.id]
     teacher = (Path("teacher-0123456789"),)
     wanted = [Action("train", group, (first.id,)), Action("eval", group, (*ids,), teacher),
@@ -354,30 +350,30 @@ def job_object(draw: Any) -> None:
     else:
         item = bent(draw, item)
     ledger = Ledger(Kept([]), "stillhouse-runs")  # type: ignore[arg-type]
-    scene = Scene(ledger)
+    cache = NamespaceCache(ledger)
     others = [all_of[n] for n in range(len(all_of)) if n != number and draw(st.booleans())]
     for resource, one in [*others, (kind, item)]:
         if resource == "workloads":
-            queued = scene.viewed(queue_view, one)
-            scene.replace_queue([queued] if queued else [], [job.uid for job in scene.jobs()])
+            queued = cache.viewed(queue_view, one)
+            cache.replace_queue([queued] if queued else [], [job.uid for job in cache.jobs()])
         else:
-            scene.learn(resource, one)
+            cache.learn(resource, one)
     assert sweep.suite is not None
     key = suite_key(sweep.suite)
     for point in sweep.points:
         for scores in (None, key):
-            scene.look(point.id, scores)
-    baselines_seen(scene, sweep)
-    for job in scene.jobs():
-        scene.why(job)
-        attempts_patch(job, scene.pods_of(job))
-        records = dict(records_of(job, scene, 1e9))
+            cache.look(point.id, scores)
+    baselines_seen(cache, sweep)
+    for job in cache.jobs():
+        cache.why(job)
+        attempts_patch(job, cache.pods_of(job))
+        records = dict(records_of(job, cache, 1e9))
         ledger.write(records)
         ledger.refresh(keys_of(job), 0.0)
-        particulars([job], scene, records)
-        said_of_others([job], scene)
-        is_better_made_anew(job, scene.pods_of(job), sweep.site, was_there=True)
-        carried_attempts(job, scene.pods_of(job))
+        particulars([job], cache, records)
+        said_of_others([job], cache)
+        is_better_made_anew(job, cache.pods_of(job), sweep.site, was_there=True)
+        carried_attempts(job, cache.pods_of(job))
     ledger.remarks()
 
 
@@ -419,10 +415,10 @@ def config_map(draw: Any) -> None:
     ledger.read()
     ledger.remarks()
     ledger.records()
-    scene = Scene(ledger)
+    cache = NamespaceCache(ledger)
     suite = asked().suite
     assert suite is not None
-    scene.look(one, suite_key(suite))
+    cache.look(one, suite_key(suite))
     with contextlib.suppress(StillhouseError):
         ledger.write({one: None})
     with contextlib.suppress(StillhouseError):
@@ -430,12 +426,12 @@ def config_map(draw: Any) -> None:
     for mark in sweeps(cluster):
         with contextlib.suppress(StillhouseError):
             if (record := read_sweep(cluster, mark.name)) is not None:
-                roster.of_record(record, Path("runs"), "here")
+                registry.of_record(record, Path("runs"), "here")
 
 
 @functools.cache
 def _sweep_record() -> str:
-    return json.dumps(roster.record_of(asked()) | {"name": "s"})
+    return json.dumps(registry.record_of(asked()) | {"name": "s"})
 
 
 def _sweep_map(data: bytes | None = None) -> Json:

@@ -16,9 +16,8 @@ import pytest
 from jaxtyping import install_import_hook
 
 if TYPE_CHECKING:
-    from fake_api import FakeApi
-
-    from stillhouse.sweep.backends.cluster import Cluster
+    from stillhouse.sweep.cluster.connect import Cluster
+    from tests.fakes.fake_api import FakeApi
 
 # A fixed user: composed configurations are cached, and Jobs carry their owner's name.
 os.environ["USER"] = "ada"
@@ -40,8 +39,8 @@ def pytest_configure(config: pytest.Config) -> None:
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A runs directory with six sweeps, to be read only; no two share a point."""
-    from cliff_runs import SMALL, write_cliff
-    from sample_runs import SAMPLES, write_sample
+    from tests.builders.cliff_runs import SMALL, write_cliff
+    from tests.builders.sample_runs import SAMPLES, write_sample
 
     root = tmp_path_factory.mktemp("runs")
     write_cliff(root, SMALL)
@@ -61,7 +60,7 @@ def report(finished: Path) -> Callable[[str], Path]:
 @pytest.fixture
 def fake() -> Iterator[FakeApi]:
     """An API server with an empty namespace."""
-    from fake_api import FakeApi
+    from tests.fakes.fake_api import FakeApi
 
     with FakeApi() as server:
         yield server
@@ -70,7 +69,7 @@ def fake() -> Iterator[FakeApi]:
 @pytest.fixture
 def cluster(fake: FakeApi, tmp_path: Path) -> Iterator[Cluster]:
     """A client of it."""
-    from driving import cluster_of
+    from tests.builders.driving import cluster_of
 
     with cluster_of(fake, tmp_path / "kubeconfig") as client:
         yield client
@@ -80,7 +79,7 @@ def cluster(fake: FakeApi, tmp_path: Path) -> Iterator[Cluster]:
 def furnished(fake: FakeApi, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """All that a sweep needs is in the namespace, and a kubeconfig leads there from an empty
     working directory."""
-    from lab import furnish, kubeconfig
+    from tests.builders.lab import furnish, kubeconfig
 
     furnish(fake)
     monkeypatch.setenv("KUBECONFIG", str(kubeconfig(fake, tmp_path)))

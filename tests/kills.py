@@ -27,7 +27,7 @@ from pathlib import Path
 import psutil
 
 from stillhouse.rundir import Runs
-from tests.cheap import CACHE
+from tests.builders.cheap import CACHE
 
 SWEEP = f"""
 question: Does a sweep survive everything?

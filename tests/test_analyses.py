@@ -12,8 +12,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from cliff_runs import SMALL, write_cliff
-from sample_runs import OVERLAP, REQUANTIZED, Sample, write_sample
 
 from stillhouse.errors import DIVERGED
 from stillhouse.results.analyses import (
@@ -33,6 +31,8 @@ from stillhouse.results.stats import compare, detectable_difference, holm
 from stillhouse.results.summary import remarks, summary, wide
 from stillhouse.results.table import load, points_of
 from stillhouse.rundir import RunDir, Runs, read_json, write_atomic, write_json
+from tests.builders.cliff_runs import SMALL, write_cliff
+from tests.builders.sample_runs import OVERLAP, REQUANTIZED, Sample, write_sample
 
 GOLDEN = Path(__file__).parent / "golden" / "report"
 TWO = dataclasses.replace(SMALL, methods=("on_policy_gkd", "hybrid"))

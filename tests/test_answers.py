@@ -10,10 +10,10 @@ import pytest
 import torch
 from test_folded import student
 
-from stillhouse.distill import tiny
 from stillhouse.distill.answers import answers, ended, log_likelihoods
 from stillhouse.distill.engine import Engine, generate
 from stillhouse.distill.rollouts import cut_after_eos, pad_left
+from stillhouse.distill.toy import tiny
 from stillhouse.errors import Diverged
 
 PAD, EOS = 0, 2

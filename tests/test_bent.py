@@ -9,10 +9,10 @@ import pytest
 from bent import KINDS, asked, objects, run, sample
 
 from stillhouse.errors import ConfigError, ContractError
+from stillhouse.sweep.cluster.cache import NamespaceCache
+from stillhouse.sweep.cluster.ledger import Ledger
+from stillhouse.sweep.cluster.objects import job_view, last_words, notes, pod_view, viewed
 from stillhouse.sweep.grid import load_sweep
-from stillhouse.sweep.kube.ledger import Ledger
-from stillhouse.sweep.kube.scene import Scene
-from stillhouse.sweep.kube.views import job_view, last_words, notes, pod_view, viewed
 
 COUNT = 25
 
@@ -36,9 +36,9 @@ def test_a_bent_input_ends_in_an_answer_or_a_sentence(
 
 
 @pytest.fixture
-def scene(place: Path, monkeypatch: pytest.MonkeyPatch) -> Scene:
+def cache(place: Path, monkeypatch: pytest.MonkeyPatch) -> NamespaceCache:
     monkeypatch.chdir(place)
-    return Scene(Ledger(NOBODY, "stillhouse-runs"))
+    return NamespaceCache(Ledger(NOBODY, "stillhouse-runs"))
 
 
 NOBODY: Any = None  # a cluster that is never asked
@@ -57,28 +57,28 @@ def edited(number: int, **notes: str) -> Any:
      ("names", "it's")],
 )  # fmt: skip
 def test_a_jobs_annotation_that_somebody_edited_makes_its_point_unreadable(
-    name: str, text: str, scene: Scene
+    name: str, text: str, cache: NamespaceCache
 ) -> None:
     first, second = (point.id for point in asked().points)
-    scene.learn("jobs", edited(0, **{name: text}))
-    seen = scene.look(first, None)
+    cache.learn("jobs", edited(0, **{name: text}))
+    seen = cache.look(first, None)
     assert seen.state == "unreadable" and seen.cause is not None
     job = objects()[0][1]["metadata"]["name"]
     assert f"Job {job}: annotation stillhouse/{name}: not what we write" in seen.cause
     assert f"kubectl annotate job {job} stillhouse/{name}-" in seen.cause
-    assert scene.look(second, None).state == "new", "and nobody else's"
-    scene.learn("jobs", edited(1, **{name: text}))  # it failed: the cause is what it says itself
-    assert scene.look(first, None).state == "failed"
+    assert cache.look(second, None).state == "new", "and nobody else's"
+    cache.learn("jobs", edited(1, **{name: text}))  # it failed: the cause is what it says itself
+    assert cache.look(first, None).state == "failed"
 
 
-def test_an_object_of_another_form_is_a_remark_and_hides_nothing(scene: Scene) -> None:
+def test_an_object_of_another_form_is_a_remark_and_hides_nothing(cache: NamespaceCache) -> None:
     job, pod = objects()[0][1], objects()[6][1]
-    scene.learn("jobs", job)
-    scene.learn("pods", pod | {"status": {"phase": 5}})
-    scene.learn("jobs", {"metadata": {"name": "bare"}})
-    scene.learn("events", {"metadata": {}, "lastTimestamp": "yesterday"})
-    assert scene.look(asked().points[0].id, None).state == "waiting"
-    said = sorted(scene.odd)
+    cache.learn("jobs", job)
+    cache.learn("pods", pod | {"status": {"phase": 5}})
+    cache.learn("jobs", {"metadata": {"name": "bare"}})
+    cache.learn("events", {"metadata": {}, "lastTimestamp": "yesterday"})
+    assert cache.look(asked().points[0].id, None).state == "waiting"
+    said = sorted(cache.odd)
     assert [line.split(":")[0] for line in said] == [
         "Job bare", "event (without a name)", "pod pod",
     ]  # fmt: skip

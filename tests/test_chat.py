@@ -13,9 +13,9 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from stillhouse.distill import problems, tiny
 from stillhouse.distill.chat import Chat, Skip, declared_stop_ids
 from stillhouse.distill.prompts import load_prompts
+from stillhouse.distill.toy import problems, tiny
 from stillhouse.errors import ConfigError, ContractError
 from tests.test_prompts import LOCAL, NOWHERE, lines
 

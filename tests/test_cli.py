@@ -10,18 +10,18 @@ import time
 from pathlib import Path
 from typing import Any
 
-import behaving
 import pytest
 
 from stillhouse.cli import DOORS, VERBS, main
 from stillhouse.rundir import RunDir, Runs
 from stillhouse.sweep import verbs
 from stillhouse.sweep.grid import Sweep, load_sweep
-from stillhouse.sweep.listing import counted
 from stillhouse.sweep.plan import Observation, observe
-from stillhouse.sweep.progress import Board, Steps, steps_of, watcher
-from stillhouse.sweep.roster import roster_of
-from stillhouse.words import Pace, duration
+from stillhouse.sweep.progress import Board, Steps, display, steps_of
+from stillhouse.sweep.registry import roster_of
+from stillhouse.sweep.show import counted
+from stillhouse.text import Pace, duration
+from tests.fakes import behaving
 
 GRID = ["pair=tiny", "lmbda=0,0.5", "beta=0,1", "seeds=2"]
 HEAVY = "{'torch', 'transformers', 'hydra', 'pandas', 'rich', 'kubernetes', 'matplotlib'}"
@@ -281,7 +281,7 @@ def test_logs_follow_until_the_points_have_ended(tmp_path: Path) -> None:
 def test_report_prints_the_table_and_where_the_page_is(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from sample_runs import Sample, write_sample
+    from tests.builders.sample_runs import Sample, write_sample
 
     write_sample(tmp_path)
     name = Sample().name
@@ -329,7 +329,7 @@ def test_lines_say_now_and_then_how_far_what_trains_is(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from stillhouse.sweep import progress
-    from stillhouse.sweep.drive import Picture
+    from stillhouse.sweep.driver import Picture
     from stillhouse.sweep.plan import Action
 
     sweep = load_sweep(None, [*behaving.words(tmp_path, points=3)], tmp_path)
@@ -355,7 +355,7 @@ def test_of_a_cluster_lines_say_once_what_lasts_and_no_job_that_waits_is_running
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from stillhouse.sweep import progress
-    from stillhouse.sweep.drive import Picture
+    from stillhouse.sweep.driver import Picture
     from stillhouse.sweep.plan import Action
 
     monkeypatch.setattr(progress, "LASTING_S", 0.0)
@@ -381,7 +381,7 @@ def test_what_no_point_says_and_what_runs_oddly_is_said_by_lines(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from stillhouse.sweep import progress
-    from stillhouse.sweep.drive import Picture
+    from stillhouse.sweep.driver import Picture
     from stillhouse.sweep.plan import Action
 
     monkeypatch.setattr(progress, "LASTING_S", 0.0)
@@ -405,13 +405,13 @@ def test_what_no_point_says_and_what_runs_oddly_is_said_by_lines(
 def test_a_file_gets_lines_and_a_terminal_gets_a_board_that_stays_put(tmp_path: Path) -> None:
     from rich.console import Console
 
-    from stillhouse.sweep.drive import Picture
+    from stillhouse.sweep.driver import Picture
     from stillhouse.sweep.plan import Action
     from stillhouse.sweep.progress import Lines
 
     sweep = load_sweep(None, [*behaving.words(tmp_path, points=3)], tmp_path)
     rows = roster_of(sweep)
-    assert isinstance(watcher(rows), Lines), "pytest's stdout is no terminal"
+    assert isinstance(display(rows), Lines), "pytest's stdout is no terminal"
     first, second, third = (point.id for point in sweep.points)
     rows.run(first).update_status(max_steps=10)
     rows.run(first).metrics_file.write_text('{"step": 4}\n')

@@ -16,17 +16,17 @@ from pathlib import Path
 import api_behaviour
 import pytest
 from api_behaviour import config_map, job, listed, version_of
-from behaving import until
-from fake_api import FakeApi
-from faults import Faults, Proxy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stillhouse.errors import ConfigError, Interrupted
-from stillhouse.sweep.backends import answers
-from stillhouse.sweep.backends import cluster as connection
-from stillhouse.sweep.backends.answers import Streams
-from stillhouse.sweep.backends.cluster import ApiError, Cluster, CommandFailed, Gone, connect
+from stillhouse.sweep.cluster import connect as connection
+from stillhouse.sweep.cluster import errors
+from stillhouse.sweep.cluster.connect import ApiError, Cluster, CommandFailed, Gone, connect
+from stillhouse.sweep.cluster.errors import Streams
+from tests.fakes.behaving import until
+from tests.fakes.fake_api import FakeApi
+from tests.fakes.faults import Faults, Proxy
 
 
 @pytest.fixture
@@ -329,8 +329,8 @@ def test_lines_survive_any_way_of_cutting_the_stream(lines: list[bytes], data):
     stream = b"".join(line + b"\n" for line in lines)
     cuts = data.draw(st.lists(st.integers(0, len(stream)), max_size=8).map(sorted))
     pieces = [stream[a:b] for a, b in zip([0, *cuts], [*cuts, len(stream)], strict=True)]
-    assert list(answers.lines(iter(pieces))) == [line for line in lines if line]
-    assert list(answers.lines(iter([*pieces, b"half"]))) == [line for line in lines if line]
+    assert list(errors.lines(iter(pieces))) == [line for line in lines if line]
+    assert list(errors.lines(iter([*pieces, b"half"]))) == [line for line in lines if line]
 
 
 def test_a_watch_whose_connection_breaks_ends_without_an_error(fake, cluster):
@@ -565,7 +565,7 @@ def test_in_a_pod_its_service_account_is_used(tmp_path, monkeypatch):
 
 
 def test_importing_the_connection_loads_no_kubernetes():
-    program = "import stillhouse.sweep.backends.cluster, sys; print('kubernetes' in sys.modules)"
+    program = "import stillhouse.sweep.cluster.connect, sys; print('kubernetes' in sys.modules)"
     words = [sys.executable, "-c", program]
     assert subprocess.run(words, capture_output=True, text=True, check=True).stdout == "False\n"
 

@@ -15,16 +15,16 @@ from typing import Any
 
 import pytest
 import yaml
-from fake_api import FakeApi
-from lab import IMAGE, SITE, said
-from published import EVAL, TRAIN, lines, name_of
 
 from stillhouse.cli import main
 from stillhouse.rundir import Json, Runs
-from stillhouse.sweep import roster
+from stillhouse.sweep import registry
+from stillhouse.sweep.cluster.ledger import read_sweep, sweeps
+from stillhouse.sweep.cluster.run_names import Names
 from stillhouse.sweep.grid import Sweep, load_sweep
-from stillhouse.sweep.kube.ledger import read_sweep, sweeps
-from stillhouse.sweep.kube.names import Names
+from tests.builders.lab import IMAGE, SITE, said
+from tests.builders.published import EVAL, TRAIN, lines, name_of
+from tests.fakes.fake_api import FakeApi
 
 ROOT = Path(__file__).parent.parent
 PUBLISHED = [line for line in lines(TRAIN) + lines(EVAL) if line.startswith("k8s/")]
@@ -280,9 +280,9 @@ def test_a_mistake_is_42_before_anything_is_created(
 def test_an_api_server_that_does_not_answer_is_42(
     fake: FakeApi, say: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from stillhouse.sweep.backends import cluster
+    from stillhouse.sweep.cluster import connect
 
-    monkeypatch.setattr(cluster, "PATIENCE_S", 0.2)
+    monkeypatch.setattr(connect, "PATIENCE_S", 0.2)
     fake.away()
     assert "gives no answer" in say("status", *CLUSTER, code=42)
 
@@ -534,7 +534,7 @@ def test_logs_come_from_the_pod_while_it_is_there_and_then_from_what_was_collect
     )
     fake.complete(job)
     fake.remove("jobs", job)
-    run = roster.Roster("x", Path("runs"), (), None, ()).runs / job
+    run = registry.Roster("x", Path("runs"), (), None, ()).runs / job
     run.mkdir(parents=True)
     (run / "log.txt").write_text("step 1\nstep 2\nstep 3\n")
     assert say("logs", "mine", *CLUSTER) == "step 1\nstep 2\nstep 3\n"
@@ -572,7 +572,7 @@ def test_new_code_goes_on_only_when_asked(
 def test_the_record_and_the_names_of_a_sweep_lie_in_the_cluster(
     fake: FakeApi, say: Callable[..., str]
 ) -> None:
-    from stillhouse.sweep.backends.cluster import connect
+    from stillhouse.sweep.cluster.connect import connect
 
     say("run", *GRID, "name=mine", *CLUSTER, *SITE, "--detach")
     cluster = connect(None, None)
@@ -679,14 +679,14 @@ def test_what_the_ledger_kept_of_a_log_is_shown_when_the_pod_is_gone(
 def test_status_says_what_was_spent_and_plan_what_the_rest_will_cost(
     fake: FakeApi, say: Callable[..., str]
 ) -> None:
-    from stillhouse.sweep.backends.cluster import connect
-    from stillhouse.sweep.kube.ledger import Ledger, Record, write_sweep
+    from stillhouse.sweep.cluster.connect import connect
+    from stillhouse.sweep.cluster.ledger import Ledger, Record, write_sweep
 
     sweep = grid()
     cluster = connect(None, None)
     record = Record("done", at=1e9, queued=7200, running=3600, devices=1)
     Ledger(cluster, "stillhouse-runs").write({sweep.points[0].id: record})
-    write_sweep(cluster, roster.record_of(sweep))
+    write_sweep(cluster, registry.record_of(sweep))
     cluster.close()
     assert "queued" in say("status", sweep.name, *CLUSTER, "--cost")
     told = json.loads(say("status", sweep.name, *CLUSTER, "--cost", "--json"))
@@ -698,10 +698,10 @@ def test_status_says_what_was_spent_and_plan_what_the_rest_will_cost(
 def test_collect_brings_a_sweep_home_and_the_report_finds_it(
     fake: FakeApi, say: Callable[..., str], tmp_path: Path
 ) -> None:
-    from test_collect import Lab, kubelet
+    from test_cluster_collect import Lab, kubelet
 
-    from stillhouse.sweep.backends.cluster import connect
-    from stillhouse.sweep.kube.ledger import write_sweep
+    from stillhouse.sweep.cluster.connect import connect
+    from stillhouse.sweep.cluster.ledger import write_sweep
 
     cluster = connect(None, None)
     volume = Lab(fake, cluster, tmp_path).volume
@@ -721,8 +721,8 @@ def test_collect_brings_a_sweep_home_and_the_report_finds_it(
 def test_a_status_of_thousands_of_points_is_one_screen_and_a_few_lists(
     fake: FakeApi, say: Callable[..., str]
 ) -> None:
-    from stillhouse.sweep.backends.cluster import connect
-    from stillhouse.sweep.kube.ledger import write_sweep
+    from stillhouse.sweep.cluster.connect import connect
+    from stillhouse.sweep.cluster.ledger import write_sweep
 
     pattern = yaml.safe_load(say(*train("pattern"), "--dry-run"))
     points = [f"{place:010x}" for place in range(POINTS)]

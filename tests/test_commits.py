@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import behaving
 import pytest
 
 from stillhouse.compose import compose, from_command_line
@@ -17,10 +16,11 @@ from stillhouse.rundir import Runs, new_record, read_json, write_json
 from stillhouse.sources import sources_of
 from stillhouse.spec import TrainSpec
 from stillhouse.sweep import commits, verbs
+from stillhouse.sweep.cluster.jobspec import eval_step, prepare_step, train_step
 from stillhouse.sweep.grid import Sweep, load_sweep
-from stillhouse.sweep.kube.steps import eval_step, prepare_step, train_step
 from stillhouse.sweep.plan import observe
-from stillhouse.sweep.roster import roster_of
+from stillhouse.sweep.registry import roster_of
+from tests.fakes import behaving
 
 FIRST, SECOND = "1" * 40, "2" * 40
 

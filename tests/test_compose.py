@@ -164,7 +164,7 @@ def test_a_method_settles_its_own_loss_whatever_the_family():
 
 
 def test_the_tiny_pair_says_how_many_tokens_it_has():
-    from stillhouse.distill.tiny import VOCABULARY
+    from stillhouse.distill.toy.tiny import VOCABULARY
 
     tiny = compose(Overrides({"pair": "tiny"}, {}), TrainSpec)
     assert tiny.pair.vocab_size == VOCABULARY
@@ -197,7 +197,7 @@ LEAF_VALUES: dict[str, st.SearchStrategy[Any]] = {
 }
 
 
-# Asked once: type checks of the package draw random numbers, which a strategy must not.
+# SweepRequest once: type checks of the package draw random numbers, which a strategy must not.
 KNOWN = {spec_type: leaves(spec_type) for spec_type in (TrainSpec, EvalSpec)}
 CHOICES = {group: options_of(group) for group, _ in OPTIONS}
 CHOICES["suite"].remove("local")  # Hydra reads no tasks

@@ -20,9 +20,9 @@ from stillhouse.sweep.cost import (
     totals,
 )
 from stillhouse.sweep.grid import Point, Sweep, load_sweep
-from stillhouse.sweep.kube.ledger import Record
-from stillhouse.sweep.roster import roster_of
-from stillhouse.sweep.spent import Spent, spent
+from stillhouse.sweep.outcome import Record
+from stillhouse.sweep.registry import roster_of
+from stillhouse.sweep.spending import Spent, spent
 
 PRODUCT = "NVIDIA-H100-80GB-HBM3"
 

@@ -23,14 +23,14 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from stillhouse.distill import tiny
 from stillhouse.distill.decode import FusedLlama, obstacle
 from stillhouse.distill.engine import Engine
 from stillhouse.distill.models import load_base, new_student
-from stillhouse.distill.problems import problems
 from stillhouse.distill.quant import quantize_
-from stillhouse.distill.recipes import RECIPES
 from stillhouse.distill.rollouts import cut_after_eos, pad_left
+from stillhouse.distill.toy import tiny
+from stillhouse.distill.toy.problems import problems
+from stillhouse.distill.toy.recipes import RECIPES
 from stillhouse.spec import LoraSpec, QuantSpec
 
 # PEFT 0.21 reads a name that transformers 6 will drop.

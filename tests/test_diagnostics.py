@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from cheap import cheap
 from dense import F64, some
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -24,6 +23,7 @@ from stillhouse.errors import ContractError
 from stillhouse.rundir import Runs
 from stillhouse.spec import TrainSpec
 from stillhouse.stop import StopFlag
+from tests.builders.cheap import cheap
 
 ANYWHERE: Bins = [(0, None)]
 

@@ -8,13 +8,13 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from cheap import CACHE
-from sample_runs import Sample, write_sample
 
 from stillhouse import cli
 from stillhouse.compose import compose, from_command_line
+from stillhouse.preflight_rules import EXIT_CODES
 from stillhouse.spec import EvalSpec, TrainSpec
-from stillhouse.verdict import EXIT_CODES
+from tests.builders.cheap import CACHE
+from tests.builders.sample_runs import Sample, write_sample
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])

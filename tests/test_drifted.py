@@ -7,7 +7,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import behaving
 import pytest
 
 from stillhouse import scores, sources
@@ -15,10 +14,11 @@ from stillhouse.cli import main
 from stillhouse.errors import MISTAKE
 from stillhouse.rundir import Json, RunDir, Runs, eval_file, new_record, write_json
 from stillhouse.spec import TaskSpec, from_plain, point_id, score_key, to_plain
-from stillhouse.sweep import roster, verbs
+from stillhouse.sweep import registry, verbs
 from stillhouse.sweep.grid import Point, Sweep, load_sweep
 from stillhouse.sweep.plan import Observation, baselines_of, groups_of, observe
-from stillhouse.sweep.roster import roster_of
+from stillhouse.sweep.registry import roster_of
+from tests.fakes import behaving
 
 GOLDEN = Path(__file__).parent / "golden"
 LINE = {"messages": [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}]}
@@ -80,7 +80,7 @@ def lab(tmp_path: Path) -> Lab:
     sweep = made.sweep()
     for point in sweep.points:
         made.finish(point)
-    roster.write(sweep)
+    registry.write(sweep)
     return made
 
 
@@ -207,7 +207,7 @@ def write_baselines(lab: Lab, **more: Any) -> None:
     sweep = lab.sweep()
     plain = to_plain(sweep.points[0].spec)
     here = sources.sources_of(sweep.points[0].spec, lab.runs)
-    for row in roster.baseline_rows(sweep):
+    for row in registry.baseline_rows(sweep):
         told = {"label": row.label, "pair": plain["pair"], "quant": None}
         write_json(row.directory / "baseline.json", told)
         lab.score(row.directory, row.label, here, **more)

@@ -17,15 +17,16 @@ from tokenizers.processors import TemplateProcessing
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from stillhouse.compose import compose, from_command_line
-from stillhouse.distill import models, problems, tiny
+from stillhouse.distill import models
 from stillhouse.distill.chat import Chat
 from stillhouse.distill.engine import Engine
 from stillhouse.distill.prompts import load_prompts
 from stillhouse.distill.quant import dequantized_weight, quantize_
+from stillhouse.distill.toy import problems, tiny
 from stillhouse.errors import ConfigError, ContractError, DataError, Interrupted, exit_code_of
 from stillhouse.evals import find, harness
 from stillhouse.evals.lm import Lm
-from stillhouse.evals.suite import Asked, Scorer, _set_every_field, _tiny_task, load_tasks
+from stillhouse.evals.suite import Scorer, SweepRequest, _set_every_field, _tiny_task, load_tasks
 from stillhouse.rundir import RunDir, Runs, eval_file, link_path, new_record, read_json, write_json
 from stillhouse.spec import EvalSpec, SuiteSpec, TaskSpec, TrainSpec, score_key
 
@@ -328,7 +329,7 @@ def test_teacher_and_untrained_student_of_a_self_pair_are_asked_once(place, tmp_
     runs, asked_for = tmp_path / "runs", []
     score = Scorer.score
 
-    def counted(self: Scorer, model: Any, task: Asked, label: str, examples: int = 0) -> Any:
+    def counted(self: Scorer, model: Any, task: SweepRequest, label: str, examples: int = 0) -> Any:
         asked_for.append((label, task.spec.task))
         return score(self, model, task, label, examples)
 
@@ -344,7 +345,7 @@ def test_of_two_that_score_the_same_at_once_one_score_stays(place, tmp_path, mon
     spec = asked(place, tmp_path, "eval_student=false", "eval_ptq=false")
     score, overtaken = Scorer.score, []
 
-    def slowly(self: Scorer, model: Any, task: Asked, label: str, examples: int = 0) -> Any:
+    def slowly(self: Scorer, model: Any, task: SweepRequest, label: str, examples: int = 0) -> Any:
         if not overtaken:
             overtaken.append(label)
             harness.run_suite(spec, Never())
@@ -397,7 +398,7 @@ def test_an_adapter_gets_both_scores_and_a_row_without_one_the_same_twice(
     run = trained(place, runs, "name=one")
     score = Scorer.score
 
-    def counted(self: Scorer, model: Any, task: Asked, label: str, examples: int = 0) -> Any:
+    def counted(self: Scorer, model: Any, task: SweepRequest, label: str, examples: int = 0) -> Any:
         asked_for.append((label, task.spec.task))
         return score(self, model, task, label, examples)
 
@@ -691,7 +692,7 @@ def test_only_the_teacher_of_a_few_shot_pair_reads_examples(place, tmp_path, mon
     runs, asked_for = tmp_path / "runs", []
     score = Scorer.score
 
-    def counted(self: Scorer, model: Any, task: Asked, label: str, examples: int = 0) -> Any:
+    def counted(self: Scorer, model: Any, task: SweepRequest, label: str, examples: int = 0) -> Any:
         asked_for.append((label, task.spec.task, examples))
         return score(self, model, task, label, examples)
 
@@ -794,7 +795,9 @@ def test_an_answer_ends_where_the_chat_template_ends_a_turn(tmp_path):
     whole["filter_list"] = [{"name": "none", "filter": [{"function": "take_first"}]}]
     loaded = TaskManager(include_defaults=False).load([whole])["tasks"]["tiny_gen"]
     _set_every_field(loaded, None, 6)
-    score = Scorer(suite(GEN), chat, 8, Never()).score(chain(text, steps), Asked(GEN, loaded), "m")
+    score = Scorer(suite(GEN), chat, 8, Never()).score(
+        chain(text, steps), SweepRequest(GEN, loaded), "m"
+    )
     assert score["value"] == 1.0
 
 
@@ -853,7 +856,7 @@ def test_perplexity_keeps_nats_and_units_per_document_and_prefixes_one_bos(place
     }  # fmt: skip
     loaded = TaskManager(include_defaults=False).load([config])["tasks"]["pages"]
     loaded.set_config(key="num_fewshot", value=0)
-    task = Asked(TaskSpec("pages", "word_perplexity", None, False), loaded)
+    task = SweepRequest(TaskSpec("pages", "word_perplexity", None, False), loaded)
     score = Scorer(suite(chat=False), Chat(text, DATA), 8, Never()).score(model, task, "model")
     nats, words = [], [len(p.split()) for p in pages]
     for page in pages:
@@ -883,7 +886,7 @@ def test_the_documents_of_a_group_are_numbered_through(place, tmp_path):
         (member,) = local.load([config | {"task": name}])["tasks"].values()
         member.set_config(key="num_fewshot", value=0)
         group.add(member)
-    task = Asked(TaskSpec("both", "acc", None, True), group)
+    task = SweepRequest(TaskSpec("both", "acc", None, True), group)
     text = tiny.tokenizer()
     score = Scorer(suite(limit=5), Chat(text, DATA), 8, Never()).score(
         llama(len(text)), task, "model"

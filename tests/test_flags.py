@@ -11,7 +11,7 @@ from stillhouse.compose import Overrides, compose, from_command_line, vocabulary
 from stillhouse.errors import ConfigError
 from stillhouse.flags import Setting, leaves, parse
 from stillhouse.spec import EvalSpec, TrainSpec, to_plain
-from tests.published import EVAL, TRAIN, flags_of, lines
+from tests.builders.published import EVAL, TRAIN, flags_of, lines
 
 
 def train(line: str) -> TrainSpec:

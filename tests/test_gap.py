@@ -12,9 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-from cheap import cheap
 
-from stillhouse import doors
+from stillhouse import entrypoints
 from stillhouse.distill.gap import Drawn, Gap, check, numbers, watched
 from stillhouse.distill.objectives import PolicyGradient, evaluate_
 from stillhouse.distill.rollouts import Completions
@@ -22,6 +21,7 @@ from stillhouse.distill.run import Run
 from stillhouse.errors import ConfigError, Diverged
 from stillhouse.rundir import Runs
 from stillhouse.stop import StopFlag
+from tests.builders.cheap import cheap
 
 
 def make(runs: Path, *words: str) -> Run:
@@ -135,7 +135,7 @@ def test_a_writer_that_misses_an_update_ends_the_run_with_the_numbers(tmp_path, 
 
     monkeypatch.setattr(Run, "__init__", begin)
     with pytest.raises(Diverged, match=r"step 1: the student's tokens.*gap_mean 0\.\d+.*ess ") as e:
-        doors.train(spec)
+        entrypoints.train(spec)
     assert e.value.exit_code == 43
     assert "allowed 0.001 (max_rollout_gap)" in str(e.value)
     run = Runs(tmp_path).of(spec)

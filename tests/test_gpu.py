@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 import torch
-from cheap import words
 from torch import Tensor
 
 from stillhouse.distill.diagnostics import Summary
@@ -27,6 +26,7 @@ from stillhouse.distill.quant import dequantized_weight
 from stillhouse.distill.rollouts import pad_left
 from stillhouse.rundir import file_digest
 from stillhouse.spec import LoraSpec, QuantSpec
+from tests.builders.cheap import words
 
 pytestmark = pytest.mark.gpu
 

@@ -17,11 +17,11 @@ from stillhouse.cli import main
 from stillhouse.compose import compose, from_command_line, options_of
 from stillhouse.errors import ConfigError
 from stillhouse.spec import EvalSpec, TrainSpec, point_id, to_plain
+from stillhouse.sweep.cluster.jobspec import _subject as subject
 from stillhouse.sweep.grid import Compare, Sweep, load_sweep
-from stillhouse.sweep.kube.steps import _subject as subject
 from stillhouse.sweep.plan import groups_of
-from stillhouse.sweep.roster import baseline_rows
-from tests.published import CLIFF, TRAIN, flags_of, lines, name_of
+from stillhouse.sweep.registry import baseline_rows
+from tests.builders.published import CLIFF, TRAIN, flags_of, lines, name_of
 
 SWEEPS = Path(__file__).parent.parent / "sweeps"
 GOLDEN = {  # points of each file: values of the axes × seeds

@@ -10,11 +10,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from cheap import CACHE, cheap
-from fake_hub import Hub, Repository
 
 from stillhouse.distill.pairs import prepare
 from stillhouse.spec import QuantSpec
+from tests.builders.cheap import CACHE, cheap
+from tests.fakes.fake_hub import Hub, Repository
 
 
 def questions(plus: int) -> bytes:

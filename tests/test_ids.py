@@ -14,11 +14,11 @@ from typing import Any
 import pytest
 
 from stillhouse.compose import compose, from_command_line
+from stillhouse.preflight_rules import key_of
 from stillhouse.spec import EvalSpec, TrainSpec, as_before, eval_id, point_id, score_key
 from stillhouse.sweep.grid import Sweep, load_sweep
-from stillhouse.sweep.roster import baseline_rows
-from stillhouse.verdict import key_of
-from tests.published import EVAL, TRAIN, flags_of, lines
+from stillhouse.sweep.registry import baseline_rows
+from tests.builders.published import EVAL, TRAIN, flags_of, lines
 
 GOLDEN: dict[str, Any] = json.loads((Path(__file__).parent / "golden" / "ids.json").read_text())
 SWEEPS = Path(__file__).parent.parent / "sweeps"

@@ -14,10 +14,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from stillhouse import doors, fits
+from stillhouse import compatibility, entrypoints
 from stillhouse.compose import compose, from_command_line
-from stillhouse.distill import loading, tiny
+from stillhouse.distill import loading
 from stillhouse.distill.loaded import load
+from stillhouse.distill.toy import tiny
 from stillhouse.errors import ContractError
 from stillhouse.spec import TrainSpec
 
@@ -170,7 +171,7 @@ def test_a_run_of_such_a_model_ends_with_42(
     line += ["student_dtype=float32", "teacher_dtype=float32", "mixed_precision=no", "threads=1"]
     line += ["max_length=64", "min_completion=4", "held_out_rows=1", "num_processes=1"]
     line += [f"runs={tmp_path}/runs", f"cache_dir={tmp_path}/cache"]
-    assert doors.train_main(line) == 42
+    assert entrypoints.train_main(line) == 42
     said = capfd.readouterr().err
     assert "ContractError" in said and "Traceback" not in said
 
@@ -197,10 +198,10 @@ def test_what_may_go_away_by_itself_is_no_mistake_of_the_user() -> None:
 def test_the_families_whose_experts_peft_cannot_drop_out_are_those_it_converts() -> None:
     conversion: Any = importlib.import_module("peft.utils.transformers_weight_conversion")
     table = conversion._MODEL_TO_CONVERSION_PATTERN
-    converted = {kind: base for kind, base in table.items() if base in fits.EXPERT_NAMES}
+    converted = {kind: base for kind, base in table.items() if base in compatibility.EXPERT_NAMES}
     named_by_class = {kind for kind in converted if kind[0].isupper()}
     assert {k: v for k, v in converted.items() if k not in named_by_class} | {
         "qwen2_moe": "qwen2_moe"
-    } == fits.MOE
-    for base, names in fits.EXPERT_NAMES.items():
+    } == compatibility.MOE
+    for base, names in compatibility.EXPERT_NAMES.items():
         assert names == set(conversion._MOE_TARGET_MODULE_MAPPING[base])

@@ -10,16 +10,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import behaving
 import pytest
 
 from stillhouse.rundir import RunDir
-from stillhouse.sweep.backends.local import LocalBackend
-from stillhouse.sweep.drive import Drive, Finished, Task
+from stillhouse.sweep.driver import Driver, Finished, Task
 from stillhouse.sweep.grid import Sweep, load_sweep
+from stillhouse.sweep.local.workers import LocalBackend
 from stillhouse.sweep.plan import Action, observe
 from stillhouse.sweep.progress import Lines
-from stillhouse.sweep.roster import roster_of
+from stillhouse.sweep.registry import roster_of
+from tests.fakes import behaving
 
 
 @pytest.fixture
@@ -35,7 +35,7 @@ def backend(sweep: Sweep) -> Iterator[LocalBackend]:
 
 
 def the_task(sweep: Sweep, backend: LocalBackend, action: Action) -> Task:
-    drive = Drive(sweep, backend, Lines(roster_of(sweep), [].append))
+    drive = Driver(sweep, backend, Lines(roster_of(sweep), [].append))
     return drive._task(action)
 
 
@@ -190,9 +190,9 @@ def test_what_the_server_prints_while_it_imports_goes_to_the_log(tmp_path: Path)
     (tmp_path / "noisy.py").write_text("import sys; print('noise', file=sys.stderr)\n")
     program = (
         "import sys; from pathlib import Path\n"
-        "from stillhouse.sweep.backends.local import LocalBackend\n"
+        "from stillhouse.sweep.local.workers import LocalBackend\n"
         "from stillhouse.sweep.grid import load_sweep\n"
-        "from stillhouse.sweep.roster import roster_of\n"
+        "from stillhouse.sweep.registry import roster_of\n"
         f"sweep = load_sweep(None, ['pair=tiny', 'lmbda=0,1'], Path({str(tmp_path)!r}))\n"
         "b = LocalBackend(sweep, roster_of(sweep), preload=['noisy'])\n"
         "b._warming.join()\n"
@@ -218,7 +218,7 @@ def test_a_stop_counts_by_when_we_saw_it_whatever_the_clock_that_wrote_it_said(
     for run in (first, second):
         run.path.mkdir(parents=True)
         run.update_status(phase="waiting", exit_code=85, finished=ahead)
-    drive = Drive(sweep, backend, Lines(roster_of(sweep), [].append))
+    drive = Driver(sweep, backend, Lines(roster_of(sweep), [].append))
     assert drive.observations[first.id].asked_to_stop is None, "it was so when we came"
     second.update_status(finished=behind)
     at = backend.look(second.id).asked_to_stop

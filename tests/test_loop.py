@@ -6,7 +6,6 @@ import math
 
 import pytest
 import torch
-from cheap import cheap
 from torch.nn.functional import cross_entropy
 
 from stillhouse.distill.loop import check_first_step, learning_rate, needed_shares
@@ -14,6 +13,7 @@ from stillhouse.distill.run import Run
 from stillhouse.errors import ConfigError
 from stillhouse.rundir import Runs
 from stillhouse.stop import StopFlag
+from tests.builders.cheap import cheap
 
 
 def make(runs, *words):

@@ -7,16 +7,16 @@ import json
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from cheap import cheap
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stillhouse import doors
+from stillhouse import entrypoints
 from stillhouse.distill.monitor import score
 from stillhouse.distill.run import Run
 from stillhouse.errors import Interrupted
 from stillhouse.rundir import Runs
 from stillhouse.stop import StopFlag
+from tests.builders.cheap import cheap
 
 TEXT = st.lists(st.sampled_from(["a", "b", "c", "d"]), max_size=8).map(" ".join)
 
@@ -38,8 +38,8 @@ def test_monitoring_measures_and_changes_nothing_that_is_trained(tmp_path):
     plain, watched = tmp_path / "plain", tmp_path / "watched"
     words = ["lmbda=0.5", "lora_dropout=0.1"]
     more = ["do_eval=true", "eval_steps=3", "score_steps=2", "tracker=wandb", "name=watched"]
-    assert doors.train(cheap(plain, *words)) == 0
-    assert doors.train(cheap(watched, *words, *more)) == 0
+    assert entrypoints.train(cheap(plain, *words)) == 0
+    assert entrypoints.train(cheap(watched, *words, *more)) == 0
     a, b = (Runs(runs).of(cheap(runs, *words)) for runs in (plain, watched))
     assert a.id == b.id
     name = "adapter_model.safetensors"
@@ -68,8 +68,8 @@ def test_a_stop_while_measuring_loses_no_update_and_no_measurement(tmp_path):
         one.train()
     assert [p.name for p in run.checkpoints.iterdir()] == ["step-3"]
     assert [m["step"] for m in run.metrics()] == [0, 1]
-    assert doors.train(spec) == 0
-    assert doors.train(cheap(tmp_path / "whole", *words)) == 0
+    assert entrypoints.train(spec) == 0
+    assert entrypoints.train(cheap(tmp_path / "whole", *words)) == 0
     whole = Runs(tmp_path / "whole").of(spec)
 
     def timeless(run):
@@ -82,7 +82,7 @@ def test_a_stop_while_measuring_loses_no_update_and_no_measurement(tmp_path):
 def test_wandb_is_offline_unless_told_otherwise_and_has_every_step(tmp_path):
     spec = cheap(tmp_path, "tracker=wandb", "sweep=a-sweep")
     assert spec.tracking.wandb_mode == "offline"
-    assert doors.train(spec) == 0
+    assert entrypoints.train(spec) == 0
     [offline] = (Runs(tmp_path).of(spec).path / "wandb").glob("offline-run-*")
     [log] = offline.glob("*.wandb")
     assert log.stat().st_size > 1000

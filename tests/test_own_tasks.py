@@ -5,18 +5,18 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-import own_tasks
 import pytest
 import torch
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
-from stillhouse import doors
+from stillhouse import entrypoints
 from stillhouse.compose import compose, from_command_line
-from stillhouse.distill import tiny
+from stillhouse.distill.toy import tiny
 from stillhouse.errors import ConfigError
 from stillhouse.evals.suite import load_tasks
 from stillhouse.rundir import read_json
 from stillhouse.spec import EvalSpec, score_key
+from tests.builders import own_tasks
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +69,7 @@ def edited(place: Path, tmp_path: Path) -> Path:
 def test_own_generation_and_choice_are_scored_by_their_own_metrics(
     place: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert doors.eval_main(words(place)) == 0
+    assert entrypoints.eval_main(words(place)) == 0
     printed = capsys.readouterr().out
     assert "my_choice" in printed and "my_sums" in printed
     asked = spec(place).suite
@@ -83,7 +83,7 @@ def test_own_generation_and_choice_are_scored_by_their_own_metrics(
             assert score["key"] == score_key(asked, task)
             values = [sample["value"] for sample in score["samples"]]
             assert score["value"] == pytest.approx(sum(values) / len(own_tasks.ROWS))
-    assert doors.eval_main(words(place)) == 0
+    assert entrypoints.eval_main(words(place)) == 0
     assert "0 of 4 scores to find" in capsys.readouterr().out
 
 
@@ -130,6 +130,6 @@ def test_a_metric_that_fails_is_the_users_to_mend_and_says_where(
 ) -> None:
     failing = own_tasks.SCORING.replace("text = predictions[0]", "text = predictions['x']")
     (edited / "tasks" / "scoring.py").write_text(failing)
-    assert doors.eval_main(words(edited, "tasks=[my_sums]", "eval_student=false")) == 42
+    assert entrypoints.eval_main(words(edited, "tasks=[my_sums]", "eval_student=false")) == 42
     said = capsys.readouterr().err
     assert "task my_sums: TypeError: " in said and "scoring.py, line 3" in said

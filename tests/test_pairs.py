@@ -18,11 +18,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from stillhouse.distill import tiny
 from stillhouse.distill.cache import made_once, remembered
 from stillhouse.distill.pairs import PreparedPair, prepare
-from stillhouse.distill.recipes import RECIPES
 from stillhouse.distill.tokenizers_match import difference
+from stillhouse.distill.toy import tiny
+from stillhouse.distill.toy.recipes import RECIPES
 from stillhouse.errors import ConfigError, ContractError
 from stillhouse.spec import PairSpec, QuantSpec
 

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from stillhouse.compose import Overrides, compose
 from stillhouse.rundir import RunDir, Runs, eval_file, new_record, write_json
 from stillhouse.spec import EvalSpec, SuiteSpec, TrainSpec, point_id, score_key, slug
-from stillhouse.sweep.drive import Task
-from stillhouse.sweep.endings import Ending, forget_failures, write_ending
+from stillhouse.sweep.driver import Task
 from stillhouse.sweep.grid import load_sweep
+from stillhouse.sweep.local.outcomes import Ending, forget_failures, write_ending
 from stillhouse.sweep.plan import (
     Action,
     Baseline,
@@ -31,7 +31,7 @@ from stillhouse.sweep.plan import (
     observe,
     unscored,
 )
-from stillhouse.sweep.roster import Roster, Row, roster_of
+from stillhouse.sweep.registry import Roster, Row, roster_of
 
 OURS, THEIRS = "aaaa", "bbbb"  # digests of code
 

@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
-from cheap import cheap, words
 
-from stillhouse import doors, pod
+from stillhouse import entrypoints, pod
 from stillhouse.rundir import Runs, code_identity
 from stillhouse.spec import point_id
+from tests.builders.cheap import cheap, words
 
 REPOSITORY = Path(__file__).parent.parent
 LISTEN = """
@@ -404,14 +404,14 @@ def test_words_that_mean_another_point_are_refused_and_nothing_is_written(tmp_pa
 def test_a_run_that_is_done_ends_its_pod_without_torch(tmp_path: Path) -> None:
     runs = tmp_path / "runs"
     spec = cheap(runs, "max_steps=1", "lmbda=0")
-    assert doors.train(spec) == 0
+    assert entrypoints.train(spec) == 0
     line = words(runs, "max_steps=1", "lmbda=0", CACHE)
     options = [f"--id={point_id(spec)}", f"--log={Runs(runs).of(spec).log_file}"]
     one = real(tmp_path, *options, "train", "--", *line, env={"PYTHONPROFILEIMPORTTIME": "1"})
     assert one.ended() == 0
     assert "nothing to do" in one.printed
     imported = {line.rpartition("|")[2].strip() for line in one.printed.splitlines()}
-    assert "stillhouse.doors" in imported and "torch" not in imported
+    assert "stillhouse.entrypoints" in imported and "torch" not in imported
     assert "nothing to do" in Runs(runs).of(spec).log_file.read_text()
 
 

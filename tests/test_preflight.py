@@ -9,21 +9,21 @@ from typing import Any
 
 import pytest
 import torch
-from cheap import cheap, words
 
-from stillhouse import verdict
+from stillhouse import preflight_rules
 from stillhouse.cli import main
 from stillhouse.distill import preflight
 from stillhouse.distill.monitor import answer_in
 from stillhouse.distill.pairs import prepare
 from stillhouse.distill.preflight import bootstrapped, shares
 from stillhouse.distill.run import Run
+from stillhouse.preflight_rules import Measured
 from stillhouse.rundir import Runs, read_json, write_json
 from stillhouse.spec import TrainSpec
 from stillhouse.stop import StopFlag
-from stillhouse.verdict import Measured
+from tests.builders.cheap import cheap, words
 
-# A teacher and a student of it with something to learn; tests/test_watch.py has them too.
+# A teacher and a student of it with something to learn; tests/test_watch_rules.py has them too.
 PAIR = ["teacher_steps=100", "student_steps=150", "max_new_tokens=24", "lmbda=1"]
 SELF = ["teacher_steps=8", "student_steps=null", "quant=none", "lmbda=1"]
 
@@ -175,7 +175,7 @@ def test_two_ends_of_text_and_what_is_not_defined_are_said(
     facts = found["facts"] | {"end_of_text": {"student": [1], "teacher": [2, 3]}}
     nothing = dict.fromkeys(("value", "low", "high")) | {"n": 64}
     numbers = {"numbers": {"reverse_kl": Measured(1, 0.5, 2, 9).as_json(), "kept_25": nothing}}
-    text = verdict.as_text({**asked, **said, **numbers, "facts": facts})
+    text = preflight_rules.as_text({**asked, **said, **numbers, "facts": facts})
     assert text.splitlines()[-2:] == [
         "  reverse_kl         1  [0.5, 2]",
         "  kept_25            –  not defined here",

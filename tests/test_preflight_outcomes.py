@@ -10,14 +10,13 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from sample_runs import Sample, write_sample
 
+from stillhouse.preflight_rules import Measured, key_of_plain, rules_of
 from stillhouse.results.analyses import preflight as analysis
 from stillhouse.results.analyses.preflight import Case, cases, summary_text
 from stillhouse.results.report import write_report
 from stillhouse.results.table import load
 from stillhouse.rundir import RunDir, Runs, read_json, write_json
-from stillhouse.verdict import Measured, key_of_plain, rules_of
 from studies.preflight_calibration import (
     area,
     area_of,
@@ -28,6 +27,7 @@ from studies.preflight_calibration import (
     calibration,
     is_rankable,
 )
+from tests.builders.sample_runs import Sample, write_sample
 
 NONE = {"rule": "none", "when": [], "verdict": "unsure", "reason": "so", "recipe": None}
 REVERSE_ONLY = {

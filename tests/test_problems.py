@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stillhouse.distill import problems, tiny
-from stillhouse.distill.problems import Chain, Problem
-from stillhouse.distill.recipes import RECIPES
+from stillhouse.distill.toy import problems, tiny
+from stillhouse.distill.toy.problems import Chain, Problem
+from stillhouse.distill.toy.recipes import RECIPES
 from stillhouse.spec import digest
 
 

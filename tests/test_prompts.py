@@ -18,12 +18,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stillhouse.compose import compose, from_command_line
-from stillhouse.distill import encoder, problems, tiny
+from stillhouse.distill import encoder
 from stillhouse.distill.chat import Chat
 from stillhouse.distill.encoded import Example, Joined
 from stillhouse.distill.pairs import PreparedPair
 from stillhouse.distill.prompts import PromptSet, check_answers, load_others, load_prompts
 from stillhouse.distill.tables import open_table
+from stillhouse.distill.toy import problems, tiny
 from stillhouse.errors import ConfigError, DataError
 from stillhouse.spec import DataSpec, TrainSpec
 

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sample_runs import Sample, write_sample
 
+from stillhouse.preflight_rules import key_of
 from stillhouse.results.analyses import preflight
 from stillhouse.results.answer import answer
 from stillhouse.results.provenance import as_facts, mixtures
@@ -16,7 +16,7 @@ from stillhouse.results.summary import remarks
 from stillhouse.results.table import load
 from stillhouse.rundir import RunDir, Runs, read_json, write_json
 from stillhouse.spec import from_plain, point_id
-from stillhouse.verdict import key_of
+from tests.builders.sample_runs import Sample, write_sample
 
 OURS, THEIRS = "a" * 64, "b" * 64
 

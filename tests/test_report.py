@@ -15,8 +15,6 @@ from typing import Any
 
 import pandas as pd
 import pytest
-from cliff_runs import SMALL
-from sample_runs import CAUSE, Sample, write_sample
 
 from stillhouse.errors import ConfigError
 from stillhouse.results import plots
@@ -35,6 +33,8 @@ from stillhouse.results.format import as_csv, duration, interval, probability, s
 from stillhouse.results.report import _share, commands, cost_table, failure_table, write_report
 from stillhouse.results.table import load
 from stillhouse.rundir import Runs, read_json, write_json
+from tests.builders.cliff_runs import SMALL
+from tests.builders.sample_runs import CAUSE, Sample, write_sample
 
 Report = Callable[[str], Path]
 VOID = {"meta", "br", "hr", "img", "input", "link"}

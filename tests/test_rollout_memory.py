@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from test_fits import model, spec
+from test_compatibility import model, spec
 
 from stillhouse import memory, rollout_memory
 

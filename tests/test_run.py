@@ -16,13 +16,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from cheap import Training, cheap, words
 from safetensors.torch import load_file
 
-from stillhouse import doors
+from stillhouse import entrypoints
 from stillhouse.errors import Diverged, StillhouseError
 from stillhouse.rundir import RunDir, Runs
 from stillhouse.stop import StopFlag
+from tests.builders.cheap import Training, cheap, words
 
 SLOW = pytest.mark.slow  # more of the same promise, with other seeds
 STEPS = 30
@@ -45,7 +45,7 @@ def adapter_bytes(run: RunDir) -> bytes:
 def undisturbed(tmp_path_factory) -> RunDir:
     """The run that nothing happened to."""
     runs = tmp_path_factory.mktemp("undisturbed")
-    assert doors.train(cheap(runs, *POINT)) == 0
+    assert entrypoints.train(cheap(runs, *POINT)) == 0
     return run_of(runs, *POINT)
 
 
@@ -78,8 +78,8 @@ def test_a_run_leaves_what_the_contract_says(undisturbed):
 
 def test_a_run_that_finds_itself_done_exits_0_before_importing_torch(undisturbed):
     script = (
-        "import sys; from stillhouse.doors import train_main; code = train_main(sys.argv[1:]);"
-        "print('torch' in sys.modules); sys.exit(code)"
+        "import sys; from stillhouse.entrypoints import train_main\n"
+        "code = train_main(sys.argv[1:]); print('torch' in sys.modules); sys.exit(code)"
     )
     line = words(undisturbed.path.parent, *POINT)
     done = subprocess.run([sys.executable, "-c", script, *line], capture_output=True, text=True)
@@ -121,7 +121,7 @@ def test_sigterm_saves_every_completed_step_and_exits_85_and_the_next_attempt_go
     assert status["attempts_without_progress"] == 0, "being asked to stop is no failure"
     [saved] = run.checkpoints.iterdir()
     assert saved.name == f"step-{len(run.metrics())}", "every completed step is saved"
-    assert doors.train(cheap(tmp_path, *POINT)) == 0
+    assert entrypoints.train(cheap(tmp_path, *POINT)) == 0
     assert metrics_but_times(run) == metrics_but_times(undisturbed)
     assert adapter_bytes(run) == adapter_bytes(undisturbed)
 
@@ -149,9 +149,9 @@ def test_a_stop_between_two_tokens_changes_no_parameter(tmp_path, undisturbed):
     assert stopped.value.exit_code == 85
     steps = [int(p.name.removeprefix("step-")) for p in run.checkpoints.iterdir()]
     assert max(steps) == len(run.metrics()) > 0
-    assert doors.train(spec) == 0
+    assert entrypoints.train(spec) == 0
     other = tmp_path / "other"
-    assert doors.train(cheap(other, *POINT, "lmbda=1")) == 0
+    assert entrypoints.train(cheap(other, *POINT, "lmbda=1")) == 0
     assert adapter_bytes(run) == adapter_bytes(run_of(other, *POINT, "lmbda=1"))
 
 
@@ -161,7 +161,7 @@ def test_deaths_before_the_first_step_never_stop_whoever_starts_the_line_again(t
     run = Runs(tmp_path).of(spec)
     run.path.mkdir()
     run.update_status(phase="starting", attempts_without_progress=3)  # as kill -9 leaves it
-    assert doors.train(spec) == 0
+    assert entrypoints.train(spec) == 0
     assert run.status()["attempts_without_progress"] == 0
 
 
@@ -195,16 +195,18 @@ def test_two_processes_never_train_one_run(tmp_path):
 def test_a_name_that_means_another_configuration_is_refused(tmp_path, undisturbed):
     runs = tmp_path / "runs"
     shutil.copytree(undisturbed.path.parent, runs, symlinks=True)
-    assert doors.train(cheap(runs, *POINT, "name=mine", f"output_dir={tmp_path / 'out'}")) == 0
+    assert (
+        entrypoints.train(cheap(runs, *POINT, "name=mine", f"output_dir={tmp_path / 'out'}")) == 0
+    )
     assert (tmp_path / "out").resolve() == run_of(runs, *POINT).path.resolve()
     assert Runs(runs).find("mine") == [run_of(runs, *POINT)]
     with pytest.raises(StillhouseError, match="already means"):
-        doors.train(cheap(runs, *POINT, "beta=0.5", "name=mine"))
+        entrypoints.train(cheap(runs, *POINT, "beta=0.5", "name=mine"))
     with pytest.raises(StillhouseError, match="already means"):
-        doors.train(cheap(runs, *POINT, "beta=0.5", f"output_dir={tmp_path / 'out'}"))
+        entrypoints.train(cheap(runs, *POINT, "beta=0.5", f"output_dir={tmp_path / 'out'}"))
     (tmp_path / "file").write_text("mine")
     with pytest.raises(StillhouseError, match="not a link to a run"):
-        doors.train(cheap(runs, *POINT, f"output_dir={tmp_path / 'file'}"))
+        entrypoints.train(cheap(runs, *POINT, f"output_dir={tmp_path / 'file'}"))
     assert (tmp_path / "file").read_text() == "mine"
 
 
@@ -223,7 +225,7 @@ def test_a_directory_of_another_version_or_content_is_refused_untouched(
     run.spec_file.write_text(json.dumps(record))
     before = sorted((str(p), p.stat().st_mtime_ns) for p in run.path.rglob("*"))
     with pytest.raises(StillhouseError, match="format 99|is not the point") as refused:
-        doors.train(cheap(runs, *POINT))
+        entrypoints.train(cheap(runs, *POINT))
     assert refused.value.exit_code == 42
     assert sorted((str(p), p.stat().st_mtime_ns) for p in run.path.rglob("*")) == before
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from stillhouse.distill import same_kernels
-from stillhouse.distill.recipes import RECIPES
+from stillhouse.distill.toy.recipes import RECIPES
 from stillhouse.rundir import file_digest
 
 IS_X86_LINUX = sys.platform == "linux" and platform.machine() == "x86_64"

@@ -7,11 +7,10 @@ import math
 
 import pytest
 import torch
-from cheap import cheap
 
-from stillhouse import doors
+from stillhouse import entrypoints
 from stillhouse.compose import options_of
-from stillhouse.distill.compared import RANKED, compared, ranking, row_means
+from stillhouse.distill.agreement import RANKED, compared, ranking, row_means
 from stillhouse.distill.loaded import load
 from stillhouse.distill.monitor import answer_in
 from stillhouse.distill.replay import Entry, Replay
@@ -20,6 +19,7 @@ from stillhouse.distill.run import Run
 from stillhouse.errors import Interrupted
 from stillhouse.rundir import Runs
 from stillhouse.stop import StopFlag
+from tests.builders.cheap import cheap
 
 LOSSES = ("jsd", "ce_pg")
 # 20 seed tokens are more than these six-token rollouts hold.
@@ -114,9 +114,9 @@ def test_a_run_that_is_stopped_in_the_middle_of_a_method_ends_in_the_same_bits(t
     spec = cheap(tmp_path / "stopped", *words)
     run = Runs(tmp_path / "stopped").of(spec)
     stopped(spec, run, 5, 9, 13)
-    assert doors.train(spec) == 0
+    assert entrypoints.train(spec) == 0
     whole = cheap(tmp_path / "whole", *words)
-    assert doors.train(whole) == 0
+    assert entrypoints.train(whole) == 0
     there = Runs(tmp_path / "whole").of(whole)
     assert steps_of(run) == steps_of(there)
     name = "adapter_model.safetensors"
@@ -149,9 +149,9 @@ def test_a_rescued_run_that_is_stopped_ends_in_the_same_bits(tmp_path, method):
     spec = cheap(tmp_path / "stopped", *words)
     run = Runs(tmp_path / "stopped").of(spec)
     stopped(spec, run, 5, 12)
-    assert doors.train(spec) == 0
+    assert entrypoints.train(spec) == 0
     whole = cheap(tmp_path / "whole", *words)
-    assert doors.train(whole) == 0
+    assert entrypoints.train(whole) == 0
     assert steps_of(run) == steps_of(Runs(tmp_path / "whole").of(whole))
 
 
@@ -351,7 +351,7 @@ def test_an_answer_is_the_number_behind_the_mark(text, answer):
 
 def test_held_out_accuracy_is_measured_when_asked_and_at_the_end(tmp_path):
     spec = cheap(tmp_path, "lmbda=0", "accuracy_steps=4", "max_steps=6")
-    assert doors.train(spec) == 0
+    assert entrypoints.train(spec) == 0
     measured = {m["step"]: m["eval/accuracy"] for m in Runs(tmp_path).of(spec).metrics()
                 if "eval/accuracy" in m}  # fmt: skip
     assert set(measured) == {3, 5} and all(0 <= value <= 1 for value in measured.values())

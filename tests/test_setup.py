@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stillhouse.compose import conf_dir
-from tests.sample_runs import write_sample
+from tests.builders.sample_runs import write_sample
 from tools import lock
 
 ROOT = Path(__file__).parent.parent

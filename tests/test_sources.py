@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cheap import CACHE, cheap
 
-from stillhouse import at_hand, doors, fingerprints
+from stillhouse import entrypoints, fingerprints, local_models
 from stillhouse.compose import Overrides, as_command_line, compose, from_command_line
 from stillhouse.distill.pairs import prepare
 from stillhouse.distill.run import Run, train_run
@@ -22,6 +21,7 @@ from stillhouse.rundir import Json, RunDir, Runs, file_digest, new_record, write
 from stillhouse.sources import differences, drift, rests_on, sources_of
 from stillhouse.spec import QuantSpec, TrainSpec, digest, point_id
 from stillhouse.stop import StopFlag
+from tests.builders.cheap import CACHE, cheap
 
 A, B = "a" * 40, "b" * 40  # commits
 NONE = QuantSpec("none", None, False)
@@ -61,7 +61,7 @@ class World:
 def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     """One in which a point was trained."""
     world = World(tmp_path_factory.mktemp("world"))
-    assert doors.train(world.spec()) == 0
+    assert entrypoints.train(world.spec()) == 0
     return world
 
 
@@ -120,7 +120,7 @@ def test_a_trained_point_whose_sources_changed_is_refused_until_they_are_back(
         before = file.read_bytes() if file.exists() else None
         file.write_bytes(changed(file))
         with pytest.raises(ContractError, match=said) as refused:
-            doors.train(world.spec())
+            entrypoints.train(world.spec())
         assert refused.value.exit_code == 42, change
         assert "Restore that, or begin this point anew" in str(refused.value)
         assert "--sources=new" in str(refused.value)
@@ -128,7 +128,7 @@ def test_a_trained_point_whose_sources_changed_is_refused_until_they_are_back(
             file.unlink()
         else:
             file.write_bytes(before)
-    assert doors.train(world.spec()) == 0
+    assert entrypoints.train(world.spec()) == 0
     assert "done already" in capsys.readouterr().out
 
 
@@ -142,12 +142,12 @@ def test_what_is_not_on_this_machine_says_nothing(
         (world.home / name).rename(away / name)
     try:
         assert sources_of(world.spec(), world.home / "cache") == {}
-        assert doors.train(world.spec()) == 0
+        assert entrypoints.train(world.spec()) == 0
         assert "done already" in capsys.readouterr().out
         # Where only some of it is here, only that is compared.
         (world.home / "rows.jsonl").write_bytes(rows(3))
         with pytest.raises(ContractError, match="data: .*rows.jsonl is not what it was"):
-            doors.train(world.spec())
+            entrypoints.train(world.spec())
     finally:
         for name in ("student", "teacher", "rows.jsonl", "others.jsonl"):
             (away / name).rename(world.home / name)
@@ -162,7 +162,7 @@ def test_a_run_of_other_weights_or_rows_begun_before_they_were_recorded_is_not_d
     del plain["sources"]
     write_json(run.spec_file, plain)
     with pytest.raises(ContractError, match="begun before a run recorded what it rests on"):
-        doors.train(world.spec())
+        entrypoints.train(world.spec())
     run.spec_file.write_bytes(record)
 
 
@@ -181,7 +181,7 @@ def test_a_stopped_run_goes_on_only_over_what_it_began_with(
     saved = sorted(path.name for path in run.checkpoints.iterdir())
     file.write_bytes(rows(3))
     with pytest.raises(ContractError, match=r"data: .* sha256 \w{10}… then, sha256 \w{10}… now"):
-        doors.train(world.spec(*point))
+        entrypoints.train(world.spec(*point))
     assert sorted(path.name for path in run.checkpoints.iterdir()) == saved
     file.write_bytes(before)
     record = json.loads(run.spec_file.read_text())
@@ -194,7 +194,7 @@ def test_a_stopped_run_goes_on_only_over_what_it_began_with(
     assert went_on == [{"cpu_capability": record["cpu_capability"]}]
 
     file.write_bytes(rows(3))
-    assert doors.train(world.spec(*point, "sources=new")) == 0
+    assert entrypoints.train(world.spec(*point, "sources=new")) == 0
     said = capsys.readouterr().out
     kept = world.runs / ".before" / f"{run.path.name}.1"
     assert "begins anew" in said and str(kept) in said and "going on from" not in said
@@ -203,7 +203,7 @@ def test_a_stopped_run_goes_on_only_over_what_it_began_with(
     assert record is not None and run.is_trained()
     assert record["sources"] == sources_of(world.spec(*point), world.home / "cache")
     # Where nothing changed, the same words change nothing.
-    assert doors.train(world.spec(*point, "sources=new")) == 0
+    assert entrypoints.train(world.spec(*point, "sources=new")) == 0
     assert "done already" in capsys.readouterr().out
     file.write_bytes(before)
     assert kept not in [found.path for found in Runs(world.runs).all()]
@@ -241,7 +241,7 @@ def elsewhere(tmp_path: Path) -> Path:
 
 def of_other_weights(cache: Path, spec: TrainSpec) -> None:
     """As another CPU would have made them: the recipe is the same one, the numbers are not."""
-    file = cache / at_hand.prepared(spec.pair, cache)["student"] / "model.safetensors"
+    file = cache / local_models.prepared(spec.pair, cache)["student"] / "model.safetensors"
     file.write_bytes(flipped(file))
 
 
@@ -251,20 +251,20 @@ def test_weights_made_by_the_same_recipe_are_compared_by_what_they_are(
     point = ["lmbda=0", "max_steps=1"]
     spec = cheap(tmp_path / "runs", *point)
     run = Runs(tmp_path / "runs").of(spec)
-    assert doors.train(spec) == 0
+    assert entrypoints.train(spec) == 0
     there = cheap(tmp_path / "runs", *point, f"cache_dir={elsewhere}")
-    assert doors.train(there) == 0, "the same weights in another place"
+    assert entrypoints.train(there) == 0, "the same weights in another place"
     of_other_weights(elsewhere, there)
     with pytest.raises(ContractError, match="student: the weights of tiny are not what they were"):
-        doors.train(there)
+        entrypoints.train(there)
     # As 654a82a left it: the contract names the student's weights.
     record = json.loads(run.spec_file.read_text())
     del record["sources"], record["processor"], record["cpu_capability"]
     write_json(run.spec_file, record)
     capsys.readouterr()
-    assert doors.train(spec) == 0 and "done already" in capsys.readouterr().out
+    assert entrypoints.train(spec) == 0 and "done already" in capsys.readouterr().out
     with pytest.raises(ContractError, match="student: the weights of tiny are not what they were"):
-        doors.train(there)
+        entrypoints.train(there)
     # And before it had an adapter: its record has the losses that the two were trained to.
     shutil.rmtree(run.adapter)
     here = sources_of(spec, CACHE)
@@ -288,7 +288,7 @@ def test_a_run_that_has_to_make_its_pair_first_finds_out_then(
     shutil.rmtree(elsewhere / "prepared")
     assert sources_of(there, elsewhere) == {}, "nobody has prepared it yet"
     with pytest.raises(ContractError, match="student: the weights of tiny are not what they were"):
-        doors.train(there)
+        entrypoints.train(there)
     assert run.status()["exit_code"] == 42 and run.checkpoints.is_dir()
 
 
@@ -335,7 +335,7 @@ def test_a_branch_that_moved_is_another_commit_unless_a_commit_was_said_to_be_me
     for name in ("models--some--pair", "datasets--some--rows"):
         (hub / name / "refs" / "main").write_text(B)
     with pytest.raises(ContractError, match="'commits={some/pair:aaaa") as refused:
-        doors.train(spec)
+        entrypoints.train(spec)
     assert "commit aaaaaaaaaa then" in str(refused.value)
     assert "commit bbbbbbbbbb now" in str(refused.value)
     meant = of_the_hub(tmp_path, f"commits={{some/pair:{A},datasets/some/rows:{A}}}")
@@ -390,9 +390,9 @@ def test_the_hubs_cache_is_where_its_library_has_it(
             monkeypatch.setenv(variable, str(tmp_path / "x"))
         folder = home / "models--some--pair" / "snapshots" / A
         folder.mkdir(parents=True)
-        assert at_hand.snapshot("some/pair", A, "model") == folder, variable
-        assert at_hand.snapshot("some/pair", None, "model") is None, "no branch leads there"
-        assert at_hand.snapshot("some/pair", f"../snapshots/{A}", "model") is None
+        assert local_models.snapshot("some/pair", A, "model") == folder, variable
+        assert local_models.snapshot("some/pair", None, "model") is None, "no branch leads there"
+        assert local_models.snapshot("some/pair", f"../snapshots/{A}", "model") is None
         shutil.rmtree(home)
 
 
@@ -400,10 +400,10 @@ def test_a_download_that_was_cut_short_is_not_at_hand(hub: Path) -> None:
     home = hub / "models--some--pair"
     files = {"config.json": {}, "model.safetensors": {}, "pytorch_model.bin": {}}
     write_json(home / "trees" / f"{A}.json", {"format_version": 1, "files": files})
-    found = at_hand.snapshot("some/pair", None, "model")
+    found = local_models.snapshot("some/pair", None, "model")
     assert found is not None, "what is not used need not be there"
     (found / "model.safetensors").unlink()
-    assert at_hand.snapshot("some/pair", None, "model") is None
+    assert local_models.snapshot("some/pair", None, "model") is None
 
 
 # ------------------------------------------------------------------- fingerprints

@@ -30,7 +30,7 @@ from stillhouse.spec import (
     to_plain,
     versioned,
 )
-from tests.published import TRAIN, flags_of, lines, name_of
+from tests.builders.published import TRAIN, flags_of, lines, name_of
 
 
 def train(**values: object) -> TrainSpec:

@@ -9,8 +9,8 @@ from itertools import islice
 import pytest
 
 from stillhouse.compose import compose, from_command_line, options_of
-from stillhouse.distill import problems, styles, tiny
-from stillhouse.distill.recipes import RECIPES
+from stillhouse.distill.toy import problems, styles, tiny
+from stillhouse.distill.toy.recipes import RECIPES
 from stillhouse.spec import TrainSpec
 
 STEPS = [(7, 3, 10), (10, -2, 8)]

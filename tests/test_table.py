@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from sample_runs import DOCUMENTS, SUITE, Sample, write_sample
 
 import stillhouse
 from stillhouse.errors import ConfigError, ContractError
@@ -21,6 +20,7 @@ from stillhouse.results.report import write_report
 from stillhouse.results.summary import remarks, summary, wide
 from stillhouse.results.table import arm_name, format_value, is_unscored, load, points_of
 from stillhouse.rundir import Runs, read_json, write_json
+from tests.builders.sample_runs import DOCUMENTS, SUITE, Sample, write_sample
 
 
 def change(file: Path, **fields: Any) -> None:

@@ -10,18 +10,18 @@ import tarfile
 from pathlib import Path
 from typing import Any
 
-import own_tasks
 import pytest
 
 from stillhouse import tasks
 from stillhouse.compose import compose, from_command_line
 from stillhouse.errors import ConfigError
 from stillhouse.spec import EvalSpec, SuiteSpec, eval_id, score_key, suite_key
+from stillhouse.sweep.cluster import jobspec
+from stillhouse.sweep.cluster.code_bundle import bundle
+from stillhouse.sweep.cluster.submit_args import read as read_line
 from stillhouse.sweep.grid import Sweep, load_sweep
-from stillhouse.sweep.kube import steps
-from stillhouse.sweep.kube.bundle import bundle
-from stillhouse.sweep.kube.line import read as read_line
 from stillhouse.sweep.plan import groups_of
+from tests.builders import own_tasks
 
 PAIR = ["student=models/small", "teacher=models/large"]
 
@@ -217,10 +217,10 @@ def test_the_words_for_a_pod_ask_the_same_there(
 ) -> None:
     sweep = sweep_beside(folder, "{include_path: tasks, baselines: [teacher]}")
     assert sweep.suite is not None
-    step = steps.eval_step(sweep.points, ["teacher-0123456789"], sweep)
-    prepared = steps.prepare_step(sweep.points[0], sweep.suite, sweep)
+    step = jobspec.eval_step(sweep.points, ["teacher-0123456789"], sweep)
+    prepared = jobspec.prepare_step(sweep.points[0], sweep.suite, sweep)
     line = read_line("eval", "mine", [*PAIR, f"include_path={folder}", "tasks=[my_sums]"])
-    driver = steps.drive_step(sweep, b"")
+    driver = jobspec.drive_step(sweep, b"")
     pod = unpacked(sweep.suite, tmp_path / "pod")
     monkeypatch.chdir(pod)
     for asked in (step, line.step):

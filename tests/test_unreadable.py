@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sample_runs import Sample, write_sample
 
 import stillhouse
 from stillhouse import cli
 from stillhouse.errors import ContractError, visible
 from stillhouse.results.report import write_report
 from stillhouse.rundir import RunDir, link_path, sweep_leftovers, temporary_name, write_json
-from stillhouse.sweep import roster
+from stillhouse.sweep import registry
+from tests.builders.sample_runs import Sample, write_sample
 
 Said = Callable[..., tuple[int, str]]
 
@@ -222,7 +222,7 @@ def test_leftovers_go_wherever_something_is_written_again(
         file.write_text("half")
         make_old(file)
     write_report("grid", Path("runs"))
-    roster.write_record(Path("runs"), json.loads(Path("runs/sweeps/grid.json").read_bytes()))
+    registry.write_record(Path("runs"), json.loads(Path("runs/sweeps/grid.json").read_bytes()))
 
     def make(into: Path) -> dict[str, Any]:
         (into / "rows").write_text("all")

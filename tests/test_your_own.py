@@ -11,7 +11,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from stillhouse import cli, doors
+from stillhouse import cli, entrypoints
 from stillhouse.compose import compose, from_command_line
 from stillhouse.rundir import Runs
 from stillhouse.spec import EvalSpec, TrainSpec
@@ -106,15 +106,15 @@ def test_followed_on_a_laptop_the_page_ends_in_a_table(
     quick = [*ON_A_CPU.split(), *CHEAP]
     asked = dict(zip(("preflight", "train", "eval"), LINES, strict=False))
     words = {name: shlex.split(line)[2:] for name, line in asked.items()}
-    assert doors.preflight_main([*words["preflight"][:-1], "4", *quick]) in (0, 3, 4)
+    assert entrypoints.preflight_main([*words["preflight"][:-1], "4", *quick]) in (0, 3, 4)
     assert "prompts" in capsys.readouterr().out
-    assert doors.train_main([*words["train"], *quick]) == 0
+    assert entrypoints.train_main([*words["train"], *quick]) == 0
     [run] = Runs(Path("runs")).all()
     assert run.is_trained() and run.path.name.startswith("small-gkd-")
-    assert doors.train_main([*words["train"], *quick]) == 0
+    assert entrypoints.train_main([*words["train"], *quick]) == 0
     assert "done already" in capsys.readouterr().out
     line = [*words["eval"], *ON_A_CPU.split()[:2], "threads=1", "limit=2"]
-    assert doors.eval_main(line) == 0
+    assert entrypoints.eval_main(line) == 0
     table = capsys.readouterr().out.split("model  ")[1].splitlines()
     assert [row.split(" |")[0].strip() for row in table[1:4]] == [
         "teacher",

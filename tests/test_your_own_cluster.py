@@ -10,14 +10,14 @@ from pathlib import Path
 
 import pytest
 import yaml
-from fake_api import FakeApi
-from lab import SITE, furnish
+from test_cluster_collect import kubelet
 from test_cluster_guide import commands
-from test_collect import kubelet
-from test_push import Lab
+from test_cluster_push import Lab
 
-from stillhouse import parcel
+from stillhouse import transfer
 from stillhouse.cli import main
+from tests.builders.lab import SITE, furnish
+from tests.fakes.fake_api import FakeApi
 
 ROOT = Path(__file__).parent.parent
 PAGE = (ROOT / "docs" / "your-own.md").read_text()
@@ -62,7 +62,7 @@ def test_followed_on_a_cluster_every_command_does_what_the_page_says(
 
         def send(pod: str, command: list[str]) -> tuple[Iterable[bytes], bytes, int]:
             out = io.BytesIO()
-            parcel.send(parcel.unpack(command[4]) | {"runs": str(tmp_path / "volume")}, out)
+            transfer.send(transfer.unpack(command[4]) | {"runs": str(tmp_path / "volume")}, out)
             return [out.getvalue()], b"", 0
 
         fake.execs = send

@@ -82,7 +82,7 @@ def fault(name: str) -> Iterator[None]:
 def curve(job: tuple[str, str, int, tuple[str, ...]]) -> list[float]:
     """Held-out accuracy every ten steps of one run, which is trained unless it is there."""
     name, method, seed, more = job
-    from stillhouse import doors
+    from stillhouse import entrypoints
     from stillhouse.compose import compose, from_command_line
     from stillhouse.rundir import Runs
     from stillhouse.spec import TrainSpec
@@ -91,7 +91,7 @@ def curve(job: tuple[str, str, int, tuple[str, ...]]) -> list[float]:
     spec = compose(from_command_line(words, TrainSpec), TrainSpec)
     run = Runs(RUNS / name).of(spec)
     with fault(name), contextlib.redirect_stdout(None):
-        code = doors.train(spec)
+        code = entrypoints.train(spec)
     found = [m["eval/accuracy"] for m in run.metrics() if "eval/accuracy" in m]
     # A run that diverged has no later accuracy than its last.
     return found if code == 0 else [*found, float("nan")]

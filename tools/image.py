@@ -75,7 +75,7 @@ def context(into: Path) -> None:
     """
     sys.path.insert(0, str(ROOT))  # this file is started as it is, by any Python
     from stillhouse.errors import ConfigError
-    from stillhouse.sweep.kube.carried import project_files, refuse_secrets
+    from stillhouse.sweep.cluster.project_files import project_files, refuse_secrets
 
     lines = (ROOT / ".dockerignore").read_text(encoding="utf-8").splitlines()
     names = [line[1:] for line in lines if line.startswith("!")]

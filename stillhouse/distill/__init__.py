@@ -5,14 +5,14 @@ Reading order:
     models, loading, head, layers        base models; logits from hidden states; which weights count
     quant, adapters                      the quantized base, and the LoRA adapter with its contract
     pairs, hub, tokenizers_match, cache  where weights come from; whether the two halves fit
-    recipes, tiny, problems, styles, same_kernels   models and problems that the project generates
+    toy/, same_kernels                   models and problems that the project generates
     tables, formats, chat, prompts, encoder, encoded   rows of data -> conversations -> token ids
-    choice, sequences, replay            the prompts and the batches of a step
+    curriculum, sequences, replay            the prompts and the batches of a step
     rollouts, engine, decode, folded, gap           generation, and the check of what it drew
     loop, losses, objectives, diagnostics, clock    one step: loss, gradient, metrics, seconds
     checkpoint, monitor, tracking        what a resume needs; what is measured and logged on the way
-    preflight, compared, answers         a pair before it is trained; answers for an evaluation
+    preflight, agreement, answers         a pair before it is trained; answers for an evaluation
 
-`doors` imports `run`, `preflight`, `pairs`, `prompts`, `hub`, and `loading`; `evals` imports
+`entrypoints` imports `run`, `preflight`, `pairs`, `prompts`, `hub`, and `loading`; `evals` imports
 `models`, `chat`, `engine`, and `answers`; `sweep` names `pairs` and `run` as strings only.
 """

@@ -10,7 +10,9 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from stillhouse.at_hand import (
+from stillhouse.distill.cache import Say, alone
+from stillhouse.errors import ConfigError
+from stillhouse.local_models import (
     MODEL_FILES,
     download_command,
     looks_like_hub_id,
@@ -18,8 +20,6 @@ from stillhouse.at_hand import (
     pinned,
     snapshot,
 )
-from stillhouse.distill.cache import Say, alone
-from stillhouse.errors import ConfigError
 from stillhouse.spec import DataSpec, PairSpec, digest
 
 

@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from stillhouse.at_hand import snapshot
 from stillhouse.errors import ContractError
+from stillhouse.local_models import snapshot
 
 SHOWN = 3  # tensors that a message names
 LONGEST = 400  # characters of another library's message

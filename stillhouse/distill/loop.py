@@ -15,8 +15,8 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from stillhouse.distill.choice import Choice
 from stillhouse.distill.clock import Clock
+from stillhouse.distill.curriculum import Choice
 from stillhouse.distill.diagnostics import Summary
 from stillhouse.distill.encoded import Example
 from stillhouse.distill.gap import Drawn, Gap, check, numbers, watched

@@ -24,19 +24,20 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from stillhouse import at_hand, fingerprints
-from stillhouse.at_hand import (
+from stillhouse import fingerprints, local_models
+from stillhouse.distill import same_kernels
+from stillhouse.distill.cache import Say, fingerprint, made_once, remembered
+from stillhouse.distill.tokenizers_match import difference
+from stillhouse.distill.toy import problems, tiny
+from stillhouse.distill.toy.recipes import RECIPES
+from stillhouse.errors import ConfigError, ContractError, nearest
+from stillhouse.local_models import (
     download_command,
     looks_like_hub_id,
     missing_file,
     pinned,
     snapshot,
 )
-from stillhouse.distill import problems, same_kernels, tiny
-from stillhouse.distill.cache import Say, fingerprint, made_once, remembered
-from stillhouse.distill.recipes import RECIPES
-from stillhouse.distill.tokenizers_match import difference
-from stillhouse.errors import ConfigError, ContractError, nearest
 from stillhouse.rundir import Json, file_digest, write_atomic, write_json
 from stillhouse.spec import PairSpec, QuantSpec, digest
 
@@ -145,8 +146,8 @@ def _say_where(
         "problems": place(made.data_dir),
         "facts": made.facts,
     }
-    if at_hand.prepared(pair, cache_dir) != said:
-        write_json(at_hand.prepared_file(pair, cache_dir), said)
+    if local_models.prepared(pair, cache_dir) != said:
+        write_json(local_models.prepared_file(pair, cache_dir), said)
 
 
 # ---------------------------------------------------------------- three sources

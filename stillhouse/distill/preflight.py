@@ -2,7 +2,8 @@
 
 The student writes answers, the teacher scores what it wrote, and both answer questions, from the
 start and from the middle of the student's answers. The results are numbers with intervals over
-prompts. Rules with thresholds that are plain data (`stillhouse.verdict`) decide what they mean.
+prompts. Rules with thresholds that are plain data (`stillhouse.preflight_rules`) decide what they
+mean.
 
 Legend: P prompts, N positions of all answers, c columns of numbers per prompt.
 """
@@ -19,18 +20,18 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from stillhouse.distill.agreement import compared, row_means
 from stillhouse.distill.chat import declared_stop_ids
-from stillhouse.distill.compared import compared, row_means
 from stillhouse.distill.encoded import Example
 from stillhouse.distill.loaded import Loaded, load
 from stillhouse.distill.monitor import answer_in
 from stillhouse.distill.rollouts import Completions
 from stillhouse.distill.run import Run
 from stillhouse.errors import ConfigError
+from stillhouse.preflight_rules import Measured
 from stillhouse.rundir import Json, RunDir
 from stillhouse.spec import TrainSpec
 from stillhouse.stop import StopFlag
-from stillhouse.verdict import Measured
 
 SHARES = (25, 50)  # percent of the student's answer that both models continue from
 TOP = (1, 4)  # in addition to overlap_k: in small vocabularies, few tokens show a difference

@@ -17,20 +17,20 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from stillhouse import fits, model_files
-from stillhouse.at_hand import (
-    download_command,
-    looks_like_hub_id,
-    pinned,
-    snapshot,
-    split_files,
-)
+from stillhouse import compatibility, model_files
 from stillhouse.distill.chat import Chat, chat_of
 from stillhouse.distill.encoded import Examples
 from stillhouse.distill.encoder import Encoder, Parts, reasons
 from stillhouse.distill.pairs import NO_COMMITS, PreparedPair
 from stillhouse.distill.tables import Table, open_table
 from stillhouse.errors import ConfigError, DataError
+from stillhouse.local_models import (
+    download_command,
+    looks_like_hub_id,
+    pinned,
+    snapshot,
+    split_files,
+)
 from stillhouse.methods import first_answered_step, step_plan
 from stillhouse.spec import DataSpec, EvalSpec, TrainSpec
 
@@ -100,7 +100,7 @@ def encode_rows(spec: EvalSpec, prepared: PreparedPair, tokenizer: Any) -> None:
     chat, cache_dir = chat_of(prepared, tokenizer, spec.data), Path(spec.place.cache_dir)
     few_shot, commits = spec.pair.teacher_few_shot, spec.place.commits
     prompts = load_prompts(spec.data, prepared, chat, few_shot, cache_dir, commits)
-    fits.note_largest_id(spec, prompts.largest_token_id)
+    compatibility.note_largest_id(spec, prompts.largest_token_id)
     check_ids(prepared, prompts, tokenizer)
 
 
@@ -151,7 +151,7 @@ def check_ids(prepared: PreparedPair, prompts: PromptSet, tokenizer: Any) -> Non
     ):
         directory = Path(name) if Path(name).is_dir() else snapshot(name, revision, "model")
         if directory is not None:
-            fits.check_ids(largest, model_files.read(directory), f"{role} {name}")
+            compatibility.check_ids(largest, model_files.read(directory), f"{role} {name}")
 
 
 # ---------------------------------------------------------------- sources

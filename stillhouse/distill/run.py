@@ -10,8 +10,8 @@ from collections.abc import Sequence
 import torch
 
 from stillhouse.distill import checkpoint, models
-from stillhouse.distill.choice import Choice
-from stillhouse.distill.compared import ranking
+from stillhouse.distill.agreement import ranking
+from stillhouse.distill.curriculum import Choice
 from stillhouse.distill.layers import coverage
 from stillhouse.distill.loaded import load
 from stillhouse.distill.loop import Loop, check_first_step
@@ -22,8 +22,8 @@ from stillhouse.rundir import Json, RunDir, new_record, now, write_json
 from stillhouse.sources import drift, refusal
 from stillhouse.spec import TrainSpec
 from stillhouse.stop import StopFlag
-from stillhouse.watch import Finding, replayed, stops
-from stillhouse.words import Pace
+from stillhouse.text import Pace
+from stillhouse.watch_rules import Finding, replayed, stops
 
 TELL_SECONDS = 15.0  # between two progress lines in the log
 STATUS_SECONDS = 1.0  # between two updates of the step in status.json: live, at negligible cost

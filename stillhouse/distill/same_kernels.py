@@ -174,7 +174,7 @@ def _answer(job: Json, fd: int) -> None:
     """Train in a fork, report progress and result, and exit."""
     code = 1
     try:
-        from stillhouse.distill import tiny
+        from stillhouse.distill.toy import tiny
 
         threading.Thread(target=_end_with_the_reader_of, args=(fd,), daemon=True).start()
         with open(fd, "w", buffering=1, encoding="utf-8") as answers:

@@ -20,7 +20,7 @@ from typing import Protocol, runtime_checkable
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-from stillhouse.distill.choice import Choice
+from stillhouse.distill.curriculum import Choice
 from stillhouse.distill.encoded import Example
 from stillhouse.distill.replay import Entry, Replay
 from stillhouse.distill.rollouts import Completions, uniforms

@@ -16,9 +16,9 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from stillhouse.at_hand import SUFFIXES
 from stillhouse.errors import DataError
 from stillhouse.fingerprints import of_rows
+from stillhouse.local_models import SUFFIXES
 
 Row = dict[str, Any]
 

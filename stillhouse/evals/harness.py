@@ -24,7 +24,7 @@ from stillhouse.distill import models
 from stillhouse.distill.chat import chat_of
 from stillhouse.errors import ContractError, OutOfMemory
 from stillhouse.evals import find
-from stillhouse.evals.suite import Asked, Scorer, Stop, clear_torch_cache, load_tasks
+from stillhouse.evals.suite import Scorer, Stop, SweepRequest, clear_torch_cache, load_tasks
 from stillhouse.rundir import (
     Json,
     Runs,
@@ -326,7 +326,7 @@ def _score_all(
 
 
 def _score_base(
-    base: Base, rows: list[Row], tasks: list[Asked], missing: set[tuple[Row, TaskSpec]],
+    base: Base, rows: list[Row], tasks: list[SweepRequest], missing: set[tuple[Row, TaskSpec]],
     scorer: Scorer, suite: SuiteSpec,
 ) -> None:  # fmt: skip
     device = models.pick_device()
@@ -351,7 +351,7 @@ def _score_base(
 
 
 def _ask(
-    model: Any, row: Row, tasks: list[Asked], scorer: Scorer, suite: SuiteSpec,
+    model: Any, row: Row, tasks: list[SweepRequest], scorer: Scorer, suite: SuiteSpec,
     known: dict[tuple[str, str, int], Json],
 ) -> None:  # fmt: skip
     """Score and write; results in `known` of this model are reused, and new ones added to it."""

@@ -15,14 +15,15 @@ from typing import Any
 from stillhouse.compose import Overrides, from_command_line
 from stillhouse.errors import ConfigError, nearest
 from stillhouse.spec import SiteSpec, TrainSpec, to_plain
-from stillhouse.sweep import roster
+from stillhouse.sweep import registry
+from stillhouse.sweep.backend import Ground
+from stillhouse.sweep.cluster import pod_paths
+from stillhouse.sweep.cluster.backend import Away
 from stillhouse.sweep.grid import Sweep, load_sweep
-from stillhouse.sweep.ground import Ground, Here
-from stillhouse.sweep.kube import paths
-from stillhouse.sweep.kube.away import Away
-from stillhouse.sweep.roster import Roster, Row, roster_of
+from stillhouse.sweep.local.backend import Here
+from stillhouse.sweep.offline_plan import Unasked
+from stillhouse.sweep.registry import Roster, Row, roster_of
 from stillhouse.sweep.site import CLUSTER, away_words, site_of
-from stillhouse.sweep.unasked import Unasked
 
 DEFAULT_RUNS = Path("runs")
 BACKENDS = ("local", "cluster")
@@ -87,7 +88,7 @@ class Call:
             ConfigError: as `sweep`; in a cluster, a path that no pod would have.
         """
         if self.backend == CLUSTER:
-            paths.refuse(point.spec for point in self.sweep().points)
+            pod_paths.refuse(point.spec for point in self.sweep().points)
         return self.sweep()
 
     @functools.cached_property
@@ -138,7 +139,7 @@ class Call:
         else:
             _of_site_only(self)
             found = self.ground.find(self.target)
-        return roster.narrowed(found, self.points)
+        return registry.narrowed(found, self.points)
 
     def knobs(self, row: Row) -> dict[str, Any]:
         """A point's config fields: all, where the sweep file is at hand; else the axes only."""

@@ -14,7 +14,7 @@ import urllib.request
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
-from stillhouse.at_hand import COMMIT, RepoType, looks_like_hub_id, open_name, snapshot
+from stillhouse.local_models import COMMIT, RepoType, looks_like_hub_id, open_name, snapshot
 from stillhouse.spec import TrainSpec
 from stillhouse.sweep.grid import Sweep
 

@@ -18,14 +18,14 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
+from stillhouse.compose import k8s_dir
 from stillhouse.errors import ConfigError, ContractError
 from stillhouse.methods import value_at
 from stillhouse.rundir import RunDir, Runs
 from stillhouse.spec import NonNegative, SiteSpec, TrainSpec, to_plain
-from stillhouse.sweep.asked import text
 from stillhouse.sweep.grid import Point
-from stillhouse.sweep.kube.ledger import Record
-from stillhouse.sweep.kube.manifest import k8s_dir
+from stillhouse.sweep.outcome import Record
+from stillhouse.sweep.sweep_file import text
 
 # Seconds of a generated pair's step, per sequence. A step of 32 at λ = 1 with int4 took 0.20 s on
 # one thread of a busy 2-core machine, and 0.07 to 0.10 s without quantizer and metrics on a quiet

@@ -32,8 +32,18 @@ from stillhouse.spec import (
     slug,
     suite_content,
 )
-from stillhouse.sweep import asked as request
-from stillhouse.sweep.asked import OWN, SEED, Asked, Axes, Compare, Knobs, label, short, text
+from stillhouse.sweep import sweep_file as request
+from stillhouse.sweep.sweep_file import (
+    OWN,
+    SEED,
+    Axes,
+    Compare,
+    Knobs,
+    SweepRequest,
+    label,
+    short,
+    text,
+)
 
 MAX_POINTS = (
     100_000  # ten times the largest grid that is planned for; more is a slip of the keyboard
@@ -121,7 +131,7 @@ def load_sweep(target: str | None, words: list[str], runs: Path, site: str = "lo
     )
 
 
-def _points(asked: Asked, runs: Path) -> tuple[Point, ...]:
+def _points(asked: SweepRequest, runs: Path) -> tuple[Point, ...]:
     """All points of a sweep, each checked, no two alike."""
     grid = {**asked.grid, **asked.typed} if asked.grid or not asked.points else None
     count = 0 if grid is None else math.prod(map(len, grid.values()))
@@ -160,7 +170,7 @@ def _without_constants(points: tuple[Point, ...], names: Sequence[str]) -> tuple
     return tuple(dataclasses.replace(point, overrides=overrides) for point, overrides in pairs)
 
 
-def _own_knobs(asked: Asked, grid: Axes | None) -> Iterator[Knobs]:
+def _own_knobs(asked: SweepRequest, grid: Axes | None) -> Iterator[Knobs]:
     """What each point sets beyond base: the grid, then explicit points; seeds vary fastest."""
     explicit = itertools.product(asked.points, _product(asked.typed))
     chosen = [{**point, **typed} for point, typed in explicit]
@@ -171,7 +181,7 @@ def _own_knobs(asked: Asked, grid: Axes | None) -> Iterator[Knobs]:
             yield from ({**knobs, SEED: seed} for seed in asked.seeds)
 
 
-def _by_rules(asked: Asked, own: Knobs) -> Knobs | None:
+def _by_rules(asked: SweepRequest, own: Knobs) -> Knobs | None:
     """What a point sets, over what rules add for it; None where one leaves it out."""
     said = {**asked.base, **own, **asked.single}
     holding = [
@@ -188,7 +198,7 @@ def _product(axes: Axes) -> Iterator[Knobs]:
     return (dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values()))
 
 
-def _point(asked: Asked, own: Knobs, axes: Sequence[str], runs: Path) -> Point:
+def _point(asked: SweepRequest, own: Knobs, axes: Sequence[str], runs: Path) -> Point:
     knobs = {**asked.base, **own, **asked.single}
     knobs["place.runs"] = str(runs)
     knobs["place.tags"] = _tags(asked, own)
@@ -221,7 +231,7 @@ def _elsewhere(knobs: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _tags(asked: Asked, own: Knobs) -> list[str]:
+def _tags(asked: SweepRequest, own: Knobs) -> list[str]:
     """The tags of the sweep, of the point and of the command line, each once."""
     found: list[str] = []
     for knobs in (asked.base, own, asked.single):
@@ -237,7 +247,7 @@ def _tags(asked: Asked, own: Knobs) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def _point_name(asked: Asked, knobs: Knobs) -> str | None:
+def _point_name(asked: SweepRequest, knobs: Knobs) -> str | None:
     """The name somebody gave, told apart where words or seeds make several points of it."""
     if knobs.get("place.name") is None:
         return None
@@ -297,7 +307,7 @@ def _describe(knobs: Mapping[str, Any], name: str | None) -> str:
     return f'"{name}" ({words})' if name else words or "(base)"
 
 
-def _suite(asked: Asked, spec: TrainSpec) -> SuiteSpec | None:
+def _suite(asked: SweepRequest, spec: TrainSpec) -> SuiteSpec | None:
     block = asked.eval
     if block is None or (block.suite is None and not asked.picks_suite):
         return None
@@ -312,7 +322,7 @@ def _suite(asked: Asked, spec: TrainSpec) -> SuiteSpec | None:
 
 
 def _compare(
-    asked: Asked, axes: Mapping[str, tuple[Any, ...]], suite: SuiteSpec | None
+    asked: SweepRequest, axes: Mapping[str, tuple[Any, ...]], suite: SuiteSpec | None
 ) -> Compare | None:
     """The comparison, with its axis and baseline as the points have them.
 

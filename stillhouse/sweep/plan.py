@@ -27,9 +27,9 @@ from typing import Any, Literal, cast
 from stillhouse.errors import AGAIN, POISON, STOPPED, ContractError
 from stillhouse.rundir import Json, RunDir, code_identity, read_score
 from stillhouse.spec import SuiteSpec, score_key
-from stillhouse.sweep.beneath import Below, Beneath
+from stillhouse.sweep.dependencies import Below, Beneath
 from stillhouse.sweep.grid import Sweep
-from stillhouse.sweep.roster import Roster, baseline_rows, roster_of
+from stillhouse.sweep.registry import Roster, baseline_rows, roster_of
 
 State = Literal[
     "new", "waiting", "running", "done", "failed", "stopped", "drifted", "unreadable"

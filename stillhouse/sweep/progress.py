@@ -23,11 +23,11 @@ from rich.text import Text
 
 from stillhouse.errors import AGAIN, DONE, ContractError, visible
 from stillhouse.rundir import RunDir
-from stillhouse.sweep.drive import Finished, Picture
-from stillhouse.sweep.listing import counted, fingerprint
+from stillhouse.sweep.driver import Finished, Picture
 from stillhouse.sweep.plan import Action, Observation
-from stillhouse.sweep.roster import Roster
-from stillhouse.words import Pace, duration, say
+from stillhouse.sweep.registry import Roster
+from stillhouse.sweep.show import counted, fingerprint
+from stillhouse.text import Pace, duration, say
 
 TAIL_BYTES = 16_384  # of metrics.jsonl: more than a line, less than a page of disk reads
 LIVE_ROWS = 12  # running tasks that the board lists; a laptop has fewer
@@ -287,7 +287,7 @@ def _worth(seen: Observation, steps: Steps | None) -> float:
     return min(1.0, at.done / at.of) if at.of else 0.0
 
 
-def watcher(
+def display(
     roster: Roster, has_files: bool = True, trouble: Callable[[], str] = str
 ) -> Board | Lines:
     """A board where somebody looks at a terminal, lines where stdout is a file.

@@ -16,22 +16,22 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 
-from stillhouse import fits, rollout_memory
+from stillhouse import compatibility, rollout_memory
 from stillhouse.errors import AGAIN, DONE, MISTAKE, ContractError
 from stillhouse.rundir import Json
-from stillhouse.sweep import commits, listing, roster
+from stillhouse.sweep import commits, registry, show
+from stillhouse.sweep.backend import Ground
 from stillhouse.sweep.call import Call
-from stillhouse.sweep.chosen import Condition, check_cause, is_caused_by
-from stillhouse.sweep.drive import SOME_FAILED, Backend, Drive
+from stillhouse.sweep.cluster.push_plan import push
+from stillhouse.sweep.driver import SOME_FAILED, Backend, Driver
+from stillhouse.sweep.filters import Condition, check_cause, is_caused_by
 from stillhouse.sweep.grid import Point, Sweep
-from stillhouse.sweep.ground import Ground
+from stillhouse.sweep.offline_plan import Unasked
 from stillhouse.sweep.plan import STATES, Observation
-from stillhouse.sweep.pushing import push
-from stillhouse.sweep.roster import Roster, roster_of
+from stillhouse.sweep.preflight_lines import verdict_lines, verdicts
+from stillhouse.sweep.registry import Roster, roster_of
 from stillhouse.sweep.site import CLUSTER
-from stillhouse.sweep.unasked import Unasked
-from stillhouse.sweep.verdicts import verdict_lines, verdicts
-from stillhouse.words import duration, say
+from stillhouse.text import duration, say
 
 __all__ = [
     "Call",
@@ -59,29 +59,29 @@ def plan(call: Call) -> int:
     sweep = call.asked()
     ground = call.view
     sweep = ground.pinned(sweep)
-    rows = roster.narrowed(roster_of(sweep), call.points)
+    rows = registry.narrowed(roster_of(sweep), call.points)
     observations = ground.observe(rows, minds_code=True)
     points = _only(sweep, rows).points
     _check_fit(sweep, points, observations)
     if call.is_json:
         more = {
-            "methods": listing.methods(points),
+            "methods": show.methods(points),
             "preflight": verdicts(_only(sweep, rows), call.runs),
             "unasked": ground.why if isinstance(ground, Unasked) else None,
         }
-        return _print_json(listing.as_json(rows, observations) | more)
+        return _print_json(show.as_json(rows, observations) | more)
     _print(ground.remarks(None) if isinstance(ground, Unasked) else ())
-    say(listing.headline(rows, observations))
+    say(show.headline(rows, observations))
     if sweep.question:
         say(f"  {sweep.question}")
     costs = ground.costs(_only(sweep, rows), observations)
-    _print(listing.by_axis(rows, observations, costs))
-    _print(listing.method_lines(points))
+    _print(show.by_axis(rows, observations, costs))
+    _print(show.method_lines(points))
     _print(rollout_memory.lines(point.spec for point in points))
     _print(verdict_lines(verdicts(_only(sweep, rows), call.runs)))
     _print(ground.forecast(_only(sweep, rows), costs))
-    _print(listing.failures(rows, observations))
-    _print(listing.drifted(rows, observations))
+    _print(show.failures(rows, observations))
+    _print(show.drifted(rows, observations))
     _print([*ground.drifted_rows(sweep), *commits.remarks(sweep)])
     if any(seen.must_begin_anew for seen in observations.values()):
         say(f"run: {WAYS_OUT}")
@@ -93,20 +93,20 @@ def plan(call: Call) -> int:
 
 def render(call: Call) -> int:
     """Print every Job that `run` would send to a cluster, without any request to one."""
-    from stillhouse.sweep.kube.manifest import image_problem
-    from stillhouse.sweep.kube.rendering import manifests
+    from stillhouse.sweep.cluster.manifest import image_problem
+    from stillhouse.sweep.cluster.render import manifests
 
     sweep = call.asked()
-    recorded = roster.recorded_commits(call.runs, sweep.name)
+    recorded = registry.recorded_commits(call.runs, sweep.name)
     sweep = commits.pinned(sweep, recorded, commits.unasked)
-    rows = roster.narrowed(roster_of(sweep), call.points)
+    rows = registry.narrowed(roster_of(sweep), call.points)
     problem = image_problem(sweep.site)
     if problem:
         say(f"not to be sent as it is: {problem}", file=sys.stderr)
     for name in commits.unknown(sweep):
         say(f"{name}: `run` asks the hub for its commit, and tells every Job", file=sys.stderr)
     if call.is_json:
-        said = listing.as_json(rows, {row.id: Observation("new") for row in rows.rows})
+        said = show.as_json(rows, {row.id: Observation("new") for row in rows.rows})
         texts = [manifest.decode() for manifest in manifests(sweep, rows)]
         return _print_json(said | {"manifests": texts})
     for place, manifest in enumerate(manifests(sweep, rows)):
@@ -120,8 +120,8 @@ def run(call: Call, backend_for: Callable[[Sweep, Roster], Backend] | None = Non
         return _run(call, backend_for)
     with contextlib.redirect_stdout(sys.stderr):  # one object is all that goes to stdout
         code = _run(call, backend_for)
-    rows = roster.narrowed(roster_of(call.ground.pinned(call.sweep())), call.points)
-    _print_json(listing.as_json(rows, call.ground.observe(rows)))
+    rows = registry.narrowed(roster_of(call.ground.pinned(call.sweep())), call.points)
+    _print_json(show.as_json(rows, call.ground.observe(rows)))
     return code
 
 
@@ -129,7 +129,7 @@ def _run(call: Call, backend_for: Callable[[Sweep, Roster], Backend] | None) -> 
     sweep = call.asked()
     ground = call.ground
     sweep = ground.pinned(sweep, begins=True)
-    rows = roster.narrowed(roster_of(sweep), call.points)
+    rows = registry.narrowed(roster_of(sweep), call.points)
     observations = ground.observe(rows, minds_code=True)
     anew = [id_ for id_, seen in observations.items() if seen.must_begin_anew]
     if anew and sweep.points[0].spec.place.sources != "new":
@@ -161,18 +161,18 @@ def _run(call: Call, backend_for: Callable[[Sweep, Roster], Backend] | None) -> 
     if is_idle:
         say("nothing left to do")
         return _summary(call, rows, observations, ground.given_up(rows))
-    say(listing.headline(rows, observations))
+    say(show.headline(rows, observations))
     only = _only(sweep, rows)
     _print(ground.forecast(only, ground.costs(only, observations)))
     if call.is_detached:
         _print(call.away.detach(sweep, _options(call)))
         return DONE
-    from stillhouse.sweep.progress import watcher  # rich, which looking does not need
+    from stillhouse.sweep.progress import display  # rich, which looking does not need
 
     started = time.monotonic()
     at_work = nullcontext(backend_for(sweep, rows)) if backend_for else ground.backend(sweep, rows)
-    with at_work as backend, watcher(rows, ground.has_files, ground.trouble) as watch:
-        drive = Drive(sweep, backend, watch, rows)
+    with at_work as backend, display(rows, ground.has_files, ground.trouble) as watch:
+        drive = Driver(sweep, backend, watch, rows)
         code = drive.run()
     say(f"after {duration(time.monotonic() - started)}:")
     _summary(call, rows, drive.observations, drive.given_up())
@@ -183,7 +183,7 @@ def _run(call: Call, backend_for: Callable[[Sweep, Roster], Backend] | None) -> 
 
 def _refuse(rows: Roster, observations: Observations) -> int:
     """Print which points depend on something that changed, and both ways out; 42."""
-    lines = [*listing.drifted(rows, observations), f"nothing was started: {WAYS_OUT}"]
+    lines = [*show.drifted(rows, observations), f"nothing was started: {WAYS_OUT}"]
     say("ContractError: " + "\n".join(lines), file=sys.stderr)
     return MISTAKE
 
@@ -205,9 +205,9 @@ def _summary(
     call: Call, rows: Roster, observations: Observations, given_up: Mapping[str, str]
 ) -> int:
     """Say how a sweep stands and what to do about it; 1 where something failed."""
-    has_failed = any(seen.state in listing.FAILED for seen in observations.values())
-    say(listing.headline(rows, observations))
-    _print(listing.failures(rows, observations))
+    has_failed = any(seen.state in show.FAILED for seen in observations.values())
+    say(show.headline(rows, observations))
+    _print(show.failures(rows, observations))
     _print([f"failed: {what}: {cause}" for what, cause in given_up.items()])
     if has_failed:
         say(
@@ -228,17 +228,17 @@ def status(call: Call) -> int:
     given_up = ground.given_up(rows)
     code = _code(observations, given_up)
     if call.is_json:
-        said = listing.as_json(rows, observations)
+        said = show.as_json(rows, observations)
         cost = {"cost": ground.spent(rows).as_json()} if call.shows_cost else {}
         _print_json(said | cost | {"remarks": [line.strip() for line in ground.remarks(rows)]})
         return code
-    say(listing.headline(rows, observations))
+    say(show.headline(rows, observations))
     if call.shows_all or len(rows.rows) == 1:
-        _print(listing.every(rows, observations))
+        _print(show.every(rows, observations))
     else:
-        if len(rows.rows) > listing.MANY:
-            _print(listing.by_axis(rows, observations, {}, listing.FEW))
-        _print(listing.reasons(rows, observations))
+        if len(rows.rows) > show.MANY:
+            _print(show.by_axis(rows, observations, {}, show.FEW))
+        _print(show.reasons(rows, observations))
     _print([f"  failed   {what}: {cause}" for what, cause in given_up.items()])
     _print(ground.remarks(rows))
     if call.shows_cost:
@@ -257,10 +257,10 @@ def _overview(call: Call) -> int:
             unreadable[name] = str(error)
             continue
         observations = ground.observe(rows)
-        said.append(listing.as_json(rows, observations) | {"points": []})
+        said.append(show.as_json(rows, observations) | {"points": []})
         codes.append(_code(observations, ground.given_up(rows)))
         if not call.is_json:
-            say(listing.headline(rows, observations))
+            say(show.headline(rows, observations))
             _print(_unreadable_lines(rows, observations))
     codes += [MISTAKE] * bool(unreadable)
     if not call.is_json:
@@ -282,7 +282,7 @@ def logs(call: Call) -> int:
     if call.is_json:
         with contextlib.redirect_stdout(sys.stderr):
             texts = ground.log_texts(rows)
-        return _print_json(listing.as_json(rows, ground.observe(rows)) | {"logs": texts})
+        return _print_json(show.as_json(rows, ground.observe(rows)) | {"logs": texts})
     if not ground.show_logs(rows, call.follows):
         is_done = all(seen.state == "done" for seen in ground.observe(rows).values())
         one = "all is done; with --point P you see what one point printed"
@@ -304,13 +304,13 @@ def retry(call: Call) -> int:
     is_whole = condition is None and cause is None and not call.points
     given_up = ground.forget(dataclasses.replace(rows, rows=tuple(failed)), is_whole)
     if call.is_json:
-        return _print_json(listing.as_json(rows, ground.observe(rows)))
+        return _print_json(show.as_json(rows, ground.observe(rows)))
     if not failed and not given_up:
         which = "" if condition is None and cause is None else " that is meant"
         say(f"{rows.name}: nothing to retry: no point of it{which} failed")
         return DONE
-    shown = [f"  waiting  {row}" for row in failed[: listing.SHOWN]]
-    more = len(failed) - listing.SHOWN
+    shown = [f"  waiting  {row}" for row in failed[: show.SHOWN]]
+    more = len(failed) - show.SHOWN
     _print([*shown, *([f"  and {more} more"] if more > 0 else [])])
     say(f"{len(failed) + given_up} wait: {ground.again} starts them")
     return DONE
@@ -323,7 +323,7 @@ def cancel(call: Call) -> int:
     asked = ground.cancel(rows, is_whole)
     observations = ground.observe(rows)
     if call.is_json:
-        return _print_json(listing.as_json(rows, observations))
+        return _print_json(show.as_json(rows, observations))
     _print([f"  {line}" for line in asked])
     if not asked:
         say(f"{rows.name}: no point of it is running {ground.name}")
@@ -341,7 +341,7 @@ def collect(call: Call) -> int:
     trained = {rows.by_id[id_].directory for id_, seen in observations.items() if seen.is_trained}
     is_short = bool(collected.kept) or bool(trained & {*collected.missing})
     if call.is_json:
-        said = listing.as_json(rows, observations)
+        said = show.as_json(rows, observations)
         _print_json(said | {"collected": collected.as_json()})
     else:
         _print(collected.lines(rows))
@@ -365,15 +365,15 @@ def doctor(call: Call) -> int:
 
 
 def _unreadable_lines(rows: Roster, observations: Observations) -> list[str]:
-    odd = [row for row in rows.rows if observations[row.id].state == listing.UNREADABLE]
-    return listing.failures(dataclasses.replace(rows, rows=tuple(odd)), observations)
+    odd = [row for row in rows.rows if observations[row.id].state == show.UNREADABLE]
+    return show.failures(dataclasses.replace(rows, rows=tuple(odd)), observations)
 
 
 def _code(observations: Observations, given_up: Mapping[str, str]) -> int:
     """42 where a person has to repair a file, 1 where something failed, 0 otherwise."""
-    if any(seen.state == listing.UNREADABLE for seen in observations.values()):
+    if any(seen.state == show.UNREADABLE for seen in observations.values()):
         return MISTAKE
-    has_failed = any(seen.state in listing.FAILED for seen in observations.values())
+    has_failed = any(seen.state in show.FAILED for seen in observations.values())
     return SOME_FAILED if has_failed or given_up else DONE
 
 
@@ -397,7 +397,7 @@ def _only(sweep: Sweep, rows: Roster) -> Sweep:
 def _check_fit(sweep: Sweep, points: Sequence[Point], observations: Observations) -> None:
     """Refuse models on this machine that the points still to be trained cannot be trained with."""
     left = (point.spec for point in points if not observations[point.id].is_trained)
-    fits.check(commits.placed(spec, sweep) if sweep.commits else spec for spec in left)
+    compatibility.check(commits.placed(spec, sweep) if sweep.commits else spec for spec in left)
 
 
 def _print(lines: Iterable[str]) -> None:

@@ -6,7 +6,8 @@
         kube.kubectl("get", "pods", "-n", "demo")
 
 etcd, API server, controllers and scheduler are the real ones. So is Kueue (kueue.py) and, for root
-on Linux, one node that runs real pods (node.py). Fake nodes (fakes.py) only report that pods run.
+on Linux, one node that runs real pods (node.py). Fake nodes (fake_nodes.py) only report that pods
+run.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from pathlib import Path
 
 from tests.cluster import keys
 from tests.cluster.api import PATHS, Api, Json, Refused
-from tests.cluster.fakes import Fakes
+from tests.cluster.fake_nodes import Fakes
 from tests.cluster.kueue import Kueue
 from tests.cluster.node import Node
 from tests.cluster.processes import Processes, free_port, until

@@ -26,7 +26,7 @@ SERVICE = "kueue-webhook-service"
 POSITIONS = "visibility-server"
 POSITIONS_API = ("visibility.kueue.x-k8s.io", "v1beta2")
 # On by default from Kueue 0.20: reasons of a Workload that waits have other names (stillhouse's
-# sweep/kube/workload.py reads both).
+# sweep/cluster/kueue.py reads both).
 OBSERVABILITY = "UnadmittedWorkloadsObservability"
 # Webhooks of other groups are for kinds that are not installed here.
 HOOKED = {"batch", "kueue.x-k8s.io"}

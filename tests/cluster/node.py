@@ -107,7 +107,7 @@ class Node:
     # Configuration
 
     def prepare(self, lease_s: int) -> None:
-        from tests.cluster import fakes, image, keys
+        from tests.cluster import fake_nodes, image, keys
 
         for folder in ("network", "plugins", "logs"):
             (self.folder / folder).mkdir(parents=True)
@@ -136,7 +136,7 @@ class Node:
                 f"--node-ip={self.address}",
                 f"--root-dir={self.folder}/kubelet",
                 f"--cert-dir={self.folder}/certificates",
-                f"--node-labels=type=real,nvidia.com/gpu.product={fakes.GPU}",
+                f"--node-labels=type=real,nvidia.com/gpu.product={fake_nodes.GPU}",
             ],
         }
         (self.folder / "plan.json").write_text(json.dumps(plan))

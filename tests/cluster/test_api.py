@@ -15,7 +15,7 @@ import pytest
 
 import stillhouse
 from stillhouse.errors import ConfigError
-from stillhouse.sweep.backends.cluster import ApiError, Cluster, CommandFailed, connect
+from stillhouse.sweep.cluster.connect import ApiError, Cluster, CommandFailed, connect
 from tests import api_behaviour
 from tests.cluster.cluster import Kubernetes, until
 from tests.cluster.kueue import OBSERVABILITY
@@ -189,7 +189,7 @@ import io, pathlib, sys, tarfile
 with tarfile.open("/code/code.tar.gz") as code:
     code.extractall("/tmp/code", filter="data")
 sys.path.insert(0, "/tmp/code")
-from stillhouse.sweep.backends.cluster import connect
+from stillhouse.sweep.cluster.connect import connect
 cluster = connect("a context of the laptop", None)
 print(cluster.user, cluster.namespace, cluster.version, cluster.may("create", "jobs", "batch"))
 sys.stdout.flush()

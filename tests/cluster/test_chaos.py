@@ -7,16 +7,15 @@ from the launcher: an administrator's watch sees every Job that ever existed.
 from __future__ import annotations
 
 import random
-import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.cluster.cluster import Kubernetes, until
-from tests.cluster.desk import AWAY, ROOT, SITE, Desk, end_of
+from tests.cluster.desk import AWAY, SITE, Desk, end_of
+from tests.fakes.faults import Faults, Proxy
 
 pytestmark = pytest.mark.cluster
 
@@ -83,20 +82,7 @@ def test_the_api_server_restarts_while_two_drivers_send_the_same_sweep(kube: Kub
     check(ada, points=40)
 
 
-@pytest.fixture
-def with_faults(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The tests of the fake server have the faults; they import one another by their bare names."""
-    monkeypatch.syspath_prepend(ROOT / "tests")
-    yield
-    for name in ("faults", "wire"):
-        sys.modules.pop(name, None)
-
-
-def test_a_bad_way_to_the_api_server_costs_time_and_no_point(
-    with_faults: None, ada: Desk, tmp_path: Path
-):
-    from faults import Faults, Proxy
-
+def test_a_bad_way_to_the_api_server_costs_time_and_no_point(ada: Desk, tmp_path: Path):
     rates: dict[str, Any] = {
         "drop_before": 0.05,
         "drop_after": 0.05,

@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 
 from stillhouse.cli import main
+from tests.builders.published import EVAL, TRAIN, lines
 from tests.cluster.cluster import until
 from tests.cluster.desk import AWAY, ROOT, SITE, Desk, end_of
-from tests.published import EVAL, TRAIN, lines
 
 pytestmark = pytest.mark.cluster
 

@@ -11,7 +11,7 @@ import time
 
 import pytest
 
-from stillhouse.sweep.kube.views import seconds
+from stillhouse.sweep.cluster.objects import seconds
 from tests.cluster.api import PATHS
 from tests.cluster.cluster import Json, Kubernetes, until
 from tests.cluster.desk import AWAY, SITE, Desk, end_of

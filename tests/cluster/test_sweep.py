@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from stillhouse.sweep.kube.views import seconds
+from stillhouse.sweep.cluster.objects import seconds
 from tests.cluster.cluster import Json, Kubernetes, until
 from tests.cluster.desk import AWAY, SITE, Desk, end_of
 

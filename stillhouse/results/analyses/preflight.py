@@ -19,8 +19,9 @@ from pathlib import Path
 
 import numpy as np
 
-from stillhouse import verdict
+from stillhouse import preflight_rules
 from stillhouse.compose import data_file
+from stillhouse.preflight_rules import Measured, Rules
 from stillhouse.results import plots
 from stillhouse.results.answer import LEAST_GAP
 from stillhouse.results.format import Table, first_of, interval, signed
@@ -31,7 +32,6 @@ from stillhouse.results.stats import NAN, number
 from stillhouse.results.table import correct_by_document, points_of
 from stillhouse.rundir import Json, RunDir, Runs, read_json
 from stillhouse.sources import differences
-from stillhouse.verdict import Measured, Rules
 
 LEAST_GAIN = 0.1  # of accuracy: a smaller one is not worth a distillation
 NORMAL = 1.96  # 95 % of a normal variable lie within so many standard deviations
@@ -97,7 +97,7 @@ class Reach:
 
 def analyze(evidence: Evidence) -> Section:
     """The cases of a sweep, and their prefixes; no exhibit if no pair was preflighted."""
-    rules = verdict.rules_of(data_file("preflight"), "conf/preflight.yaml")
+    rules = preflight_rules.rules_of(data_file("preflight"), "conf/preflight.yaml")
     found = cases(evidence.frame, evidence.runs, rules)
     reached = reaches(found)
     return Section(
@@ -133,9 +133,11 @@ def cases(frame: Frame, runs: Runs, rules: Rules) -> list[Case]:
         record, preflight = _preflight(row, runs)
         if preflight is None or _is_of_others(preflight, record) or not _is_plain(record["spec"]):
             continue
-        spec, numbers = record["spec"], verdict.numbers_of(preflight)
+        spec, numbers = record["spec"], preflight_rules.numbers_of(preflight)
         beta, max_steps = spec["loss"]["beta"], spec["training"]["max_steps"]
-        decided = verdict.decide(rules, numbers | verdict.asked_numbers(beta, max_steps))
+        decided = preflight_rules.decide(
+            rules, numbers | preflight_rules.asked_numbers(beta, max_steps)
+        )
         found.append(
             Case(
                 point=row["id"],
@@ -174,7 +176,7 @@ def _preflight(row: Json, runs: Runs) -> tuple[Json, Json | None]:
     record = RunDir(runs.root / row["directory"]).record()
     if record is None:
         return {}, None
-    key = verdict.key_of_plain(record["spec"])
+    key = preflight_rules.key_of_plain(record["spec"])
     return record, read_json(runs.verdict_file(row["pair_name"], key))
 
 

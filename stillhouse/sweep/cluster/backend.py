@@ -1,0 +1,364 @@
+"""Implement the verbs' interface `Ground` for a cluster: its Jobs, its pods and its ledger.
+
+A look is one LIST of each kind of object, kept until a command from here changes something. All
+that is known of a sweep is in the cluster, so any machine with a kubeconfig can show its state and
+retry or cancel it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+from collections.abc import Callable, Generator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+from stillhouse.rundir import Json, Runs, code_identity
+from stillhouse.spec import SiteSpec, suite_key
+from stillhouse.sweep import commits, cost, registry, show, spending
+from stillhouse.sweep.cluster import collect, delete_jobs, detach, doctor, find, pod_logs, secrets
+from stillhouse.sweep.cluster.cache import NamespaceCache, baselines_seen, keys_of
+from stillhouse.sweep.cluster.code_bundle import bundle
+from stillhouse.sweep.cluster.connect import Cluster, connect
+from stillhouse.sweep.cluster.describe import particulars, said_of_others
+from stillhouse.sweep.cluster.facts import Facts, judge
+from stillhouse.sweep.cluster.ledger import (
+    cancel_sweep,
+    read_sweep,
+    score_of,
+    sweeps,
+    write_sweep,
+)
+from stillhouse.sweep.cluster.manifest import label_value, refuse_secrets, render
+from stillhouse.sweep.cluster.objects import JobView
+from stillhouse.sweep.cluster.render import every_step, prepares_of
+from stillhouse.sweep.cluster.run_names import Names
+from stillhouse.sweep.cluster.watch import Watcher
+from stillhouse.sweep.driver import Backend
+from stillhouse.sweep.grid import Sweep
+from stillhouse.sweep.plan import Baseline, Observation
+from stillhouse.sweep.registry import Roster, Row
+from stillhouse.sweep.site import away_words
+
+DRIVER, COLLECTOR = "stillhouse-driver", "stillhouse-collector"  # Roles of k8s/access.yaml
+
+Observations = Mapping[str, Observation]
+
+
+class Away:
+    """One namespace of a cluster, and the volume of runs that it works on."""
+
+    name = "on this cluster"
+    parting = (
+        "left; its Jobs go on in the cluster, and nothing new is sent: the same command goes on"
+        " from here, and with --detach it needs nobody to watch"
+    )
+    again = "`stillhouse run`, or the same line of k8s/train.sh or k8s/eval.sh,"
+    has_files = False
+
+    def __init__(self, site: SiteSpec, runs: Path) -> None:
+        self.site, self.runs = site, runs
+        self.cluster: Cluster = connect(site.kube_context, site.namespace)
+        self._driving: Cluster | None = None
+
+    def homeward(self, name: str) -> str:
+        return f"`stillhouse collect {name} {away_words(self.site)}`, then "
+
+    def trouble(self) -> str:
+        return self._driving.trouble if self._driving else ""
+
+    @functools.cached_property
+    def watcher(self) -> Watcher:
+        """The namespace as it was read once; cached."""
+        found = Watcher(self.cluster, self.site.runs_claim)
+        found.refresh()
+        return found
+
+    @property
+    def cache(self) -> NamespaceCache:
+        return self.watcher.cache
+
+    def look_again(self) -> None:
+        """Drop the cached state: something was changed."""
+        self.__dict__.pop("watcher", None)
+
+    def names(self) -> list[str]:
+        return [mark.name for mark in sweeps(self.cluster)]
+
+    def find(self, word: str) -> Roster:
+        return find.find(self.cluster, word, self.runs, away_words(self.site))
+
+    # -------------------------------------------------------------------------------- looking
+
+    def observe(self, rows: Roster, minds_code: bool = False) -> dict[str, Observation]:
+        scores = suite_key(rows.suite) if rows.suite else None
+        self.cache.code = code_identity()["digest"] if minds_code else None
+        found = self.watcher.observe(rows.by_id, scores)
+        if any(seen.state in ("new", "failed", "waiting") for seen in found.values()):
+            self.watcher.look_for_orphans()
+            found = self.watcher.observe(rows.by_id, scores)
+        for row in rows.rows:
+            job = self.cache.job(row.directory)
+            if job is not None and job.kind != "train":  # a line of k8s/eval.sh, a driver
+                found[row.id] = self._observe_job(job)
+        return found
+
+    def _observe_job(self, job: JobView) -> Observation:
+        is_live, has_failed = job.state == "live", job.state == "failed"
+        facts = Facts(
+            is_done=job.state == "complete",
+            live=job if is_live else None,
+            waits=self.cache.why(job) if is_live else None,
+            failed=self.cache.how(job) if has_failed else None,
+        )
+        return judge(facts)
+
+    def baselines(self, sweep: Sweep) -> tuple[Baseline, ...]:
+        return baselines_seen(self.cache, sweep)
+
+    def pinned(self, sweep: Sweep, begins: bool = False) -> Sweep:
+        # Which commit a volume holds, nobody here sees: pods are told one, and fetch that.
+        record = read_sweep(self.cluster, sweep.name) or {}
+        find = commits.of_hub if begins else commits.unasked
+        return commits.pinned(sweep, record.get("commits") or {}, find)
+
+    def drifted_rows(self, sweep: Sweep) -> list[str]:
+        return []  # what scores rest on lies on the volume: the evaluation sees it
+
+    def begin_anew(self, rows: Roster, ids: Sequence[str]) -> list[str]:
+        raise AssertionError("what lies on the volume, its pods put aside (place.sources)")
+
+    def given_up(self, rows: Roster) -> dict[str, str]:
+        found: dict[str, str] = {}
+        scores = suite_key(rows.suite) if rows.suite else None
+        for directory in rows.baselines if scores else ():
+            seen = judge(self.cache.facts(directory.name, scores, is_baseline=True))
+            if seen.state in show.FAILED:
+                found[f"baseline {directory.name}"] = seen.cause or f"exit code {seen.exit_code}"
+        for job in self._preparing(rows):
+            if job.state == "failed":
+                (key,) = keys_of(job)
+                record = self.watcher.ledger.get(key)
+                cause = record.cause if record else self.cache.how(job).cause
+                found[f"preparing ({job.name})"] = cause or "nobody said why"
+        return found
+
+    def _preparing(self, rows: Roster) -> list[JobView]:
+        return [job for job in self._jobs_of(rows) if job.kind == "prepare"]
+
+    def _jobs_for(self, rows: Roster) -> list[JobView]:
+        """The Jobs that this sweep waits for, also where another sweep of the same pair sent it."""
+        record = read_sweep(self.cluster, rows.name) or {}
+        prepares: Any = record.get("prepares")
+        known = cast("list[Any]", prepares) if isinstance(prepares, list) else []
+        names = {*map(str, known)}
+        mine = {job.name: job for job in self._jobs_of(rows)}
+        return [job for job in self.cache.jobs() if job.name in mine or job.name in names]
+
+    def _jobs_of(self, rows: Roster) -> list[JobView]:
+        """The Jobs that were made for this sweep."""
+        label = label_value(rows.name)
+        return [job for job in self.cache.jobs() if job.sweep == label]
+
+    def _jobs_about(self, row: Row) -> list[JobView]:
+        """The Jobs about a point; or the Job that a row stands for."""
+        job = self.cache.job(row.directory)
+        others = self.cache.jobs_about(row.id)
+        return others if job is None or job in others else [job, *others]
+
+    def remarks(self, rows: Roster | None) -> list[str]:
+        if rows is None:
+            others = [job for job in self.cache.jobs() if job.kind in ("collect", "push")]
+            said = said_of_others(others, self.cache)
+            return [*self._said_of_lines(), *said, *self._odd()]
+        lines = said_of_others(self._jobs_for(rows), self.cache) + self._odd()
+        if len(rows.rows) != 1:
+            return lines
+        (row,) = rows.rows
+        scores = [score_of(row.id, suite_key(rows.suite))] if rows.suite else []
+        records = {key: self.watcher.ledger.get(key) for key in (row.id, *scores)}
+        jobs = self._jobs_about(row)
+        for job in jobs:  # a look at a sweep reads the pods only where it needs them
+            for pod in pod_logs.pods(self.cluster, job.name):
+                self.cache.learn("pods", pod)
+        return [*particulars(jobs, self.cache, records), *self._odd()]
+
+    def _odd(self) -> list[str]:
+        """What stands there and is not what we make of its kind."""
+        return [*self.watcher.ledger.remarks(), *sorted(self.cache.odd)]
+
+    def _said_of_lines(self) -> list[str]:
+        """Jobs that belong to no sweep: lines of k8s/train.sh and k8s/eval.sh, and preflights."""
+        single = [
+            job
+            for job in self.cache.jobs()
+            if not job.sweep and job.kind in ("train", "eval", "preflight")
+        ]
+        if not single:
+            return []
+        rows = tuple(find.row(job.name, next(iter(job.names), None)) for job in single)
+        lines = Roster("single Jobs", self.runs, rows, None, ())
+        observations = self.observe(lines)
+        return [show.headline(lines, observations), *show.reasons(lines, observations)]
+
+    def costs(self, sweep: Sweep, observations: Observations) -> dict[str, cost.Cost]:
+        left = show.still_to_train(sweep, observations)
+        measured = cost.measured_jobs(sweep.points, self.watcher.ledger.records())
+        return cost.estimate(left, self.runs, measured) if left else {}
+
+    def forecast(self, sweep: Sweep, costs: Mapping[str, cost.Cost]) -> list[str]:
+        return cost.estimate_lines(sweep.points, costs, sweep.site) if costs else []
+
+    def spent(self, rows: Roster) -> spending.Spent:
+        return spending.spent(rows, self.watcher.ledger.records(), self.site)
+
+    def show_logs(self, rows: Roster, follows: bool) -> bool:
+        return pod_logs.show(self._sources(rows), follows)
+
+    def log_texts(self, rows: Roster) -> dict[str, str]:
+        return pod_logs.texts(self._sources(rows))
+
+    def _sources(self, rows: Roster) -> pod_logs.Sources:
+        return pod_logs.Sources(
+            self.cluster,
+            self.site,
+            rows,
+            self.observe(rows),
+            {row.id: self._jobs_about(row) for row in rows.rows},
+            [job for job in self._jobs_of(rows) if job.kind in ("prepare", "eval", "drive")],
+            self.watcher.ledger,
+        )
+
+    def examine(self) -> list[doctor.Finding]:
+        """All that launchers, drivers and collectors need of the namespace, each said once."""
+        found: dict[tuple[bool, str], doctor.Finding] = {}
+        for role in (doctor.LAUNCHER, DRIVER, COLLECTOR):
+            for one in doctor.findings(self.cluster, self.site, role):
+                found.setdefault((one.ok, one.what.partition(" (Role")[0]), one)
+        return [*found.values(), *doctor.default_queue(self.cluster)]
+
+    # ---------------------------------------------------------------------------------- doing
+
+    def require(self, sweep: Sweep, rows: Roster, is_detached: bool = False) -> None:
+        # What a pod's account may do is asked in the pod; who sends one needs as much.
+        is_driver = is_detached or "STILLHOUSE_IN_POD" in os.environ
+        role = DRIVER if is_driver else doctor.LAUNCHER
+        steps = every_step(sweep, rows)
+        refuse_secrets(steps, sweep.site)
+        for step in {step.kind: step for step in steps}.values():
+            render(
+                step, sweep.site, bundle(sweep.suite).key
+            )  # what is wrong with the site, any of them says
+        doctor.refuse(
+            [
+                *doctor.findings(self.cluster, sweep.site, role),
+                *doctor.job_findings(self.cluster, self.cache.jobs(), steps, sweep.site.owner),
+            ]
+        )
+
+    def write(self, sweep: Sweep) -> None:
+        # Also where nothing is left to send: this, too, is read by everybody in the namespace.
+        secrets.refuse_words(sweep.words, "the command line")
+        told = {text for point in sweep.points for text in (*point.tags, point.name or "")}
+        secrets.refuse_texts([*told, sweep.name, sweep.question or ""], "the sweep")
+        where = f"namespace {self.cluster.namespace}"
+        registry.refuse_another_sweep(read_sweep(self.cluster, sweep.name), sweep, where)
+        record: Json = registry.record_of(sweep) | {"prepares": prepares_of(sweep)}
+        named = {row["name"]: f"{row['slug']}-{row['id']}" for row in record["points"]}
+        named = {name: directory for name, directory in named.items() if name}
+        if named:
+            Names(self.cluster).claim_all(named)
+        write_sweep(self.cluster, record)
+        registry.write_record(self.runs, record)
+
+    def adopt_code(self, rows: Roster, observations: Observations) -> None:
+        drifted = [row for row in rows.rows if observations[row.id].state == "drifted"]
+        jobs = [job for row in drifted for job in self._jobs_about(row) if job.state == "live"]
+        delete_jobs.refuse_others(jobs, self.site.owner)
+        delete_jobs.delete(self.cluster, jobs)  # none runs: the loop makes them anew, with our code
+        self.look_again()
+
+    @contextlib.contextmanager
+    def backend(self, sweep: Sweep, rows: Roster) -> Generator[Backend, None, None]:
+        from stillhouse.sweep.cluster.jobs import JobsBackend
+
+        # A connection of its own: closing it ends whatever still waits for an answer.
+        with (
+            contextlib.closing(connect(self.site.kube_context, self.site.namespace)) as cluster,
+            contextlib.closing(JobsBackend(sweep, rows, cluster)) as backend,
+        ):
+            self._driving = cluster
+            yield backend
+        self.look_again()
+
+    def detach(self, sweep: Sweep, options: Sequence[str]) -> list[str]:
+        before = [job for job in self._jobs_of(registry.roster_of(sweep)) if job.kind == "drive"]
+        said = detach.detach(self.cluster, sweep, options)
+        # One that was there already may wait, and for what is better said now.
+        waits = [job for job in before if job.state == "live" and job.name in said[0]]
+        return [*said, *said_of_others(waits, self.cache)]
+
+    def forget(self, rows: Roster, is_whole: bool) -> int:
+        scores = suite_key(rows.suite) if rows.suite else None
+        jobs = [job for row in rows.rows for job in self._jobs_about(row)]
+        keys = [key for row in rows.rows for key in _keys(row.id, scores)]
+        count = 0
+        if is_whole:
+            given_up = self.given_up(rows)
+            failed = [d.name for d in rows.baselines if f"baseline {d.name}" in given_up]
+            preparing = [job for job in self._preparing(rows) if job.state == "failed"]
+            jobs += [job for name in failed for job in self.cache.jobs_about(name)] + preparing
+            keys += [key for name in failed for key in _keys(name, scores)[1:]]
+            keys += [key for job in preparing for key in keys_of(job)]
+            count = len(failed) + len(preparing)
+        jobs = [job for job in {job.name: job for job in jobs}.values() if job.state == "failed"]
+        delete_jobs.refuse_others(jobs, self.site.owner)
+        delete_jobs.forget_failures(self.cluster, self.watcher.ledger, jobs, keys)
+        self.look_again()
+        return count
+
+    def cancel(self, rows: Roster, is_whole: bool) -> list[str]:
+        asked: dict[str, JobView] = {}
+        jobs = self._to_cancel(rows, is_whole, asked)
+        delete_jobs.refuse_others(jobs, self.site.owner)
+        if is_whole:
+            cancel_sweep(self.cluster, rows.name)  # before the Jobs, so that nothing follows them
+        while jobs:
+            delete_jobs.stop(self.cluster, self.watcher.ledger, jobs, self.site.owner)
+            asked |= {job.uid: job for job in jobs}
+            self.look_again()  # a driver that had not heard of it may just have sent another
+            jobs = self._to_cancel(rows, is_whole, asked)
+        names = {row.directory: str(row) for row in rows.rows}
+        said = [
+            f"asked to save and stop: {names.get(job.name, job.name)}" for job in asked.values()
+        ]
+        more = len(said) - show.SHOWN
+        return said[: show.SHOWN] + ([f"and {more} more"] if more > 0 else [])
+
+    def _to_cancel(
+        self, rows: Roster, is_whole: bool, asked: Mapping[str, JobView]
+    ) -> list[JobView]:
+        """The live Jobs of these points, and of a whole sweep also those that no point has."""
+        jobs = [job for row in rows.rows for job in self._jobs_about(row)]
+        jobs += [job for job in self._jobs_of(rows) if is_whole and job.kind != "collect"]
+        live = {job.name: job for job in jobs if job.state == "live" and not job.is_deleting}
+        return [job for job in live.values() if job.uid not in asked]
+
+    def collect(
+        self, rows: Roster, adapters: bool, say: Callable[[str], None]
+    ) -> collect.Collected:
+        """Fetch what is not here yet of these points, and write their sweep down here.
+
+        Raises:
+            ConfigError, Interrupted: as `collect.collect`.
+        """
+        found = collect.collect(self.cluster, self.site, rows, self.runs, adapters, say)
+        record = read_sweep(self.cluster, rows.name)
+        if record is not None and not Runs(self.runs).sweep_file(rows.name).exists():
+            registry.write_record(self.runs, record)
+        return found
+
+
+def _keys(what: str, scores: str | None) -> list[str]:
+    return [what, *([score_of(what, scores)] if scores else [])]

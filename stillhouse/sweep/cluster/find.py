@@ -1,0 +1,95 @@
+"""Resolve a sweep, a run or a Job of a cluster by its name or id.
+
+lmbda_beta           a sweep that anybody started there
+lmbda0_lr5e6         a name that k8s/train.sh or a sweep gave
+3f9a                 the first digits of an id, or of any Job's hash
+eval                 a label of k8s/eval.sh: all Jobs that have it
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from stillhouse.errors import ConfigError, nearest
+from stillhouse.rundir import Json
+from stillhouse.sweep import registry
+from stillhouse.sweep.cluster.connect import Cluster
+from stillhouse.sweep.cluster.ledger import read_sweep, sweeps
+from stillhouse.sweep.cluster.manifest import SELECTOR
+from stillhouse.sweep.cluster.run_names import Names
+from stillhouse.sweep.registry import Roster, Row
+
+
+def find(cluster: Cluster, word: str, runs: Path, there: str) -> Roster:
+    """What a word means; `there`: the words that lead a command to this cluster.
+
+    Raises:
+        ConfigError: it means nothing there, or more than one thing.
+    """
+    record = read_sweep(cluster, word)
+    if record is not None:
+        return _roster(cluster, record, runs)
+    names = Names(cluster).read()
+    if word in names:
+        return _one(cluster, names[word], word, runs)
+    called = _called(cluster)
+    labelled = [job for job, others in called.items() if word in others]
+    if labelled:
+        return Roster(word, runs, tuple(row(job, None) for job in sorted(labelled)), None, ())
+    found = {name for name in (*called, *names.values()) if _is_meant(name, word)}
+    known = [] if found else list(_sweeps(cluster, runs))
+    found |= {r.directory for s in known for r in s.rows if _is_meant(r.directory, word)}
+    if len(found) == 1:
+        return _one(cluster, found.pop(), None, runs)
+    if found:
+        raise ConfigError(
+            f'"{word}" means {len(found)} Jobs ({", ".join(sorted(found)[:4])} …); give more digits'
+        )
+    raise ConfigError(
+        f'no sweep, run or Job "{word}" in namespace {cluster.namespace} (`stillhouse status'
+        f" {there}` lists the sweeps).{nearest(word, [*names, *(sweep.name for sweep in known)])}"
+    )
+
+
+def row(directory: str, name: str | None) -> Row:
+    """A point, or any Job, of which only its directory's, or its own, name is known."""
+    slug, _, id_ = directory.rpartition("-")
+    return Row(id_, slug, name, {})
+
+
+def _is_meant(name: str, word: str) -> bool:
+    return name == word or name.rpartition("-")[2].startswith(word)
+
+
+def _called(cluster: Cluster) -> dict[str, list[str]]:
+    """The Jobs that are there, and what people call them."""
+    found: dict[str, list[str]] = {}
+    for items, _ in cluster.pages("jobs", SELECTOR, metadata_only=True):
+        for item in items:
+            notes: Mapping[str, str] = item["metadata"].get("annotations") or {}
+            found[item["metadata"]["name"]] = shlex.split(notes.get("stillhouse/names", ""))
+    return found
+
+
+def _sweeps(cluster: Cluster, runs: Path) -> Iterator[Roster]:
+    for mark in sweeps(cluster):
+        record = read_sweep(cluster, mark.name)
+        if record is not None:
+            yield _roster(cluster, record, runs)
+
+
+def _roster(cluster: Cluster, record: Json, runs: Path) -> Roster:
+    where = f"sweep {record.get('name')} in namespace {cluster.namespace}"
+    return registry.of_record(record, runs, where)
+
+
+def _one(cluster: Cluster, directory: str, name: str | None, runs: Path) -> Roster:
+    """One run, with the suite of a sweep it belongs to: what makes it done."""
+    this = row(directory, name)
+    for sweep in _sweeps(cluster, runs):
+        if this.id in sweep.by_id:
+            return replace(sweep, rows=(sweep.by_id[this.id],), baselines=())
+    return Roster(directory, runs, (this,), None, ())

@@ -1,0 +1,102 @@
+"""Write how a task of this machine ended into the run directories that it was about.
+
+A run that ends by itself says so in its own status.json (`doors`). This module writes what the run
+cannot: that its process died, that exit code 0 left no results, that an evaluation failed, and that
+there were more deaths than the site's `infra_retries` allow.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from stillhouse.errors import AGAIN, DONE, POISON, STOPPED
+from stillhouse.rundir import Json, RunDir, now
+from stillhouse.sweep.dependencies import Beneath
+from stillhouse.sweep.driver import Task
+from stillhouse.sweep.plan import unscored
+
+
+@dataclass(frozen=True)
+class Ending:
+    """How a task's process ended."""
+
+    code: int
+    cause: str | None
+    infra_retries: int
+    is_stopping: bool  # the launcher asked for it
+
+    @property
+    def is_nobodys_failure(self) -> bool:
+        return self.code == AGAIN or (self.is_stopping and self.code not in (STOPPED, *POISON))
+
+    def fields(self, failures: int, prefix: str = "") -> Json:
+        """Fields of status.json for an end that is no success, after `failures` earlier deaths."""
+        cause = self.cause or f"exit code {self.code}"
+        said = {"exit_code": self.code, "cause": cause, "finished": now()}
+        if self.code not in (STOPPED, *POISON) and not self.is_nobodys_failure:
+            failures += 1
+            said["infra_failures"] = failures
+            if failures > self.infra_retries:
+                said["gave_up"] = True
+                said["cause"] = f"{cause} (given up after {failures} attempts)"
+        if prefix and self.code in POISON:
+            said["gave_up"] = True
+        return {f"{prefix}{key}": value for key, value in said.items()}
+
+
+def check_promise(task: Task) -> tuple[int, str | None]:
+    """The exit code of a task that ended with 0: 1 where its results are missing."""
+    if task.action.kind == "train" and not task.runs[0].is_trained():
+        return 1, "it ended with exit code 0 and left no whole adapter"
+    missing = [d.name for d in _without_scores(task)]
+    if missing:
+        return 1, f"it ended with exit code 0 and left no scores in {', '.join(missing)}"
+    return DONE, None
+
+
+def _without_scores(task: Task) -> list[Path]:
+    """The directories of an evaluation that still want a score."""
+    if task.suite_spec is None:
+        return []
+    directories = [*(run.path for run in task.runs), *task.action.baselines]
+    place = task.suite_spec.place
+    beneath = Beneath(Path(place.cache_dir), place.commits)
+    return [d for d in directories if unscored(d, task.suite_spec.suite, beneath.under(d))]
+
+
+def write_ending(task: Task, ending: Ending) -> None:
+    """Write into the task's run directories how it ended, unless it succeeded."""
+    if ending.code == DONE:
+        return
+    if task.action.kind == "train":
+        _write_train_ending(task.runs[0], ending)
+    elif task.action.kind == "eval":
+        _write_eval_ending(task, ending)
+
+
+def _write_train_ending(run: RunDir, ending: Ending) -> None:
+    said = ending.fields(run.status().get("infra_failures", 0))
+    is_final = ending.code in (STOPPED, *POISON) or "gave_up" in said
+    run.update_status(phase="failed" if is_final else "waiting", **said)
+
+
+def _write_eval_ending(task: Task, ending: Ending) -> None:
+    """Write the cause into each directory that lacks a score; a single one is to blame."""
+    missing = _without_scores(task)
+    for directory in missing:
+        run = RunDir(directory)
+        if ending.code in POISON and len(missing) > 1:
+            run.update_status(eval_alone=True, eval_cause=ending.cause, eval_exit_code=None)
+        else:
+            status = run.status()
+            run.update_status(**ending.fields(status.get("eval_infra_failures", 0), "eval_"))
+
+
+def forget_failures(run: RunDir) -> None:
+    """Let a run, or a baseline's directory, start again; its checkpoints and scores stay."""
+    afresh: Json = {"exit_code": None, "cause": None, "gave_up": False, "infra_failures": 0}
+    afresh |= {f"eval_{key}": value for key, value in afresh.items()}
+    if not run.is_trained():  # else it failed at being scored, and its training stays over
+        afresh |= {"phase": "waiting", "cause": "retry was asked for"}
+    run.update_status(eval_alone=False, attempts_without_progress=0, **afresh)

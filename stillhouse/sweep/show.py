@@ -1,0 +1,250 @@
+"""Format the state of a sweep as text or JSON, for the verbs plan, run and status.
+
+The text is plain strings that need no terminal: the same words go to a screen, a log and a test.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from stillhouse.methods import drawn
+from stillhouse.rundir import Json
+from stillhouse.sweep import cost
+from stillhouse.sweep.grid import Point, Sweep
+from stillhouse.sweep.plan import STATES, Observation
+from stillhouse.sweep.registry import Roster, Row
+from stillhouse.sweep.sweep_file import text
+from stillhouse.text import duration
+
+SHOWN = 20  # points, or values of an axis, that a list names before it only counts them
+TAIL_LINES = 10  # of each log, where several are shown
+MANY = 12  # points above which a status says them by axis, too
+FEW = 6  # values of one axis in a status: all of it stays on one screen
+NAMED = 3  # points that a reason names
+DRAWN = 30  # methods that a plan draws before it only counts them
+FAILED = ("failed", "stopped")
+UNREADABLE = "unreadable"
+
+
+def counted(states: Mapping[str, int]) -> str:
+    """`5 done, 2 running`, in one fixed order and without the zeros."""
+    order = [STATES[0], "trained", *STATES[1:]]
+    return ", ".join(f"{states[state]} {state}" for state in order if states.get(state))
+
+
+def as_json(roster: Roster, observations: Mapping[str, Observation]) -> Json:
+    """The one object that `--json` prints."""
+    totals = Counter(observations[row.id].state for row in roster.rows)
+    return {
+        "sweep": roster.name,
+        "totals": {state: totals[state] for state in STATES},
+        "points": [
+            {
+                "id": row.id,
+                "name": row.name,
+                "overrides": row.overrides,
+                "state": observations[row.id].state,
+                "cause": observations[row.id].cause,
+                "warnings": [*observations[row.id].warnings],
+            }
+            for row in roster.rows
+        ],
+    }
+
+
+def methods(points: Sequence[Point]) -> list[Json]:
+    """How points train, as lines of text: each distinct one, and how many points do so."""
+    alike: dict[Any, list[Point]] = {}
+    for point in points:  # drawing is what takes time: of 10,000 points few differ in these
+        loss = point.spec.loss
+        losses = (loss.on_loss, loss.off_loss, loss.advantage_clip, loss.position_weights)
+        rollout = (point.spec.rollout.horizon, point.spec.rollout.max_new_tokens)
+        key = (point.spec.method, losses, rollout, point.spec.training.max_steps)
+        alike.setdefault(key, []).append(point)
+    counts: Counter[tuple[str, str]] = Counter()
+    for same in alike.values():
+        counts[same[0].spec.method.method_name, drawn(same[0].spec)] += len(same)
+    return [{"method": m, "drawn": line, "points": n} for (m, line), n in counts.items()]
+
+
+def method_lines(points: Sequence[Point]) -> list[str]:
+    """The same for a screen, where they are few."""
+    found = methods(points)
+    if len(found) > DRAWN:
+        return [f"  {len(found)} ways to train; --json draws each"]
+    width = max((len(one["method"]) for one in found), default=0)
+    lines = [f"  {one['method']:<{width}}  {one['drawn']}" for one in found]
+    return ["share of rollouts (λ) over a run, and what is learnt from:", *lines]
+
+
+def headline(roster: Roster, observations: Mapping[str, Observation]) -> str:
+    """`quickstart: 9 points: 5 done, 4 new`."""
+    states = Counter(observations[row.id].state for row in roster.rows)
+    count = len(roster.rows)
+    return f"{roster.name}: {count} point{'s' if count != 1 else ''}: {counted(states)}"
+
+
+def by_axis(
+    roster: Roster,
+    observations: Mapping[str, Observation],
+    costs: Mapping[str, cost.Cost],
+    limit: int = SHOWN,
+) -> list[str]:
+    """A table with a line per value of each axis: its points by state, and the time still to go."""
+    present = [s for s in STATES if any(observations[r.id].state == s for r in roster.rows)]
+    table = [["", "", "points", *present, *(["to go"] if costs else [])]]
+    for axis in roster.rows[0].overrides if roster.rows else ():
+        values: dict[str, list[Row]] = {}
+        for row in roster.rows:
+            values.setdefault(text(row.overrides[axis]), []).append(row)
+        if len(values) == 1 and len(roster.rows) > 1:
+            continue  # one value tells no point from another
+        for place, (value, rows) in enumerate(itertools.islice(values.items(), limit)):
+            states = Counter(observations[row.id].state for row in rows)
+            line = [axis if place == 0 else "", value, str(len(rows))]
+            line += [str(states[state] or "") for state in present]
+            known = [c.seconds for row in rows if (c := costs.get(row.id)) and c.seconds]
+            table.append([*line, *([duration(sum(known)) if known else ""] if costs else [])])
+        if len(values) > limit:
+            table.append(["", f"and {len(values) - limit} more", "", *([""] * len(table[0][3:]))])
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    return [
+        "  " + "  ".join(_cell(i, cell, widths[i]) for i, cell in enumerate(line)).rstrip()
+        for line in table
+    ]
+
+
+def _cell(column: int, cell: str, width: int) -> str:
+    return cell.ljust(width) if column < 2 else cell.rjust(width)
+
+
+def still_to_train(sweep: Sweep, observations: Mapping[str, Observation]) -> list[Point]:
+    """The points whose training is still to be paid for."""
+    return [point for point in sweep.points if not _is_settled(observations[point.id])]
+
+
+def estimate(sweep: Sweep, costs: Mapping[str, cost.Cost]) -> list[str]:
+    """Time and price of what is to be trained, and what that rests on."""
+    if not costs:
+        return []
+    total = cost.totals(costs, dict.fromkeys(costs, ""))[-1]
+    points = f"{total.runs} point{'s' if total.runs > 1 else ''} to train"
+    if total.unknown == total.runs:
+        lines = [f"{points}: time not known"]
+    else:
+        slots = min(sweep.site.max_parallel, total.runs)
+        lines = [
+            f"{points}: about {duration(total.hours * 3600 / slots)} with {slots} at once",
+            f"  scoring not counted; {total.device_hours:.2g} device-hours, {_price(total)}",
+        ]
+        if total.unknown:
+            lines.append(f"  without {total.unknown} whose time is not known")
+    bases = Counter(one.basis for one in costs.values()).most_common(4)
+    return lines + [f"  {count} {basis}" for basis, count in bases]
+
+
+def _is_settled(seen: Observation) -> bool:
+    return seen.is_trained or seen.state in ("done", *FAILED)
+
+
+def _price(total: cost.Total) -> str:
+    if total.usd is None:
+        return "price not known (site: price_usd_per_hour)"
+    without = f" (without {total.unpriced} that have no price)" if total.unpriced else ""
+    return f"${total.usd:.2f}{without}"
+
+
+def reasons(roster: Roster, observations: Mapping[str, Observation]) -> list[str]:
+    """What runs, waits or failed, and why: one line for each kind of reason.
+
+    What failed comes last, where a person's eye rests. What is done, or was never begun and has
+    nothing to say, is in the headline.
+    """
+    lines: list[str] = []
+    for state in ("running", "waiting", "new", "drifted", "unreadable", "stopped", "failed"):
+        kinds: dict[str, list[Row]] = {}
+        for row in roster.rows:
+            seen = observations[row.id]
+            if seen.state == state and (seen.cause or state != "new"):
+                kinds.setdefault(fingerprint(seen), []).append(row)
+        for rows in sorted(kinds.values(), key=len, reverse=True)[:SHOWN]:
+            if len(rows) <= NAMED and (state == "running" or len(rows) == 1):
+                lines += [_line(row, observations[row.id]) for row in rows]
+            else:
+                cause = observations[rows[0].id].cause
+                why = f": {cause}" if cause else ":"
+                lines.append(f"  {state:<8} {len(rows)}{why} [{_who(rows)}]")
+        if len(kinds) > SHOWN:
+            lines.append(f"  {state:<8} for {len(kinds) - SHOWN} more reasons (--all)")
+    return lines + warned(roster, observations)
+
+
+def warned(roster: Roster, observations: Mapping[str, Observation]) -> list[str]:
+    """What watch rules found: a line per rule, in the words of the first point that it warned of.
+
+    Of points that a rule stopped, that is their cause.
+    """
+    kinds: dict[str, list[tuple[Row, str]]] = {}
+    for row in roster.rows:
+        if observations[row.id].state != "stopped":
+            for text in observations[row.id].warnings:
+                kinds.setdefault(text.partition(":")[0], []).append((row, text))
+    return [
+        f"  {'warning':<8} {len(rows)}: {rows[0][1]} [{_who([row for row, _ in rows])}]"
+        for rows in kinds.values()
+    ]
+
+
+def every(roster: Roster, observations: Mapping[str, Observation]) -> list[str]:
+    """A line for each point."""
+    return [_line(row, observations[row.id]) for row in roster.rows]
+
+
+def _line(row: Row, seen: Observation) -> str:
+    steps = f", step {seen.step}" + (f"/{seen.max_steps}" if seen.max_steps else "")
+    at = steps if seen.step and not seen.is_trained else ""
+    cause = f": {seen.cause}" if seen.cause else ""
+    return f"  {seen.state:<8} {row}{at}{cause}"
+
+
+def failures(roster: Roster, observations: Mapping[str, Observation]) -> list[str]:
+    """What failed and why: one line for each kind of cause."""
+    kinds: dict[str, list[Row]] = {}
+    for row in roster.rows:
+        if observations[row.id].state in (*FAILED, UNREADABLE):
+            kinds.setdefault(fingerprint(observations[row.id]), []).append(row)
+    return [_kind(rows, observations) for rows in sorted(kinds.values(), key=len, reverse=True)]
+
+
+def drifted(roster: Roster, observations: Mapping[str, Observation]) -> list[str]:
+    """What rests on something that is another now, and on what: one line for each kind."""
+    kinds: dict[tuple[str, ...], list[Row]] = {}
+    for row in roster.rows:
+        if observations[row.id].rests_on_other:
+            kinds.setdefault(observations[row.id].rests_on_other, []).append(row)
+    return [
+        f"{observations[rows[0].id].state} {len(rows)}: {'; '.join(why)} [{_who(rows)}]"
+        for why, rows in sorted(kinds.items(), key=lambda kind: len(kind[1]), reverse=True)
+    ]
+
+
+def _kind(rows: Sequence[Row], observations: Mapping[str, Observation]) -> str:
+    first = observations[rows[0].id]
+    cause = first.cause or f"exit code {first.exit_code}"
+    return f"{first.state} {len(rows)}: {cause} [{_who(rows)}]"
+
+
+def _who(rows: Sequence[Row]) -> str:
+    return ", ".join(map(str, rows[:NAMED])) + (" …" if len(rows) > NAMED else "")
+
+
+def fingerprint(seen: Observation) -> str:
+    """What failures of one kind have in common: the cause without numbers, ids and paths."""
+    words = (
+        "…" if "/" in word or any(c.isdigit() for c in word) else word
+        for word in (seen.cause or "").split()
+    )
+    return " ".join([str(seen.exit_code), *(word for word, _ in itertools.groupby(words))])

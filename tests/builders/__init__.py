@@ -1,0 +1,1 @@
+"""Build the sweeps, runs and namespaces that many tests start from."""

@@ -1,0 +1,218 @@
+"""Stand in for the real work of a sweep with quick functions that leave the same files.
+
+`<runs>/behaviour.json` says how a point misbehaves, by its id or "*":
+{"steps": 5, "step_s": 0.01, "kill": "SIGKILL", "times": 1, "exit": "diverged", "deaf": true}.
+`<runs>/begun.txt` lists every attempt that was started, one per line; a pack is listed as the ids
+of its points.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from filelock import Timeout
+
+from stillhouse.errors import (
+    ConfigError,
+    ContractError,
+    Diverged,
+    Interrupted,
+    OutOfMemory,
+    StillhouseError,
+)
+from stillhouse.rundir import RunDir, Runs, eval_file, new_record, now, read_json, write_json
+from stillhouse.sources import sources_of
+from stillhouse.spec import EvalSpec, PairSpec, QuantSpec, TrainSpec, baseline_key, score_key
+from stillhouse.stop import StopFlag
+from stillhouse.sweep.grid import Sweep
+from stillhouse.sweep.local.workers import LocalBackend
+from stillhouse.sweep.registry import Roster, roster_of
+from stillhouse.sweep.verbs import Call, run
+
+WORK = {
+    "prepare": "tests.fakes.behaving:prepare",
+    "train": "tests.fakes.behaving:train",
+    "eval": "tests.fakes.behaving:evaluate",
+}
+PRELOAD = ("pytest", "hypothesis", "tests.fakes.behaving")
+ENDS = {"diverged": Diverged, "memory": OutOfMemory, "config": ConfigError, "crash": RuntimeError}
+
+
+def backend_for(sweep: Sweep, rows: Roster | None = None) -> LocalBackend:
+    """The real local backend, with the work of this module."""
+    return LocalBackend(sweep, rows or roster_of(sweep), WORK, PRELOAD)
+
+
+def launch(runs: str, *words: str) -> None:
+    """`stillhouse run WORDS` as a process of its own: what a test interrupts and kills."""
+    code = run(Call(words=words, runs=Path(runs)), backend_for)
+    print("heavy modules:", sorted({"torch", "transformers", "pandas"} & set(sys.modules)))
+    sys.exit(code)
+
+
+def start_launcher(runs: Path, *words: str) -> subprocess.Popen[bytes]:
+    """Start `launch` in a process; its output goes to `<runs>/launcher.out`."""
+    program = f"from tests.fakes import behaving; behaving.launch({str(runs)!r}, *{words!r})"
+    with (runs / "launcher.out").open("ab") as out:
+        return subprocess.Popen(
+            [sys.executable, "-c", program], cwd=Path(__file__).parents[2], stdout=out, stderr=out
+        )
+
+
+def parent_of(pid: int) -> int:
+    words = ["ps", "-o", "ppid=", "-p", str(pid)]
+    return int(subprocess.run(words, capture_output=True, text=True, check=True).stdout)
+
+
+def at_work(runs: Path, count: int) -> list[RunDir]:
+    """The runs under way, as soon as there are `count` that completed two steps."""
+
+    def found() -> list[RunDir]:
+        all_ = [RunDir(file.parent) for file in runs.glob("*/metrics.jsonl")]
+        return [run for run in all_ if len(run.metrics()) > 1 and run.status()["step"] > 1]
+
+    until(lambda: len(found()) >= count)
+    return found()
+
+
+def misbehave(runs: Path, who: str = "*", **how: Any) -> None:
+    """Set how a point (or every point) behaves from now on."""
+    file = runs / "behaviour.json"
+    write_json(file, (read_json(file) or {}) | {who: how})
+
+
+def begun(runs: Path, kind: str) -> list[str]:
+    """The attempts of one kind that were started so far, in order."""
+    file = runs / "begun.txt"
+    lines = file.read_text().splitlines() if file.exists() else []
+    return [line.partition(" ")[2] for line in lines if line.startswith(kind)]
+
+
+def _begin(runs: Path, kind: str, what: str) -> None:
+    with (runs / "begun.txt").open("a") as file:
+        file.write(f"{kind} {what}\n")
+
+
+def _behaviour(runs: Path, id_: str) -> dict[str, Any]:
+    said = read_json(runs / "behaviour.json") or {}
+    return {"steps": 3, "step_s": 0.0, **said.get("*", {}), **said.get(id_, {})}
+
+
+def prepare(pair: PairSpec, quant: QuantSpec, cache_dir: Path, commits: dict[str, str]) -> object:
+    _begin(cache_dir, "prepare", f"{pair.pair_name}/{quant.quant_type}")
+    if (cache_dir / "no-weights").exists():
+        raise ConfigError("pair tiny: its weights are not at hand; fetch them")
+    return object()
+
+
+def train(spec: TrainSpec) -> int:
+    runs = Path(spec.place.runs)
+    run = Runs(runs).of(spec)
+    run.record()
+    if run.is_trained():
+        return 0
+    try:
+        with run.lock():
+            return 0 if run.is_trained() else _attempt(spec, run, _behaviour(runs, run.id))
+    except Timeout as error:
+        raise ContractError("another process trains this run now") from error
+
+
+def _attempt(spec: TrainSpec, run: RunDir, how: dict[str, Any]) -> int:
+    _begin(run.path.parent, "train", run.id)
+    attempt = run.status().get("attempt", 0) + 1
+    run.update_status(
+        phase="starting", attempt=attempt, started=now(), finished=None, exit_code=None,
+        cause=None, pid=os.getpid(),
+    )  # fmt: skip
+    stop = StopFlag()
+    stop.install()
+    if how.get("deaf"):
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if run.record() is None:
+        here = {"sources": sources_of(spec, Path(spec.place.cache_dir))}
+        record = new_record(spec, {}) | here | {"threads": spec.place.threads}
+        write_json(run.spec_file, record)
+    run.update_status(phase="training", max_steps=how["steps"])
+    print(f"training {run.id} with {spec.place.threads} threads", flush=True)
+    try:
+        for step in range(len(run.metrics()), how["steps"]):
+            stop.check()
+            time.sleep(how["step_s"])
+            with run.metrics_file.open("a") as file:
+                file.write(json.dumps({"step": step, "train/loss": 1.0}) + "\n")
+            run.update_status(step=step + 1)
+            if step >= 1 and attempt <= how.get("times", 1):
+                _misbehave_now(how)
+    except StillhouseError as error:
+        phase = "waiting" if isinstance(error, Interrupted) else "failed"
+        cause = f"{type(error).__name__}: {error}"
+        run.update_status(phase=phase, finished=now(), exit_code=error.exit_code, cause=cause)
+        raise
+    (run.adapter).mkdir(exist_ok=True)
+    (run.adapter / "adapter_model.safetensors").write_bytes(b"abc")
+    files = {"adapter_model.safetensors": {"size": 3}}
+    write_json(run.adapter / "stillhouse.json", {"id": run.id, "files": files})
+    run.update_status(phase="done", finished=now(), exit_code=0)
+    return 0
+
+
+def _misbehave_now(how: dict[str, Any]) -> None:
+    if "kill" in how:
+        os.kill(os.getpid(), getattr(signal, how["kill"]))
+    if "exit" in how:
+        raise ENDS[how["exit"]]("as it was told to")
+
+
+def evaluate(spec: EvalSpec) -> int:
+    runs = Path(spec.place.runs)
+    directories = [Path(path) for path in spec.evaluation.lora_paths]
+    ids = [RunDir(directory).id for directory in directories]
+    flags = {
+        "teacher": spec.evaluation.eval_teacher,
+        "student": spec.evaluation.eval_student,
+        "ptq": spec.evaluation.eval_ptq,
+    }
+    labels = [label for label, is_asked in flags.items() if is_asked]
+    _begin(runs, "eval", ",".join([*ids, *labels]))
+    stop = StopFlag()
+    stop.install()
+    for label in labels:
+        key = baseline_key(label, spec.pair, spec.quant)
+        directories.append(Runs(runs).baseline(label, key))
+    for name, directory in zip([*ids, *labels], directories, strict=True):
+        how = _behaviour(runs, name)
+        time.sleep(how.get("eval_s", 0))
+        stop.check()
+        if how.get("eval_fails"):
+            raise ContractError(f"{name} cannot be rebuilt")
+        if not how.get("eval_forgets"):
+            _score(spec, directory)
+    return 0
+
+
+def _score(spec: EvalSpec, directory: Path) -> None:
+    for task in spec.suite.tasks:
+        key = score_key(spec.suite, task)
+        write_json(eval_file(directory, task.task), {"format": 1, "key": key, "value": 0.5})
+
+
+def until(condition: Any, timeout_s: float = 40.0) -> None:
+    """Wait until something is so; a test that waits for longer has failed."""
+    end = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < end, "it did not happen in time"
+        time.sleep(0.02)
+
+
+def words(runs: Path, *more: str, points: int = 2, parallel: int = 2) -> tuple[str, ...]:
+    """A typed grid of `points` points of the tiny pair."""
+    lmbdas = ",".join(str(i / 8) for i in range(points))
+    return ("pair=tiny", f"lmbda={lmbdas}", f"max_parallel={parallel}", f"cache_dir={runs}", *more)

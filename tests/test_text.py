@@ -1,0 +1,126 @@
+"""Test that a pod gets exactly the text a user wrote, with every quote and backslash.
+
+value ─► words ─► flags        and        words ─► manifest ─► YAML ─► kubelet ─► words
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from stillhouse.compose import Overrides, as_command_line, from_command_line
+from stillhouse.errors import ConfigError
+from stillhouse.spec import TrainSpec
+from stillhouse.sweep.cluster.jobspec import train_step
+from stillhouse.sweep.cluster.manifest import render, to_yaml
+from stillhouse.sweep.grid import Sweep, load_sweep
+from tests.manifest_checklist import check
+
+ODD = "\\'\"$(){}[],:= \n\t#%aé0~!*&|>\u2028\x85"
+TEXT = st.one_of(st.text(max_size=12), st.text(alphabet=ODD, max_size=8)).filter(
+    lambda text: "${" not in text  # refused, in a file and on a command line
+)
+SETTING = st.none() | st.booleans() | st.integers() | TEXT
+SETTING |= st.floats(allow_nan=False, allow_infinity=False)
+VALUES = {
+    "place.name": TEXT,
+    "place.tags": st.lists(TEXT, max_size=3),
+    "data.data_path": TEXT,
+    "data.prompt_template": TEXT,
+    "data.chat_template_kwargs": st.dictionaries(TEXT, SETTING, max_size=3),
+    "place.commits": st.dictionaries(st.from_regex(r"[A-Za-z/._@-]{1,9}", fullmatch=True), TEXT),
+    "site.pod_env": st.dictionaries(TEXT, TEXT, max_size=2),
+    "optim.learning_rate": st.floats(allow_nan=False),
+}
+
+
+@settings(max_examples=120, deadline=None)
+@given(st.sampled_from(sorted(VALUES)), st.data())
+def test_a_value_that_becomes_a_word_is_read_as_the_same_value(
+    path: str, data: st.DataObject
+) -> None:
+    value = data.draw(VALUES[path])
+    (word,) = as_command_line(Overrides({}, {path: value}))
+    assume("${" not in word)
+    back = from_command_line([word], TrainSpec).values[path]
+    assert back == value and (repr(back) == repr(value) or isinstance(value, float)), word
+
+
+@pytest.mark.parametrize(
+    ("value", "word"),
+    [
+        ("\\", r"'\\'"),
+        (r"C:\new", r"'C:\new'"),
+        (r"a\'b", r"'a\\\'b'"),
+        ("it's", r"'it\'s'"),
+        ("é", "'é'"),
+        ("two\nlines", "'two\nlines'"),
+    ],
+)
+def test_in_hydras_quotes_only_backslashes_before_a_quote_are_doubled(
+    value: str, word: str
+) -> None:
+    assert as_command_line(Overrides({}, {"place.name": value})) == [f"name={word}"]
+    assert from_command_line([f"name={word}"], TrainSpec).values == {"place.name": value}
+
+
+def kubelets(text: str, environment: Mapping[str, str]) -> str:
+    """What a container is given for an argument: $(NAME) is filled in, and $$ is $."""
+
+    def filled(found: re.Match[str]) -> str:
+        if found[0] == "$$":
+            return "$"
+        return environment.get(found[1], found[0])
+
+    return re.sub(r"\$\$|\$\(([^)]*)\)", filled, text)
+
+
+@pytest.fixture(scope="module")
+def sweep(tmp_path_factory: pytest.TempPathFactory) -> Sweep:
+    runs = tmp_path_factory.mktemp("runs")
+    return load_sweep(None, ["pair=tiny", "seeds=1", "owner=ada"], runs, site="cluster")
+
+
+WORD = st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1, max_size=9)
+WORD |= st.text(alphabet=ODD.replace("\x85", ""), min_size=1, max_size=9)
+WORD |= st.sampled_from(["$(HOME)", "$$(HOME)", "$$", "a=$(OMP_NUM_THREADS)"])
+
+
+@settings(max_examples=60, deadline=None)
+@given(words=st.lists(WORD, max_size=3))
+def test_a_pod_is_given_the_words_that_the_launcher_has(sweep: Sweep, words: list[str]) -> None:
+    step = train_step(sweep.points[0], sweep)
+    step = dataclasses.replace(step, words=(*words, *step.words))
+    body = to_yaml(render(step, sweep.site, "0123456789abcdef-01234567"))
+    job: Any = yaml.safe_load(body)
+    assert shlex.split(job["metadata"]["annotations"]["stillhouse/words"]) == [*step.words]
+    args: list[str] = job["spec"]["template"]["spec"]["containers"][0]["args"]
+    given_ = [kubelets(word, {"HOME": "/home", "OMP_NUM_THREADS": "8"}) for word in args]
+    assert given_[given_.index("--") + 1 :] == [*step.words]
+    assert [said for said in check(job) if "words" in said] == []
+
+
+@pytest.mark.parametrize("where", ["question", "tag", "key", "name"])
+def test_a_sweep_file_fills_in_nothing_and_says_so(
+    where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MINE", "a private thing")
+    text = {
+        "question": "question: 'Does ${oc.env:MINE} help?'\nbase: {pair: tiny}\n",
+        "tag": "base: {pair: tiny, tags: ['${oc.env:MINE}']}\n",
+        "key": "base: {pair: tiny, chat_template_kwargs: {'${oc.env:MINE}': 1}}\n",
+        "name": "base: {pair: tiny}\npoints: [{name: '${MINE}', lmbda: 0}]\n",
+    }[where]
+    (tmp_path / "s.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=r"\$\{…\} is not filled in") as refused:
+        load_sweep(str(tmp_path / "s.yaml"), [], tmp_path)
+    assert "private" not in str(refused.value)
