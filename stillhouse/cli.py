@@ -20,7 +20,6 @@ from stillhouse.text import say
 
 VERBS = {
     "plan": "how many points are new, done, running, failed or drifted, and what the rest costs",
-    "render": "print every Job that run would send to a cluster, as YAML; nothing is sent",
     "run": "train and score what is not done; Ctrl-C stops cleanly, the same command goes on",
     "status": "how a sweep stands; without a target, how every sweep does",
     "logs": "what points printed (-f: and what they go on to print)",
@@ -46,7 +45,8 @@ MORE = {
     " loss and this number of steps",
 }
 CRASHED = 70  # a driver's pod that ends with Python's own 1 would look done, and not restart
-CLUSTER_VERBS = ("render", "collect", "push", "doctor")  # they have no meaning on this machine
+CLUSTER_VERBS = ("collect", "push", "doctor")  # they have no meaning on this machine
+REPLACED = {"render": "run --backend cluster --dry-run"}  # words of earlier versions
 USAGE = "stillhouse VERB [TARGET] [OVERRIDES ...] [--point P] [--backend B] [--runs DIR] [--json]"
 HELP = """\
 TARGET     a sweep file; for status, logs, retry, cancel, collect and report also a sweep's name,
@@ -116,6 +116,10 @@ def _dispatch(words: list[str]) -> int:
         from stillhouse.entrypoints import prepare_main
 
         return prepare_main(rest)
+    if verb in REPLACED:
+        raise ConfigError(
+            f"`stillhouse {verb}` is now `stillhouse {REPLACED[verb]}`; the rest stays"
+        )
     if verb not in VERBS | DOORS:
         known = [*VERBS, *DOORS]
         raise ConfigError(
@@ -154,6 +158,7 @@ def _do(verb: str, words: list[str]) -> int:
         is_json=options.json,
         is_new_code=getattr(options, "code", None) == "new",
         is_detached=getattr(options, "detach", False),
+        is_dry_run=getattr(options, "dry_run", False),
         follows=getattr(options, "follow", False),
         shows_all=getattr(options, "all", False),
         shows_cost=getattr(options, "cost", False),
@@ -229,6 +234,7 @@ def _parser(verb: str) -> Parser:
     if verb == "run":
         add("--code", choices=["new"], help="go on with points that other code began")
         add("--detach", action="store_true", help="leave the loop running in the cluster")
+        add("--dry-run", action="store_true", help="print the Jobs of a cluster, send nothing")
     if verb == "logs":
         add("-f", "--follow", action="store_true", help="go on until the points end, or Ctrl-C")
     if verb == "retry":

@@ -19,7 +19,7 @@ CLUSTER = ("--backend", "cluster")
 LINES = {  # words before and behind a pair's
     "plan": (("plan",), CLUSTER),
     "run": (("run",), CLUSTER),
-    "render": (("render",), ()),
+    "dry-run": (("run",), (*CLUSTER, "--dry-run")),
     "train": (("train", "mine"), ("--dry-run",)),
     "preflight": (("preflight",), (*CLUSTER, "--dry-run")),
 }

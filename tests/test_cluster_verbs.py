@@ -338,10 +338,10 @@ def works(fake: FakeApi) -> Generator[dict[str, int], None, None]:
     thread.join()
 
 
-def test_run_sends_what_render_prints_and_sees_it_done(
+def test_run_sends_what_its_dry_run_prints_and_sees_it_done(
     fake: FakeApi, works: dict[str, int], say: Callable[..., str], tmp_path: Path
 ) -> None:
-    rendered = list(yaml.safe_load_all(say("render", *GRID, *SITE)))
+    rendered = list(yaml.safe_load_all(say("run", *GRID, *CLUSTER, *SITE, "--dry-run")))
     out = say("run", *GRID, *CLUSTER, *SITE)
     sweep = grid()
     assert f"{sweep.name}: 4 points: 4 done" in out
@@ -356,19 +356,23 @@ def test_run_sends_what_render_prints_and_sees_it_done(
     assert told["totals"]["done"] == 4 and told["sweep"] == sweep.name
 
 
-def test_render_needs_no_cluster_and_is_the_same_bytes_for_one_point(
+def test_a_dry_run_needs_no_cluster_and_is_the_same_bytes_for_one_point(
     tmp_path: Path, say: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("KUBECONFIG", str(tmp_path / "none"))
     monkeypatch.chdir(tmp_path)
-    everything = say("render", *GRID, *SITE)
+    dry_run = ("run", *GRID, *CLUSTER, *SITE, "--dry-run")
+    everything = say(*dry_run)
     point = grid().points[1]
-    alone = say("render", *GRID, *SITE, "--point", point.id[:6])
+    alone = say(*dry_run, "--point", point.id[:6])
     kinds = [job["metadata"]["labels"]["stillhouse/kind"] for job in yaml.safe_load_all(alone)]
     assert kinds == ["prepare", "train", "eval"]
     assert alone.split("---\n")[1] in everything
-    told = json.loads(say("render", *GRID, *SITE, "--json"))
+    told = json.loads(say(*dry_run, "--json"))
     assert "---\n".join(told["manifests"]) == everything
+    for more in ("--backend=local", "--detach"):
+        assert "stillhouse plan" in say(*dry_run, more, code=42)
+    assert "stillhouse run --backend cluster --dry-run" in say("render", *GRID, code=42)
 
 
 def test_what_failed_is_grouped_and_retried_by_its_knobs_or_its_cause(

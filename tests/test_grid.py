@@ -130,8 +130,8 @@ def test_the_cliff_on_the_published_pairs_has_their_one_rate_and_their_problems(
 
 
 def test_the_cliff_renders_for_a_published_pair(capsys: pytest.CaptureFixture[str]):
-    words = ["pair=llama_8b_70b", "seeds=1", "--backend", "cluster"]
-    assert main(["render", str(SWEEPS / "cliff.yaml"), *words]) == 0
+    words = ["pair=llama_8b_70b", "seeds=1", "--backend", "cluster", "--dry-run"]
+    assert main(["run", str(SWEEPS / "cliff.yaml"), *words]) == 0
     jobs = [*yaml.safe_load_all(capsys.readouterr().out)]
     kinds = [job["metadata"]["labels"]["app.kubernetes.io/component"] for job in jobs]
     assert kinds.count("train") == 22

@@ -23,7 +23,7 @@ ROOT = Path(__file__).parent.parent
 PAGE = (ROOT / "docs" / "your-own.md").read_text()
 LINES = commands(PAGE.split("## On a cluster")[1])
 FILES = re.compile(r"^```(?:yaml|python)\n# (\S+)\n(.*?)^```", re.M | re.S)
-VERBS = "push push push plan render preflight run status collect report"
+VERBS = "push push push plan run preflight run status collect report"
 
 
 def test_the_way_is_pushed_planned_run_and_collected():
@@ -78,9 +78,9 @@ def test_followed_on_a_cluster_every_command_does_what_the_page_says(
                 sweep = re.sub(sample, path, sweep)
                 lines = [re.sub(sample, path, line) for line in lines]
             Path("mine_there.yaml").write_text(sweep)
-            plan, render, preflight, run, status, collect, report = lines[3:]
+            plan, dry_run, preflight, run, status, collect, report = lines[3:]
             assert "6 points: 6 new" in follow(plan)
-            jobs = list(yaml.safe_load_all(follow(render)))
+            jobs = list(yaml.safe_load_all(follow(dry_run)))
             args = [job["spec"]["template"]["spec"]["containers"][0]["args"] for job in jobs]
             assert all(f"student={paths[0]}" in words for words in args)
             assert yaml.safe_load(follow(preflight))["kind"] == "Job"

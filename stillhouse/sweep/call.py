@@ -41,6 +41,7 @@ class Call:
     is_json: bool = False
     is_new_code: bool = False
     is_detached: bool = False
+    is_dry_run: bool = False
     follows: bool = False
     shows_all: bool = False
     shows_cost: bool = False

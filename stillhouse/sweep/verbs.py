@@ -1,4 +1,4 @@
-"""Implement the verbs: plan, render, run, status, logs, retry, cancel, collect, doctor.
+"""Implement the verbs: plan, run, status, logs, retry, cancel, collect, doctor.
 
 Each takes a `Call` and returns an exit code: 0 success, 1 some points failed or stopped, 42 a file
 is unreadable or something is missing, 85 interrupted. Mistakes are StillhouseErrors, which `cli`
@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 
 from stillhouse import compatibility, rollout_memory
-from stillhouse.errors import AGAIN, DONE, MISTAKE, ContractError
+from stillhouse.errors import AGAIN, DONE, MISTAKE, ConfigError, ContractError
 from stillhouse.rundir import Json
 from stillhouse.sweep import commits, registry, show
 from stillhouse.sweep.backend import Ground
@@ -41,7 +41,6 @@ __all__ = [
     "logs",
     "plan",
     "push",
-    "render",
     "retry",
     "run",
     "status",
@@ -91,8 +90,13 @@ def plan(call: Call) -> int:
     return DONE
 
 
-def render(call: Call) -> int:
+def _dry_run(call: Call) -> int:
     """Print every Job that `run` would send to a cluster, without any request to one."""
+    if call.backend != CLUSTER or call.is_detached:
+        raise ConfigError(
+            "stillhouse run: --dry-run prints the Jobs of a sweep: with --backend cluster, without"
+            " --detach. `stillhouse plan` shows what is left to do on this machine"
+        )
     from stillhouse.sweep.cluster.manifest import image_problem
     from stillhouse.sweep.cluster.render import manifests
 
@@ -116,6 +120,8 @@ def render(call: Call) -> int:
 
 def run(call: Call, backend_for: Callable[[Sweep, Roster], Backend] | None = None) -> int:
     """Train and score what is not done; `backend_for` makes what it runs on."""
+    if call.is_dry_run:
+        return _dry_run(call)
     if not call.is_json:
         return _run(call, backend_for)
     with contextlib.redirect_stdout(sys.stderr):  # one object is all that goes to stdout
