@@ -9,6 +9,7 @@ import itertools
 import math
 import re
 from collections.abc import Callable
+from functools import partial
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ import pytest
 
 from stillhouse.errors import ConfigError
 from stillhouse.results import plots
+from stillhouse.results.analyses import ANALYSES
+from stillhouse.results.answer import answer
 from stillhouse.results.curves import (
     Group,
     Run,
@@ -31,6 +34,7 @@ from stillhouse.results.curves import (
 from stillhouse.results.figures import FIGURES
 from stillhouse.results.format import as_csv, duration, interval, probability, signed
 from stillhouse.results.report import _share, commands, cost_table, failure_table, write_report
+from stillhouse.results.section import Evidence
 from stillhouse.results.table import load
 from stillhouse.rundir import Runs, read_json, write_json
 from tests.builders.cliff_runs import SMALL
@@ -238,6 +242,34 @@ def names(sweep: str, runs: Path) -> list[str]:
     return [drawn[1] for figure in FIGURES if (drawn := figure(frame, logged)) is not None]
 
 
+def all_figures(sweep: str, runs: Path) -> dict[str, plots.Draw]:
+    """Every figure of a sweep's report by its name, laid out."""
+    frame: Any = load(sweep, runs)
+    seen = Evidence(frame, Runs(runs), answer(frame), read_runs(frame, Runs(runs)))
+    makers = [partial(figure, frame, seen.curves) for figure in FIGURES]
+    made: dict[str, plots.Draw] = {}
+    with plots.style():
+        for maker in [*makers, *(figure for a in ANALYSES for figure in a(seen).figures)]:
+            if (drawn := maker()) is not None:
+                made[drawn[1]] = drawn[0]
+                drawn[0].draw_without_rendering()
+    return made
+
+
+def assert_readable(figure: plots.Draw, name: str) -> None:
+    """Numbers are written out as they are, and nothing is cut off."""
+    for axis in figure.axes:
+        for along in (axis.xaxis, axis.yaxis):
+            ticks = [text.get_text() for text in along.get_ticklabels(which="both")]
+            assert not any("$" in text for text in ticks), (name, ticks)
+            assert not along.get_offset_text().get_text(), name
+            shown = [text for text in ticks if text]
+            assert len(set(shown)) == len(shown), (name, shown)
+        box, page = axis.get_tightbbox(), figure.bbox
+        # The frame's own line is half outside of the limits that it is drawn at.
+        assert box.x0 > -1 and box.y0 > -1 and box.x1 < page.x1 + 1 and box.y1 < page.y1 + 1, name
+
+
 def by_method(sweep: str, runs: Path) -> list[Group]:
     logged = read_runs(load(sweep, runs), Runs(runs))
     return grouped(logged, lambda run: line_name(run, "method_name"))
@@ -250,6 +282,33 @@ def test_the_figures_are_drawn_where_their_data_are(finished: Path, report: Repo
     for name in drawn:
         assert (report("methods") / f"{name}.png").read_bytes().startswith(b"\x89PNG")
         assert b"<dc:date>" not in (report("methods") / f"{name}.svg").read_bytes()
+
+
+@pytest.mark.parametrize("name", ["cliff", "methods", "overlap", "requantized"])
+def test_ticks_are_plain_numbers_and_no_text_of_a_figure_is_cut_off(
+    name: str, finished: Path
+) -> None:
+    for drawn, figure in all_figures(name, finished).items():
+        assert_readable(figure, drawn)
+
+
+def test_a_gap_that_is_all_rounding_is_drawn_in_plain_numbers_a_row_for_each_setting(
+    tmp_path: Path,
+) -> None:
+    axes = {"beta": [0, 0.5, 1], "lmbda": [0.25, 0.5, 1]}
+    write_sample(tmp_path, Sample(axes=axes, gaps=True, overlaps=True, steps=20))
+    made = all_figures("sample", tmp_path)
+    for name, panels in (("rollout_gap", 2), ("overlap", 4)):
+        assert_readable(made[name], name)
+        settings = [axis.get_ylabel() for axis in made[name].axes[::panels]]
+        assert [label.partition("\n")[0] for label in settings] == [
+            f"beta = {b}" for b in axes["beta"]
+        ]
+        assert all(a.get_subplotspec().is_first_col() for a in made[name].axes[::panels])
+    gap, ess = made["rollout_gap"].axes[:2]
+    assert gap.get_yscale() == "log" and ess.get_ylim()[0] == 0
+    assert "1.0" in [text.get_text() for text in ess.get_yticklabels()]
+    assert "3e\N{MINUS SIGN}06" in [text.get_text() for text in gap.get_yticklabels(which="both")]
 
 
 def test_figures_of_two_losses_show_both_and_their_baseline(report: Report) -> None:

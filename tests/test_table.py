@@ -54,6 +54,22 @@ def test_a_value_is_the_one_in_its_eval_file(finished: Path) -> None:
         assert row.code_digest == "c0ffee0123456789" and row.version_torch == "2.13.0"
 
 
+def test_a_frame_says_of_each_point_how_far_its_rollouts_were_from_what_was_trained(
+    tmp_path: Path,
+) -> None:
+    directory = write_sample(tmp_path, Sample(gaps=True, seeds=1, steps=3))[2].path
+    points = points_of(load("sample", tmp_path)).set_index("lmbda")
+    # Steps 0, 1 and 2 of 3: the gap of a step is 2e-6 (1 + step / 3).
+    assert points["rollout_gap_mean"][1] == pytest.approx(2e-6 * (1 + 1 / 3))
+    assert points["rollout_gap_max"][1] == pytest.approx(9 * 2e-6 * (1 + 2 / 3))
+    assert points["rollout_ess"][1] == pytest.approx(1 - 2e-6 * (1 + 2 / 3))
+    assert math.isnan(points["rollout_gap_mean"][0]), "nothing was drawn"
+    # A file that cannot be read is told of where curves are drawn; the point keeps its scores.
+    (directory / "metrics.jsonl").write_text("[]\n")
+    again = points_of(load("sample", tmp_path)).set_index("lmbda")
+    assert math.isnan(again["rollout_ess"][1]) and again["value"][1] == points["value"][1]
+
+
 def test_a_summary_is_the_mean_over_seeds_with_its_error(finished: Path) -> None:
     frame = load("sample", finished)
     values = rows(frame, arm="lmbda = 0.5", task="tiny_gen")["value"].to_numpy()

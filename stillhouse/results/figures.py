@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 
 from stillhouse.results import curves, plots
@@ -183,7 +184,7 @@ def distribution_cliff(frame: Frame, runs: Sequence[Run]) -> Drawn | None:
     _within_values(axes, runs, key)
     for axis in axes:
         if axis.get_subplotspec().is_first_col():
-            axis.set_ylabel(curves.SCORE_KEYS[key])
+            axis.set_ylabel(textwrap.fill(curves.SCORE_KEYS[key], 20))
     plots.legend(figure, axes)
     caption = f"{INTERVALS} Vertical lines: schedule switches."
     if reference:

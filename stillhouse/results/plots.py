@@ -42,6 +42,7 @@ STYLE: dict[Any, Any] = {
     "legend.frameon": False,
     "legend.fontsize": 8.5,
     "text.parse_math": False,  # names may have dollars in them
+    "axes.formatter.useoffset": False,  # 1 is written as 1, not as 0 beside "+1" in a corner
     "svg.hashsalt": "stillhouse",  # ids in the file follow from its content
     **dict.fromkeys(
         ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), INK
@@ -74,11 +75,16 @@ def save(figure: Draw, name: str, directory: Path) -> str:
     return svg.decode()
 
 
-def panels(count: int, height: float = 3.0, sharey: bool = False) -> tuple[Draw, list[Draw]]:
-    """A figure with `count` axes, at most four in a row, a row `height` inches high."""
+def panels(
+    count: int, height: float = 3.0, sharey: bool = False, columns: int | None = None
+) -> tuple[Draw, list[Draw]]:
+    """A figure with `count` axes, at most four in a row, a row `height` inches high.
+
+    columns: axes in a row, 1 to 4; by default, it follows from `count`.
+    """
     from matplotlib.figure import Figure
 
-    columns = 4 if count > 9 else 2 if count == 4 else min(count, 3)
+    columns = columns or (4 if count > 9 else 2 if count == 4 else min(count, 3))
     rows = math.ceil(count / columns)
     width = {1: 5.6, 2: 7.2, 3: 9.0, 4: 10.0}[columns]
     figure = Figure(figsize=(width, height * rows + 0.5), layout="constrained")
@@ -172,6 +178,15 @@ def thin_line(axis: Draw, curve: Frame | None, place: int) -> None:
     """A second metric of a group, thin and in the group's color; nothing for None."""
     if curve is not None:
         axis.plot(curve["mean"], color=COLORS[place % len(COLORS)], linewidth=0.8, alpha=0.8)
+
+
+def log_scale(axis: Draw) -> None:
+    """Logarithms along y; ticks as plain numbers, because no text of a figure is parsed as math."""
+    from matplotlib.ticker import LogFormatter
+
+    axis.set_yscale("log")
+    axis.yaxis.set_major_formatter(LogFormatter())
+    axis.yaxis.set_minor_formatter(LogFormatter(labelOnlyBase=False, minor_thresholds=(2, 0.4)))
 
 
 def steps(axis: Draw, title: str, below: str = "", room: float = 0) -> None:

@@ -6,9 +6,11 @@ them apart. Nothing here needs torch or lm-eval.
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from pydantic import TypeAdapter
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
 
 ScoreColumn = tuple[str, str | None, str | None]  # task, metric, score key; None: any
 SHARES = ("quantised_share", "adapted_share")
+GAPS = ("rollout_gap_mean", "rollout_gap_max", "rollout_ess")
 STATUS = ("phase", "step", "max_steps", "exit_code", "cause", "stopped_by")
 _SWEEP_KEYS = ("name", "file", "question", "compare", "axes", "created", "words")
 
@@ -51,7 +54,9 @@ def load(sweep_name: str, runs: str | Path = "runs") -> pd.DataFrame:
     directory (below runs); pair_name, quant_type, method_name, pair_key, quant_key;
     quantised_share, adapted_share (of the student's matrix weights, NaN where an older run did not
     count them); code_digest, code_revision, code_dirty, version_*, eval_version_*; train_seconds,
-    eval_seconds, devices, device, price_usd, tokens_*; source_student, source_teacher,
+    eval_seconds, devices, device, price_usd, tokens_*; rollout_gap_mean (nats per token, mean over
+    steps), rollout_gap_max (of any token), rollout_ess (lowest of a step; NaN where no step drew,
+    see `distill/gap.py`); source_student, source_teacher,
     source_tokenizer, source_data (what it was trained on: digest or commit, 10 digits), scored_*
     (what its score depends on), processor, cpu_capability, gpu, threads, eval_cpu_capability,
     eval_gpu.
@@ -82,7 +87,7 @@ def load(sweep_name: str, runs: str | Path = "runs") -> pd.DataFrame:
     first += ["exit_code", "stopped_by", "warnings", "scored_otherwise", "file", "pair_name"]
     first += ["quant_type", "method_name", *SHARES, "pair_key", "quant_key"]
     first += ["code_digest", "code_revision", "code_dirty"]
-    first += ["train_seconds", "eval_seconds", "devices", "device", "price_usd"]
+    first += ["train_seconds", "eval_seconds", "devices", "device", "price_usd", *GAPS]
     frame = frame.reindex(columns=list(dict.fromkeys([*first, *frame.columns])))
     for whole in ("seed", "n_docs", "step", "max_steps", "exit_code"):
         frame[whole] = frame[whole].astype("Int64")
@@ -158,7 +163,8 @@ def _point_rows(
     """A row per task of one point; if one of its files is unreadable, its rows say which."""
     recorded = _recorded_facts(point, run, follows)
     try:
-        facts = _record_facts(run) | recorded | _status_facts(run) | _cost_facts(run)
+        facts = _record_facts(run) | recorded | _status_facts(run)
+        facts |= _cost_facts(run) | _gap_facts(run)
         return [facts | score for score in _scores(run.path, columns)]
     except ContractError as error:
         why = str(error)
@@ -243,6 +249,19 @@ def _cost_facts(run: RunDir) -> Json:
     facts: Json = {"train_seconds": seconds, "devices": cost["devices"], "device": cost["device"]}
     facts["price_usd"] = None if price is None else seconds / 3600 * cost["devices"] * price
     return facts | {f"tokens_{kind}": n for kind, n in cost["tokens"].items()}
+
+
+def _gap_facts(run: RunDir) -> Json:
+    """How far a run's rollouts were from the function that was trained on them."""
+    logged: list[Json] = []
+    with contextlib.suppress(ContractError):  # `curves.read_runs` reports it; scores stay
+        logged = [line for line in run.metrics() if "rollout/gap_max" in line]
+    if not logged:
+        return {}
+    mean, largest, ess = (
+        [line[f"rollout/{name}"] for line in logged] for name in ("gap_mean", "gap_max", "ess")
+    )
+    return dict(zip(GAPS, (fmean(mean), max(largest), min(ess)), strict=True))
 
 
 def _scores(directory: Path, columns: Sequence[ScoreColumn]) -> Iterator[Json]:

@@ -76,7 +76,7 @@ class Sample:
     seed_tokens: Callable[[int], int] = lambda step: 0
     scores: bool = False  # train/score logged
     overlaps: bool = False  # overlap/* logged at every tenth step that has rollouts
-    gaps: bool = False  # rollout/gap_mean and rollout/ess logged at every step that has rollouts
+    gaps: bool = False  # rollout/gap_* and rollout/ess logged at every step that has rollouts
 
 
 def write_sample(root: Path, sample: Sample | None = None) -> list[RunDir]:
@@ -178,7 +178,8 @@ def _metrics(
             score = rise * (0.4 + fraction) * (0.3 if fell else 1.0) + 0.03 * rng.normal()
             line["train/score"] = min(1.0, max(0.0, score))
         if sample.gaps and on_policy:
-            line |= {"rollout/gap_mean": 2e-6 * (1 + fraction), "rollout/ess": 1 - 1e-9}
+            gap = 2e-6 * (1 + fraction)
+            line |= {"rollout/gap_mean": gap, "rollout/gap_max": 9 * gap, "rollout/ess": 1 - gap}
         if sample.overlaps and on_policy and step % 10 == 0:
             noise = 0.01 * rng.normal()
             line |= {

@@ -239,7 +239,8 @@ def overlap_curves(frame: Frame, runs: Sequence[Run]) -> Drawn | None:
     if not measured:
         return None
     laid = rows_of(frame, measured, plots.MAX_GROUPS)
-    figure, axes = plots.panels(4 * len(laid.rows[: plots.MAX_ROWS]), 2.6)
+    shown = laid.rows[: plots.MAX_ROWS]
+    figure, axes = plots.panels(4 * len(shown), 2.6, columns=4 if len(shown) > 1 else 2)
     for row, four in zip(laid.rows, zip(*[iter(axes)] * 4, strict=True), strict=False):
         for group in laid.lines(row)[: plots.MAX_LINES]:
             _draw_group(four, group, laid.places[group.name])

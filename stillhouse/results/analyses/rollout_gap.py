@@ -15,8 +15,8 @@ from stillhouse.results.section import Evidence, Exhibit, Section
 from stillhouse.rundir import Json
 
 PANELS = {  # metric -> title and unit of its panel
-    "rollout/gap_mean": ("mean |log p trained - as drawn|", "nats per token"),
-    "rollout/ess": ("effective sample size, per token", "share of tokens"),
+    "rollout/gap_mean": ("mean gap", "nats per token"),
+    "rollout/ess": ("effective sample size", "share of tokens"),
 }
 NOTE = (
     "The gap is the mean absolute difference between a token's log-probability when it was drawn"
@@ -72,14 +72,15 @@ def gap_curves(frame: Frame, runs: Sequence[Run]) -> Drawn | None:
     if not measured:
         return None
     laid = rows_of(frame, measured, plots.MAX_GROUPS)
-    figure, axes = plots.panels(2 * len(laid.rows[: plots.MAX_ROWS]), 2.6)
+    figure, axes = plots.panels(2 * len(laid.rows[: plots.MAX_ROWS]), 2.6, columns=2)
     for row, two in zip(laid.rows, zip(*[iter(axes)] * 2, strict=True), strict=False):
         for axis, (key, (title, unit)) in zip(two, PANELS.items(), strict=True):
             for group in laid.lines(row)[: plots.MAX_LINES]:
                 plots.line(axis, group, laid.places[group.name], key, 1, plots.RUNS)
             plots.steps(axis, title)
             axis.set_ylabel(unit)
-        two[0].set_yscale("log")
+        plots.log_scale(two[0])
+        two[1].set_ylim(0, 1.05)
         if row.name:
             two[0].set_ylabel(f"{row.name}\n{two[0].get_ylabel()}")
     plots.legend(figure, axes)
