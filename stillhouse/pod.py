@@ -5,10 +5,10 @@
 
     train eval prepare preflight drive
                                starts train.py, eval.py or `python -m stillhouse` with these words
-    collect -- SECONDS         transfer.py: waits until SECONDS pass without a send, or for a SIGTERM
+    collect -- SECONDS         transfer.py: waits for SECONDS without a send, or for a SIGTERM
     push -- SECONDS            the same, with the cache in place of the runs
     send -- REQUEST            transfer.py, by `exec` in a collect pod: files of runs to stdout
-    take -- REQUEST            intake.py, by `exec` in a push pod: files from stdin to the cache
+    take -- REQUEST            receive.py, by `exec` in a push pod: files from stdin to the cache
 
 It forwards SIGTERM and SIGINT, reaps orphaned processes, and copies the output to stdout and to
 FILE. It reports how it ended by its exit code (`verdict`) and by one JSON object in the termination

@@ -215,7 +215,7 @@ def _size(path: Path) -> int | None:
 def main(words: list[str]) -> int:
     """The exit code of this file as a program."""
     if len(words) != 1:
-        raise ConfigError("intake: one request")
+        raise ConfigError("receive: one request")
     try:
         print(json.dumps(take(unpack(words[0]), cast("io.BufferedIOBase", sys.stdin.buffer))))
     except Cut as error:

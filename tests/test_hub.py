@@ -78,7 +78,9 @@ class Door:
         }
 
     def start(self, door: str, *words: str, **env: str) -> subprocess.Popen[str]:
-        code = f"import sys; from stillhouse import doors; sys.exit(doors.{door}(sys.argv[1:]))"
+        code = (
+            f"import sys; from stillhouse.entrypoints import {door}; sys.exit({door}(sys.argv[1:]))"
+        )
         places = [f"cache_dir={self.home / 'cache'}", f"runs={self.home / 'runs'}"]
         return subprocess.Popen(
             [sys.executable, "-c", code, *words, *places],

@@ -1,10 +1,10 @@
 """Fetch results from a volume that this machine does not mount.
 
 A short-lived Job mounts the volume of runs, read-only. By `exec` its pod sends what is not here yet
-(`transfer`): the small files, and on request the adapters. A directory is replaced in one rename, so
-a collect can be interrupted anywhere and run again. `collected.json` in a directory says where it
-came from. A directory without that file is this machine's own work; it is left alone, and so is one
-that was changed here since it came.
+(`transfer`): the small files, and on request the adapters. A directory is replaced in one rename,
+so a collect can be interrupted anywhere and run again. `collected.json` in a directory says where
+it came from. A directory without that file is this machine's own work; it is left alone, and so is
+one that was changed here since it came.
 """
 
 from __future__ import annotations

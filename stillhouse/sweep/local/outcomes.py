@@ -1,8 +1,8 @@
 """Write how a task of this machine ended into the run directories that it was about.
 
-A run that ends by itself says so in its own status.json (`doors`). This module writes what the run
-cannot: that its process died, that exit code 0 left no results, that an evaluation failed, and that
-there were more deaths than the site's `infra_retries` allow.
+A run that ends by itself says so in its own status.json (`entrypoints`). This module writes what
+the run cannot: that its process died, that exit code 0 left no results, that an evaluation failed,
+and that there were more deaths than the site's `infra_retries` allow.
 """
 
 from __future__ import annotations

@@ -49,7 +49,7 @@ from stillhouse.sweep.plan import (
 )
 from stillhouse.sweep.registry import Roster, cancel_mark, log_file
 
-# Named, not imported: the launcher imports no torch, and `doors` is in a layer above this one.
+# Named, not imported: the launcher imports no torch, and `entrypoints` is a layer above this one.
 WORK = {
     "prepare": "stillhouse.distill.pairs:prepare",
     "train": "stillhouse.entrypoints:train",
