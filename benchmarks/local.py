@@ -19,11 +19,12 @@ import time
 from pathlib import Path
 
 from stillhouse.rundir import Runs, new_record, write_json
-from stillhouse.sweep.driver import Task
+from stillhouse.sweep.backend import Task
 from stillhouse.sweep.grid import Point, load_sweep
-from stillhouse.sweep.local.workers import CUDA_DEVICE, PRELOAD, PRELOAD_WITHOUT_CUDA, LocalBackend
+from stillhouse.sweep.local.workers import CUDA_DEVICE, PRELOAD, PRELOAD_WITHOUT_CUDA, WorkerPool
 from stillhouse.sweep.plan import Action
 from stillhouse.sweep.registry import roster_of
+from stillhouse.sweep.snapshot import on_disk
 
 POINTS = 21  # the first pays for the server
 LIMIT_S = 0.5
@@ -39,14 +40,14 @@ def done_point(point: Point, runs: Path) -> Task:
     )
 
 
-def wait_for(backend: LocalBackend, count: int) -> None:
+def wait_for(backend: WorkerPool, count: int) -> None:
     while count:
         for finished in backend.wait(1.0):
             assert finished.exit_code == 0, finished
             count -= 1
 
 
-def one_after_the_other(backend: LocalBackend, tasks: list[Task]) -> list[float]:
+def one_after_the_other(backend: WorkerPool, tasks: list[Task]) -> list[float]:
     """Seconds from each task's start until its end was known."""
     seconds: list[float] = []
     for task in tasks:
@@ -71,7 +72,7 @@ def main() -> None:
         runs = Path(directory)
         sweep = load_sweep(None, ["pair=tiny", f"seeds={POINTS}"], runs)
         tasks = [done_point(point, runs) for point in sweep.points]
-        backend = LocalBackend(sweep, roster_of(sweep))
+        backend = WorkerPool(sweep, roster_of(sweep), on_disk(roster_of(sweep), sweep))
         first, *others = one_after_the_other(backend, tasks)
         begin = time.perf_counter()
         for task in tasks[1:]:

@@ -153,7 +153,7 @@ def _do(verb: str, words: list[str]) -> int:
         target=target,
         words=tuple(rest),
         points=tuple(options.point or ()),
-        backend=options.backend,
+        backend_name=options.backend,
         runs=runs,
         is_json=options.json,
         is_new_code=getattr(options, "code", None) == "new",

@@ -29,7 +29,7 @@ HEAVY = "{'torch', 'transformers', 'hydra', 'pandas', 'rich', 'kubernetes', 'mat
 
 def run(runs: Path, *words: str) -> int:
     """`stillhouse run` with work that behaves."""
-    return verbs.run(verbs.Call(words=words, runs=runs), behaving.backend_for)
+    return verbs.run(verbs.Call(words=words, runs=runs), behaving.executor_for)
 
 
 def done_sweep(runs: Path, *more: str, points: int = 2) -> Sweep:
@@ -205,7 +205,7 @@ def test_run_with_json_prints_one_object_and_nothing_else_to_stdout(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     call = verbs.Call(words=behaving.words(tmp_path, points=1), runs=tmp_path, is_json=True)
-    assert verbs.run(call, behaving.backend_for) == 0
+    assert verbs.run(call, behaving.executor_for) == 0
     assert json.loads(capsys.readouterr().out)["totals"]["done"] == 1
 
 
@@ -213,7 +213,7 @@ def test_run_takes_one_point_of_a_sweep_and_leaves_the_others_new(tmp_path: Path
     words = behaving.words(tmp_path, points=3)
     chosen = load_sweep(None, [*words], tmp_path).points[1].id
     call = verbs.Call(words=words, runs=tmp_path, points=(chosen[:5],))
-    assert verbs.run(call, behaving.backend_for) == 0
+    assert verbs.run(call, behaving.executor_for) == 0
     sweep = load_sweep(None, [*words], tmp_path)
     seen = observe(roster_of(sweep))
     assert [seen[point.id].state for point in sweep.points] == ["new", "done", "new"]
@@ -365,11 +365,10 @@ def test_of_a_cluster_lines_say_once_what_lasts_and_no_job_that_waits_is_running
     waits = Observation("waiting", "no node has 1 free nvidia.com/gpu (3 nodes)")
     seen = {first: Observation("running"), second: waits, third: waits}
     live = [Action("train", "tiny/int4", (id_,)) for id_ in seen]
-    picture = Picture(rows, seen, live, False)
     said: list[str] = []
-    trouble = ["", "503 nobody is there", "503 nobody is there", ""]
-    lines = progress.Lines(rows, said.append, False, lambda: trouble.pop(0))
-    for _ in range(4):
+    lines = progress.Lines(rows, said.append, False)
+    for error in ("", "503 nobody is there", "503 nobody is there", ""):
+        picture = Picture(rows, seen, live, False, connection_error=error)
         lines.sees(picture)
     assert [line.split(" ", 1)[1] for line in said] == [
         f"2 wait: {waits.cause}", "requests are tried again: 503 nobody is there",

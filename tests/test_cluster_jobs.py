@@ -19,13 +19,14 @@ from hypothesis import strategies as st
 from stillhouse.errors import AGAIN, CANNOT_START, ConfigError, ContractError, Interrupted
 from stillhouse.spec import suite_key
 from stillhouse.sweep import driver as loop
+from stillhouse.sweep.backend import Finished, Task
 from stillhouse.sweep.cluster.code_bundle import bundle
 from stillhouse.sweep.cluster.connect import Cluster
-from stillhouse.sweep.cluster.jobs import JobsBackend
+from stillhouse.sweep.cluster.jobs import JobExecutor
 from stillhouse.sweep.cluster.jobspec import JobSpec, JobSpecs
 from stillhouse.sweep.cluster.ledger import Ledger, cancel_sweep, score_of
 from stillhouse.sweep.cluster.manifest import render
-from stillhouse.sweep.driver import Driver, Finished, Task
+from stillhouse.sweep.driver import Driver
 from stillhouse.sweep.grid import Sweep
 from stillhouse.sweep.outcome import Record, record_of
 from stillhouse.sweep.plan import Action
@@ -57,7 +58,7 @@ RATES: dict[Kind, float] = {
 
 
 @pytest.fixture
-def backend(cluster: Cluster) -> Iterator[JobsBackend]:
+def backend(cluster: Cluster) -> Iterator[JobExecutor]:
     with backend_of(cluster, SWEEP) as one:
         yield one
 
@@ -85,7 +86,7 @@ def put(fake: FakeApi, action: Action = TRAIN, **labels: str) -> str:
 
 def states(cluster: Cluster, sweep: Sweep = SWEEP) -> list[str]:
     with backend_of(cluster, sweep) as backend:
-        seen = backend.observe()
+        seen = backend.snapshot().observations
     return [seen[id_].state for id_ in ids(sweep)]
 
 
@@ -95,7 +96,7 @@ def records(fake: FakeApi) -> dict[str, Record]:
     return {key: record_of(said) for item in found for key, said in item.get("data", {}).items()}
 
 
-def finished(backend: JobsBackend) -> Finished:
+def finished(backend: JobExecutor) -> Finished:
     """The next task that ends."""
     found: list[Finished] = []
     until(lambda: found.extend(backend.wait(0.05)) or found)
@@ -103,7 +104,7 @@ def finished(backend: JobsBackend) -> Finished:
     return one
 
 
-def made(fake: FakeApi, backend: JobsBackend, name: str = NAME) -> None:
+def made(fake: FakeApi, backend: JobExecutor, name: str = NAME) -> None:
     """Wait until a Job is there and the backend knows."""
     until_told(backend, lambda: backend.cache.job(name))
 
@@ -125,7 +126,7 @@ def test_each_task_is_one_job_and_its_end_is_kept(fake: FakeApi, cluster: Cluste
     assert fake.created("configmaps")[f"stillhouse-code-{bundle().key}"] == 1
 
 
-def test_what_is_sent_is_what_is_rendered(fake: FakeApi, backend: JobsBackend) -> None:
+def test_what_is_sent_is_what_is_rendered(fake: FakeApi, backend: JobExecutor) -> None:
     backend.start(task())
     made(fake, backend)
     job, rendered = fake.get("jobs", NAME), render(step_of(TRAIN), SWEEP.site, bundle().key)
@@ -301,7 +302,7 @@ def test_processes_that_are_killed_leave_nothing_undone(fake: FakeApi, tmp_path:
 # -------------------------------------------------------------------------- making a Job once
 
 
-def test_a_job_that_is_there_is_taken_over(fake: FakeApi, backend: JobsBackend) -> None:
+def test_a_job_that_is_there_is_taken_over(fake: FakeApi, backend: JobExecutor) -> None:
     name = put(fake)
     backend.start(task())
     fake.complete(name)
@@ -318,7 +319,7 @@ def test_jobs_of_others_are_live_from_the_start(fake: FakeApi, cluster: Cluster)
         assert set(backend.live()) == {TRAIN, pack, Action("prepare", GROUP)}
         fake.complete(prepare)
         assert finished(backend).action.kind == "prepare"
-        assert backend.prepared() == {GROUP: True}
+        assert backend.snapshot().prepared == {GROUP: True}
 
 
 def test_who_comes_late_reads_of_the_end_before_making_a_job_again(
@@ -338,7 +339,7 @@ def test_who_comes_late_reads_of_the_end_before_making_a_job_again(
 
 
 def test_who_changed_the_ledger_since_we_decided_is_heeded(
-    cluster: Cluster, backend: JobsBackend
+    cluster: Cluster, backend: JobExecutor
 ) -> None:
     backend.maker.look_valid_s = 0.0
     Ledger(cluster, SWEEP.site.runs_claim).write({IDS[0]: Record("cancelled")})
@@ -360,7 +361,7 @@ def test_a_create_whose_answer_is_lost_is_one_job(
 
 
 def test_a_job_of_that_name_that_is_not_ours_is_an_error(
-    fake: FakeApi, backend: JobsBackend
+    fake: FakeApi, backend: JobExecutor
 ) -> None:
     job = render(step_of(TRAIN), SWEEP.site, bundle().key)
     fake.put("jobs", job | {"metadata": {"name": NAME, "labels": {"app": "other"}}})
@@ -370,7 +371,7 @@ def test_a_job_of_that_name_that_is_not_ours_is_an_error(
 
 
 def test_a_job_of_that_name_with_another_content_is_drift(
-    fake: FakeApi, backend: JobsBackend
+    fake: FakeApi, backend: JobExecutor
 ) -> None:
     put(fake, TRAIN, **{"stillhouse/hash": "0" * 40})
     backend.start(task())
@@ -395,7 +396,7 @@ def test_a_job_that_is_still_being_deleted_is_waited_for(fake: FakeApi, cluster:
         assert backend.live() == [TRAIN]
 
 
-def test_a_quota_of_jobs_is_waited_for(fake: FakeApi, backend: JobsBackend) -> None:
+def test_a_quota_of_jobs_is_waited_for(fake: FakeApi, backend: JobExecutor) -> None:
     fake.quota("jobs", 0)
     backend.blocked_s = 0.01
     backend.start(task())
@@ -406,7 +407,7 @@ def test_a_quota_of_jobs_is_waited_for(fake: FakeApi, backend: JobsBackend) -> N
 
 
 def test_a_full_quota_does_not_hide_a_job_that_is_there(
-    fake: FakeApi, backend: JobsBackend
+    fake: FakeApi, backend: JobExecutor
 ) -> None:
     name = put(fake)
     fake.quota("jobs", 0)
@@ -416,7 +417,7 @@ def test_a_full_quota_does_not_hide_a_job_that_is_there(
 
 
 def test_a_create_that_waits_out_an_outage_revives_nothing(
-    fake: FakeApi, cluster: Cluster, backend: JobsBackend
+    fake: FakeApi, cluster: Cluster, backend: JobExecutor
 ) -> None:
     backend.maker.look_valid_s = 0.0
     other = Ledger(cluster, SWEEP.site.runs_claim)
@@ -469,7 +470,7 @@ def test_a_job_stays_a_while_after_its_end_was_written(fake: FakeApi, cluster: C
     assert {job["spec"]["ttlSecondsAfterFinished"] for job in fake.all("jobs")} == {300}
 
 
-def test_a_failed_attempt_leaves_its_cause_on_the_job(fake: FakeApi, backend: JobsBackend) -> None:
+def test_a_failed_attempt_leaves_its_cause_on_the_job(fake: FakeApi, backend: JobExecutor) -> None:
     backend.start(task())
     made(fake, backend)
     crash = {"exit_code": 1, "cause": "OSError: disk", "tail": "last line"}
@@ -489,7 +490,7 @@ def test_a_failed_attempt_leaves_its_cause_on_the_job(fake: FakeApi, backend: Jo
 
 
 def test_what_the_node_killed_for_its_memory_is_not_tried_again(
-    fake: FakeApi, cluster: Cluster, backend: JobsBackend
+    fake: FakeApi, cluster: Cluster, backend: JobExecutor
 ) -> None:
     backend.start(task())
     made(fake, backend)
@@ -551,7 +552,7 @@ def test_a_job_that_somebody_deletes_is_not_made_again_by_this_run(
 
 
 def test_a_cancelled_sweep_ends_every_driver_before_it_refills(
-    fake: FakeApi, cluster: Cluster, backend: JobsBackend
+    fake: FakeApi, cluster: Cluster, backend: JobExecutor
 ) -> None:
     backend.start(task())
     made(fake, backend)

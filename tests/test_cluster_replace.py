@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 
 from stillhouse.errors import CANNOT_START
+from stillhouse.sweep.backend import Finished, Task
 from stillhouse.sweep.cluster.code_bundle import bundle
 from stillhouse.sweep.cluster.connect import Cluster
-from stillhouse.sweep.cluster.jobs import JobsBackend
+from stillhouse.sweep.cluster.jobs import JobExecutor
 from stillhouse.sweep.cluster.jobspec import JobSpecs
 from stillhouse.sweep.cluster.manifest import render
-from stillhouse.sweep.driver import Finished, Task
 from stillhouse.sweep.grid import Sweep
 from stillhouse.sweep.plan import Action
 from tests.builders.driving import (
@@ -54,25 +54,25 @@ def uid(fake: FakeApi, name: str) -> str:
     return (fake.get("jobs", name) or {})["metadata"]["uid"]
 
 
-def waits(backend: JobsBackend, action: Action, words: str) -> str:
+def waits(backend: JobExecutor, action: Action, words: str) -> str:
     """Why an action waits, once that has these words."""
     until_told(backend, lambda: words in backend.waits().get(action, ""))
     return backend.waits()[action]
 
 
-def renewed(fake: FakeApi, backend: JobsBackend, name: str, before: str) -> None:
+def renewed(fake: FakeApi, backend: JobExecutor, name: str, before: str) -> None:
     """Wait until another Job has this one's name, and is followed."""
     until_told(backend, lambda: fake.get("jobs", name) and uid(fake, name) != before)
     until_told(backend, lambda: follows(backend, name) == uid(fake, name))
 
 
-def follows(backend: JobsBackend, name: str) -> str | None:
+def follows(backend: JobExecutor, name: str) -> str | None:
     """The uid of the Job that a backend follows under a name."""
     work = backend._live.get(name)
     return work.uid if work is not None else None
 
 
-def ended(backend: JobsBackend) -> Finished:
+def ended(backend: JobExecutor) -> Finished:
     found: list[Finished] = []
     until(lambda: found.extend(backend.wait(0.05)) or found)
     return found[0]

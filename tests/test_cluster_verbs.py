@@ -356,6 +356,16 @@ def test_run_sends_what_its_dry_run_prints_and_sees_it_done(
     assert told["totals"]["done"] == 4 and told["sweep"] == sweep.name
 
 
+def test_a_run_lists_the_namespace_once(
+    fake: FakeApi, works: dict[str, int], say: Callable[..., str]
+) -> None:
+    say("run", *GRID, *CLUSTER, *SITE)
+    assert fake.requests["list", "jobs"] == 2, "ours, and the names of all others"
+    told = json.loads(say("run", *GRID, *CLUSTER, *SITE, "--json"))
+    assert told["totals"]["done"] == 4
+    assert fake.requests["list", "jobs"] == 3, "ours; nothing is left to be in others' way"
+
+
 def test_a_dry_run_needs_no_cluster_and_is_the_same_bytes_for_one_point(
     tmp_path: Path, say: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

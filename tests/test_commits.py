@@ -73,7 +73,7 @@ def test_all_points_of_a_sweep_use_the_commit_with_which_it_began(
     call = verbs.Call(words=words(runs, "lmbda=0,1", "suite=tiny"), runs=runs)
     first = sweep_of(runs).points[0].id[:6]
     some = verbs.Call(words=words(runs, "lmbda=0,1", "suite=tiny"), runs=runs, points=(first,))
-    assert verbs.run(some, behaving.backend_for) == 0
+    assert verbs.run(some, behaving.executor_for) == 0
     record = read_json(Runs(runs).sweep_file(sweep_of(runs).name)) or {}
     assert record["commits"] == {"lab/one": FIRST}
     cache.move(SECOND)
@@ -82,7 +82,7 @@ def test_all_points_of_a_sweep_use_the_commit_with_which_it_began(
     said = capsys.readouterr().out
     assert "2 points: 1 done, 1 new" in said
     assert f"lab/one is commit {SECOND[:10]} on this machine now; this sweep began with" in said
-    assert verbs.run(call, behaving.backend_for) == 0
+    assert verbs.run(call, behaving.executor_for) == 0
     assert told(runs) == [{"lab/one": FIRST}] * 2
     assert verbs.status(verbs.Call(target=sweep_of(runs).name, runs=runs)) == 0
     assert "2 points: 2 done" in capsys.readouterr().out

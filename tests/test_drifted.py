@@ -143,17 +143,17 @@ def test_plan_status_and_run_say_it_and_run_refuses(
     assert "--sources=new" in said
     assert verbs.status(verbs.Call(target=name, runs=lab.runs)) == 0
     assert "drifted  2: data: " in capsys.readouterr().out
-    assert verbs.run(lab.call(), behaving.backend_for) == MISTAKE
+    assert verbs.run(lab.call(), behaving.executor_for) == MISTAKE
     error = capsys.readouterr().err
     assert error.startswith("ContractError: drifted 2: data: ")
     assert "nothing was started" in error and "restore" in error and "--sources=new" in error
-    assert verbs.run(lab.call(is_json=True), behaving.backend_for) == MISTAKE
+    assert verbs.run(lab.call(is_json=True), behaving.executor_for) == MISTAKE
     told = json.loads(capsys.readouterr().out)
     assert told["totals"]["drifted"] == 2
     assert "rows.jsonl is not what it was" in told["points"][0]["cause"]
     lab.write("rows.jsonl", json.dumps(LINE) + "\n")
     write_baselines(lab)
-    assert verbs.run(lab.call(), behaving.backend_for) == 0
+    assert verbs.run(lab.call(), behaving.executor_for) == 0
     assert "nothing left to do" in capsys.readouterr().out
 
 
@@ -164,7 +164,7 @@ def test_a_new_start_keeps_what_was_there_beside_it_and_takes_it_for_nothing(
     before = {p.id: (roster_of(lab.sweep()).run(p.id)).record() for p in lab.sweep().points}
     words = ["run", *lab.words(), "--runs", str(lab.runs)]
     assert main(words) == MISTAKE
-    assert verbs.run(lab.call("--sources=new"), behaving.backend_for) == 0
+    assert verbs.run(lab.call("--sources=new"), behaving.executor_for) == 0
     assert "begins anew; before: " in capsys.readouterr().out
     assert [seen.state for seen in lab.seen()] == ["done", "done"]
     trained = behaving.begun(lab.runs, "train")

@@ -26,7 +26,7 @@ def sweep_in(runs: Path, *more: str, points: int = 2, parallel: int = 2) -> Swee
 
 def drive(sweep: Sweep) -> int:
     rows = roster_of(sweep)
-    return Driver(sweep, behaving.backend_for(sweep), Lines(rows, [].append)).run()
+    return Driver(sweep, behaving.executor_for(sweep), Lines(rows, [].append)).run()
 
 
 def states(sweep: Sweep) -> list[str]:
@@ -94,7 +94,7 @@ def test_one_broken_adapter_does_not_take_its_pack_with_it(tmp_path: Path) -> No
 def test_a_baseline_that_cannot_be_scored_fails_alone(tmp_path: Path) -> None:
     sweep = sweep_in(tmp_path, points=2)
     behaving.misbehave(tmp_path, "teacher", eval_fails=True)
-    backend, lines = behaving.backend_for(sweep), Lines(roster_of(sweep), [].append)
+    backend, lines = behaving.executor_for(sweep), Lines(roster_of(sweep), [].append)
     loop = Driver(sweep, backend, lines)
     assert loop.run() == 1
     assert states(sweep) == ["done", "done"]
@@ -105,7 +105,7 @@ def test_a_baseline_that_cannot_be_scored_fails_alone(tmp_path: Path) -> None:
 def test_a_pair_that_cannot_be_had_fails_no_point(tmp_path: Path) -> None:
     sweep = sweep_in(tmp_path)
     (tmp_path / "no-weights").touch()
-    loop = Driver(sweep, behaving.backend_for(sweep), Lines(roster_of(sweep), [].append))
+    loop = Driver(sweep, behaving.executor_for(sweep), Lines(roster_of(sweep), [].append))
     assert loop.run() == 1
     cause = "ConfigError: pair tiny: its weights are not at hand; fetch them"
     assert loop.given_up() == {"the pair of tiny/int4": cause}
@@ -209,10 +209,10 @@ def test_drifted_points_wait_for_a_word_and_remember_both_codes(tmp_path: Path) 
     assert states(sweep) == ["drifted"]
     words = behaving.words(tmp_path, points=1)
     call = verbs.Call(words=words, runs=tmp_path)
-    assert verbs.run(call, behaving.backend_for) == 1
+    assert verbs.run(call, behaving.executor_for) == 1
     assert len(behaving.begun(tmp_path, "train")) == 1
     new = verbs.Call(words=words, runs=tmp_path, is_new_code=True)
-    assert verbs.run(new, behaving.backend_for) == 0
+    assert verbs.run(new, behaving.executor_for) == 0
     record = read_json(run.spec_file)
     assert record is not None
     assert record["code"]["digest"] == code_identity()["digest"]

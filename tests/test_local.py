@@ -13,9 +13,10 @@ from typing import Any
 import pytest
 
 from stillhouse.rundir import RunDir
-from stillhouse.sweep.driver import Driver, Finished, Task
+from stillhouse.sweep.backend import Finished, Task
+from stillhouse.sweep.driver import Driver
 from stillhouse.sweep.grid import Sweep, load_sweep
-from stillhouse.sweep.local.workers import LocalBackend
+from stillhouse.sweep.local.workers import WorkerPool
 from stillhouse.sweep.plan import Action, observe
 from stillhouse.sweep.progress import Lines
 from stillhouse.sweep.registry import roster_of
@@ -28,18 +29,18 @@ def sweep(tmp_path: Path) -> Sweep:
 
 
 @pytest.fixture
-def backend(sweep: Sweep) -> Iterator[LocalBackend]:
-    backend = behaving.backend_for(sweep)
+def backend(sweep: Sweep) -> Iterator[WorkerPool]:
+    backend = behaving.executor_for(sweep)
     yield backend
     backend.kill()
 
 
-def the_task(sweep: Sweep, backend: LocalBackend, action: Action) -> Task:
+def the_task(sweep: Sweep, backend: WorkerPool, action: Action) -> Task:
     drive = Driver(sweep, backend, Lines(roster_of(sweep), [].append))
     return drive._task(action)
 
 
-def train(sweep: Sweep, backend: LocalBackend, place: int = 0) -> RunDir:
+def train(sweep: Sweep, backend: WorkerPool, place: int = 0) -> RunDir:
     """Start training of one point; its run directory."""
     action = Action("train", "tiny/int4", (sweep.points[place].id,))
     task = the_task(sweep, backend, action)
@@ -47,7 +48,7 @@ def train(sweep: Sweep, backend: LocalBackend, place: int = 0) -> RunDir:
     return task.runs[0]
 
 
-def wait(backend: LocalBackend) -> Finished:
+def wait(backend: WorkerPool) -> Finished:
     found: list[Finished] = []
     behaving.until(lambda: found.extend(backend.wait(0.1)) or found)
     return found[0]
@@ -59,7 +60,7 @@ def state(sweep: Sweep, run: RunDir) -> tuple[str, str | None]:
 
 
 def test_a_worker_that_ends_well_leaves_its_words_in_the_runs_log(
-    sweep: Sweep, backend: LocalBackend
+    sweep: Sweep, backend: WorkerPool
 ) -> None:
     run = train(sweep, backend)
     finished = wait(backend)
@@ -68,7 +69,7 @@ def test_a_worker_that_ends_well_leaves_its_words_in_the_runs_log(
     assert "training" in run.log_file.read_text()
 
 
-def test_every_point_is_told_its_threads(sweep: Sweep, backend: LocalBackend) -> None:
+def test_every_point_is_told_its_threads(sweep: Sweep, backend: WorkerPool) -> None:
     run = train(sweep, backend)
     wait(backend)
     record = run.record()
@@ -87,7 +88,7 @@ def test_every_point_is_told_its_threads(sweep: Sweep, backend: LocalBackend) ->
     ],
 )
 def test_how_a_worker_ended_is_its_exit_code_and_last_words(
-    sweep: Sweep, backend: LocalBackend, end: str, exit_code: int, cause: str, phase: str
+    sweep: Sweep, backend: WorkerPool, end: str, exit_code: int, cause: str, phase: str
 ) -> None:
     behaving.misbehave(sweep.runs, exit=end)
     run = train(sweep, backend)
@@ -98,7 +99,7 @@ def test_how_a_worker_ended_is_its_exit_code_and_last_words(
 
 
 def test_a_death_by_signal_is_written_down_by_the_launcher(
-    sweep: Sweep, backend: LocalBackend
+    sweep: Sweep, backend: WorkerPool
 ) -> None:
     behaving.misbehave(sweep.runs, kill="SIGKILL")
     run = train(sweep, backend)
@@ -108,7 +109,7 @@ def test_a_death_by_signal_is_written_down_by_the_launcher(
 
 
 def test_a_worker_that_promises_success_and_leaves_no_score_has_failed(
-    sweep: Sweep, backend: LocalBackend
+    sweep: Sweep, backend: WorkerPool
 ) -> None:
     run = train(sweep, backend)
     wait(backend)
@@ -120,7 +121,7 @@ def test_a_worker_that_promises_success_and_leaves_no_score_has_failed(
     assert run.status()["eval_infra_failures"] == 1
 
 
-def test_a_run_that_is_at_work_elsewhere_is_left_alone(sweep: Sweep, backend: LocalBackend) -> None:
+def test_a_run_that_is_at_work_elsewhere_is_left_alone(sweep: Sweep, backend: WorkerPool) -> None:
     run = RunDir(roster_of(sweep).run(sweep.points[0].id).path)
     run.update_status(phase="training", pid=os.getpid())
     with run.lock():
@@ -132,7 +133,7 @@ def test_a_run_that_is_at_work_elsewhere_is_left_alone(sweep: Sweep, backend: Lo
 
 
 def test_a_point_that_is_being_scored_is_running_and_knows_by_whom(
-    sweep: Sweep, backend: LocalBackend
+    sweep: Sweep, backend: WorkerPool
 ) -> None:
     run = train(sweep, backend)
     wait(backend)
@@ -145,7 +146,7 @@ def test_a_point_that_is_being_scored_is_running_and_knows_by_whom(
     assert state(sweep, run) == ("done", None)
 
 
-def test_stop_lets_workers_save_and_kill_does_not(sweep: Sweep, backend: LocalBackend) -> None:
+def test_stop_lets_workers_save_and_kill_does_not(sweep: Sweep, backend: WorkerPool) -> None:
     behaving.misbehave(sweep.runs, steps=1000, step_s=0.02)
     deaf = sweep.points[1].id
     behaving.misbehave(sweep.runs, deaf, steps=1000, step_s=0.02, deaf=True)
@@ -190,11 +191,13 @@ def test_what_the_server_prints_while_it_imports_goes_to_the_log(tmp_path: Path)
     (tmp_path / "noisy.py").write_text("import sys; print('noise', file=sys.stderr)\n")
     program = (
         "import sys; from pathlib import Path\n"
-        "from stillhouse.sweep.local.workers import LocalBackend\n"
+        "from stillhouse.sweep.local.workers import WorkerPool\n"
         "from stillhouse.sweep.grid import load_sweep\n"
         "from stillhouse.sweep.registry import roster_of\n"
+        "from stillhouse.sweep.snapshot import on_disk\n"
         f"sweep = load_sweep(None, ['pair=tiny', 'lmbda=0,1'], Path({str(tmp_path)!r}))\n"
-        "b = LocalBackend(sweep, roster_of(sweep), preload=['noisy'])\n"
+        "rows = roster_of(sweep)\n"
+        "b = WorkerPool(sweep, rows, on_disk(rows, sweep), preload=['noisy'])\n"
         "b._warming.join()\n"
         "print('torch' in sys.modules)\n"
     )
@@ -210,7 +213,7 @@ def test_what_the_server_prints_while_it_imports_goes_to_the_log(tmp_path: Path)
 
 
 def test_a_stop_counts_by_when_we_saw_it_whatever_the_clock_that_wrote_it_said(
-    sweep: Sweep, backend: LocalBackend
+    sweep: Sweep,
 ) -> None:
     """Machines that share the runs do not share a clock."""
     first, second = (roster_of(sweep).run(point.id) for point in sweep.points[:2])
@@ -218,6 +221,7 @@ def test_a_stop_counts_by_when_we_saw_it_whatever_the_clock_that_wrote_it_said(
     for run in (first, second):
         run.path.mkdir(parents=True)
         run.update_status(phase="waiting", exit_code=85, finished=ahead)
+    backend = behaving.executor_for(sweep)
     drive = Driver(sweep, backend, Lines(roster_of(sweep), [].append))
     assert drive.observations[first.id].asked_to_stop is None, "it was so when we came"
     second.update_status(finished=behind)
@@ -227,3 +231,4 @@ def test_a_stop_counts_by_when_we_saw_it_whatever_the_clock_that_wrote_it_said(
     assert backend.look(first.id).asked_to_stop is None
     second.update_status(exit_code=None, phase="training", finished=None)
     assert backend.look(second.id).asked_to_stop is None
+    backend.kill()

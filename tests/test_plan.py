@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from stillhouse.compose import Overrides, compose
 from stillhouse.rundir import RunDir, Runs, eval_file, new_record, write_json
 from stillhouse.spec import EvalSpec, SuiteSpec, TrainSpec, point_id, score_key, slug
-from stillhouse.sweep.driver import Task
+from stillhouse.sweep.backend import Task
 from stillhouse.sweep.grid import load_sweep
 from stillhouse.sweep.local.outcomes import Ending, forget_failures, write_ending
 from stillhouse.sweep.plan import (

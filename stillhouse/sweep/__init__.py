@@ -5,8 +5,9 @@ Reading order:
     grid, commits                    the request becomes checked points; revisions become commits
     registry                         a sweep's record; sweeps, runs and points found by name or id
     plan, dependencies, outcome      each point's state, what it depends on; the next actions
+    snapshot                         what one look at a sweep found, as plain data
+    backend                          what verbs and loop ask of this machine or of a cluster
     driver                           the loop: observe, plan, act, wait
-    backend, offline_plan            what verbs need of this machine or a cluster; a plan without
     local/, cluster/                 run tasks as processes of this machine, or as Kubernetes Jobs
     call, filters, verbs             a verb's arguments and filters; one function for each verb
     show, progress, cost, spending, preflight_lines    what a person reads

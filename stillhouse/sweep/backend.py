@@ -1,57 +1,29 @@
-"""Define what verbs need of the place where points run.
+"""Define a backend: the place where points run and leave their state.
 
-`Ground` is the protocol. `local.backend.Here` implements it for this machine, from the files below
-`runs/`; `cluster.backend.Away` for a cluster, from Jobs and from the ConfigMaps that outlive them.
+`Backend` is what the verbs ask, `Executor` the part of it that the loop gives tasks to.
+`local.backend` and `local.workers` implement them with processes of this machine, `cluster.backend`
+and `cluster.jobs` with Jobs, and with the ConfigMaps that outlive them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Protocol, runtime_checkable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
 
-from stillhouse.sweep import cost, spending
-from stillhouse.sweep.driver import Backend
+from stillhouse.rundir import RunDir
+from stillhouse.spec import EvalSpec
 from stillhouse.sweep.grid import Sweep
-from stillhouse.sweep.plan import Baseline, Observation
+from stillhouse.sweep.plan import Action, Baseline, Observation
 from stillhouse.sweep.registry import Roster
-
-Observations = Mapping[str, Observation]
+from stillhouse.sweep.snapshot import Observations, Snapshot
 
 
 @runtime_checkable
-class Ground(Protocol):
-    """The place where points run and leave their state: this machine or a cluster."""
-
-    @property
-    def name(self) -> str:
-        """Where it is, as words in a sentence."""
-        ...
-
-    @property
-    def parting(self) -> str:
-        """The message of a `run` that leaves before the end."""
-        ...
-
-    @property
-    def again(self) -> str:
-        """The command that starts waiting points there, as the beginning of a sentence."""
-        ...
-
-    @property
-    def has_files(self) -> bool:
-        """Whether runs there write their steps to files that this machine can read."""
-        ...
-
-    def homeward(self, name: str) -> str:
-        """What to do before a report of this sweep (collect), as the beginning of a sentence."""
-        ...
-
-    def trouble(self) -> str:
-        """Why requests about a running sweep get no answer; '' where they do."""
-        ...
-
-    # ------------------------------------------------------------------- looking
+class Backend(Protocol):
+    """This machine, or one namespace of a cluster."""
 
     def names(self) -> list[str]:
         """The sweeps that were ever started there."""
@@ -65,21 +37,6 @@ class Ground(Protocol):
         """
         ...
 
-    def observe(self, rows: Roster, minds_code: bool = False) -> dict[str, Observation]:
-        """The state of every point, by its id.
-
-        `minds_code`: a point that other code than ours began, and that is not done, is drifted.
-        """
-        ...
-
-    def baselines(self, sweep: Sweep) -> tuple[Baseline, ...]:
-        """The rows of a sweep that no run trains, and which of them are scored."""
-        ...
-
-    def given_up(self, rows: Roster) -> dict[str, str]:
-        """Failures that no point shows, of preparing pairs and scoring baselines, with causes."""
-        ...
-
     def pinned(self, sweep: Sweep, begins: bool = False) -> Sweep:
         """The sweep with open revisions at the commits that it first ran with there.
 
@@ -87,39 +44,25 @@ class Ground(Protocol):
         """
         ...
 
-    def drifted_rows(self, sweep: Sweep) -> list[str]:
-        """Which rows that no run trains have scores that are no longer valid, and why."""
+    def look(self, rows: Roster, sweep: Sweep | None = None) -> Snapshot:
+        """How these points stand.
+
+        `sweep`: the one that is to run, of which `rows` are some or all points: then its baselines
+        are looked at, and a point that other code than ours began and did not finish is drifted.
+        """
         ...
 
-    def begin_anew(self, rows: Roster, ids: Sequence[str]) -> list[str]:
-        """Put aside what these points left, so that they are new; where it is kept, a line each."""
-        ...
-
-    def remarks(self, rows: Roster | None) -> list[str]:
+    def describe(self, rows: Roster | None) -> list[str]:
         """Further lines for the status of these points; None: of all sweeps."""
         ...
 
-    def costs(self, sweep: Sweep, observations: Observations) -> dict[str, cost.Cost]:
-        """What each point that is still to be trained would take, by its id."""
-        ...
-
-    def forecast(self, sweep: Sweep, costs: Mapping[str, cost.Cost]) -> list[str]:
-        """Time and price of what is still to be trained, in lines."""
-        ...
-
-    def spent(self, rows: Roster) -> spending.Spent:
-        """What these points cost so far, and on what it was spent."""
-        ...
-
-    def show_logs(self, rows: Roster, follows: bool) -> bool:
+    def show_logs(self, rows: Roster, observations: Observations, follows: bool) -> bool:
         """Print what points printed; whether there was anything."""
         ...
 
-    def log_texts(self, rows: Roster) -> dict[str, str]:
+    def log_texts(self, rows: Roster, observations: Observations) -> dict[str, str]:
         """The same by the points' ids: whole of one point, of several the ends that matter."""
         ...
-
-    # --------------------------------------------------------------------- doing
 
     def require(self, sweep: Sweep, rows: Roster) -> None:
         """Check that everything the first of these points will need is there.
@@ -129,7 +72,7 @@ class Ground(Protocol):
         """
         ...
 
-    def write(self, sweep: Sweep) -> None:
+    def save(self, sweep: Sweep) -> None:
         """Write the sweep down as it is asked, and its points' names with it.
 
         Raises:
@@ -137,18 +80,23 @@ class Ground(Protocol):
         """
         ...
 
-    def adopt_code(self, rows: Roster, observations: Observations) -> None:
-        """Let points that other code began continue under the present code."""
+    def adopt(self, rows: Roster, snapshot: Snapshot) -> list[str]:
+        """Let drifted points continue under our code, or begin anew; a line for each that begins.
+
+        What a point that begins anew left is kept.
+        """
         ...
 
-    def backend(self, sweep: Sweep, rows: Roster) -> AbstractContextManager[Backend]:
-        """The backend that runs the sweep's tasks there, as a context manager."""
+    def executor(
+        self, sweep: Sweep, rows: Roster, snapshot: Snapshot
+    ) -> AbstractContextManager[Executor]:
+        """Run the sweep's tasks there; `snapshot`: the last look at it."""
         ...
 
     def forget(self, rows: Roster, is_whole: bool) -> int:
         """Forget how these points failed.
 
-        `is_whole`: forget those of `given_up`, too; the number of these is returned.
+        `is_whole`: forget the failures that no point shows, too; their number is returned.
         """
         ...
 
@@ -157,4 +105,84 @@ class Ground(Protocol):
 
         `is_whole`: a loop over the sweep ends, too.
         """
+        ...
+
+
+@dataclass(frozen=True)
+class Task:
+    """An action with all that it takes to carry it out."""
+
+    action: Action
+    arguments: tuple[Any, ...]  # of the function that its kind of action stands for
+    runs: tuple[RunDir, ...]  # of its points
+    suite_spec: EvalSpec | None  # of an evaluation
+    log: Path  # what it prints is appended here
+
+
+@dataclass(frozen=True)
+class Finished:
+    """How a task ended."""
+
+    action: Action
+    exit_code: int
+    cause: str | None
+    seconds: float
+
+
+@runtime_checkable
+class Executor(Protocol):
+    """Runs the tasks of one sweep, and hears how its points stand meanwhile."""
+
+    @property
+    def has_fixed_packs(self) -> bool:
+        """Whether other drivers may run the same sweep: then all must cut the same packs."""
+        ...
+
+    @property
+    def connection_error(self) -> str:
+        """Why requests get no answer just now; '' where they do."""
+        ...
+
+    def snapshot(self) -> Snapshot:
+        """How the points and baselines stood when it began."""
+        ...
+
+    def look(self, id_: str) -> Observation:
+        """The state of one point."""
+        ...
+
+    def changed(self) -> Iterable[str]:
+        """Points that may have changed without any task of ours having ended."""
+        ...
+
+    def baselines(self) -> tuple[Baseline, ...]:
+        """The rows that no run trains, and which of them are scored."""
+        ...
+
+    def is_cancelled(self) -> bool:
+        """Whether somebody asked, since this was made, that the sweep's loop end."""
+        ...
+
+    def live(self) -> Sequence[Action]:
+        """What is at work, or waits to be."""
+        ...
+
+    def waits(self) -> Mapping[Action, str]:
+        """Why a live action does not run yet, where no point's state says it."""
+        ...
+
+    def start(self, task: Task) -> None:
+        """Take a task on; returns at once."""
+        ...
+
+    def wait(self, timeout_s: float) -> list[Finished]:
+        """The tasks that ended, as soon as one does; none when the time is over."""
+        ...
+
+    def stop(self) -> None:
+        """Ask every task to save and end."""
+        ...
+
+    def kill(self) -> None:
+        """End every task now."""
         ...

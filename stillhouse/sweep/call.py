@@ -16,12 +16,11 @@ from stillhouse.compose import Overrides, from_command_line
 from stillhouse.errors import ConfigError, nearest
 from stillhouse.spec import SiteSpec, TrainSpec, to_plain
 from stillhouse.sweep import registry
-from stillhouse.sweep.backend import Ground
+from stillhouse.sweep.backend import Backend
 from stillhouse.sweep.cluster import pod_paths
-from stillhouse.sweep.cluster.backend import Away
+from stillhouse.sweep.cluster.backend import ClusterBackend
 from stillhouse.sweep.grid import Sweep, load_sweep
-from stillhouse.sweep.local.backend import Here
-from stillhouse.sweep.offline_plan import Unasked
+from stillhouse.sweep.local.backend import LocalBackend
 from stillhouse.sweep.registry import Roster, Row, roster_of
 from stillhouse.sweep.site import CLUSTER, away_words, site_of
 
@@ -36,7 +35,7 @@ class Call:
     target: str | None = None
     words: tuple[str, ...] = ()
     points: tuple[str, ...] = ()
-    backend: str = "local"
+    backend_name: str = "local"
     runs: Path = DEFAULT_RUNS
     is_json: bool = False
     is_new_code: bool = False
@@ -51,11 +50,16 @@ class Call:
     is_sure: bool = False
 
     def __post_init__(self) -> None:
-        if self.backend not in BACKENDS:
+        if self.backend_name not in BACKENDS:
             there_is = " and ".join(BACKENDS)
             raise ConfigError(
-                f"--backend {self.backend}: there is {there_is}.{nearest(self.backend, BACKENDS)}"
+                f"--backend {self.backend_name}: there is {there_is}."
+                f"{nearest(self.backend_name, BACKENDS)}"
             )
+
+    @property
+    def is_cluster(self) -> bool:
+        return self.backend_name == CLUSTER
 
     @functools.cached_property
     def is_about_all(self) -> bool:
@@ -72,7 +76,7 @@ class Call:
 
     @functools.cached_property
     def _sweep(self) -> Sweep:
-        return load_sweep(self.target, list(self.words), self.runs, self.backend)
+        return load_sweep(self.target, list(self.words), self.runs, self.backend_name)
 
     def sweep(self) -> Sweep:
         """The sweep that a file and the words describe.
@@ -88,7 +92,7 @@ class Call:
         Raises:
             ConfigError: as `sweep`; in a cluster, a path that no pod would have.
         """
-        if self.backend == CLUSTER:
+        if self.is_cluster:
             pod_paths.refuse(point.spec for point in self.sweep().points)
         return self.sweep()
 
@@ -103,43 +107,37 @@ class Call:
         return site_of(_of_site_only(self))
 
     @functools.cached_property
-    def ground(self) -> Ground:
+    def backend(self) -> Backend:
         """The place where the points run: this machine, or the cluster.
 
         Raises:
             ConfigError: there is no way to the cluster.
         """
-        return Away(self.site, self.runs) if self.backend == CLUSTER else Here(self.runs)
-
-    @functools.cached_property
-    def view(self) -> Ground:
-        """As `ground`; where the cluster cannot be reached, what is known of it here."""
-        try:
-            return self.ground
-        except ConfigError as error:
-            return Unasked(self.site, self.runs, str(error))
+        if self.is_cluster:
+            return ClusterBackend(self.site, self.runs)
+        return LocalBackend(self.runs)
 
     @property
-    def away(self) -> Away:
+    def cluster(self) -> ClusterBackend:
         """The cluster, for verbs that only a cluster has.
 
         Raises:
-            ConfigError: this machine is meant; or as `ground`.
+            ConfigError: this machine is meant; or as `backend`.
         """
-        if not isinstance(self.ground, Away):
+        if not isinstance(self.backend, ClusterBackend):
             raise ConfigError("that is done in a cluster: say --backend cluster")
-        return self.ground
+        return self.backend
 
     def find(self) -> Roster:
         """The points that a verb such as status, logs, retry or cancel is about."""
         if self.is_file:
-            found = roster_of(self.ground.pinned(self.sweep()))
+            found = roster_of(self.backend.pinned(self.sweep()))
         elif self.target is None:
-            known = ", ".join(self.ground.names()) or "none yet"
+            known = ", ".join(self.backend.names()) or "none yet"
             raise ConfigError(f"which sweep? A file, a sweep ({known}), a run's name or id")
         else:
             _of_site_only(self)
-            found = self.ground.find(self.target)
+            found = self.backend.find(self.target)
         return registry.narrowed(found, self.points)
 
     def knobs(self, row: Row) -> dict[str, Any]:
@@ -156,7 +154,7 @@ class Call:
     def command(self, verb: str, target: str) -> str:
         """A command to tell the reader about, with the options that find these runs."""
         runs = "" if self.runs == DEFAULT_RUNS else f" --runs {self.runs}"
-        there = f" {away_words(self.site)}" if self.backend == CLUSTER else ""
+        there = f" {away_words(self.site)}" if self.is_cluster else ""
         return f"stillhouse {verb} {target}{runs}{there}"
 
 
@@ -178,7 +176,7 @@ def _of_site_only(call: Call) -> Overrides:
     """
     if not call.words:
         return Overrides({}, {})
-    if call.backend == CLUSTER:
+    if call.is_cluster:
         from_command_line(list(call.words), TrainSpec)  # says what is no knob at all
         overrides = _of_site(call.words)
         if overrides is not None:

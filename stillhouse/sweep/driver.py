@@ -1,6 +1,6 @@
 """Run the loop over a sweep until nothing is left to do: observe, plan, act, wait.
 
-The loop is not a source of truth: it reads the state of each point (`plan`), its backend knows how
+The loop is not a source of truth: it reads the state of each point (`plan`), its executor knows how
 a task runs, and its display shows progress to a person. Kill it at any moment, start it again, and
 it continues.
 """
@@ -11,20 +11,19 @@ import contextlib
 import dataclasses
 import functools
 import signal
-from collections.abc import Generator, Iterable, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from stillhouse.compose import Overrides, compose
 from stillhouse.errors import AGAIN, DONE, POISON
-from stillhouse.rundir import RunDir, code_identity, now, write_json
 from stillhouse.spec import EvalSpec
+from stillhouse.sweep.backend import Executor, Finished, Task
 from stillhouse.sweep.commits import placed
 from stillhouse.sweep.grid import Point, Sweep
 from stillhouse.sweep.plan import (
     Action,
-    Baseline,
     Observation,
     Situation,
     actions,
@@ -32,88 +31,10 @@ from stillhouse.sweep.plan import (
     groups_of,
 )
 from stillhouse.sweep.registry import Roster, log_file, roster_of
+from stillhouse.sweep.snapshot import Snapshot
 
 SOME_FAILED = 1  # the launcher's own exit code (DESIGN: Exit codes of the launcher's verbs)
 TICK_S = 0.5  # how often the loop looks up while nothing ends
-
-
-@dataclass(frozen=True)
-class Task:
-    """An action with all that a backend needs to carry it out."""
-
-    action: Action
-    arguments: tuple[Any, ...]  # of the function that its kind of action stands for
-    runs: tuple[RunDir, ...]  # of its points
-    suite_spec: EvalSpec | None  # of an evaluation
-    log: Path  # what it prints is appended here
-
-
-@dataclass(frozen=True)
-class Finished:
-    """How a task ended."""
-
-    action: Action
-    exit_code: int
-    cause: str | None
-    seconds: float
-
-
-@runtime_checkable
-class Backend(Protocol):
-    """Something that runs tasks, and knows how the points of a sweep stand."""
-
-    @property
-    def has_fixed_packs(self) -> bool:
-        """Whether other drivers may run the same sweep: then all must cut the same packs."""
-        ...
-
-    def observe(self) -> dict[str, Observation]:
-        """The state of every point."""
-        ...
-
-    def look(self, id_: str) -> Observation:
-        """The state of one point."""
-        ...
-
-    def changed(self) -> Iterable[str]:
-        """Points that may have changed without any task of ours having ended."""
-        ...
-
-    def baselines(self) -> tuple[Baseline, ...]:
-        """The rows that no run trains, and which of them are scored."""
-        ...
-
-    def prepared(self) -> Mapping[str, bool]:
-        """Groups whose pair is known to be prepared."""
-        ...
-
-    def is_cancelled(self) -> bool:
-        """Whether somebody asked, since this was made, that the sweep's loop end."""
-        ...
-
-    def live(self) -> Sequence[Action]:
-        """What is at work, or waits to be."""
-        ...
-
-    def waits(self) -> Mapping[Action, str]:
-        """Why a live action does not run yet, where no point's state says it."""
-        ...
-
-    def start(self, task: Task) -> None:
-        """Take a task on; returns at once."""
-        ...
-
-    def wait(self, timeout_s: float) -> list[Finished]:
-        """The tasks that ended, as soon as one does; none when the time is over."""
-        ...
-
-    def stop(self) -> None:
-        """Ask every task to save and end."""
-        ...
-
-    def kill(self) -> None:
-        """End every task now."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -124,7 +45,8 @@ class Picture:
     observations: Mapping[str, Observation]
     live: Sequence[Action]
     is_stopping: bool
-    waits: Mapping[Action, str] = field(default_factory=dict[Action, str])  # `Backend.waits`
+    waits: Mapping[Action, str] = field(default_factory=dict[Action, str])  # `Executor.waits`
+    connection_error: str = ""  # why requests get no answer; "" where they do
 
 
 @runtime_checkable
@@ -168,9 +90,9 @@ class Driver:
     """One loop over one sweep; `only`: the points it is about, all of them without it."""
 
     def __init__(
-        self, sweep: Sweep, backend: Backend, display: Display, only: Roster | None = None
+        self, sweep: Sweep, executor: Executor, display: Display, only: Roster | None = None
     ) -> None:
-        self.sweep, self.backend, self.display = sweep, backend, display
+        self.sweep, self.executor, self.display = sweep, executor, display
         self.roster = only or roster_of(sweep)
         self.points: dict[str, Point] = {
             point.id: point for point in sweep.points if point.id in self.roster.by_id
@@ -178,12 +100,13 @@ class Driver:
         groups = groups_of(sweep)
         self.groups = {id_: groups[id_] for id_ in self.points}
         # Cut of the whole sweep: a point's pack is the same, whichever points this loop is about.
-        packs = fixed_packs(groups, sweep.pack) if backend.has_fixed_packs else groups
+        packs = fixed_packs(groups, sweep.pack) if executor.has_fixed_packs else groups
         self.packs = {id_: packs[id_] for id_ in self.points}
-        self.since = now()
-        self.observations = backend.observe()
-        self.baselines = backend.baselines()
-        self.prepared = dict(backend.prepared())
+        first = executor.snapshot()
+        self.since = first.at
+        self.observations = {**first.observations}
+        self.baselines = first.baselines
+        self.prepared = {**first.prepared}
         self.failed_to_prepare: dict[str, int] = {}
         self.blocked: dict[str, str] = {}  # group -> why its pair cannot be had
 
@@ -194,44 +117,45 @@ class Driver:
             try:
                 while not self._is_asked_to_stop(interrupts):
                     self._start_what_can()
-                    if not self.backend.live() and not self._is_any_elsewhere():
+                    if not self.executor.live() and not self._is_any_elsewhere():
                         return self._exit_code()
                     self._turn()
-                    for id_ in self.backend.changed():
+                    for id_ in self.executor.changed():
                         self._look(id_)
                 return self._wind_down(interrupts)
             except BaseException:
-                self.backend.stop()  # nobody would reap them, but they can still save
+                self.executor.stop()  # nobody would reap them, but they can still save
                 raise
 
     def _is_asked_to_stop(self, interrupts: Interrupts) -> bool:
         if interrupts.count:
             return True
-        if self.backend.is_cancelled():
+        if self.executor.is_cancelled():
             self.display.says("cancelled by `stillhouse cancel`")
             return True
         return False
 
     def _wind_down(self, interrupts: Interrupts) -> int:
         """Let what runs save and end; a second Ctrl-C does not let it."""
-        self.backend.stop()
-        if live := self.backend.live():
+        self.executor.stop()
+        if live := self.executor.live():
             self.display.says(
                 f"stopping: {len(live)} at work save what they have (Ctrl-C again kills them)"
             )
         already = min(interrupts.count, 1)
-        while self.backend.live():
+        while self.executor.live():
             self._turn(is_stopping=True)
             if interrupts.count > max(already, 1):
                 already = interrupts.count
-                self.backend.kill()
+                self.executor.kill()
         return AGAIN
 
     def _turn(self, is_stopping: bool = False) -> None:
-        live = tuple(self.backend.live())
-        waits = self.backend.waits()
-        self.display.sees(Picture(self.roster, self.observations, live, is_stopping, waits))
-        for finished in self.backend.wait(TICK_S):
+        live = tuple(self.executor.live())
+        waits, error = self.executor.waits(), self.executor.connection_error
+        picture = Picture(self.roster, self.observations, live, is_stopping, waits, error)
+        self.display.sees(picture)
+        for finished in self.executor.wait(TICK_S):
             self._finish(finished)
 
     def _start_what_can(self) -> None:
@@ -248,7 +172,7 @@ class Driver:
             self.observations,
             self.baselines,
             self.prepared,
-            self.backend.live(),
+            self.executor.live(),
             self.since,
         )
         for action in actions(situation, self.sweep.site.max_parallel, self.sweep.pack):
@@ -259,7 +183,7 @@ class Driver:
             if [self.observations[id_] for id_ in action.points] != before:
                 is_surprised = True
                 continue
-            self.backend.start(self._task(action))
+            self.executor.start(self._task(action))
             self.display.started(action)
         return is_surprised
 
@@ -270,7 +194,7 @@ class Driver:
         if action.kind == "prepare":
             self._learn_whether_prepared(finished)
         if action.baselines:
-            self.baselines = self.backend.baselines()
+            self.baselines = self.executor.baselines()
         self.display.finished(finished)
 
     def _learn_whether_prepared(self, finished: Finished) -> None:
@@ -286,7 +210,7 @@ class Driver:
                 self.blocked[group] = finished.cause or f"exit code {finished.exit_code}"
 
     def _look(self, id_: str) -> None:
-        self.observations[id_] = self.backend.look(id_)
+        self.observations[id_] = self.executor.look(id_)
 
     def _is_any_elsewhere(self) -> bool:
         """Whether some other process has a point at work: waiting for it is all there is to do."""
@@ -298,12 +222,16 @@ class Driver:
             return SOME_FAILED
         return DONE if states <= {"done"} else AGAIN
 
+    def snapshot(self) -> Snapshot:
+        """How the points and baselines stand."""
+        return Snapshot(self.observations, self.baselines, self.given_up(), self.prepared)
+
     def given_up(self) -> dict[str, str]:
         """Failures that no run shows, of preparing pairs and scoring baselines, with causes."""
         pairs = {f"the pair of {group}": cause for group, cause in self.blocked.items()}
         return pairs | {f"baseline {b.directory.name}": b.cause for b in self.baselines if b.cause}
 
-    # --------------------------------------------------------------- what a backend is given
+    # -------------------------------------------------------------- what an executor is given
 
     def _task(self, action: Action) -> Task:
         runs = tuple(self.roster.run(id_) for id_ in action.points)
@@ -344,22 +272,3 @@ class Driver:
     @functools.cached_property
     def _eval_defaults(self) -> EvalSpec:
         return compose(Overrides({}, {}), EvalSpec)
-
-
-def adopt_code(roster: Roster, observations: Mapping[str, Observation]) -> list[str]:
-    """Let drifted points go on under the code at hand, and write down that they did; their ids.
-
-    spec.json keeps every digest that had a part in a run: the report names mixed code.
-    """
-    drifted = [
-        id_
-        for id_, seen in observations.items()
-        if seen.state == "drifted" and not seen.must_begin_anew
-    ]
-    for id_ in drifted:
-        run = roster.run(id_)
-        record = run.record()
-        assert record is not None, "a point drifts from the code that its record names"
-        earlier = [*record.get("earlier_code", []), record["code"]]
-        write_json(run.spec_file, record | {"code": code_identity(), "earlier_code": earlier})
-    return drifted

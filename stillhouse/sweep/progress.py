@@ -23,7 +23,8 @@ from rich.text import Text
 
 from stillhouse.errors import AGAIN, DONE, ContractError, visible
 from stillhouse.rundir import RunDir
-from stillhouse.sweep.driver import Finished, Picture
+from stillhouse.sweep.backend import Finished
+from stillhouse.sweep.driver import Picture
 from stillhouse.sweep.plan import Action, Observation
 from stillhouse.sweep.registry import Roster
 from stillhouse.sweep.show import counted, fingerprint
@@ -97,9 +98,8 @@ class Lines:
         roster: Roster,
         write: Callable[[str], object],
         has_files: bool = True,
-        trouble: Callable[[], str] = str,
     ) -> None:
-        self.roster, self.write, self.has_files, self.trouble = roster, write, has_files, trouble
+        self.roster, self.write, self.has_files = roster, write, has_files
         self.states: Counter[str] = Counter()
         self.since: dict[str, float] = {}  # a reason to wait -> when it was first seen
         self.told: set[str] = set()  # the reasons that were said
@@ -160,8 +160,8 @@ class Lines:
             if len(actions) == 1:
                 who = f"{DOING[actions[0].kind]} {about(actions[0], self.roster)}, waits"
             words[kind] = f"{who}: {picture.waits[actions[0]]}"
-        if trouble := self.trouble():
-            words[TROUBLE] = f"requests are tried again: {trouble}"
+        if picture.connection_error:
+            words[TROUBLE] = f"requests are tried again: {picture.connection_error}"
         self.since = {kind: self.since.get(kind, clock) for kind in words}
         self.told &= words.keys()
         for kind in [kind for kind in words if kind not in self.told]:
@@ -188,15 +188,8 @@ class Board:
     state shows how far they are.
     """
 
-    def __init__(
-        self,
-        roster: Roster,
-        console: Console,
-        has_files: bool = True,
-        trouble: Callable[[], str] = str,
-    ) -> None:
-        self.roster, self.console = roster, console
-        self.has_files, self.trouble = has_files, trouble
+    def __init__(self, roster: Roster, console: Console, has_files: bool = True) -> None:
+        self.roster, self.console, self.has_files = roster, console, has_files
         self.live = Live(console=console, auto_refresh=False, transient=True)
         self.began: dict[Action, float] = {}
         self.paces: dict[str, Pace] = {}  # of the points that train
@@ -243,8 +236,8 @@ class Board:
         total = len(picture.observations)
         states = states_now(picture, self.has_files)
         words = [f"{picture.roster.name}: {counted(states)}"]
-        if trouble := self.trouble():
-            words.append(f"requests are tried again: {trouble}")
+        if picture.connection_error:
+            words.append(f"requests are tried again: {picture.connection_error}")
         elif picture.is_stopping:
             words.append("stopping")
         elif self.first and self.first[1] < worth < total:
@@ -287,15 +280,12 @@ def _worth(seen: Observation, steps: Steps | None) -> float:
     return min(1.0, at.done / at.of) if at.of else 0.0
 
 
-def display(
-    roster: Roster, has_files: bool = True, trouble: Callable[[], str] = str
-) -> Board | Lines:
+def display(roster: Roster, has_files: bool = True) -> Board | Lines:
     """A board where somebody looks at a terminal, lines where stdout is a file.
 
-    `has_files`: whether runs write their steps where we can read them. `trouble`: returns why
-    requests about them get no answer; '' where they do.
+    `has_files`: whether runs write their steps where we can read them.
     """
     console = Console(highlight=False)
     if sys.stdout.isatty() and not console.is_dumb_terminal:
-        return Board(roster, console, has_files, trouble)
-    return Lines(roster, lambda text: say(text, flush=True), has_files, trouble)
+        return Board(roster, console, has_files)
+    return Lines(roster, lambda text: say(text, flush=True), has_files)

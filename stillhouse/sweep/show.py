@@ -8,13 +8,14 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from stillhouse.methods import drawn
 from stillhouse.rundir import Json
 from stillhouse.sweep import cost
 from stillhouse.sweep.grid import Point, Sweep
-from stillhouse.sweep.plan import STATES, Observation
+from stillhouse.sweep.plan import STATES, Baseline, Observation
 from stillhouse.sweep.registry import Roster, Row
 from stillhouse.sweep.sweep_file import text
 from stillhouse.text import duration
@@ -27,6 +28,30 @@ NAMED = 3  # points that a reason names
 DRAWN = 30  # methods that a plan draws before it only counts them
 FAILED = ("failed", "stopped")
 UNREADABLE = "unreadable"
+
+
+@dataclass(frozen=True)
+class Phrases:
+    """What a person reads about the place where points run."""
+
+    there: str
+    left: str  # the message of a `run` that leaves before the end
+    again: str  # the command that starts waiting points, as the beginning of a sentence
+
+
+PHRASES = {
+    "local": Phrases(
+        there="here",
+        left="stopped before the end; the same command goes on from here",
+        again="`stillhouse run`",
+    ),
+    "cluster": Phrases(
+        there="on this cluster",
+        left="left; its Jobs go on in the cluster, and nothing new is sent: the same command goes"
+        " on from here, and with --detach it needs nobody to watch",
+        again="`stillhouse run`, or the same line of k8s/train.sh or k8s/eval.sh,",
+    ),
+}
 
 
 def counted(states: Mapping[str, int]) -> str:
@@ -228,6 +253,23 @@ def drifted(roster: Roster, observations: Mapping[str, Observation]) -> list[str
     return [
         f"{observations[rows[0].id].state} {len(rows)}: {'; '.join(why)} [{_who(rows)}]"
         for why, rows in sorted(kinds.items(), key=lambda kind: len(kind[1]), reverse=True)
+    ]
+
+
+def drifted_baselines(baselines: Sequence[Baseline]) -> list[str]:
+    """Which baselines have scores that are no longer valid, and why."""
+    return [
+        f"baseline {one.directory.name}: {'; '.join(one.rests_on_other)}; to be scored anew"
+        for one in baselines
+        if one.rests_on_other
+    ]
+
+
+def unreachable(why: str) -> list[str]:
+    """What a plan says of a cluster that could not be asked."""
+    return [
+        f"no cluster could be asked: {why}",
+        "  states are those of what was collected; all else counts as new",
     ]
 
 

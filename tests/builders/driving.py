@@ -23,8 +23,9 @@ from typing import Any
 import pytest
 
 from stillhouse.sweep.cluster.connect import Cluster, connect
-from stillhouse.sweep.cluster.jobs import JobsBackend
+from stillhouse.sweep.cluster.jobs import JobExecutor
 from stillhouse.sweep.cluster.ledger import write_sweep
+from stillhouse.sweep.cluster.watch import Watcher
 from stillhouse.sweep.driver import Driver
 from stillhouse.sweep.grid import Sweep, load_sweep
 from stillhouse.sweep.progress import Lines
@@ -65,10 +66,11 @@ def cluster_of(fake: Any, path: Path, namespace: str | None = None) -> Iterator[
 
 
 @contextlib.contextmanager
-def backend_of(cluster: Cluster, sweep: Sweep, **how: float) -> Iterator[JobsBackend]:
+def backend_of(cluster: Cluster, sweep: Sweep, **how: float) -> Iterator[JobExecutor]:
     """A backend of it, as `run` makes one."""
     write_sweep(cluster, record_of(sweep))
-    backend = JobsBackend(sweep, roster_of(sweep), cluster)
+    watcher = Watcher(cluster, sweep.site.runs_claim)
+    backend = JobExecutor(sweep, roster_of(sweep), watcher)
     for name, seconds in how.items():  # keep_s, write_s, retry_s, blocked_s
         setattr(backend, name, seconds)
     with contextlib.closing(backend):
@@ -163,7 +165,7 @@ def until(condition: Callable[[], object], timeout_s: float = 30.0) -> None:
         time.sleep(0.002)
 
 
-def until_told(backend: JobsBackend, condition: Callable[[], object]) -> None:
+def until_told(backend: JobExecutor, condition: Callable[[], object]) -> None:
     """Let a backend take in news until something is so; what ended meanwhile is not asked for."""
     until(lambda: (backend.wait(0.01), condition())[1])
 

@@ -32,8 +32,9 @@ from stillhouse.sources import sources_of
 from stillhouse.spec import EvalSpec, PairSpec, QuantSpec, TrainSpec, baseline_key, score_key
 from stillhouse.stop import StopFlag
 from stillhouse.sweep.grid import Sweep
-from stillhouse.sweep.local.workers import LocalBackend
+from stillhouse.sweep.local.workers import WorkerPool
 from stillhouse.sweep.registry import Roster, roster_of
+from stillhouse.sweep.snapshot import Snapshot, on_disk
 from stillhouse.sweep.verbs import Call, run
 
 WORK = {
@@ -45,14 +46,17 @@ PRELOAD = ("pytest", "hypothesis", "tests.fakes.behaving")
 ENDS = {"diverged": Diverged, "memory": OutOfMemory, "config": ConfigError, "crash": RuntimeError}
 
 
-def backend_for(sweep: Sweep, rows: Roster | None = None) -> LocalBackend:
-    """The real local backend, with the work of this module."""
-    return LocalBackend(sweep, rows or roster_of(sweep), WORK, PRELOAD)
+def executor_for(
+    sweep: Sweep, rows: Roster | None = None, first: Snapshot | None = None
+) -> WorkerPool:
+    """The real workers, with the work of this module."""
+    rows = rows or roster_of(sweep)
+    return WorkerPool(sweep, rows, first or on_disk(rows, sweep), WORK, PRELOAD)
 
 
 def launch(runs: str, *words: str) -> None:
     """`stillhouse run WORDS` as a process of its own: what a test interrupts and kills."""
-    code = run(Call(words=words, runs=Path(runs)), backend_for)
+    code = run(Call(words=words, runs=Path(runs)), executor_for)
     print("heavy modules:", sorted({"torch", "transformers", "pandas"} & set(sys.modules)))
     sys.exit(code)
 

@@ -1,4 +1,4 @@
-"""Implement the verbs' interface `Ground` for a cluster: its Jobs, its pods and its ledger.
+"""Implement the backend of a cluster: its Jobs, its pods and its ledger.
 
 A look is one LIST of each kind of object, kept until a command from here changes something. All
 that is known of a sweep is in the cluster, so any machine with a kubeconfig can show its state and
@@ -16,7 +16,8 @@ from typing import Any, cast
 
 from stillhouse.rundir import Json, Runs, code_identity
 from stillhouse.spec import SiteSpec, suite_key
-from stillhouse.sweep import commits, cost, registry, show, spending
+from stillhouse.sweep import commits, registry, show
+from stillhouse.sweep.backend import Executor
 from stillhouse.sweep.cluster import collect, delete_jobs, detach, doctor, find, pod_logs, secrets
 from stillhouse.sweep.cluster.cache import NamespaceCache, baselines_seen, keys_of
 from stillhouse.sweep.cluster.code_bundle import bundle
@@ -35,38 +36,21 @@ from stillhouse.sweep.cluster.objects import JobView
 from stillhouse.sweep.cluster.render import every_step, prepares_of
 from stillhouse.sweep.cluster.run_names import Names
 from stillhouse.sweep.cluster.watch import Watcher
-from stillhouse.sweep.driver import Backend
 from stillhouse.sweep.grid import Sweep
-from stillhouse.sweep.plan import Baseline, Observation
+from stillhouse.sweep.plan import Observation
 from stillhouse.sweep.registry import Roster, Row
 from stillhouse.sweep.site import away_words
+from stillhouse.sweep.snapshot import Observations, Snapshot
 
 DRIVER, COLLECTOR = "stillhouse-driver", "stillhouse-collector"  # Roles of k8s/access.yaml
 
-Observations = Mapping[str, Observation]
 
-
-class Away:
+class ClusterBackend:
     """One namespace of a cluster, and the volume of runs that it works on."""
-
-    name = "on this cluster"
-    parting = (
-        "left; its Jobs go on in the cluster, and nothing new is sent: the same command goes on"
-        " from here, and with --detach it needs nobody to watch"
-    )
-    again = "`stillhouse run`, or the same line of k8s/train.sh or k8s/eval.sh,"
-    has_files = False
 
     def __init__(self, site: SiteSpec, runs: Path) -> None:
         self.site, self.runs = site, runs
         self.cluster: Cluster = connect(site.kube_context, site.namespace)
-        self._driving: Cluster | None = None
-
-    def homeward(self, name: str) -> str:
-        return f"`stillhouse collect {name} {away_words(self.site)}`, then "
-
-    def trouble(self) -> str:
-        return self._driving.trouble if self._driving else ""
 
     @functools.cached_property
     def watcher(self) -> Watcher:
@@ -91,9 +75,15 @@ class Away:
 
     # -------------------------------------------------------------------------------- looking
 
-    def observe(self, rows: Roster, minds_code: bool = False) -> dict[str, Observation]:
+    def look(self, rows: Roster, sweep: Sweep | None = None) -> Snapshot:
+        self.cache.code = code_identity()["digest"] if sweep else None
+        observations = self._observe(rows)
+        baselines = baselines_seen(self.cache, sweep) if sweep else ()
+        records = self.watcher.ledger.records()
+        return Snapshot(observations, baselines, self._failures(rows), records=records)
+
+    def _observe(self, rows: Roster) -> dict[str, Observation]:
         scores = suite_key(rows.suite) if rows.suite else None
-        self.cache.code = code_identity()["digest"] if minds_code else None
         found = self.watcher.observe(rows.by_id, scores)
         if any(seen.state in ("new", "failed", "waiting") for seen in found.values()):
             self.watcher.look_for_orphans()
@@ -114,22 +104,13 @@ class Away:
         )
         return judge(facts)
 
-    def baselines(self, sweep: Sweep) -> tuple[Baseline, ...]:
-        return baselines_seen(self.cache, sweep)
-
     def pinned(self, sweep: Sweep, begins: bool = False) -> Sweep:
         # Which commit a volume holds, nobody here sees: pods are told one, and fetch that.
         record = read_sweep(self.cluster, sweep.name) or {}
         find = commits.of_hub if begins else commits.unasked
         return commits.pinned(sweep, record.get("commits") or {}, find)
 
-    def drifted_rows(self, sweep: Sweep) -> list[str]:
-        return []  # what scores rest on lies on the volume: the evaluation sees it
-
-    def begin_anew(self, rows: Roster, ids: Sequence[str]) -> list[str]:
-        raise AssertionError("what lies on the volume, its pods put aside (place.sources)")
-
-    def given_up(self, rows: Roster) -> dict[str, str]:
+    def _failures(self, rows: Roster) -> dict[str, str]:
         found: dict[str, str] = {}
         scores = suite_key(rows.suite) if rows.suite else None
         for directory in rows.baselines if scores else ():
@@ -167,7 +148,7 @@ class Away:
         others = self.cache.jobs_about(row.id)
         return others if job is None or job in others else [job, *others]
 
-    def remarks(self, rows: Roster | None) -> list[str]:
+    def describe(self, rows: Roster | None) -> list[str]:
         if rows is None:
             others = [job for job in self.cache.jobs() if job.kind in ("collect", "push")]
             said = said_of_others(others, self.cache)
@@ -199,32 +180,21 @@ class Away:
             return []
         rows = tuple(find.row(job.name, next(iter(job.names), None)) for job in single)
         lines = Roster("single Jobs", self.runs, rows, None, ())
-        observations = self.observe(lines)
+        observations = self._observe(lines)
         return [show.headline(lines, observations), *show.reasons(lines, observations)]
 
-    def costs(self, sweep: Sweep, observations: Observations) -> dict[str, cost.Cost]:
-        left = show.still_to_train(sweep, observations)
-        measured = cost.measured_jobs(sweep.points, self.watcher.ledger.records())
-        return cost.estimate(left, self.runs, measured) if left else {}
+    def show_logs(self, rows: Roster, observations: Observations, follows: bool) -> bool:
+        return pod_logs.show(self._sources(rows, observations), follows)
 
-    def forecast(self, sweep: Sweep, costs: Mapping[str, cost.Cost]) -> list[str]:
-        return cost.estimate_lines(sweep.points, costs, sweep.site) if costs else []
+    def log_texts(self, rows: Roster, observations: Observations) -> dict[str, str]:
+        return pod_logs.texts(self._sources(rows, observations))
 
-    def spent(self, rows: Roster) -> spending.Spent:
-        return spending.spent(rows, self.watcher.ledger.records(), self.site)
-
-    def show_logs(self, rows: Roster, follows: bool) -> bool:
-        return pod_logs.show(self._sources(rows), follows)
-
-    def log_texts(self, rows: Roster) -> dict[str, str]:
-        return pod_logs.texts(self._sources(rows))
-
-    def _sources(self, rows: Roster) -> pod_logs.Sources:
+    def _sources(self, rows: Roster, observations: Observations) -> pod_logs.Sources:
         return pod_logs.Sources(
             self.cluster,
             self.site,
             rows,
-            self.observe(rows),
+            observations,
             {row.id: self._jobs_about(row) for row in rows.rows},
             [job for job in self._jobs_of(rows) if job.kind in ("prepare", "eval", "drive")],
             self.watcher.ledger,
@@ -257,7 +227,7 @@ class Away:
             ]
         )
 
-    def write(self, sweep: Sweep) -> None:
+    def save(self, sweep: Sweep) -> None:
         # Also where nothing is left to send: this, too, is read by everybody in the namespace.
         secrets.refuse_words(sweep.words, "the command line")
         told = {text for point in sweep.points for text in (*point.tags, point.name or "")}
@@ -272,25 +242,30 @@ class Away:
         write_sweep(self.cluster, record)
         registry.write_record(self.runs, record)
 
-    def adopt_code(self, rows: Roster, observations: Observations) -> None:
-        drifted = [row for row in rows.rows if observations[row.id].state == "drifted"]
+    def adopt(self, rows: Roster, snapshot: Snapshot) -> list[str]:
+        # What lies on the volume, its pods put aside (place.sources).
+        drifted = [rows.by_id[id_] for id_ in snapshot.of_other_code]
         jobs = [job for row in drifted for job in self._jobs_about(row) if job.state == "live"]
         delete_jobs.refuse_others(jobs, self.site.owner)
         delete_jobs.delete(self.cluster, jobs)  # none runs: the loop makes them anew, with our code
         self.look_again()
+        return []
 
     @contextlib.contextmanager
-    def backend(self, sweep: Sweep, rows: Roster) -> Generator[Backend, None, None]:
-        from stillhouse.sweep.cluster.jobs import JobsBackend
+    def executor(
+        self, sweep: Sweep, rows: Roster, snapshot: Snapshot
+    ) -> Generator[Executor, None, None]:
+        """Goes on from the last look, without listing the namespace again.
 
-        # A connection of its own: closing it ends whatever still waits for an answer.
+        The connection ends with it, and with that whatever still waits for an answer.
+        """
+        from stillhouse.sweep.cluster.jobs import JobExecutor
+
         with (
-            contextlib.closing(connect(self.site.kube_context, self.site.namespace)) as cluster,
-            contextlib.closing(JobsBackend(sweep, rows, cluster)) as backend,
+            contextlib.closing(self.cluster),
+            contextlib.closing(JobExecutor(sweep, rows, self.watcher)) as executor,
         ):
-            self._driving = cluster
-            yield backend
-        self.look_again()
+            yield executor
 
     def detach(self, sweep: Sweep, options: Sequence[str]) -> list[str]:
         before = [job for job in self._jobs_of(registry.roster_of(sweep)) if job.kind == "drive"]
@@ -305,8 +280,8 @@ class Away:
         keys = [key for row in rows.rows for key in _keys(row.id, scores)]
         count = 0
         if is_whole:
-            given_up = self.given_up(rows)
-            failed = [d.name for d in rows.baselines if f"baseline {d.name}" in given_up]
+            failures = self._failures(rows)
+            failed = [d.name for d in rows.baselines if f"baseline {d.name}" in failures]
             preparing = [job for job in self._preparing(rows) if job.state == "failed"]
             jobs += [job for name in failed for job in self.cache.jobs_about(name)] + preparing
             keys += [key for name in failed for key in _keys(name, scores)[1:]]

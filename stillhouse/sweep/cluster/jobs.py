@@ -19,9 +19,9 @@ from typing import Any
 from stillhouse.errors import AGAIN, CANNOT_START, DONE
 from stillhouse.rundir import Json
 from stillhouse.spec import suite_key
+from stillhouse.sweep.backend import Finished, Task
 from stillhouse.sweep.cluster.cache import ENDED, baselines_seen
 from stillhouse.sweep.cluster.code_bundle import bundle
-from stillhouse.sweep.cluster.connect import Cluster
 from stillhouse.sweep.cluster.create import KEEP_S, JobCreator, JobOwner, Made, Work
 from stillhouse.sweep.cluster.facts import DELETED, keys_of
 from stillhouse.sweep.cluster.job_outcomes import attempts_patch, records_of
@@ -37,11 +37,11 @@ from stillhouse.sweep.cluster.reasons import (
 from stillhouse.sweep.cluster.refusals import why_not_made
 from stillhouse.sweep.cluster.replace import carried_attempts, is_better_made_anew, of_other_site
 from stillhouse.sweep.cluster.watch import Watcher
-from stillhouse.sweep.driver import Finished, Task
 from stillhouse.sweep.grid import Sweep
 from stillhouse.sweep.outcome import Record
 from stillhouse.sweep.plan import Action, Baseline, Observation
 from stillhouse.sweep.registry import Roster
+from stillhouse.sweep.snapshot import Snapshot
 
 WRITERS = 16  # requests at once; more do not make an API server quicker
 LEFT_S = 300  # what a driver leaves behind is deleted so long after its end, by the cluster
@@ -64,26 +64,22 @@ class _Ended:
     is_to_go: bool  # delete it now: it would go on, or hold its slot for nothing
 
 
-class JobsBackend:
+class JobExecutor:
     """The Jobs of one sweep's points. From one thread; `close` it in the end."""
 
     has_fixed_packs = True
 
     def __init__(
-        self,
-        sweep: Sweep,
-        rows: Roster,
-        cluster: Cluster,
-        watcher: Watcher | None = None,
-        writers: int = WRITERS,
+        self, sweep: Sweep, rows: Roster, watcher: Watcher, writers: int = WRITERS
     ) -> None:
-        """`watcher`: one that has just listed this namespace, so that it is not listed twice."""
-        self.sweep, self.rows, self.cluster, self.site = sweep, rows, cluster, sweep.site
+        """`watcher`: what it has listed of the namespace is not listed again."""
+        self.sweep, self.rows, self.site = sweep, rows, sweep.site
+        self.watcher, self.cluster = watcher, watcher.cluster
         self.scores = suite_key(sweep.suite) if sweep.suite else None
         self.code = bundle(sweep.suite)
-        self.watcher = watcher or Watcher(cluster, self.site.runs_claim, self.code.digest)
-        self.cache, self.ledger = self.watcher.cache, self.watcher.ledger
-        self.maker = JobCreator(sweep, cluster, self.ledger, self.code)
+        self.cache, self.ledger = watcher.cache, watcher.ledger
+        self.cache.code = self.code.digest
+        self.maker = JobCreator(sweep, self.cluster, self.ledger, self.code)
         self.keep_s, self.retry_s, self.blocked_s = KEEP_S, RETRY_S, BLOCKED_S
         self.write_s = WRITE_S if len(rows.rows) > LARGE else 0.0
         self.whose = JobOwner(sweep, rows, self.maker.steps)
@@ -111,9 +107,14 @@ class JobsBackend:
 
     # --------------------------------------------------------------- how the points stand
 
-    def observe(self) -> dict[str, Observation]:
-        """The state of every point."""
-        return {row.id: self.look(row.id) for row in self.rows.rows}
+    @property
+    def connection_error(self) -> str:
+        return self.cluster.trouble
+
+    def snapshot(self) -> Snapshot:
+        """How points, baselines and pairs stand, as the cluster last told us."""
+        observations = {row.id: self.look(row.id) for row in self.rows.rows}
+        return Snapshot(observations, self.baselines(), prepared=self._prepared())
 
     def look(self, id_: str) -> Observation:
         """The state of one point, as the cluster last told us."""
@@ -128,7 +129,7 @@ class JobsBackend:
         """The rows that no run trains."""
         return baselines_seen(self.cache, self.sweep)
 
-    def prepared(self) -> dict[str, bool]:
+    def _prepared(self) -> dict[str, bool]:
         """The groups whose pair is in the cache. A Job that failed at it before is tried again."""
         found: dict[str, bool] = {}
         for name, group in self.whose.prepares.items():

@@ -19,7 +19,6 @@ from stillhouse.sweep.cluster.collect import size
 from stillhouse.sweep.cluster.connect import connect
 from stillhouse.sweep.cluster.manifest import image_problem
 from stillhouse.sweep.cluster.push import PUSHED, Load
-from stillhouse.sweep.site import CLUSTER
 from stillhouse.text import say
 
 if TYPE_CHECKING:
@@ -30,7 +29,7 @@ def push(call: Call) -> int:
     """Bring weights, rows or tasks to the cache volume of a cluster."""
     if call.target is None:
         raise ConfigError("push what? `stillhouse push PATH`: a model's directory, or rows")
-    if call.backend != CLUSTER:
+    if not call.is_cluster:
         raise ConfigError("that is done in a cluster: say --backend cluster")
     try:
         return _push(call, pushed.load(Path(call.target).expanduser()))

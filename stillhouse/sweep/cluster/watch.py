@@ -150,7 +150,7 @@ class Watcher:
             self.ledger.read()  # after: what is no Job any more by now stands there
         if "pods" not in self._versions:
             self._list_pods()
-        if self.cache.queued():
+        if self.cache.unasked():
             self.read_queue()
         self.cache.is_followed = True
         watches = (

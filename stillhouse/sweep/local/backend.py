@@ -1,4 +1,4 @@
-"""Answer the verbs' questions for this machine, from the files below `runs/`."""
+"""Implement the backend of this machine: the files below `runs/`, and processes that write them."""
 
 from __future__ import annotations
 
@@ -6,40 +6,28 @@ import contextlib
 import os
 import signal
 import sys
-from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 from stillhouse.errors import ContractError
 from stillhouse.local_models import require_torch
-from stillhouse.rundir import RunDir
-from stillhouse.sweep import commits, cost, registry, show, spending
-from stillhouse.sweep.backend import Observations
-from stillhouse.sweep.driver import Backend, adopt_code
+from stillhouse.rundir import RunDir, code_identity, write_json
+from stillhouse.sweep import commits, registry
+from stillhouse.sweep.backend import Executor
 from stillhouse.sweep.grid import Sweep
 from stillhouse.sweep.local import logs
 from stillhouse.sweep.local.outcomes import forget_failures
-from stillhouse.sweep.plan import Baseline, Observation, baselines_of, groups_of, observe
+from stillhouse.sweep.plan import Observation, observe
 from stillhouse.sweep.registry import Roster
+from stillhouse.sweep.snapshot import Observations, Snapshot, on_disk
 from stillhouse.text import say
 
 
-class Here:
+class LocalBackend:
     """This machine, and the runs below one directory of it."""
-
-    name = "here"
-    parting = "stopped before the end; the same command goes on from here"
-    again = "`stillhouse run`"
-    has_files = True
 
     def __init__(self, runs: Path) -> None:
         self.runs = runs
-
-    def homeward(self, name: str) -> str:
-        return ""
-
-    def trouble(self) -> str:
-        return ""
 
     def names(self) -> list[str]:
         return registry.names(self.runs)
@@ -47,84 +35,49 @@ class Here:
     def find(self, word: str) -> Roster:
         return registry.find(word, self.runs)
 
-    def observe(self, rows: Roster, minds_code: bool = False) -> dict[str, Observation]:
-        return observe(rows)  # what lies on disk says whose code it is, to whoever looks
-
-    def baselines(self, sweep: Sweep) -> tuple[Baseline, ...]:
-        return baselines_of(sweep, groups_of(sweep))
-
-    def given_up(self, rows: Roster) -> dict[str, str]:
-        found: dict[str, str] = {}
-        for directory in rows.baselines:
-            try:
-                status = RunDir(directory).status()
-            except ContractError as error:
-                found[f"baseline {directory.name}"] = str(error)
-                continue
-            if status.get("eval_gave_up"):
-                found[f"baseline {directory.name}"] = status.get("eval_cause") or "no cause told"
-        return found
-
     def pinned(self, sweep: Sweep, begins: bool = False) -> Sweep:
         # What lies here is what a run would take, so a plan says what it would say.
         return commits.pinned(sweep, registry.recorded_commits(self.runs, sweep.name), commits.here)
 
-    def drifted_rows(self, sweep: Sweep) -> list[str]:
-        return [
-            f"baseline {one.directory.name}: {'; '.join(one.rests_on_other)}; to be scored anew"
-            for one in self.baselines(sweep)
-            if one.rests_on_other
-        ]
+    def look(self, rows: Roster, sweep: Sweep | None = None) -> Snapshot:
+        return on_disk(rows, sweep)
 
-    def begin_anew(self, rows: Roster, ids: Sequence[str]) -> list[str]:
+    def describe(self, rows: Roster | None) -> list[str]:
+        return []
+
+    def show_logs(self, rows: Roster, observations: Observations, follows: bool) -> bool:
+        return logs.show(rows, observations, follows)
+
+    def log_texts(self, rows: Roster, observations: Observations) -> dict[str, str]:
+        return logs.texts(rows, observations)
+
+    def require(self, sweep: Sweep, rows: Roster) -> None:
+        require_torch()
+
+    def save(self, sweep: Sweep) -> None:
+        registry.write(sweep)
+
+    def adopt(self, rows: Roster, snapshot: Snapshot) -> list[str]:
+        for id_ in snapshot.of_other_code:
+            _adopt_code(rows.run(id_))
         said: list[str] = []
-        for id_ in ids:
+        for id_ in snapshot.to_begin_anew:
             run = rows.run(id_)
             with run.lock():
                 said.append(f"{rows.by_id[id_]} begins anew; before: {run.set_aside()}")
         return said
 
-    def remarks(self, rows: Roster | None) -> list[str]:
-        return []
+    def executor(
+        self, sweep: Sweep, rows: Roster, snapshot: Snapshot
+    ) -> AbstractContextManager[Executor]:
+        from stillhouse.sweep.local.workers import WorkerPool
 
-    def costs(self, sweep: Sweep, observations: Observations) -> dict[str, cost.Cost]:
-        left = show.still_to_train(sweep, observations)
-        return cost.estimate(left, self.runs) if left else {}
-
-    def forecast(self, sweep: Sweep, costs: Mapping[str, cost.Cost]) -> list[str]:
-        return show.estimate(sweep, costs)
-
-    def spent(self, rows: Roster) -> spending.Spent:
-        return spending.spent(rows, {})
-
-    def show_logs(self, rows: Roster, follows: bool) -> bool:
-        return logs.show(rows, follows)
-
-    def log_texts(self, rows: Roster) -> dict[str, str]:
-        return logs.texts(rows)
-
-    def require(self, sweep: Sweep, rows: Roster) -> None:
-        require_torch()
-
-    def write(self, sweep: Sweep) -> None:
-        registry.write(sweep)
-
-    def adopt_code(self, rows: Roster, observations: Observations) -> None:
-        adopt_code(rows, observations)
-
-    def backend(self, sweep: Sweep, rows: Roster) -> AbstractContextManager[Backend]:
-        from stillhouse.sweep.local.workers import LocalBackend
-
-        return nullcontext(LocalBackend(sweep, rows))
+        return nullcontext(WorkerPool(sweep, rows, snapshot))
 
     def forget(self, rows: Roster, is_whole: bool) -> int:
-        for row in rows.rows:
-            forget_failures(rows.run(row.id))
-        if not is_whole:
-            return 0
-        given_up = [d for d in rows.baselines if _has_given_up(RunDir(d))]
-        for directory in given_up:
-            forget_failures(RunDir(directory))
+        given_up = [RunDir(d) for d in rows.baselines if is_whole and _has_given_up(RunDir(d))]
+        for run in [*(rows.run(row.id) for row in rows.rows), *given_up]:
+            forget_failures(run)
         return len(given_up)
 
     def cancel(self, rows: Roster, is_whole: bool) -> list[str]:
@@ -133,6 +86,17 @@ class Here:
         observations = observe(rows)
         asked = [row for row in rows.rows if _ask_to_stop(row, observations[row.id])]
         return [f"asked to save and stop: {row}" for row in asked]
+
+
+def _adopt_code(run: RunDir) -> None:
+    """Let a run go on under the code at hand, and write down that it did.
+
+    spec.json keeps every digest that had a part in a run: the report names mixed code.
+    """
+    record = run.record()
+    assert record is not None, "a point drifts from the code that its record names"
+    earlier = [*record.get("earlier_code", []), record["code"]]
+    write_json(run.spec_file, record | {"code": code_identity(), "earlier_code": earlier})
 
 
 def _has_given_up(run: RunDir) -> bool:

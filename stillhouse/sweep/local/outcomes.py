@@ -12,8 +12,8 @@ from pathlib import Path
 
 from stillhouse.errors import AGAIN, DONE, POISON, STOPPED
 from stillhouse.rundir import Json, RunDir, now
+from stillhouse.sweep.backend import Task
 from stillhouse.sweep.dependencies import Beneath
-from stillhouse.sweep.driver import Task
 from stillhouse.sweep.plan import unscored
 
 

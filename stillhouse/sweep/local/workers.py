@@ -35,19 +35,12 @@ from filelock import Timeout
 from stillhouse.errors import AGAIN, DONE, StillhouseError
 from stillhouse.rundir import RunDir, code_identity, now
 from stillhouse.spec import EvalSpec, TrainSpec
-from stillhouse.sweep.driver import Finished, Task
+from stillhouse.sweep.backend import Finished, Task
 from stillhouse.sweep.grid import Sweep
 from stillhouse.sweep.local.outcomes import Ending, check_promise, write_ending
-from stillhouse.sweep.plan import (
-    Action,
-    Baseline,
-    Observation,
-    baselines_of,
-    groups_of,
-    look,
-    observe,
-)
+from stillhouse.sweep.plan import Action, Baseline, Observation, baselines_of, groups_of, look
 from stillhouse.sweep.registry import Roster, cancel_mark, log_file
+from stillhouse.sweep.snapshot import Snapshot
 
 # Named, not imported: the launcher imports no torch, and `entrypoints` is a layer above this one.
 WORK = {
@@ -67,24 +60,32 @@ ELSEWHERE = "another process has this run now"
 LOCK_WAIT_S = 5.0  # a look at a lock holds it for an instant; somebody at work holds it for long
 
 
-class LocalBackend:
+class WorkerPool:
     """A pool of worker processes, one for each task it is given; one launcher has one server."""
 
     has_fixed_packs = False  # what is elsewhere holds its runs' locks; nobody scores them twice
+    connection_error = ""
 
     def __init__(
         self,
         sweep: Sweep,
         rows: Roster,
+        first: Snapshot,
         work: Mapping[str, str] = WORK,
         preload: Sequence[str] | None = None,
     ) -> None:
-        self.sweep, self.rows, self.work = sweep, rows, work
+        """`first`: the look at these points from which the loop begins."""
+        self.sweep, self.rows, self.first, self.work = sweep, rows, first, work
         self.threads = max(1, _cores() // sweep.site.max_parallel)
-        self._stops: dict[str, tuple[float | None, float | None]] = {}  # id -> mark, when we saw it
+        # id -> mark of a stop, and when we saw it
+        self._stops: dict[str, tuple[float | None, float | None]] = {
+            id_: (seen.stop_mark, None) for id_, seen in first.observations.items()
+        }
         self._first_mark = cancel_mark(sweep.runs, sweep.name)
         self._beneath = rows.beneath()
-        self._elsewhere: set[str] = set()  # points that some other process has at work
+        self._elsewhere = {  # points that some other process has at work
+            id_ for id_, seen in first.observations.items() if seen.state == "running"
+        }
         self._context = multiprocessing.get_context("forkserver")
         self._workers: list[_Worker] = []
         self._queue: list[Task] = []  # asked for while the server still imports
@@ -107,12 +108,9 @@ class LocalBackend:
 
     # --------------------------------------------------------------- how the points stand
 
-    def observe(self) -> dict[str, Observation]:
-        """The state of every point, from its files."""
-        found = {id_: self._in_order(id_, seen) for id_, seen in observe(self.rows).items()}
-        self._beneath = self.rows.beneath()
-        self._elsewhere = {id_ for id_, seen in found.items() if seen.state == "running"}
-        return found
+    def snapshot(self) -> Snapshot:
+        """The look from which the loop begins."""
+        return self.first
 
     def look(self, id_: str) -> Observation:
         """The state of one point, from its files."""
@@ -128,7 +126,7 @@ class LocalBackend:
 
         By our clock: that of whoever wrote it down may be another.
         """
-        mark, at = self._stops.setdefault(id_, (seen.stop_mark, None))
+        mark, at = self._stops[id_]
         if seen.stop_mark != mark:
             at = now()
             self._stops[id_] = seen.stop_mark, at
@@ -141,10 +139,6 @@ class LocalBackend:
     def baselines(self) -> tuple[Baseline, ...]:
         """The rows that no run trains, from their files."""
         return baselines_of(self.sweep, groups_of(self.sweep))
-
-    def prepared(self) -> dict[str, bool]:
-        """Nothing is known before a task has looked: the cache is no part of the runs."""
-        return {}
 
     def is_cancelled(self) -> bool:
         """Whether `stillhouse cancel` was called since this was made."""
