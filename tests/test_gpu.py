@@ -17,6 +17,7 @@ from torch import Tensor
 
 from stillhouse.distill.diagnostics import Summary
 from stillhouse.distill.engine import Engine
+from stillhouse.distill.folded import Folded
 from stillhouse.distill.head import Head
 from stillhouse.distill.losses import distill_loss
 from stillhouse.distill.models import load_base, new_student
@@ -121,6 +122,43 @@ def test_the_decoder_writes_what_generate_writes(base: str, quant: QuantSpec) ->
         eos_token_id=None, pad_token_id=0,
     )[:, 16:]  # fmt: skip
     assert torch.equal(ours, theirs)
+
+
+@EVERY_QUANT
+def test_a_replayed_graph_writes_what_steps_write_and_sees_the_next_fold(
+    base: str, quant: QuantSpec
+) -> None:
+    student: Any = new_student(load_base(base, None, "bfloat16", quant, GPU), LORA, 0).eval()
+    prompts = [[5 + (7 * row + place) % 300 for place in range(9 + row)] for row in range(8)]
+    ids_BP, mask_BP = (t.to(GPU) for t in pad_left(prompts, 16, 0))
+    engine = Engine(student)
+
+    def written() -> Tensor:
+        return engine.tokens(
+            ids_BP, mask_BP, lambda logits_bV, row_b: logits_bV.argmax(-1),
+            pad_id=0, eos_ids=[], max_new_tokens=24,
+        )  # fmt: skip
+
+    texts = list[Tensor]()
+    for std in (0.05, 0.2):
+        with torch.no_grad():
+            for name, parameter in student.named_parameters():
+                if "lora_B" in name:
+                    parameter.normal_(std=std)
+        assert engine.how().endswith("its steps replayed as CUDA graphs"), engine.how()
+        form = engine.form
+        assert isinstance(form, Folded) and form.fixed is not None
+        replayed, again = written(), written()
+        state = next(iter(form.fixed.kept.values()))
+        assert state.graph is not None
+        with form.arithmetic():  # the same kernels, one after the other
+            token_B1 = state.begin(mask_BP).step(ids_BP).argmax(-1, keepdim=True)
+            stepped = [token_B1]
+            for _ in range(23):
+                stepped.append(token_B1 := state.step(token_B1).argmax(-1, keepdim=True))
+        assert torch.equal(replayed, torch.cat(stepped, 1)) and torch.equal(replayed, again)
+        texts.append(replayed)
+    assert not torch.equal(*texts), "this update does nothing"
 
 
 @pytest.mark.parametrize("more", [["quant=bnb_nf4"], ["quant=int4", "mixed_precision=bf16"]])

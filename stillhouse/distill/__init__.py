@@ -8,7 +8,7 @@ Reading order:
     toy/, same_kernels                   models and problems that the project generates
     tables, formats, chat, prompts, encoder, encoded   rows of data -> conversations -> token ids
     curriculum, sequences, replay            the prompts and the batches of a step
-    rollouts, engine, decode, folded, gap           generation, and the check of what it drew
+    rollouts, engine, decode, folded, fixed, gap    generation, and the check of what it drew
     loop, losses, objectives, diagnostics, clock    one step: loss, gradient, metrics, seconds
     checkpoint, monitor, tracking        what a resume needs; what is measured and logged on the way
     preflight, agreement, answers         a pair before it is trained; answers for an evaluation

@@ -79,7 +79,7 @@ class Engine:
             return f"transformers' generate ({self.reason})"
         if isinstance(self.form, FusedLlama):
             return "fused forms of a float32 Llama"
-        return f"a folded copy in {str(self.form.dtype).removeprefix('torch.')}"
+        return self.form.how()
 
     def tokens(
         self,
@@ -100,7 +100,9 @@ class Engine:
         if self.form is None:
             return generate(self.model, ids_BP, mask_BP, pick, pad_id=pad_id, **settings)
         with self.form.arithmetic():
-            return _loop(self.form.begin(mask_BP, max_new_tokens), ids_BP, pick, **settings)
+            form = self.form
+            begin = form.begin_rollout if isinstance(form, Folded) else form.begin
+            return _loop(begin(mask_BP, max_new_tokens), ids_BP, pick, **settings)
 
 
 def _loop(

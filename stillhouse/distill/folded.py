@@ -30,6 +30,8 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DummyLayer, DynamicLayer, DynamicSlidingWindowLayer
 from transformers.pytorch_utils import Conv1D
 
+from stillhouse.distill import fixed
+from stillhouse.distill.fixed import FixedDecoding, FixedDecodings
 from stillhouse.distill.layers import is_quantised, shape
 from stillhouse.distill.quant import dequantized_weight
 
@@ -121,6 +123,8 @@ class Folded:
         self.copy: Any = None
         self.dtype = torch.float32
         self.refused: str | None = None  # why the model with its current modules cannot be copied
+        self.fixed: FixedDecodings | None = None  # on a GPU, if steps of fixed shape are the same
+        self.unfixed = ""  # why they are not
         self._modules: list[nn.Module] = []  # the model's modules when the copy was built
         self._own: list[tuple[Any, nn.Linear]] = []
         self._shared: list[tuple[nn.Module, nn.Module]] = []
@@ -163,13 +167,19 @@ class Folded:
             twin._parameters.update(module._parameters)
             twin._buffers.update(module._buffers)
         if not is_known:
-            self.refused = self._difference()
+            ids_BT, mask_BT, want_BTV = self._wanted()
+            self.refused = self._difference(ids_BT, mask_BT, want_BTV)
             if self.refused:
                 self._empty()
+            elif ids_BT.is_cuda:
+                with self.arithmetic():
+                    why = fixed.obstacle(self.copy, ids_BT, mask_BT, want_BTV, self._may())
+                self.fixed = FixedDecodings(self.copy) if why is None else None
+                self.unfixed = why or ""
         return self.refused
 
     def _empty(self) -> None:
-        self.copy, self._own, self._shared = None, [], []
+        self.copy, self._own, self._shared, self.fixed = None, [], [], None
 
     def _twin(self, module: Any, known: dict[int, nn.Module]) -> nn.Module:
         if id(module) in known:
@@ -213,10 +223,24 @@ class Folded:
         """A state for prompts of that mask and `room` more positions."""
         return Decoding(self.copy, mask_BP, room)
 
+    def begin_rollout(self, mask_BP: Int[Tensor, "B P"], room: int) -> Decoding | FixedDecoding:
+        """The same; on a GPU, in steps of fixed shape, which cannot leave out rows."""
+        return (self.fixed or self).begin(mask_BP, room)
+
+    def how(self) -> str:
+        """What it is, for the log."""
+        named = f"a folded copy in {str(self.dtype).removeprefix('torch.')}"
+        if self.fixed is not None:
+            return f"{named}, its steps replayed as CUDA graphs"
+        return f"{named}, step by step ({self.unfixed})" if self.unfixed else named
+
+    def _may(self) -> float:
+        return ALIKE if torch.finfo(self.dtype).eps <= 2**-20 else ALIKE_HALF
+
     @torch.no_grad()
-    def _difference(self) -> str | None:
-        """How the copy's logits differ from the model's; None if they agree. Uses a few tokens of
-        two rows: the shorter one is padded on the left, and remains alone at the end."""
+    def _wanted(self) -> tuple[Tensor, Tensor, Tensor]:
+        """A few tokens of two rows, the shorter one padded on the left, their mask, and the model's
+        logits after each."""
         embedding = self.causal_lm.get_input_embeddings().weight
         ids_T = torch.arange(1, 11, device=embedding.device) * len(embedding) // 24
         ids_BT = torch.stack([ids_T, ids_T.roll(3)])
@@ -230,11 +254,17 @@ class Folded:
                 want_BTV = whole.logits(ids_BT).float()
         finally:
             self.causal_lm.train(was_training)
+        return ids_BT, mask_BT, want_BTV
+
+    @torch.no_grad()
+    def _difference(self, ids_BT: Tensor, mask_BT: Tensor, want_BTV: Tensor) -> str | None:
+        """How the copy's logits differ from the model's; None if they agree. The padded row remains
+        alone at the end."""
         try:
             with self.arithmetic():
                 state = self.begin(mask_BT[:, :8], 2)
                 got = [state.next_logits(ids_BT[:, :8]), state.next_logits(ids_BT[:, 8:9])]
-                state.keep(torch.tensor([1], device=embedding.device))
+                state.keep(torch.tensor([1], device=ids_BT.device))
                 got.append(state.next_logits(ids_BT[1:, 9:]))
         except (MemoryError, torch.OutOfMemoryError, torch.AcceleratorError):
             raise
@@ -244,8 +274,7 @@ class Folded:
             return f"its copy cannot be asked token by token: {type(error).__name__}: {error}"
         want = torch.cat([want_BTV[:, 7], want_BTV[:, 8], want_BTV[1:, 9]])
         off = (torch.cat(got).float() - want).norm() / want.norm()
-        may = ALIKE if torch.finfo(self.dtype).eps <= 2**-20 else ALIKE_HALF
-        if off <= may:
+        if off <= (may := self._may()):
             return None
         return f"its copy gives other logits, by {off.item():.2g} of their size (allowed: {may:g})"
 
