@@ -6,8 +6,8 @@ ends without a record.
 
 In a pod (pod.py), environment variables say more. STILLHOUSE_IN_POD: this is a pod. STILLHOUSE_ID
 and STILLHOUSE_CODE: the configuration and the code that it was made for. STILLHOUSE_EXIT_FILE: the
-file to which each process appends how it ended. STILLHOUSE_FETCH: training, or a preflight, may
-download what it needs before it begins.
+file to which each process appends how it ended, and an evaluation what became of its rows.
+STILLHOUSE_FETCH: training, or a preflight, may download what it needs before it begins.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ from stillhouse.errors import (
     exit_code_of,
 )
 from stillhouse.local_models import require_torch
+from stillhouse.pod import tell
 from stillhouse.rundir import (
     Json,
     Runs,
@@ -207,23 +208,16 @@ def _door(work: Callable[[], int]) -> int:
         try:
             code = work()
         except StillhouseError as error:
-            _tell(error.exit_code, f"{type(error).__name__}: {error}")
+            tell(code=error.exit_code, rank=_rank(), cause=f"{type(error).__name__}: {error}")
             raise
         except Exception as error:
-            _tell(1, traceback.format_exception_only(error)[-1].strip())
+            last = traceback.format_exception_only(error)[-1].strip()
+            tell(code=1, rank=_rank(), cause=last)
             raise
-        _tell(code, None)
+        tell(code=code, rank=_rank(), cause=None)
         return code
 
     return exit_code_of(told)
-
-
-def _tell(code: int, cause: str | None) -> None:
-    if file := os.environ.get("STILLHOUSE_EXIT_FILE"):
-        said = {"code": code, "rank": _rank(), "cause": cause}
-        # In one write, so that two ranks' lines do not mix.
-        with open(file, "ab", buffering=0) as lines:
-            lines.write(json.dumps(said).encode() + b"\n")
 
 
 def _check_made_for(found: str | None) -> None:

@@ -9,6 +9,7 @@
     ├── Stopped                46   a watch rule ended the run; state is saved; not a failure
     ├── Interrupted            85   a stop was requested; state is saved; run the command again
     ├── NodeFault               1   this machine cannot do it, another one may: retried
+    ├── NotScored               1   rows of an evaluation failed in a way that may pass: retried
     └── NoProgress              1   stopped again and again before a step: retried
 
 Anything else that ends a process is an infrastructure failure and may be retried.
@@ -80,6 +81,12 @@ class Interrupted(StillhouseError):
 
 class NodeFault(StillhouseError):
     """This machine lacks what the run needs; the same run may succeed on another one."""
+
+    exit_code = 1
+
+
+class NotScored(StillhouseError):
+    """Some rows of an evaluation could not be scored, for a reason that may pass."""
 
     exit_code = 1
 

@@ -183,6 +183,16 @@ def _has_totals(seconds: dict[str, float]) -> dict[str, float]:
     return seconds
 
 
+class _EvalNote(TypedDict, total=False):
+    """What is relied on in eval_begun.json and eval_error.json; any of it may be missing."""
+
+    pid: int
+    job: str | None
+    deaths: int
+    code: int
+    cause: str
+
+
 class _Cost(TypedDict):
     """What is relied on in cost.json."""
 
@@ -244,6 +254,7 @@ STATUS: Any = TypeAdapter(with_config(_LENIENT)(_Status))
 CONTRACT: Any = TypeAdapter(with_config(_LENIENT)(_Contract))
 SCORE: Any = TypeAdapter(with_config(_LENIENT)(_Score))
 WHOLE_SCORE: Any = TypeAdapter(with_config(_LENIENT)(_WholeScore))
+EVAL_NOTE: Any = TypeAdapter(with_config(_LENIENT)(_EvalNote))
 COST: Any = TypeAdapter(with_config(_LENIENT)(_Cost))
 SWEEP: Any = TypeAdapter(with_config(_LENIENT)(_Sweep))
 WHOLE_SWEEP: Any = TypeAdapter(with_config(_LENIENT)(_WholeSweep))

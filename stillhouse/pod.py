@@ -12,7 +12,8 @@
 
 It forwards SIGTERM and SIGINT, reaps orphaned processes, and copies the output to stdout and to
 FILE. It reports how it ended by its exit code (`verdict`) and by one JSON object in the termination
-message: {"exit_code": n, "cause": "…", "tail": "last lines"}.
+message: {"exit_code": n, "cause": "…", "tail": "last lines"}. An evaluation adds what became of its
+rows: {"done": "id,id", "failed": {"id": [code, "cause"]}}.
 
 It imports the standard library only, and no module of this project: the code that it unpacks may
 differ from the image's. STILLHOUSE_POD_ROOT, for tests, is put before /tmp, /dev and /sys.
@@ -53,7 +54,7 @@ Json = dict[str, Any]
 
 ROOT = Path(os.environ.get("STILLHOUSE_POD_ROOT", "/"))
 CODE = ROOT / "tmp/code"
-EXIT_FILE = ROOT / "tmp/exit-code"  # a line of JSON per process: its code, its rank, its cause
+EXIT_FILE = ROOT / "tmp/exit-code"  # lines of JSON: how a process ended, or what became of a row
 MESSAGE = ROOT / "dev/termination-log"
 CGROUP = ROOT / "sys/fs/cgroup"
 
@@ -71,7 +72,7 @@ COMMANDS = {
 MISTAKE, OUT_OF_MEMORY, AGAIN = 42, 44, 85
 FINAL = (42, 43, 44, 46)  # never retried, so what one rank says of it counts for all
 MESSAGE_BYTES = 4096  # what Kubernetes keeps of a termination message
-CAUSE_LENGTH = 1000
+CAUSE_LENGTH, ROW_CAUSE_LENGTH = 1000, 300
 TAIL_BYTES = 3000
 SAVE_S = 150  # torchrun kills ranks that still save after 30 s; a pod has 180 to end
 
@@ -94,8 +95,9 @@ def main(argv: list[str]) -> int:
         words = command(argv[0], argv[argv.index("--") + 1 :], 1)
         os.execv(words[0], words)
     output = Output()
+    rows: Json = {}
     try:
-        code, cause = _work(argv, output)
+        code, cause, rows = _work(argv, output)
     except Mistake as error:
         code, cause = MISTAKE, str(error)
         output.write(f"{cause}\n".encode())
@@ -103,11 +105,11 @@ def main(argv: list[str]) -> int:
         code, cause = 1, f"pod.py: {error!r}"
         output.write(traceback.format_exc().encode())
     if MESSAGE.exists():  # the kubelet makes it; elsewhere there is nobody to tell
-        MESSAGE.write_bytes(message(code, cause, bytes(output.tail)))
+        MESSAGE.write_bytes(message(code, cause, bytes(output.tail), rows))
     return code
 
 
-def _work(argv: list[str], output: Output) -> tuple[int, str]:
+def _work(argv: list[str], output: Output) -> tuple[int, str, Json]:
     cut = argv.index("--") if "--" in argv else len(argv)
     parser = Parser(prog="pod.py", allow_abbrev=False)
     parser.add_argument("--code", help="digest of the code that code.tar.gz must hold")
@@ -134,16 +136,17 @@ def _work(argv: list[str], output: Output) -> tuple[int, str]:
     environment |= {"STILLHOUSE_ID": options.id} if options.id else {}
     environment |= {"STILLHOUSE_CODE": options.code} if options.code else {}
     if ASKED:
-        return AGAIN, "asked to stop before it began"
+        return AGAIN, "asked to stop before it began", {}
     before = oom_kills(CGROUP)
     os.chdir(root)
     words = command(options.kind, argv[cut + 1 :], options.processes)
     returned = run(words, environment, output)
     lines = EXIT_FILE.read_text().splitlines() if EXIT_FILE.exists() else []
-    code, cause = verdict(
-        returned, [json.loads(line) for line in lines], bool(ASKED), oom_kills(CGROUP) > before
-    )
-    return code, cause or output.last_line() or f"it ended with exit code {code} and said nothing"
+    said = [json.loads(line) for line in lines]
+    ends = [one for one in said if "row" not in one]
+    code, cause = verdict(returned, ends, bool(ASKED), oom_kills(CGROUP) > before)
+    cause = cause or output.last_line() or f"it ended with exit code {code} and said nothing"
+    return code, cause, rows_of(said, code, cause)
 
 
 def command(kind: str, words: list[str], processes: int) -> list[str]:
@@ -184,20 +187,57 @@ def verdict(returned: int, said: list[Json], is_asked: bool, is_oom: bool) -> tu
     return returned, causes.get(1, "")
 
 
-def message(code: int, cause: str, tail: bytes) -> bytes:
-    """The termination message: JSON that Kubernetes will not cut."""
+def tell(**said: Any) -> None:
+    """Leave a line for the pod that this process is a child of, if it is one of a pod.
+
+    {code, rank, cause} says how the process ended; {row, state, code, cause} what an evaluation
+    does with a row: begun, done, failed, or open, which is tried again.
+    """
+    if file := os.environ.get("STILLHOUSE_EXIT_FILE"):
+        # In one write, so that two ranks' lines do not mix.
+        with open(file, "ab", buffering=0) as lines:
+            lines.write(json.dumps(said).encode() + b"\n")
+
+
+def rows_of(said: list[Json], code: int, cause: str) -> Json:
+    """What became of the rows of an evaluation that ended so; {} where nothing did.
+
+    A row that was at work when the process died is the one to blame.
+    """
+    last = {one["row"]: one for one in said if "row" in one}
+    failed = {row: [s["code"], s["cause"]] for row, s in last.items() if s["state"] == "failed"}
+    if code not in (0, AGAIN):
+        begun = [row for row, one in last.items() if one["state"] == "begun"]
+        failed |= {row: [code, f"{cause}, while it was scored"] for row in begun}
+    rows: Json = {"failed": failed} if failed else {}
+    if done := ",".join(row for row, one in last.items() if one["state"] == "done"):
+        rows["done"] = done
+    return rows
+
+
+def message(code: int, cause: str, tail: bytes, rows: Json | None = None) -> bytes:
+    """The termination message: JSON that Kubernetes will not cut; `rows` as `rows_of` has them."""
     if code == 0:
         return b'{"exit_code": 0}'
-    cause, text = cause[:CAUSE_LENGTH], tail.decode(errors="replace")
+    cause, text, length = cause[:CAUSE_LENGTH], tail.decode(errors="replace"), ROW_CAUSE_LENGTH
+    rows = dict(rows or {})
     while True:
-        said = {"exit_code": code, "cause": cause, "tail": text}
+        failed = {row: [c, words[:length]] for row, (c, words) in rows.get("failed", {}).items()}
+        said = {"exit_code": code, "cause": cause, "tail": text, **rows}
+        said |= {"failed": failed} if failed else {}
         encoded = json.dumps(said, ensure_ascii=False).encode()
         if len(encoded) <= MESSAGE_BYTES:
             return encoded
-        # The beginning of the tail goes first, the end of a cause only if it must.
-        cause, text = (
-            (cause, text[len(text) // 8 + 1 :]) if text else (cause[: len(cause) // 2], "")
-        )
+        # The beginning of the tail goes first, then the ends of causes; names only if they must. A
+        # row that is not named is tried again, and found done.
+        if text:
+            text = text[len(text) // 8 + 1 :]
+        elif failed and length:
+            length //= 2
+        elif rows:
+            rows.pop("done" if "done" in rows else "failed")
+        else:
+            cause = cause[: len(cause) // 2]
 
 
 def oom_kills(cgroup: Path) -> int:

@@ -2,10 +2,11 @@
 
     <runs>/<slug>-<id>/        spec.json status.json metrics.jsonl cost.json log.txt run.lock
                                checkpoints/step-N/  adapter/  eval/<task>.json
+                               eval_begun.json  eval_error.json: an evaluation's notes (eval_note)
                                collected.json: it came from a cluster's volume (`collect`)
     <runs>/names/NAME          link to the run of that name
     <runs>/sweeps/NAME.json    a sweep as it was requested
-    <runs>/baselines/<slug>-<id>/   baseline.json  eval/<task>.json: rows that no run trained
+    <runs>/baselines/<slug>-<id>/   baseline.json  eval/  eval_*.json: rows that no run trained
     <runs>/preflight/<pair>-<key>.json   the result of a preflight
     <runs>/reports/NAME/       tables, plots and the page of a sweep
     <runs>/.before/<slug>-<id>.N/   the earlier files of a run that was started over
@@ -26,7 +27,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 from filelock import FileLock, Timeout
 
@@ -34,6 +35,7 @@ from stillhouse.errors import ContractError
 from stillhouse.file_formats import (
     CONTRACT,
     COST,
+    EVAL_NOTE,
     RECORD,
     ROW,
     SCORE,
@@ -53,27 +55,12 @@ from stillhouse.files import (
 )
 from stillhouse.spec import TrainSpec, digest, point_id, slug, to_plain, versioned
 
-__all__ = [  # code that works on run directories needs files.py too, and imports it from here
-    "FORMAT",
-    "Json",
-    "RunDir",
-    "Runs",
-    "code_identity",
-    "directory_name",
-    "eval_file",
-    "file_digest",
-    "link_path",
-    "new_record",
-    "now",
-    "publish",
-    "read_baseline",
-    "read_json",
-    "read_score",
-    "sweep_leftovers",
-    "temporary_name",
-    "write_atomic",
-    "write_json",
-]
+# Code that works on run directories needs files.py too, and imports it from here.
+__all__ = [
+    "FORMAT", "Json", "RunDir", "Runs", "code_identity", "directory_name", "eval_file", "eval_note",
+    "file_digest", "link_path", "new_record", "now", "publish", "read_baseline", "read_eval_note",
+    "read_json", "read_score", "sweep_leftovers", "temporary_name", "write_atomic", "write_json",
+]  # fmt: skip
 
 FORMAT = 1  # of a run directory; another number is refused, never guessed at
 
@@ -342,6 +329,17 @@ def directory_name(slug_: str, id_: str) -> str:
 def eval_file(directory: Path, task: str) -> Path:
     """Where a run's or a baseline's result on one task lies."""
     return directory / "eval" / f"{task}.json"
+
+
+def eval_note(directory: Path, kind: Literal["begun", "error"]) -> Path:
+    """Where an evaluation notes that it begins with a row, or why it could not score it."""
+    return directory / f"eval_{kind}.json"
+
+
+def read_eval_note(directory: Path, kind: Literal["begun", "error"]) -> Json:
+    """Such a note, {} where there is none. Raises ContractError: it is not what we write."""
+    file = eval_note(directory, kind)
+    return checked(read_json(file) or {}, EVAL_NOTE, file, "move it away")
 
 
 @dataclass(frozen=True)

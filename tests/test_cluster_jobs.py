@@ -22,10 +22,12 @@ from stillhouse.sweep import driver as loop
 from stillhouse.sweep.backend import Finished, Task
 from stillhouse.sweep.cluster.code_bundle import bundle
 from stillhouse.sweep.cluster.connect import Cluster
+from stillhouse.sweep.cluster.delete_jobs import forget_failures
 from stillhouse.sweep.cluster.jobs import JobExecutor
 from stillhouse.sweep.cluster.jobspec import JobSpec, JobSpecs
 from stillhouse.sweep.cluster.ledger import Ledger, cancel_sweep, score_of
 from stillhouse.sweep.cluster.manifest import render
+from stillhouse.sweep.cluster.objects import job_view
 from stillhouse.sweep.driver import Driver
 from stillhouse.sweep.grid import Sweep
 from stillhouse.sweep.outcome import Record, record_of
@@ -51,6 +53,8 @@ from tests.fakes.faults import Faults, Kind
 SWEEP = sweep_of()
 IDS = ids(SWEEP)
 GROUP = "tiny/int4"
+assert SWEEP.suite is not None
+SCORES = suite_key(SWEEP.suite)
 RATES: dict[Kind, float] = {
     "drop_before": 0.05, "drop_after": 0.05, "busy": 0.05, "error": 0.05, "slow": 0.02,
     "twice": 0.05, "cut": 0.05,
@@ -166,13 +170,53 @@ def test_poison_is_not_tried_twice_and_what_infrastructure_broke_is_the_clusters
 
 
 def test_a_broken_adapter_does_not_take_its_pack_with_it(fake: FakeApi, cluster: Cluster) -> None:
-    pack = Action("eval", GROUP, (IDS[2], IDS[3]))
-    alone = Action("eval", GROUP, (IDS[3],))
-    script = {step_of(pack).name: ("poison",), step_of(alone).name: ("poison",)}
-    with World(fake, script):
+    pack = step_of(Action("eval", GROUP, (IDS[2], IDS[3]))).name
+    with World(fake, {pack: ("rows",)}):
         assert drive(cluster, SWEEP) == 1
-    assert states(cluster) == ["done", "done", "done", "failed"]
-    assert set(fake.created("jobs").values()) == {1}
+        assert states(cluster) == ["done", "done", "failed", "done"]
+        assert len(fake.created("jobs")) == 1 + 4 + 2 and set(fake.created("jobs").values()) == {1}
+        record = records(fake)[score_of(IDS[2], SCORES)]
+        assert (record.code, record.cause) == (42, "ContractError: NaN")
+        ledger = Ledger(cluster, SWEEP.site.runs_claim)
+        ledger.read()
+        forget_failures(
+            cluster, ledger, [job_view(fake.get("jobs", pack) or {})], [score_of(IDS[2], SCORES)]
+        )
+        assert drive(cluster, SWEEP) == 0
+    again = step_of(Action("eval", GROUP, (IDS[2],))).name
+    assert fake.created("jobs")[again] == 1 and fake.created("jobs")[pack] == 1
+
+
+def test_who_killed_a_pod_is_blamed_and_the_others_are_scored_by_another(
+    fake: FakeApi, cluster: Cluster
+) -> None:
+    pack = step_of(Action("eval", GROUP, (IDS[2], IDS[3]))).name
+    with World(fake, {pack: ("crash", "death")}):
+        assert drive(cluster, SWEEP) == 1
+    assert states(cluster) == ["done", "done", "failed", "done"]
+    record = records(fake)[score_of(IDS[2], SCORES)]
+    cause = "killed by SIGKILL, while it was scored (given up after 2 attempts)"
+    assert (record.code, record.cause) == (137, cause)
+    assert fake.created("jobs")[step_of(Action("eval", GROUP, (IDS[3],))).name] == 1
+
+
+def test_what_an_earlier_version_wanted_to_score_alone_is_scored_in_its_pack(
+    fake: FakeApi, cluster: Cluster
+) -> None:
+    """Its failed Job has the name of the one to be made, and goes."""
+    pack = Action("eval", GROUP, (IDS[2], IDS[3]))
+    name = put(fake, pack)
+    fake.fail(name, 42, POISON)
+    ended = job_view(fake.get("jobs", name) or {}).ended
+    ledger = Ledger(cluster, SWEEP.site.runs_claim)
+    alone = Record("alone", 42, "ConfigError: no", at=ended or 0.0)
+    ledger.write({score_of(id_, SCORES): alone for id_ in (IDS[2], IDS[3])})
+    ledger.write({id_: Record("done") for id_ in IDS})
+    assert states(cluster) == ["waiting"] * 4
+    with World(fake):
+        assert drive(cluster, SWEEP) == 0
+    assert states(cluster) == ["done"] * 4
+    assert fake.created("jobs")[name] == 1, "beside the one that was put there"
 
 
 def test_a_pair_that_cannot_be_had_fails_no_point_and_is_tried_by_the_next_run(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 import tracemalloc
@@ -130,14 +131,50 @@ def test_unfinished_jobs_of_other_code_have_drifted_unless_they_run(lab: Lab) ->
     assert lab.look().is_trained
 
 
-def test_an_evaluation_that_failed_in_company_shows_next_who_it_was(lab: Lab) -> None:
+ROWS = {"failed": {POINT.id: [42, "ContractError: NaN"]}, "done": OTHER.id}
+
+
+def test_an_evaluation_says_of_each_member_how_it_ended(lab: Lab) -> None:
     lab.watcher.ledger.write({id_: Record("done") for id_ in (POINT.id, OTHER.id)})
-    lab.fake.fail(lab.send(EVAL), 42, POISON)
-    assert lab.look() == Observation("waiting", "ConfigError: no", is_trained=True, goes_alone=True)
-    lab.fake.fail(lab.send(ALONE), 42, POISON)
+    lab.fake.fail(lab.send(EVAL), 42, json.dumps({"exit_code": 42, "cause": "no", **ROWS}))
     seen = lab.look()
-    assert (seen.state, seen.exit_code) == ("failed", 42)
-    assert lab.look(OTHER.id).goes_alone
+    assert (seen.state, seen.exit_code, seen.cause) == ("failed", 42, "ContractError: NaN")
+    assert lab.look(OTHER.id).state == "done"
+    (teacher,) = EVAL.baselines
+    seen = judge(lab.cache.facts(teacher, SCORES, is_baseline=True))
+    assert seen.state == "waiting", "it said nothing of it, and one is to blame"
+    (job,) = lab.cache.jobs_about(POINT.id)
+    found = records_of(job, lab.cache, 0.0)
+    assert {key.partition(".")[0]: record.state for key, record in found.items()} == {
+        POINT.id: "failed",
+        OTHER.id: "done",
+    }
+
+
+def test_an_evaluation_that_blames_nobody_failed_for_all_that_it_has_not_scored(lab: Lab) -> None:
+    lab.watcher.ledger.write({id_: Record("done") for id_ in (POINT.id, OTHER.id)})
+    said = {"exit_code": 44, "cause": "OutOfMemory: eval_batch_size", "done": OTHER.id}
+    lab.fake.fail(lab.send(EVAL), 44, json.dumps(said))
+    assert (lab.look().state, lab.look(OTHER.id).state) == ("failed", "done")
+
+
+def test_what_a_pod_said_of_its_rows_is_kept_when_it_is_gone(lab: Lab) -> None:
+    lab.watcher.ledger.write({id_: Record("done") for id_ in (POINT.id, OTHER.id)})
+    name = lab.send(EVAL)
+    words = json.dumps({"exit_code": 1, "cause": "no", **ROWS})
+    pod = lab.fake.fail(name, 1, words, ends=None)
+    lab.look()
+    (job,) = lab.cache.jobs_about(POINT.id)
+    patch = attempts_patch(job, lab.cache.pods_of(job))
+    assert patch is not None
+    lab.watcher.cluster.patch("jobs", name, patch)
+    lab.fake.remove("pods", pod)
+    lab.fake.fail(name, 42, ends="BackoffLimitExceeded")
+    for gone in lab.fake.names("pods"):
+        lab.fake.remove("pods", gone)
+    with contextlib.closing(Watcher(lab.watcher.cluster, SWEEP.site.runs_claim, CODE)) as later:
+        later.refresh()
+        assert later.look(OTHER.id, SCORES).state == "done"
 
 
 def test_a_baseline_is_judged_like_a_point_that_is_trained(lab: Lab) -> None:

@@ -10,7 +10,14 @@ from pathlib import Path
 import pytest
 
 from stillhouse.errors import ContractError
-from stillhouse.rundir import RunDir, Runs, code_identity, read_json, write_json
+from stillhouse.rundir import (
+    RunDir,
+    Runs,
+    code_identity,
+    read_eval_note,
+    read_json,
+    write_json,
+)
 from stillhouse.sweep import registry, verbs
 from stillhouse.sweep.driver import Driver
 from stillhouse.sweep.grid import Sweep, load_sweep
@@ -82,18 +89,52 @@ def test_infrastructure_is_given_up_after_a_bound(tmp_path: Path) -> None:
 
 
 def test_one_broken_adapter_does_not_take_its_pack_with_it(tmp_path: Path) -> None:
-    sweep = sweep_in(tmp_path, points=3)
-    behaving.misbehave(tmp_path, ids(sweep)[1], eval_fails=True)
+    sweep = sweep_in(tmp_path, points=3, parallel=1)
+    registry.write(sweep)
+    bad = ids(sweep)[1]
+    behaving.misbehave(tmp_path, bad, eval_fails="contract")
     assert drive(sweep) == 1
     assert states(sweep) == ["done", "failed", "done"]
+    assert observe(roster_of(sweep))[bad].cause == f"ContractError: {bad} cannot be scored"
     assert not any(roster_of(sweep).run(id_).is_locked() for id_ in ids(sweep))
     rows = [RunDir(directory) for directory in roster_of(sweep).baselines]
     assert all(list((row.path / "eval").iterdir()) for row in rows)
+    assert [pack.count(",") for pack in behaving.begun(tmp_path, "eval")] == [3 + 3 - 1]
+    behaving.misbehave(tmp_path, bad)
+    (name,) = registry.names(tmp_path)
+    assert verbs.retry(verbs.Call(target=name, runs=tmp_path)) == 0
+    assert drive(sweep) == 0
+    assert behaving.begun(tmp_path, "eval")[1:] == [bad], "the others keep their scores"
+    assert read_eval_note(roster_of(sweep).run(bad).path, "error") == {}
+
+
+def test_what_may_pass_in_one_adapter_is_tried_again_for_that_one(tmp_path: Path) -> None:
+    sweep = sweep_in(tmp_path, "infra_retries=1", points=3, parallel=1)
+    bad = ids(sweep)[0]
+    behaving.misbehave(tmp_path, bad, eval_fails="crash")
+    assert drive(sweep) == 1
+    assert states(sweep) == ["failed", "done", "done"]
+    assert behaving.begun(tmp_path, "eval")[1:] == [bad]
+    cause = f"RuntimeError: {bad} cannot be scored (given up after 2 attempts)"
+    assert observe(roster_of(sweep))[bad].cause == cause
+
+
+def test_an_adapter_that_kills_its_process_is_blamed_and_the_others_are_scored(
+    tmp_path: Path,
+) -> None:
+    sweep = sweep_in(tmp_path, "infra_retries=1", points=3, parallel=1)
+    bad = ids(sweep)[0]
+    behaving.misbehave(tmp_path, bad, eval_kill="SIGKILL")
+    assert drive(sweep) == 1
+    assert states(sweep) == ["failed", "done", "done"]
+    cause = "killed by SIGKILL, while it was scored (given up after 2 attempts)"
+    assert observe(roster_of(sweep))[bad].cause == cause
+    assert len(behaving.begun(tmp_path, "eval")) == 2, "the second one scored the others first"
 
 
 def test_a_baseline_that_cannot_be_scored_fails_alone(tmp_path: Path) -> None:
     sweep = sweep_in(tmp_path, points=2)
-    behaving.misbehave(tmp_path, "teacher", eval_fails=True)
+    behaving.misbehave(tmp_path, "teacher", eval_fails="contract")
     backend, lines = behaving.executor_for(sweep), Lines(roster_of(sweep), [].append)
     loop = Driver(sweep, backend, lines)
     assert loop.run() == 1

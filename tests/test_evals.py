@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import multiprocessing
+import os
 import shutil
+import signal
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +20,7 @@ from lm_eval.tasks import TaskManager
 from tokenizers.processors import TemplateProcessing
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
+from stillhouse import pod
 from stillhouse.compose import compose, from_command_line
 from stillhouse.distill import models
 from stillhouse.distill.chat import Chat
@@ -27,7 +32,16 @@ from stillhouse.errors import ConfigError, ContractError, DataError, Interrupted
 from stillhouse.evals import find, harness
 from stillhouse.evals.lm import Lm
 from stillhouse.evals.suite import Scorer, SweepRequest, _set_every_field, _tiny_task, load_tasks
-from stillhouse.rundir import RunDir, Runs, eval_file, link_path, new_record, read_json, write_json
+from stillhouse.rundir import (
+    RunDir,
+    Runs,
+    eval_file,
+    link_path,
+    new_record,
+    read_eval_note,
+    read_json,
+    write_json,
+)
 from stillhouse.spec import EvalSpec, SuiteSpec, TaskSpec, TrainSpec, score_key
 
 LIMIT = 8
@@ -477,15 +491,75 @@ def test_being_stopped_keeps_what_is_finished_and_goes_on_to_the_same_table(
 @pytest.mark.parametrize(
     ("size", "message"), [(0.0, "leaves every output as it is"), (float("nan"), "NaN")]
 )
-def test_an_adapter_without_effect_or_without_numbers_is_refused(place, tmp_path, size, message):
-    runs = tmp_path / "runs"
-    trained(place, runs, size=size)
+def test_an_adapter_without_effect_or_without_numbers_is_refused_and_costs_others_nothing(
+    place, tmp_path, size, message
+):
+    runs, apart = tmp_path / "runs", tmp_path / "apart"
+    bad, good = trained(place, runs, "seed=1", size=size), trained(place, runs, "seed=2")
+    spec = asked(place, runs, f"lora_paths=[{bad.path},{good.path}]", "eval_teacher=false")
     with pytest.raises(ContractError, match=message):
-        harness.run_suite(asked(place, runs, "eval_teacher=false"), Never())
-    assert len(scores_below(runs)) == 4, "the rows before it keep their scores"
+        harness.run_suite(spec, Never())
+    note = read_eval_note(bad.path, "error")
+    assert note["code"] == 42 and message in note["cause"]
+    assert scores_below(bad.path) == {} and len(scores_below(runs)) == 2 * 3
+
+    alone = trained(place, apart, "seed=2")
+    harness.run_suite(asked(place, apart, *ADAPTERS_ONLY), Never())
+    for task in ("tiny_gen", "tiny_mc"):
+        beside, by_itself = (read_json(run.eval_file(task)) for run in (good, alone))
+        assert beside and by_itself and beside["samples"] == by_itself["samples"]
+
+    shutil.rmtree(bad.adapter)
+    trained(place, runs, "seed=1")
+    before = scores_below(good.path)
+    assert harness.run_suite(spec, Never()) == 0
+    assert len(scores_below(bad.path)) == 2 and scores_below(good.path) == before
+    assert read_eval_note(bad.path, "error") == {}
 
 
-def test_an_adapter_that_cannot_be_rebuilt_is_refused_before_anything_is_scored(place, tmp_path):
+def score_as_a_pod(spec: EvalSpec, deadly: str, told: Path) -> None:
+    """An evaluation in a process of its own, which dies when it comes to the row `deadly`."""
+    os.environ |= {"STILLHOUSE_JOB": "uid", "STILLHOUSE_EXIT_FILE": str(told)}
+    score = Scorer.score
+
+    def mortal(self: Scorer, model: Any, task: SweepRequest, label: str, examples: int = 0) -> Any:
+        if label == deadly:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return score(self, model, task, label, examples)
+
+    Scorer.score = mortal
+    sys.exit(exit_code_of(lambda: harness.run_suite(spec, Never())))
+
+
+def test_an_adapter_that_kills_its_process_is_blamed_and_the_others_are_scored(place, tmp_path):
+    runs = tmp_path / "runs"
+    bad, good = trained(place, runs, "name=bad"), trained(place, runs, "name=good", "seed=2")
+    spec = asked(place, runs, f"lora_paths=[{bad.path},{good.path}]", *ADAPTERS_ONLY)
+    processes = multiprocessing.get_context("forkserver")
+    processes.set_forkserver_preload(["tests.test_evals"])
+
+    def ended(deadly: str, told: Path) -> tuple[int | None, dict[str, Any]]:
+        process = processes.Process(target=score_as_a_pod, args=(spec, deadly, told))
+        process.start()
+        process.join()
+        lines = [json.loads(line) for line in told.read_text().splitlines()]
+        return process.exitcode, pod.rows_of(lines, 137, "killed")
+
+    at_work = {"failed": {bad.id: [137, "killed, while it was scored"]}}
+    assert ended("int4_bad", tmp_path / "1") == (-signal.SIGKILL, at_work)
+    assert scores_below(runs) == {}, "it was the first"
+    code, rows = ended("int4_bad", tmp_path / "2")
+    assert (code, rows) == (-signal.SIGKILL, at_work | {"done": good.id})
+    assert len(scores_below(good.path)) == 2, "it comes last"
+    code, rows = ended("int4_bad", tmp_path / "3")
+    assert (code, rows["done"], rows["failed"][bad.id][0]) == (42, good.id, 42)
+    assert "2 processes in a row died" in read_eval_note(bad.path, "error")["cause"]
+    assert ended("nobody", tmp_path / "4")[0] == 0
+    assert len(scores_below(bad.path)) == 2
+    assert [*runs.glob("**/eval_*.json")] == []
+
+
+def test_an_adapter_that_cannot_be_rebuilt_is_refused(place, tmp_path):
     runs = tmp_path / "runs"
     run = trained(place, runs)
     contract = json.loads((run.adapter / "stillhouse.json").read_text())
@@ -493,7 +567,9 @@ def test_an_adapter_that_cannot_be_rebuilt_is_refused_before_anything_is_scored(
     def refused(message: str, **changes: Any) -> None:
         write_json(run.adapter / "stillhouse.json", contract | changes)
         with pytest.raises(ContractError, match=message):
-            harness.run_suite(asked(place, runs, f"lora_paths=[{run.path}]"), Never())
+            harness.run_suite(
+                asked(place, runs, f"lora_paths=[{run.path}]", *ADAPTERS_ONLY), Never()
+            )
         assert scores_below(runs) == {}
 
     refused("trained over", base=contract["base"] | {"digest": "0" * 64})

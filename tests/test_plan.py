@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stillhouse.compose import Overrides, compose
-from stillhouse.rundir import RunDir, Runs, eval_file, new_record, write_json
+from stillhouse.rundir import RunDir, Runs, eval_file, eval_note, new_record, write_json
 from stillhouse.spec import EvalSpec, SuiteSpec, TrainSpec, point_id, score_key, slug
 from stillhouse.sweep.backend import Task
 from stillhouse.sweep.grid import load_sweep
@@ -168,16 +168,34 @@ def test_what_ends_while_the_launcher_stops_is_nobodys_failure(tmp_path: Path) -
     assert observe(roster)[run.id].state == "failed"
 
 
-def test_a_poisoned_pack_is_scored_one_by_one_before_anybody_is_blamed(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("kind", "note", "code", "cause"),
+    [
+        ("error", {"code": 42, "cause": "ContractError: NaN"}, 42, "ContractError: NaN"),
+        ("begun", {}, 137, "killed by SIGKILL, while it was scored (given up after 1 attempts)"),
+    ],
+)
+def test_how_an_evaluation_ended_is_said_of_the_row_to_blame_or_of_all(
+    tmp_path: Path, kind: Any, note: dict[str, Any], code: int, cause: str
+) -> None:
     run, roster = a_run(tmp_path)
     finish_training(run)
-    baseline = tmp_path / "baselines" / "teacher-0"
-    write_ending(task_of(run, "eval", (baseline,)), Ending(42, "ContractError: no", 2, False))
+    teacher = tmp_path / "baselines" / "teacher-0"
+    task, ending = task_of(run, "eval", (teacher,)), Ending(code, "killed by SIGKILL", 0, False, 7)
+    write_json(eval_note(run.path, kind), {"pid": 7, **note})
+    write_ending(task, ending)
     seen = look(run, suite(), roster.beneath())
-    assert (seen.state, seen.goes_alone, seen.cause) == ("waiting", True, "ContractError: no")
-    assert RunDir(baseline).status()["eval_alone"]
-    write_ending(task_of(run, "eval"), Ending(42, "ContractError: no", 2, False))
-    assert observe(roster)[run.id].state == "failed"
+    assert (seen.state, seen.exit_code, seen.cause) == ("failed", code, cause)
+    assert RunDir(teacher).status() == {}, "it is scored by the next evaluation"
+    write_ending(task, replace(ending, pid=8))
+    assert RunDir(teacher).status()["eval_gave_up"], "the notes are of another process"
+
+
+def test_what_an_earlier_version_wanted_to_score_alone_waits_to_be_scored(tmp_path: Path) -> None:
+    run, roster = a_run(tmp_path)
+    finish_training(run)
+    run.update_status(eval_alone=True, eval_cause="ContractError: no", eval_exit_code=None)
+    assert look(run, suite(), roster.beneath()).state == "waiting"
 
 
 def test_retry_forgets_failures_and_keeps_everything_else(tmp_path: Path) -> None:
@@ -264,16 +282,13 @@ def test_fixed_packs_wait_for_their_own_and_are_never_cut_anew() -> None:
     assert ("a",) in [a.points for a in actions(situation(gone, packs=packs), 9, 2)]
 
 
-def test_baselines_ride_along_once_and_alone_after_they_failed_in_company() -> None:
+def test_baselines_ride_along_once_and_with_a_point_that_is_done_where_none_is_left() -> None:
     teacher = Baseline(Path("t"), "teacher", frozenset({"g"}))
     points = {"a": TO_SCORE, "b": TO_SCORE}
     first, second = actions(situation(points, baselines=[teacher]), 2, 1)
     assert (first.baselines, second.baselines) == ((Path("t"),), ())
-    alone = [replace(teacher, goes_alone=True)]
-    assert [a.baselines for a in actions(situation(points, baselines=alone), 2, 1)] == [(), ()]
     done = {"a": Observation("done", is_trained=True)}
     carried = [Action("eval", "g", ("a",), (Path("t"),))]
-    assert actions(situation(done, baselines=alone), 2, 1) == carried
     assert actions(situation(done, baselines=[teacher]), 2, 1) == carried
     assert actions(situation(done, baselines=[replace(teacher, is_scored=True)]), 2, 1) == []
     assert actions(situation(done, baselines=[replace(teacher, cause="no")]), 2, 1) == []
@@ -338,27 +353,24 @@ class World:
     def end_eval(self, action: Action, how: str) -> None:
         points = [id_ for id_ in action.points if self.seen[id_].state != DONE]
         rows = [str(d) for d in action.baselines]
-        is_alone = len(points) + len(rows) == 1
+        blamed = [*points, *rows][-1]  # whose fault it is where it is one's
         for id_ in points:
-            before = self.seen[id_]
+            before, is_it = self.seen[id_], id_ == blamed
+            given_up = how == "crash" and is_it and self.crash(f"eval {id_}")
             self.seen[id_] = {
                 "ok": replace(before, state="done"),
-                "poison": replace(
-                    before, state="failed" if is_alone else "waiting", goes_alone=True
-                ),
+                "poison": replace(before, state="failed" if is_it else "done"),
                 "stopped": replace(before, asked_to_stop=1.0),
-                "crash": replace(before, state="failed") if self.crash(f"eval {id_}") else before,
+                "crash": replace(before, state="failed") if given_up else before,
             }[how]
         for name in rows:
-            before = self.baselines[name]
-            gives_up = (how == "poison" and is_alone) or (
-                how in ("crash", "stopped") and self.crash(name)
+            given_up = (how == "poison" and name == blamed) or (
+                (how == "stopped" or (how == "crash" and name == blamed)) and self.crash(name)
             )
             self.baselines[name] = replace(
-                before,
-                is_scored=how == "ok",
-                goes_alone=before.goes_alone or how == "poison",
-                cause="no" if gives_up else None,
+                self.baselines[name],
+                is_scored=how == "ok" or (how == "poison" and name != blamed),
+                cause="no" if given_up else None,
             )
 
 

@@ -157,6 +157,47 @@ def test_a_message_fits_whatever_the_cause_is_made_of() -> None:
     assert said["cause"] == "\0" * 500 and said["tail"] == ""
 
 
+ROWS = [
+    {"row": "a", "state": "begun"},
+    {"row": "a", "state": "done"},
+    {"row": "b", "state": "failed", "code": 42, "cause": "ContractError: NaN"},
+    {"row": "c", "state": "begun"},
+]
+
+
+def test_a_message_says_what_became_of_the_rows_of_an_evaluation(tmp_path: Path) -> None:
+    script = f"""
+from stillhouse.pod import tell
+for row in {ROWS!r}:
+    tell(**row)
+import os, signal
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    one = pod_of(tmp_path, script, env={"PYTHONPATH": str(REPOSITORY)})
+    assert one.ended() == 137
+    assert one.message()["done"] == "a"
+    assert one.message()["failed"] == {
+        "b": [42, "ContractError: NaN"],
+        "c": [137, "killed by SIGKILL, while it was scored"],
+    }
+
+
+def test_who_was_at_work_when_somebody_asked_to_stop_is_not_to_blame() -> None:
+    assert pod.rows_of(ROWS, 85, "stopped")["failed"].keys() == {"b"}
+
+
+def test_a_message_names_rows_before_it_gives_causes() -> None:
+    rows = {f"{number:010x}": [42, "ContractError: " + "é" * 300] for number in range(100)}
+    done = ",".join(f"{number:010x}" for number in range(100, 160))
+    encoded = pod.message(42, "c" * 500, b"t" * 3000, {"failed": rows, "done": done})
+    said = json.loads(encoded)
+    assert len(encoded) <= 4096
+    assert said["failed"].keys() == rows.keys() and said["done"] == done
+    many = {f"{number:010x}": [42, "no"] for number in range(1000)}
+    encoded = pod.message(42, "c" * 500, b"", {"failed": many, "done": done})
+    assert json.loads(encoded) == {"exit_code": 42, "cause": "c" * 500, "tail": ""}
+
+
 def test_a_log_that_cannot_be_written_is_said_and_ends_nothing(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     one = pod_of(tmp_path, "print('on')", f"--log={tmp_path / 'file' / 'log'}")

@@ -3,6 +3,7 @@
 Reading order:
     find       adapters and runs at the paths that a user typed, or every trained run of a pair
     harness    the rows of the table and their contracts; loads each base once, writes the scores
+    isolate    what one row does wrong, noted in its directory; the others go on
     suite      the tasks of a suite, `tiny_gen` and `tiny_mc` among them; one model on one task
     own        the user's own tasks, from the suite's include_path
     lm         the model class behind lm-eval's interface, its progress lines and its log

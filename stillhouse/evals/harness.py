@@ -5,7 +5,7 @@ which its contract names. It is scored as Q(W + BA) only for a task whose name s
 separate column. A teacher is scored as the function that teaches: after its few-shot examples, if
 it has any. A score is written as soon as it is known and never computed twice, unless something it
 depends on has changed (`scores`). Then that is printed, the score is computed again, and it keeps a
-note of the one that it replaces.
+note of the one that it replaces. What a row does wrong costs the others nothing (`isolate`).
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from stillhouse.distill import models
 from stillhouse.distill.chat import chat_of
 from stillhouse.errors import ContractError, OutOfMemory
 from stillhouse.evals import find
+from stillhouse.evals.isolate import Isolation
 from stillhouse.evals.suite import Scorer, Stop, SweepRequest, clear_torch_cache, load_tasks
 from stillhouse.rundir import (
     Json,
@@ -115,7 +116,9 @@ def run_suite(spec: EvalSpec, stop: Stop) -> int:
 
     Raises:
         ConfigError: nothing found under a path, an unknown task, data that is not here.
-        ContractError: an adapter whose base or quantizer cannot be rebuilt, or that does nothing.
+        ContractError: an adapter whose base or quantizer cannot be rebuilt, or that does nothing;
+            after all others were scored.
+        NotScored: the same, where what went wrong may not go wrong again.
         OutOfMemory: the device cannot hold eval_batch_size.
         Interrupted: asked to stop; every finished score is kept.
     """
@@ -131,17 +134,27 @@ def run_suite(spec: EvalSpec, stop: Stop) -> int:
     cache_dir = Path(spec.place.cache_dir)
     prepared = models.prepare(spec.pair, spec.quant, cache_dir, spec.place.commits)
     sources = sources_of(spec, cache_dir)
+    isolation = Isolation()
     rows = [
         *_baselines(spec, prepared, sources, runs),
-        *_adapters(spec, prepared, sources, found),
+        *_adapters(spec, prepared, sources, found, isolation),
     ]
-    missing = {(r, t) for r in rows for t in suite.tasks if r.finished(suite, t) is None}
+    missing: set[tuple[Row, TaskSpec]] = set()
+    for row in rows:
+        isolation.forget(row.home)
+        with isolation.guard(row.home):
+            open_tasks = {(row, t) for t in suite.tasks if row.finished(suite, t) is None}
+            missing |= open_tasks
+            if not open_tasks:
+                isolation.done(row.home)
+    rows = [row for row in rows if row.home not in isolation.failed]
     todo = f"{len(missing)} of {len(rows) * len(suite.tasks)} scores to find"
     _say(f"eval: {len(rows)} rows, suite {suite.suite_name}: {todo}")
     _say_what_drifted(rows, suite)
     if missing:
-        _score_all(spec, prepared, rows, missing, stop)
+        _score_all(spec, prepared, rows, missing, stop, isolation)
     _say(table(rows, suite))
+    isolation.check()
     return 0
 
 
@@ -211,35 +224,38 @@ def _baselines(
 
 
 def _adapters(
-    spec: EvalSpec, prepared: models.PreparedPair, sources: Json, found: Iterable[find.Found]
-) -> list[Row]:
+    spec: EvalSpec, prepared: models.PreparedPair, sources: Json, found: Iterable[find.Found],
+    isolation: Isolation,
+) -> list[Row]:  # fmt: skip
+    """The rows of these adapters, but for those that cannot be rebuilt."""
     rows, elsewhere = [], []
     checked: set[str] = set()
     for each in found:
-        contract = models.read_contract(each.adapter)
-        quant = _quant(contract, each.adapter)
-        # Many adapters, one base: its weights are hashed once, not once per adapter.
-        promise = digest([contract["base"], contract["quant"], contract["numerics"]])
-        if promise not in checked:
-            models.check_contract(contract, prepared, quant)
-            checked.add(promise)
-        base = Base(
-            prepared.student,
-            prepared.student_revision,
-            contract["dtype"],
-            None if quant.quant_type == "none" else quant,
-        )
-        label = _label(quant.quant_type, each)
-        place = (each.home, base, each.adapter, digest(contract)[:16])
-        cache_dir = Path(spec.place.cache_dir)
-        row = Row(label, "adapter", *place, spec.pair, cache_dir, sources)
-        own, chat = chat_settings(contract["data"]), chat_settings(_plain(spec.data))
-        if chat != own and spec.suite.apply_chat_template:
-            row = replace(row, chat=chat)
-            _say(f"eval: {label} was trained with {own}, and is asked with {chat}")
-        rows.append(row)
-        if quant != spec.quant:
-            elsewhere.append(f"{label} ({_words(quant)})")
+        with isolation.guard(each.home):
+            contract = models.read_contract(each.adapter)
+            quant = _quant(contract, each.adapter)
+            # Many adapters, one base: its weights are hashed once, not once per adapter.
+            promise = digest([contract["base"], contract["quant"], contract["numerics"]])
+            if promise not in checked:
+                models.check_contract(contract, prepared, quant)
+                checked.add(promise)
+            base = Base(
+                prepared.student,
+                prepared.student_revision,
+                contract["dtype"],
+                None if quant.quant_type == "none" else quant,
+            )
+            label = _label(quant.quant_type, each)
+            place = (each.home, base, each.adapter, digest(contract)[:16])
+            cache_dir = Path(spec.place.cache_dir)
+            row = Row(label, "adapter", *place, spec.pair, cache_dir, sources)
+            own, chat = chat_settings(contract["data"]), chat_settings(_plain(spec.data))
+            if chat != own and spec.suite.apply_chat_template:
+                row = replace(row, chat=chat)
+                _say(f"eval: {label} was trained with {own}, and is asked with {chat}")
+            rows.append(row)
+            if quant != spec.quant:
+                elsewhere.append(f"{label} ({_words(quant)})")
     if elsewhere:
         _say(
             f"eval: trained under another quantiser than {_words(spec.quant)}, scored under their"
@@ -300,19 +316,26 @@ def _score_all(
     rows: list[Row],
     missing: set[tuple[Row, TaskSpec]],
     stop: Stop,
+    isolation: Isolation,
 ) -> None:
     wanted = [task for task in spec.suite.tasks if any(t == task for _, t in missing)]
     tasks = load_tasks(spec.suite, wanted, prepared.data_dir)
     tokenizer = models.load_tokenizer(prepared.student, prepared.student_revision)
     chat = chat_of(prepared, tokenizer, spec.data)
     scorer = Scorer(spec.suite, chat, spec.evaluation.eval_batch_size, stop)
-    bases = list(dict.fromkeys(row.base for row in rows if any(r == row for r, _ in missing)))
-    for base in bases:
+    rows = [row for row in rows if any(r == row for r, _ in missing)]
+    suspects = {row.home for row in rows if isolation.is_suspect(row.home)}
+    for home in suspects:
+        _say(f"eval: a process died while it scored {home.name}, which is scored last")
+    rows = [row for row in rows if row.home not in isolation.failed]
+    batches = dict.fromkeys((row.home in suspects, row.base) for row in rows)
+    for is_last, base in sorted(batches, key=lambda batch: batch[0]):
         stop.check()
+        of_base = [r for r in rows if (r.home in suspects, r.base) == (is_last, base)]
         # Rows without an adapter first: they need the base before PEFT has changed it.
-        of_base = sorted((r for r in rows if r.base == base), key=lambda r: r.adapter is not None)
+        of_base.sort(key=lambda row: row.adapter is not None)
         try:
-            _score_base(base, of_base, tasks, missing, scorer, spec.suite)
+            _score_base(base, of_base, tasks, missing, scorer, spec.suite, isolation)
         except RuntimeError as error:
             if "out of memory" not in str(error):
                 raise
@@ -327,27 +350,33 @@ def _score_all(
 
 def _score_base(
     base: Base, rows: list[Row], tasks: list[SweepRequest], missing: set[tuple[Row, TaskSpec]],
-    scorer: Scorer, suite: SuiteSpec,
+    scorer: Scorer, suite: SuiteSpec, isolation: Isolation,
 ) -> None:  # fmt: skip
     device = models.pick_device()
-    model: Any = models.load_base(base.path, base.revision, base.dtype, base.quant, device)
+    model: Any = None
     # Teacher and untrained student of a self pair are one model: it is scored once.
     of_base: dict[tuple[str, str, int], Json] = {}
     for number, row in enumerate(rows):
+        if model is None:
+            model = models.load_base(base.path, base.revision, base.dtype, base.quant, device)
         wanted = [task for task in tasks if (row, task.spec) in missing]
-        if row.adapter is None:
-            _ask(model, row, wanted, scorer, suite, of_base)
-            continue
-        if as_trained := [task for task in wanted if not task.spec.is_requantised]:
-            model = models.attach_adapter(model, row.adapter, f"row{number}")
-            _check_effect(model, row, scorer.chat.tokenizer)
-            _ask(model, row, as_trained, scorer, suite, {})
-            model.delete_adapter(f"row{number}")
-        if otherwise := [task for task in wanted if task.spec.is_requantised]:
-            other = models.merged_and_requantised(
-                base.path, base.revision, base.dtype, base.quant, device, row.adapter
-            )
-            _ask(other, row, otherwise, scorer, suite, {})
+        with isolation.scoring(row.home):
+            if row.adapter is None:
+                _ask(model, row, wanted, scorer, suite, of_base)
+            elif as_trained := [task for task in wanted if not task.spec.is_requantised]:
+                model = models.attach_adapter(model, row.adapter, f"row{number}")
+                _check_effect(model, row, scorer.chat.tokenizer)
+                _ask(model, row, as_trained, scorer, suite, {})
+                model.delete_adapter(f"row{number}")
+            otherwise = [task for task in wanted if task.spec.is_requantised]
+            if row.adapter is not None and otherwise:
+                other = models.merged_and_requantised(
+                    base.path, base.revision, base.dtype, base.quant, device, row.adapter
+                )
+                _ask(other, row, otherwise, scorer, suite, {})
+        if row.home in isolation.failed:  # what it left in the base is no part of the others
+            model = scorer.engine = None
+            clear_torch_cache()
 
 
 def _ask(

@@ -20,7 +20,7 @@ RecordState = Literal["done", "failed", "stopped", "cancelled", "alone", "unread
 class Record:
     """How a task ended. Times in seconds, `at` since the epoch."""
 
-    # alone: its shared evaluation failed; it is scored alone next, to find the cause.
+    # alone: an earlier version said so of each member of an evaluation that failed: not scored yet.
     # unreadable: somebody edited it; `cause` says what is wrong.
     state: RecordState
     code: int = 0

@@ -50,7 +50,6 @@ class Observation:
     exit_code: int | None = None
     pid: int | None = None  # of the process that has it, while it is running
     is_trained: bool = False
-    goes_alone: bool = False  # an evaluation with others failed: score it alone to find the cause
     # When we saw that somebody stopped it, by our clock; None where it was so when we came.
     asked_to_stop: float | None = None
     stop_mark: float | None = None  # changes with each stop: a time, by the clock of who wrote it
@@ -84,7 +83,6 @@ class Baseline:
     label: str
     groups: frozenset[str]  # the groups whose evaluations can take it along
     is_scored: bool = False
-    goes_alone: bool = False
     cause: str | None = None  # why it is given up
     rests_on_other: tuple[str, ...] = ()  # why scores that are there count no more
 
@@ -223,7 +221,6 @@ def baselines_of(sweep: Sweep, groups: Mapping[str, str]) -> tuple[Baseline, ...
                 label=row.label,
                 groups=of_it,
                 is_scored=not missing,
-                goes_alone=bool(status.get("eval_alone")),
                 cause=status.get("eval_cause") if status.get("eval_gave_up") else None,
                 rests_on_other=drifted_scores(missing),
             )
@@ -301,7 +298,6 @@ def _judge_unscored(found: Found, observed: Any) -> Observation:
     return observed(
         "waiting",
         cause or told or f"trained, to be scored on {', '.join(found.unscored)}",
-        goes_alone=bool(status.get("eval_alone")),
         stop_mark=at,
         rests_on_other=drifted,
     )
@@ -322,12 +318,9 @@ def actions(now: Situation, slots: int, pack: int) -> list[Action]:
     to_train, to_score = _idle(now)
     chosen: list[Action] = []
     for key, ids in to_score.items():
-        alone = [id_ for id_ in ids if now.observations[id_].goes_alone]
-        chosen += [Action("eval", now.groups[id_], (id_,)) for id_ in alone]
-        together = [id_ for id_ in ids if id_ not in alone]
-        whole = len(together) // pack * pack
-        chosen += _packs(now, together[:whole], pack)
-        to_score[key] = together[whole:]
+        whole = len(ids) // pack * pack
+        chosen += _packs(now, ids[:whole], pack)
+        to_score[key] = ids[whole:]
     chosen += _trainings(now, to_train, max(0, free - len(chosen)))
     coming = _coming(now, to_train)
     rest = {key: ids for key, ids in to_score.items() if ids and key not in coming}
@@ -392,9 +385,8 @@ def _packs(now: Situation, ids: Sequence[str], size: int) -> list[Action]:
 def _with_baselines(now: Situation, chosen: list[Action], waiting: set[str]) -> list[Action]:
     """The actions, with each baseline that is not scored yet in one of them or in one of its own.
 
-    `waiting`: groups that have or will have something else to score. A baseline that failed in
-    a shared evaluation is scored alone, with a point that is scored already: evaluations load by
-    adapter.
+    `waiting`: groups that have or will have something else to score. Where there is nothing else, a
+    point that is scored already takes a baseline along: evaluations load by adapter.
     """
     taken = {directory for action in now.live for directory in action.baselines}
     first: dict[str, str] = {}  # group -> the pack that takes its baselines along
@@ -404,17 +396,13 @@ def _with_baselines(now: Situation, chosen: list[Action], waiting: set[str]) -> 
     result: list[Action] = []
     for action in chosen:
         along: list[Path] = []
-        is_company = (
-            action.kind == "eval"
-            and now.packs[action.points[0]] == first[action.group]
-            and not any(now.observations[id_].goes_alone for id_ in action.points)
-        )
+        is_first = action.kind == "eval" and now.packs[action.points[0]] == first[action.group]
         for baseline in list(open_):
-            if is_company and not baseline.goes_alone and action.group in baseline.groups:
+            if is_first and action.group in baseline.groups:
                 along.append(baseline.directory)
                 open_.remove(baseline)
         result.append(Action(action.kind, action.group, action.points, tuple(along)))
-    return result + _carried(now, [b for b in open_ if b.goes_alone or not waiting & b.groups])
+    return result + _carried(now, [b for b in open_ if not waiting & b.groups])
 
 
 def _carried(now: Situation, baselines: Iterable[Baseline]) -> list[Action]:
@@ -423,15 +411,12 @@ def _carried(now: Situation, baselines: Iterable[Baseline]) -> list[Action]:
     for id_, group in now.groups.items():
         if now.observations[id_].state == "done":
             carriers.setdefault(group, id_)
-    alone: list[Action] = []
     together: dict[str, list[Path]] = {}
     for baseline in baselines:
         group = next((g for g in sorted(baseline.groups) if g in carriers), None)
-        if group and baseline.goes_alone:
-            alone.append(Action("eval", group, (carriers[group],), (baseline.directory,)))
-        elif group:
+        if group:
             together.setdefault(group, []).append(baseline.directory)
-    return alone + [
+    return [
         Action("eval", group, (carriers[group],), tuple(directories))
         for group, directories in together.items()
     ]

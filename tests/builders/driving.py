@@ -87,7 +87,8 @@ class World:
     """Ends Jobs step by step. `script`: part of a Job's name -> what happens to its pods, in order.
 
     complete; poison (42, the Job fails); crash (1, it goes on); evicted (85, it goes on);
-    give-up (1, the Job fails). The default is complete.
+    give-up (1, the Job fails); rows (42, the Job fails: of its first member, all others are
+    scored); death (137, the Job fails: its first member was at work). The default is complete.
     """
 
     def __init__(self, fake: FakeApi, script: Mapping[str, tuple[str, ...]] | None = None) -> None:
@@ -127,11 +128,25 @@ class World:
             self.fake.fail(name, 42, POISON)
         elif what == "give-up":
             self.fake.fail(name, 1, ends="BackoffLimitExceeded")
+        elif what == "rows":
+            self.fake.fail(name, 42, self._of_rows(name, 42, "ContractError: NaN"))
+        elif what == "death":
+            words = self._of_rows(name, 137, "killed by SIGKILL, while it was scored", is_all=False)
+            self.fake.fail(name, 137, words, ends="BackoffLimitExceeded")
         elif what == "evicted":
             self.fake.disrupt(name, exit_code=85, message=EVICTED)
         else:
             self.fake.fail(name, 1, ends=None)
-        self.ended[name] += what in ("complete", "poison", "give-up")
+        self.ended[name] += what not in ("crash", "evicted")
+
+    def _of_rows(self, name: str, code: int, cause: str, is_all: bool = True) -> str:
+        """What an evaluation's pod says whose first point failed, and all others did not."""
+        job = self.fake.get("jobs", name) or {}
+        notes = job["metadata"]["annotations"]
+        points = notes["stillhouse/points"].split(",")
+        others = [*points[1:], *filter(None, notes.get("stillhouse/baselines", "").split(","))]
+        said = {"exit_code": code, "cause": "see its rows", "failed": {points[0]: [code, cause]}}
+        return json.dumps(said | ({"done": ",".join(others)} if is_all else {}))
 
     def _next(self, name: str) -> str:
         script = next((s for key, s in self.script.items() if key in name), ())

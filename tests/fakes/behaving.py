@@ -27,6 +27,7 @@ from stillhouse.errors import (
     OutOfMemory,
     StillhouseError,
 )
+from stillhouse.evals.isolate import Isolation
 from stillhouse.rundir import RunDir, Runs, eval_file, new_record, now, read_json, write_json
 from stillhouse.sources import sources_of
 from stillhouse.spec import EvalSpec, PairSpec, QuantSpec, TrainSpec, baseline_key, score_key
@@ -43,7 +44,10 @@ WORK = {
     "eval": "tests.fakes.behaving:evaluate",
 }
 PRELOAD = ("pytest", "hypothesis", "tests.fakes.behaving")
-ENDS = {"diverged": Diverged, "memory": OutOfMemory, "config": ConfigError, "crash": RuntimeError}
+ENDS = {
+    "diverged": Diverged, "memory": OutOfMemory, "config": ConfigError, "crash": RuntimeError,
+    "contract": ContractError,
+}  # fmt: skip
 
 
 def executor_for(
@@ -191,14 +195,21 @@ def evaluate(spec: EvalSpec) -> int:
     for label in labels:
         key = baseline_key(label, spec.pair, spec.quant)
         directories.append(Runs(runs).baseline(label, key))
-    for name, directory in zip([*ids, *labels], directories, strict=True):
+    isolation = Isolation()
+    rows = list(zip([*ids, *labels], directories, strict=True))
+    for name, directory in sorted(rows, key=lambda row: isolation.is_suspect(row[1])):
+        isolation.forget(directory)
         how = _behaviour(runs, name)
-        time.sleep(how.get("eval_s", 0))
-        stop.check()
-        if how.get("eval_fails"):
-            raise ContractError(f"{name} cannot be rebuilt")
-        if not how.get("eval_forgets"):
-            _score(spec, directory)
+        with isolation.scoring(directory):
+            time.sleep(how.get("eval_s", 0))
+            stop.check()
+            if how.get("eval_fails"):
+                raise ENDS[how["eval_fails"]](f"{name} cannot be scored")
+            if "eval_kill" in how:
+                os.kill(os.getpid(), getattr(signal, how["eval_kill"]))
+            if not how.get("eval_forgets"):
+                _score(spec, directory)
+    isolation.check()
     return 0
 
 

@@ -31,6 +31,7 @@ from stillhouse.sweep.cluster.objects import (
 )
 from stillhouse.sweep.cluster.reasons import End, Reason, how_it_failed, is_lost, why_waiting
 from stillhouse.sweep.grid import Sweep
+from stillhouse.sweep.outcome import Record
 from stillhouse.sweep.plan import Baseline, Observation, groups_of
 from stillhouse.sweep.registry import baseline_rows
 
@@ -39,7 +40,7 @@ VIEWS: dict[str, Callable[[Json], Any]] = {
 }  # fmt: skip
 KEPT_PODS = 8  # ended pods of one Job that stay known
 NOT_READ = "what Kueue says of it is not ours to read (Role of k8s/access.yaml: list workloads)"
-ENDED = ("failed", "stopped", "alone")  # what the ledger says of what is not tried again by itself
+ENDED = ("failed", "stopped")  # what the ledger says of what is not tried again by itself
 
 
 # ----------------------------------------------------------------------------- the picture
@@ -89,17 +90,20 @@ class NamespaceCache:
                 return Facts(is_trained=True, is_done=True)
             if is_trained:
                 assert scores is not None
-                return self._open_facts(score_of(what, scores), evals, is_trained=True)
-            return self._open_facts(what, [train] if train else [], is_trained=False)
+                return self._open_facts(what, score_of(what, scores), evals, is_trained=True)
+            return self._open_facts(what, what, [train] if train else [], is_trained=False)
 
     def _is_trained(self, id_: str, train: JobView | None) -> bool:
         return self.is_done(id_) or (train is not None and train.state == "complete")
 
     def _is_scored(self, what: str, scores: str, evals: list[JobView]) -> bool:
         key = score_of(what, scores)
-        return self.is_done(key) or any(job.state == "complete" for job in evals)
+        return self.is_done(key) or any(
+            job.state == "complete" or (job.state == "failed" and what in self.how(job).done)
+            for job in evals
+        )
 
-    def _open_facts(self, key: str, jobs: list[JobView], is_trained: bool) -> Facts:
+    def _open_facts(self, what: str, key: str, jobs: list[JobView], is_trained: bool) -> Facts:
         """Facts about what is not done: its training, or its scores."""
         record = self.ledger.get(key)
         is_over = record is not None and record.state in ENDED
@@ -110,12 +114,10 @@ class NamespaceCache:
             key=lambda job: (job.is_running, job.created, job.name),
             default=None,
         )
-        failed, has_company = None, False
+        failed = None
         for job in sorted((j for j in jobs if j.state == "failed"), key=lambda j: j.ended or 0.0):
-            company = job.kind == "eval" and len(self.wanting(job)) > 1
-            is_news = record is None or (record.state == "alone" and not company)
-            if is_news and (failed is None or not company):  # who failed alone is known to have
-                failed, has_company = self.how(job), company
+            if record is None or (record.state == "alone" and not is_told(record, job)):
+                failed = failed or self.how(job).of(what, self.wanting(job))
         orphans = self._orphans.values()
         return Facts(
             is_trained=is_trained,
@@ -123,7 +125,6 @@ class NamespaceCache:
             orphan=next((pod for pod in orphans if pod.point == key and not is_trained), None),
             waits=self.why(live) if live else None,
             failed=failed,
-            has_company=has_company,
             record=record,
             deleted_at=self._deleted.get(key),
             cancelled_at=self.ledger.cancelled_at(key),
@@ -386,6 +387,11 @@ class NamespaceCache:
         about[:] = [other for other in about if other.reason != said.reason] + [said]
 
 
+def is_told(record: Record | None, job: JobView) -> bool:
+    """Whether a record says how this Job ended."""
+    return record is not None and record.state in (*ENDED, "alone") and record.at == job.ended
+
+
 def _scores(job: JobView, scores: str) -> bool:
     return job.kind == "eval" and job.scores == scores
 
@@ -405,7 +411,6 @@ def baselines_seen(cache: NamespaceCache, sweep: Sweep) -> tuple[Baseline, ...]:
                 label=row.label,
                 groups=frozenset(groups[id_] for id_ in row.points),
                 is_scored=seen.state == "done",
-                goes_alone=seen.goes_alone,
                 cause=(seen.cause or f"exit code {seen.exit_code}") if has_ended else None,
             )
         )

@@ -102,10 +102,12 @@ class JobCreator:
                 job = ours(there, step)
                 if job.is_deleting:
                     return Made(blocked_by=f"Job {job.name} is still being deleted")
-                if job.kind != "prepare" or job.state != "failed":
+                # A pair is tried again when asked, and so is what an earlier version called alone.
+                is_again = job.kind == "prepare" or any(r and r.state == "alone" for r in work.seen)
+                if not is_again or job.state != "failed":
                     return Made(job.uid)
                 work.replaced.add(job.uid)
-                self.cluster.delete("jobs", job.name, job.uid)  # a pair is tried again when asked
+                self.cluster.delete("jobs", job.name, job.uid)
             within_s = 0.0
         return Made()
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from stillhouse.errors import POISON, STOPPED
+from stillhouse.errors import STOPPED
 from stillhouse.sweep.cluster.ledger import prepare_of, score_of
 from stillhouse.sweep.cluster.objects import JobView, PodView
 from stillhouse.sweep.cluster.reasons import End, Reason, is_lost, why_orphan
@@ -29,7 +29,6 @@ class Facts:
     orphan: PodView | None = None  # a pod that trains it and whose Job somebody deleted
     waits: Reason | None = None  # why that Job does not run; None: it does
     failed: End | None = None  # how its Job failed, where the ledger does not say it yet
-    has_company: bool = False  # that Job was about other points or baselines too
     record: Record | None = None  # the ledger on what it still lacks: training, or scores
     deleted_at: float | None = None  # when we saw its unfinished Job vanish
     cancelled_at: float | None = None  # when we saw the ledger say so
@@ -57,15 +56,11 @@ def _judged(facts: Facts, code: str | None) -> tuple[State, str | None, dict[str
         is_at_work = facts.orphan.phase == "Running" and not is_lost(facts.orphan)
         return "running" if is_at_work else "waiting", why_orphan(facts.orphan), {}
     if facts.failed is not None:
-        if goes_alone(facts.failed.code, facts.has_company):
-            return "waiting", facts.failed.cause, {"goes_alone": True}
         return _ended(facts.failed.code, facts.failed.cause)
     if record is not None and record.state == "unreadable":
         return "unreadable", record.cause, {}
     if record is not None and record.state in ("failed", "stopped"):
         return _ended(record.code, record.cause)
-    if record is not None and record.state == "alone":
-        return "waiting", record.cause, {"goes_alone": True}
     stopped = [at for at in (facts.cancelled_at, facts.deleted_at) if at is not None]
     if stopped or (record is not None and record.state == "cancelled"):
         cause = (record.cause or "cancelled") if record is not None else DELETED
@@ -75,11 +70,6 @@ def _judged(facts: Facts, code: str | None) -> tuple[State, str | None, dict[str
 
 def _ended(code: int, cause: str | None) -> tuple[State, str | None, dict[str, Any]]:
     return "stopped" if code == STOPPED else "failed", cause, {"exit_code": code}
-
-
-def goes_alone(code: int, has_company: bool) -> bool:
-    """Whether one unknown member of a shared evaluation made it fail: then each is scored alone."""
-    return has_company and code in POISON
 
 
 def keys_of(job: JobView) -> tuple[str, ...]:

@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 
 from stillhouse.errors import AGAIN, DONE, STOPPED
 from stillhouse.rundir import Json
-from stillhouse.sweep.cluster.cache import ENDED, NamespaceCache
-from stillhouse.sweep.cluster.facts import goes_alone, keys_of
+from stillhouse.sweep.cluster.cache import NamespaceCache, is_told
+from stillhouse.sweep.cluster.facts import keys_of
 from stillhouse.sweep.cluster.ledger import score_of
 from stillhouse.sweep.cluster.objects import ATTEMPTS, JobView, PodView
 from stillhouse.sweep.cluster.objects import told_attempts as attempts
@@ -46,6 +46,8 @@ def attempt(pod: PodView) -> Json:
     left: Json = {"pod": pod.name, "code": end.code, "cause": short(end.cause)}
     if end.tail:
         left["tail"] = end.tail[-SHORT:]
+    left |= {"done": ",".join(end.done)} if end.done else {}
+    left |= {"failed": dict(end.failed)} if end.failed else {}
     return left | {"ran": round(_ran(pod), 1), "start": round(_start(pod), 1)}
 
 
@@ -104,13 +106,20 @@ def records_of(
     """What the ledger is to say of a Job that ended; `end`: how, where it was not by itself.
 
     Only of what is not known to be done: an evaluation takes points along that are scored already.
+    Nothing of what it left open, when one of its members ended it: that is scored by another.
     """
+    if end is None and job.state == "failed":
+        end = cache.how(job)
     keys = [key for key in keys_of(job) if not cache.is_done(key)]
-    if job.kind == "eval" and job.state != "complete":
-        keys = [score_of(what, job.scores or "") for what in cache.wanting(job)]
-    if not keys:
+    ends = dict.fromkeys(keys, end)
+    if job.kind == "eval" and end is not None:
+        members = cache.wanting(job)
+        found = {what: end.of(what, members) for what in members}
+        known = {what: one for what, one in found.items() if one or what in end.done}
+        ends = {score_of(what, job.scores or ""): one for what, one in known.items()}
+    if not ends:
         return {}
-    times = times_of(job, cache.pods_of(job), now).over(len(keys))
+    times = times_of(job, cache.pods_of(job), now).over(len(ends))
     record = Record(
         "done",
         at=job.ended or now,
@@ -121,16 +130,17 @@ def records_of(
         devices=job.devices,
         gpu=job.gpu,
     )
-    if end is None and job.state == "failed":
-        end = cache.how(job)
-    if end is not None:
-        has_company = job.kind == "eval" and len(keys) > 1
-        state = "stopped" if end.code == STOPPED else "failed"
-        state = "alone" if goes_alone(end.code, has_company) else state
-        record = replace(record, state=state, code=end.code, cause=end.cause, tail=end.tail)
     # Who comes later may find no pod to ask any more: what was said of this end is not said anew.
-    return {key: record for key in keys if not _is_told(cache.ledger.get(key), job)}
+    return {
+        key: _ended_so(record, one)
+        for key, one in ends.items()
+        if not is_told(cache.ledger.get(key), job)
+    }
 
 
-def _is_told(record: Record | None, job: JobView) -> bool:
-    return record is not None and record.state in ENDED and record.at == job.ended
+def _ended_so(record: Record, end: End | None) -> Record:
+    """The record of a success, with how it ended instead; None: it was one."""
+    if end is None:
+        return record
+    state = "stopped" if end.code == STOPPED else "failed"
+    return replace(record, state=state, code=end.code, cause=end.cause, tail=end.tail)

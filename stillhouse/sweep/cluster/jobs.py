@@ -326,7 +326,8 @@ class JobExecutor:
             self._make_anew(job, pods)
             return []
         killed = next((pod for pod in reversed(by_age(pods)) if is_killed_by_memory(pod)), None)
-        if killed is not None and not job.is_deleting:
+        # One of several was at work when its pod was killed: the next pod knows which (`isolate`).
+        if killed is not None and not job.is_deleting and len(self.cache.wanting(job)) < 2:
             return [_Ended(job, end_of_pod(killed), is_to_go=True)]
         reason = self.cache.why(job)
         if reason is None or not reason.cannot_start or job.is_deleting:

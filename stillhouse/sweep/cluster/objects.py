@@ -11,6 +11,7 @@ import json
 import re
 import shlex
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import field
 from datetime import datetime
 from sys import intern
 from typing import Any, Literal, NotRequired, TypeVar, cast
@@ -91,6 +92,8 @@ class _Attempt(TypedDict):
     ran: float
     start: float
     tail: NotRequired[str]
+    done: NotRequired[str]
+    failed: NotRequired[dict[str, tuple[int, str]]]
 
 
 _ATTEMPTS: Any = TypeAdapter(list[_Attempt])
@@ -153,6 +156,9 @@ class LastWords:
     exit_code: int | None  # None: they are not of `pod.py`, but the end of its log
     cause: str | None
     tail: str | None  # the last lines that it printed
+    # Of an evaluation: the rows that it has scored, and why it could not score others.
+    done: tuple[str, ...] = ()
+    failed: dict[str, tuple[int, str]] = field(default_factory=dict[str, tuple[int, str]])
 
 
 View = TypeVar("View")
@@ -378,8 +384,15 @@ def _told_in(said: str) -> LastWords | None:
             if code is None or cause is None:
                 return None
             words = {"exit_code": int(code[1]), "cause": json.loads(cause[1])}
-        return LastWords(words.get("exit_code"), words.get("cause"), words.get("tail") or None)
+        code, cause, tail = words.get("exit_code"), words.get("cause"), words.get("tail")
+        return LastWords(code, cause, tail or None, *rows_told(words))
     return None
+
+
+def rows_told(words: Json) -> tuple[tuple[str, ...], dict[str, tuple[int, str]]]:
+    """The rows that an evaluation has scored, and those it could not, in a pod's words."""
+    failed = {row: (code, cause) for row, (code, cause) in words.get("failed", {}).items()}
+    return _comma(words.get("done")), failed
 
 
 def seconds(time: str | None) -> float | None:

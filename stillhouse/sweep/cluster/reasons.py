@@ -7,10 +7,10 @@ wrong and, where a person can fix it, how.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
-from stillhouse.errors import AGAIN, OUT_OF_MEMORY, TOO_LATE, UNKNOWN
+from stillhouse.errors import AGAIN, OUT_OF_MEMORY, POISON, TOO_LATE, UNKNOWN
 from stillhouse.sweep.cluster.kueue import QueueView
 from stillhouse.sweep.cluster.objects import (
     BEFORE,
@@ -19,6 +19,7 @@ from stillhouse.sweep.cluster.objects import (
     Note,
     PodView,
     last_words,
+    rows_told,
     told_attempts,
 )
 from stillhouse.sweep.cluster.refusals import refused, short
@@ -65,6 +66,17 @@ class End:
     code: int
     cause: str
     tail: str | None = None  # the last lines that it printed
+    # Of an evaluation: the points and baselines that it scored, and how it ended for others.
+    done: tuple[str, ...] = ()
+    failed: Mapping[str, tuple[int, str]] = field(default_factory=dict[str, tuple[int, str]])
+
+    def of(self, what: str, members: Sequence[str]) -> End | None:
+        """How it ended for one of these members; None: it is scored, or others are to blame."""
+        if what in self.done:
+            return None
+        if what in self.failed:
+            return End(*self.failed[what], self.tail)
+        return None if self.failed.keys() & {*members} else self
 
 
 # ---------------------------------------------------------------------------------- waiting
@@ -287,14 +299,17 @@ def how_it_failed(job: JobView, pods: Sequence[PodView]) -> End:
     """The end of a Job that failed; its pods may be gone already."""
     ended = [pod for pod in by_age(pods) if pod.is_over and pod.phase != "Succeeded"]
     # Where the pods are gone, what was noted of them on the Job is left.
-    told = [End(one["code"], one["cause"], one.get("tail")) for one in told_attempts(job)]
+    told = [
+        End(one["code"], one["cause"], one.get("tail"), *rows_told(one))
+        for one in told_attempts(job)
+    ]
     ends = [end_of_pod(pod) for pod in ended] or told
     last = ends[-1] if ends else None
     if job.end_reason == "DeadlineExceeded":
-        tail = last.tail if last else None
+        tail, done = (last.tail, last.done) if last else (None, ())
         if job.was_held:
-            return End(TOO_LATE, _HELD_TOO_LONG, tail)
-        return End(TOO_LATE, "it took longer than its deadline (site.deadline_s)", tail)
+            return End(TOO_LATE, _HELD_TOO_LONG, tail, done)
+        return End(TOO_LATE, "it took longer than its deadline (site.deadline_s)", tail, done)
     if job.end_reason == "PodFailurePolicy":
         found = re.search(r"failed with exit code (\d+)", job.end_message or "")
         code = int(found[1]) if found else UNKNOWN
@@ -307,14 +322,19 @@ def how_it_failed(job: JobView, pods: Sequence[PodView]) -> End:
         return last
     count = max(job.failed, 1)
     attempts = f"given up after {count} attempt{'s' if count > 1 else ''}"
-    return End(last.code, f"{last.cause} ({attempts})", last.tail)
+    failed = {
+        what: (code, cause if code in POISON else f"{cause} ({attempts})")
+        for what, (code, cause) in last.failed.items()
+    }
+    return replace(last, cause=f"{last.cause} ({attempts})", failed=failed)
 
 
 def end_of_pod(pod: PodView) -> End:
     """How a pod ended, by its termination message where it left one."""
     words = last_words(pod.said) if pod.exit_code is not None else LastWords(None, None, None)
     if words.exit_code is not None:
-        return End(words.exit_code, words.cause or _signal(words.exit_code), words.tail)
+        cause = words.cause or _signal(words.exit_code)
+        return End(words.exit_code, cause, words.tail, words.done, words.failed)
     code = pod.exit_code if pod.exit_code is not None else UNKNOWN
     if is_killed_by_memory(pod):
         limit = "out of memory on the node: more than its limit (site.memory_gib, which holds"

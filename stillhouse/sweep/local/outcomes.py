@@ -1,17 +1,17 @@
 """Write how a task of this machine ended into the run directories that it was about.
 
 A run that ends by itself says so in its own status.json (`entrypoints`). This module writes what
-the run cannot: that its process died, that exit code 0 left no results, that an evaluation failed,
-and that there were more deaths than the site's `infra_retries` allow.
+the run cannot: that its process died, that exit code 0 left no results, that an evaluation could
+not score it, and that there were more deaths than the site's `infra_retries` allow.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from stillhouse.errors import AGAIN, DONE, POISON, STOPPED
-from stillhouse.rundir import Json, RunDir, now
+from stillhouse.rundir import Json, RunDir, now, read_eval_note
 from stillhouse.sweep.backend import Task
 from stillhouse.sweep.dependencies import Beneath
 from stillhouse.sweep.plan import unscored
@@ -25,6 +25,7 @@ class Ending:
     cause: str | None
     infra_retries: int
     is_stopping: bool  # the launcher asked for it
+    pid: int | None = None  # of the process
 
     @property
     def is_nobodys_failure(self) -> bool:
@@ -82,15 +83,25 @@ def _write_train_ending(run: RunDir, ending: Ending) -> None:
 
 
 def _write_eval_ending(task: Task, ending: Ending) -> None:
-    """Write the cause into each directory that lacks a score; a single one is to blame."""
-    missing = _without_scores(task)
-    for directory in missing:
+    """Write the cause into each directory that lacks a score and is to blame, or all if none is."""
+    ends = {directory: _own_ending(directory, ending) for directory in _without_scores(task)}
+    for directory, own in ends.items():
+        if own is None and any(ends.values()) and not ending.is_nobodys_failure:
+            continue  # it is scored by the next evaluation
         run = RunDir(directory)
-        if ending.code in POISON and len(missing) > 1:
-            run.update_status(eval_alone=True, eval_cause=ending.cause, eval_exit_code=None)
-        else:
-            status = run.status()
-            run.update_status(**ending.fields(status.get("eval_infra_failures", 0), "eval_"))
+        failures = run.status().get("eval_infra_failures", 0)
+        run.update_status(**(own or ending).fields(failures, "eval_"))
+
+
+def _own_ending(directory: Path, ending: Ending) -> Ending | None:
+    """How it ended for one row, if the evaluation noted it: its own failure, or that it was at work
+    when the process died."""
+    error, begun = read_eval_note(directory, "error"), read_eval_note(directory, "begun")
+    if error.get("pid") == ending.pid and "code" in error:
+        return replace(ending, code=error["code"], cause=error.get("cause"))
+    if begun and begun.get("pid") == ending.pid:
+        return replace(ending, cause=f"{ending.cause}, while it was scored")
+    return None
 
 
 def forget_failures(run: RunDir) -> None:
@@ -99,4 +110,4 @@ def forget_failures(run: RunDir) -> None:
     afresh |= {f"eval_{key}": value for key, value in afresh.items()}
     if not run.is_trained():  # else it failed at being scored, and its training stays over
         afresh |= {"phase": "waiting", "cause": "retry was asked for"}
-    run.update_status(eval_alone=False, attempts_without_progress=0, **afresh)
+    run.update_status(attempts_without_progress=0, **afresh)

@@ -48,7 +48,7 @@ WORK = {
     "train": "stillhouse.entrypoints:train",
     "eval": "stillhouse.entrypoints:evaluate",
 }
-PRELOAD = ("stillhouse.distill", "torch", "transformers", "datasets")
+PRELOAD = ("torch", "transformers", "datasets")
 # Importing bitsandbytes (peft does) opens a CUDA device, and a fork cannot share an open one.
 PRELOAD_WITHOUT_CUDA = (
     *PRELOAD, "peft", "bitsandbytes", "accelerate", "peft.tuners.lora",
@@ -225,7 +225,7 @@ class WorkerPool:
             worker.process.kill()
 
     def _reap(self, worker: _Worker) -> Finished:
-        task, code = worker.task, worker.process.exitcode
+        task, code, pid = worker.task, worker.process.exitcode, worker.process.pid
         assert code is not None
         cause = worker.last_words()
         if code == -signal.SIGTERM:  # before it could listen: it was asked to stop, and did
@@ -244,7 +244,7 @@ class WorkerPool:
             worker.process.close()
         if cause != ELSEWHERE:
             retries = self.sweep.site.infra_retries
-            write_ending(task, Ending(code, cause, retries, self._is_stopping))
+            write_ending(task, Ending(code, cause, retries, self._is_stopping, pid))
         seconds = time.perf_counter() - worker.started
         return Finished(task.action, code, cause, seconds)
 
