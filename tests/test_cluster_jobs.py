@@ -240,7 +240,7 @@ KILLS = st.lists(
 FATES = st.sampled_from([(), ("crash",), ("evicted", "crash"), ("poison",), ("crash", "give-up")])
 
 
-@pytest.mark.parametrize("sweeps", [15, pytest.param(50, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("sweeps", [6, pytest.param(50, marks=pytest.mark.slow)])
 def test_drivers_that_are_killed_six_times_a_sweep_make_every_job_once(
     tmp_path_factory: pytest.TempPathFactory, sweeps: int
 ) -> None:

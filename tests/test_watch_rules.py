@@ -184,14 +184,14 @@ def test_what_is_said_to_be_logged_is_what_is_logged(line: str, tmp_path: Path) 
 
 
 # The cheap pair's models know next to nothing; these are a teacher and a student of it.
-PAIR = ["teacher_steps=100", "student_steps=150", "max_new_tokens=24", "overlap_steps=1"]
+PAIR = ["teacher_steps=100", "student_steps=150", "max_new_tokens=16", "overlap_steps=1"]
 PAIR += as_command_line(Overrides({}, {"watch.watch_rules": SHIPPED}))
-PAIR += ["beta=0", "per_device_train_batch_size=8", "sanity_max_nll=99"]
+PAIR += ["beta=0", "per_device_train_batch_size=4", "sanity_max_nll=99"]
 
 
 def trained(root: Path, *more: str, ill: Callable[[Run], None] | None = None) -> set[str]:
-    """The packaged rules that warn of a run of 60 steps, of a student with something to learn."""
-    spec = cheap(root, *PAIR, "lmbda=1", "max_steps=60", "save_steps=60", *more)
+    """The packaged rules that warn of a run of 52 steps, of a student with something to learn."""
+    spec = cheap(root, *PAIR, "lmbda=1", "max_steps=52", "save_steps=52", *more)
     run = Run(spec, Runs(root).of(spec), StopFlag())
     if ill is not None:
         ill(run)
@@ -244,9 +244,12 @@ def changes_its_mind(step: int) -> float:
 
 
 ILL: dict[str, tuple[list[str], Callable[[Run], None] | None]] = {
-    "overlap_stuck": (["learning_rate=1e-9"], None),
+    "overlap_stuck": (["learning_rate=1e-9", "max_new_tokens=8"], None),
     "length_inflation": ([], wants(end_of_text, changes_its_mind)),
-    "repetition": ([], wants(a_digit, lambda step: 20.0)),
+    "repetition": (
+        ["max_new_tokens=24", "per_device_train_batch_size=8", "max_steps=60"],
+        wants(a_digit, lambda step: 20.0),
+    ),
     # A teacher that doubts everything, and a student that does not.
     "entropy_collapse": (["learning_rate=1e-9"], taught(lambda run, step, z_nV: 0.2 * z_nV)),
     "kl_runaway": ([], wants(end_of_text, changes_its_mind)),
