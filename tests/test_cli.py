@@ -16,10 +16,11 @@ from stillhouse.cli import DOORS, VERBS, main
 from stillhouse.rundir import RunDir, Runs
 from stillhouse.sweep import verbs
 from stillhouse.sweep.grid import Sweep, load_sweep
-from stillhouse.sweep.plan import Observation, observe
 from stillhouse.sweep.progress import Board, Steps, display, steps_of
 from stillhouse.sweep.registry import roster_of
 from stillhouse.sweep.show import counted
+from stillhouse.sweep.snapshot import observe
+from stillhouse.sweep.state import Observation
 from stillhouse.text import Pace, duration
 from tests.fakes import behaving
 

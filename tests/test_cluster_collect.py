@@ -30,8 +30,8 @@ from stillhouse.sweep.cluster.collect import Collected, collect, fetch_log
 from stillhouse.sweep.cluster.connect import Cluster, connect
 from stillhouse.sweep.cluster.manifest import SELECTOR
 from stillhouse.sweep.grid import load_sweep
-from stillhouse.sweep.plan import observe
 from stillhouse.sweep.registry import Roster
+from stillhouse.sweep.snapshot import observe
 from tests.builders.sample_runs import Sample, write_sample
 from tests.fakes.fake_api import FakeApi
 

@@ -13,7 +13,7 @@ import yaml
 from stillhouse import cli
 from stillhouse.compose import compose, from_command_line, options_of
 from stillhouse.spec import TrainSpec
-from stillhouse.sweep.plan import STATES
+from stillhouse.sweep.state import STATES
 
 ROOT = Path(__file__).parent.parent
 GUIDE = (ROOT / "docs" / "cluster.md").read_text()

@@ -17,7 +17,7 @@ from stillhouse.errors import CANNOT_START, TOO_LATE
 from stillhouse.spec import suite_key
 from stillhouse.sweep.cluster.cache import NamespaceCache
 from stillhouse.sweep.cluster.code_bundle import bundle
-from stillhouse.sweep.cluster.facts import Facts, judge
+from stillhouse.sweep.cluster.facts import JobFacts, observed
 from stillhouse.sweep.cluster.job_outcomes import attempts, attempts_patch, records_of, times_of
 from stillhouse.sweep.cluster.jobspec import JobSpec, eval_step, prepare_step, train_step
 from stillhouse.sweep.cluster.ledger import Ledger, score_of
@@ -27,7 +27,7 @@ from stillhouse.sweep.cluster.reasons import End, Reason, how_it_failed
 from stillhouse.sweep.cluster.refusals import quantity
 from stillhouse.sweep.cluster.watch import Watcher
 from stillhouse.sweep.outcome import Record
-from stillhouse.sweep.plan import Observation
+from stillhouse.sweep.state import Observation
 from tests.builders.driving import POISON, cluster_of, ids, sweep_of
 from tests.fakes.fake_api import FakeApi
 
@@ -141,7 +141,7 @@ def test_an_evaluation_says_of_each_member_how_it_ended(lab: Lab) -> None:
     assert (seen.state, seen.exit_code, seen.cause) == ("failed", 42, "ContractError: NaN")
     assert lab.look(OTHER.id).state == "done"
     (teacher,) = EVAL.baselines
-    seen = judge(lab.cache.facts(teacher, SCORES, is_baseline=True))
+    seen = observed(lab.cache.facts(teacher, SCORES, is_baseline=True))
     assert seen.state == "waiting", "it said nothing of it, and one is to blame"
     (job,) = lab.cache.jobs_about(POINT.id)
     found = records_of(job, lab.cache, 0.0)
@@ -181,10 +181,10 @@ def test_a_baseline_is_judged_like_a_point_that_is_trained(lab: Lab) -> None:
     lab.fake.run_pod(lab.send(EVAL))
     lab.watcher.refresh()
     what = EVAL.baselines[0]
-    assert judge(lab.cache.facts(what, SCORES, is_baseline=True)).state == "running"
+    assert observed(lab.cache.facts(what, SCORES, is_baseline=True)).state == "running"
     lab.fake.complete(EVAL.name)
     lab.watcher.refresh()
-    assert judge(lab.cache.facts(what, SCORES, is_baseline=True)).state == "done"
+    assert observed(lab.cache.facts(what, SCORES, is_baseline=True)).state == "done"
 
 
 def test_what_is_being_deleted_because_it_failed_is_failed(lab: Lab) -> None:
@@ -199,9 +199,9 @@ def test_what_is_being_deleted_because_it_failed_is_failed(lab: Lab) -> None:
 
 
 def test_somebody_who_stops_a_point_says_when() -> None:
-    stopped = judge(Facts(record=Record("cancelled"), deleted_at=7.0, cancelled_at=6.0))
+    stopped = observed(JobFacts(record=Record("cancelled"), deleted_at=7.0, cancelled_at=6.0))
     assert (stopped.state, stopped.asked_to_stop) == ("waiting", 7.0)
-    assert judge(Facts(deleted_at=7.0)).cause == "its Job was deleted"
+    assert observed(JobFacts(deleted_at=7.0)).cause == "its Job was deleted"
 
 
 # ------------------------------------------------------------------ why something waits

@@ -18,8 +18,8 @@ from stillhouse.spec import TrainSpec
 from stillhouse.sweep import commits, verbs
 from stillhouse.sweep.cluster.jobspec import eval_step, prepare_step, train_step
 from stillhouse.sweep.grid import Sweep, load_sweep
-from stillhouse.sweep.plan import observe
 from stillhouse.sweep.registry import roster_of
+from stillhouse.sweep.snapshot import observe
 from tests.fakes import behaving
 
 FIRST, SECOND = "1" * 40, "2" * 40

@@ -16,8 +16,10 @@ from stillhouse.rundir import Json, RunDir, Runs, eval_file, new_record, write_j
 from stillhouse.spec import TaskSpec, from_plain, point_id, score_key, to_plain
 from stillhouse.sweep import registry, verbs
 from stillhouse.sweep.grid import Point, Sweep, load_sweep
-from stillhouse.sweep.plan import Observation, baselines_of, groups_of, observe
+from stillhouse.sweep.plan import groups_of
 from stillhouse.sweep.registry import roster_of
+from stillhouse.sweep.snapshot import baselines_of, observe
+from stillhouse.sweep.state import Observation
 from tests.fakes import behaving
 
 GOLDEN = Path(__file__).parent / "golden"

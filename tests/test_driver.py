@@ -21,9 +21,9 @@ from stillhouse.rundir import (
 from stillhouse.sweep import registry, verbs
 from stillhouse.sweep.driver import Driver
 from stillhouse.sweep.grid import Sweep, load_sweep
-from stillhouse.sweep.plan import observe
 from stillhouse.sweep.progress import Lines
 from stillhouse.sweep.registry import roster_of
+from stillhouse.sweep.snapshot import observe
 from tests.fakes import behaving
 
 

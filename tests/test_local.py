@@ -17,9 +17,10 @@ from stillhouse.sweep.backend import Finished, Task
 from stillhouse.sweep.driver import Driver
 from stillhouse.sweep.grid import Sweep, load_sweep
 from stillhouse.sweep.local.workers import WorkerPool
-from stillhouse.sweep.plan import Action, observe
+from stillhouse.sweep.plan import Action
 from stillhouse.sweep.progress import Lines
 from stillhouse.sweep.registry import roster_of
+from stillhouse.sweep.snapshot import observe
 from tests.fakes import behaving
 
 

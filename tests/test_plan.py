@@ -16,29 +16,17 @@ from stillhouse.spec import EvalSpec, SuiteSpec, TrainSpec, point_id, score_key,
 from stillhouse.sweep.backend import Task
 from stillhouse.sweep.grid import load_sweep
 from stillhouse.sweep.local.outcomes import Ending, forget_failures, write_ending
-from stillhouse.sweep.plan import (
-    Action,
-    Baseline,
-    Found,
-    Observation,
-    Situation,
-    actions,
-    baselines_of,
-    fixed_packs,
-    groups_of,
-    judge,
-    look,
-    observe,
-    unscored,
-)
+from stillhouse.sweep.plan import Action, Baseline, Situation, actions, fixed_packs, groups_of
 from stillhouse.sweep.registry import Roster, Row, roster_of
+from stillhouse.sweep.snapshot import Found, baselines_of, look, observe, observed, unscored
+from stillhouse.sweep.state import Observation
 
 OURS, THEIRS = "aaaa", "bbbb"  # digests of code
 
 
 def state(code: str | None = OURS, **found: Any) -> str:
     status = found.pop("status", {})
-    return judge(Found(status=status, code=code, **found), OURS).state
+    return observed(Found(status=status, code=code, **found), OURS).state
 
 
 # -------------------------------------------------------------------------------- judging
@@ -58,7 +46,7 @@ def test_poison_is_failed_whatever_the_code_at_hand(exit_code: int) -> None:
     status = {"phase": "failed", "exit_code": exit_code, "cause": "ConfigError: no"}
     assert state(status=status) == "failed"
     assert state(status=status, code=THEIRS) == "failed"
-    assert judge(Found(status, OURS), OURS).cause == "ConfigError: no"
+    assert observed(Found(status, OURS), OURS).cause == "ConfigError: no"
 
 
 def test_an_infrastructure_death_waits_until_it_was_given_up() -> None:
@@ -76,14 +64,14 @@ def test_a_watch_rule_stops_a_point_for_good() -> None:
 
 
 def test_being_asked_to_stop_is_waiting_and_leaves_a_mark() -> None:
-    seen = judge(Found({"phase": "waiting", "exit_code": 85, "finished": 7.0}, OURS), OURS)
+    seen = observed(Found({"phase": "waiting", "exit_code": 85, "finished": 7.0}, OURS), OURS)
     assert (seen.state, seen.stop_mark, seen.asked_to_stop) == ("waiting", 7.0, None)
 
 
 @pytest.mark.parametrize("phase", ["starting", "training"])
 def test_a_training_phase_without_a_lock_is_a_dead_process(phase: str) -> None:
     assert state(status={"phase": phase}, is_locked=True) == "running"
-    seen = judge(Found({"phase": phase}, OURS), OURS)
+    seen = observed(Found({"phase": phase}, OURS), OURS)
     assert (seen.state, seen.cause) == ("waiting", "its process ended without a word")
 
 
@@ -95,7 +83,7 @@ def test_unfinished_work_of_other_code_has_drifted_and_done_work_has_not() -> No
 
 
 def test_a_point_whose_adapter_was_lost_waits_to_be_trained_again() -> None:
-    seen = judge(Found({"phase": "done", "exit_code": 0}, OURS), OURS)
+    seen = observed(Found({"phase": "done", "exit_code": 0}, OURS), OURS)
     assert (seen.state, seen.is_trained) == ("waiting", False)
     assert seen.cause == "its adapter is gone, or not whole"
 

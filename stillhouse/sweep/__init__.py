@@ -4,8 +4,10 @@ Reading order:
     sweep_file, yaml_reader, site    a sweep file and a command line become one request
     grid, commits                    the request becomes checked points; revisions become commits
     registry                         a sweep's record; sweeps, runs and points found by name or id
-    plan, dependencies, outcome      each point's state, what it depends on; the next actions
-    snapshot                         what one look at a sweep found, as plain data
+    state                            what new, done, failed, stopped, drifted and unreadable mean
+    snapshot, dependencies           one look at a sweep: run directories, and what they rest on
+    outcome                          how a task ended, as a ledger keeps it
+    plan                             the next actions that follow from the states
     backend                          what verbs and loop ask of this machine or of a cluster
     driver                           the loop: observe, plan, act, wait
     local/, cluster/                 run tasks as processes of this machine, or as Kubernetes Jobs

@@ -16,9 +16,10 @@ from typing import Any, Protocol, runtime_checkable
 from stillhouse.rundir import RunDir
 from stillhouse.spec import EvalSpec
 from stillhouse.sweep.grid import Sweep
-from stillhouse.sweep.plan import Action, Baseline, Observation
+from stillhouse.sweep.plan import Action, Baseline
 from stillhouse.sweep.registry import Roster
 from stillhouse.sweep.snapshot import Observations, Snapshot
+from stillhouse.sweep.state import Observation
 
 
 @runtime_checkable

@@ -22,16 +22,10 @@ from stillhouse.spec import EvalSpec
 from stillhouse.sweep.backend import Executor, Finished, Task
 from stillhouse.sweep.commits import placed
 from stillhouse.sweep.grid import Point, Sweep
-from stillhouse.sweep.plan import (
-    Action,
-    Observation,
-    Situation,
-    actions,
-    fixed_packs,
-    groups_of,
-)
+from stillhouse.sweep.plan import Action, Situation, actions, fixed_packs, groups_of
 from stillhouse.sweep.registry import Roster, log_file, roster_of
 from stillhouse.sweep.snapshot import Snapshot
+from stillhouse.sweep.state import FAILED, Observation
 
 SOME_FAILED = 1  # the launcher's own exit code (DESIGN: Exit codes of the launcher's verbs)
 TICK_S = 0.5  # how often the loop looks up while nothing ends
@@ -218,7 +212,7 @@ class Driver:
 
     def _exit_code(self) -> int:
         states = {seen.state for seen in self.observations.values()}
-        if self.given_up() or states & {"failed", "stopped", "drifted", "unreadable"}:
+        if self.given_up() or states & {*FAILED, "drifted", "unreadable"}:
             return SOME_FAILED
         return DONE if states <= {"done"} else AGAIN
 

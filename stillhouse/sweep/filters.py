@@ -22,7 +22,7 @@ from stillhouse.errors import (
     nearest,
 )
 from stillhouse.flags import GROUP_OF_LEAF
-from stillhouse.sweep.plan import Observation
+from stillhouse.sweep.state import Observation
 
 CODES = {
     "oom": OUT_OF_MEMORY,

@@ -25,9 +25,10 @@ from stillhouse.errors import AGAIN, DONE, ContractError, visible
 from stillhouse.rundir import RunDir
 from stillhouse.sweep.backend import Finished
 from stillhouse.sweep.driver import Picture
-from stillhouse.sweep.plan import Action, Observation
+from stillhouse.sweep.plan import Action
 from stillhouse.sweep.registry import Roster
 from stillhouse.sweep.show import counted, fingerprint
+from stillhouse.sweep.state import FAILED, Observation
 from stillhouse.text import Pace, duration, say
 
 TAIL_BYTES = 16_384  # of metrics.jsonl: more than a line, less than a page of disk reads
@@ -274,7 +275,7 @@ def _waits(action: Action, picture: Picture) -> str | None:
 
 def _worth(seen: Observation, steps: Steps | None) -> float:
     """How much of a point's training is behind it, in [0, 1]."""
-    if seen.is_trained or seen.state in ("failed", "stopped"):
+    if seen.is_trained or seen.state in FAILED:
         return 1.0
     at = steps or Steps(seen.step, seen.max_steps)
     return min(1.0, at.done / at.of) if at.of else 0.0

@@ -15,8 +15,9 @@ from stillhouse.methods import drawn
 from stillhouse.rundir import Json
 from stillhouse.sweep import cost
 from stillhouse.sweep.grid import Point, Sweep
-from stillhouse.sweep.plan import STATES, Baseline, Observation
+from stillhouse.sweep.plan import Baseline
 from stillhouse.sweep.registry import Roster, Row
+from stillhouse.sweep.state import FAILED, STATES, Observation
 from stillhouse.sweep.sweep_file import text
 from stillhouse.text import duration
 
@@ -26,8 +27,6 @@ MANY = 12  # points above which a status says them by axis, too
 FEW = 6  # values of one axis in a status: all of it stays on one screen
 NAMED = 3  # points that a reason names
 DRAWN = 30  # methods that a plan draws before it only counts them
-FAILED = ("failed", "stopped")
-UNREADABLE = "unreadable"
 
 
 @dataclass(frozen=True)
@@ -239,7 +238,7 @@ def failures(roster: Roster, observations: Mapping[str, Observation]) -> list[st
     """What failed and why: one line for each kind of cause."""
     kinds: dict[str, list[Row]] = {}
     for row in roster.rows:
-        if observations[row.id].state in (*FAILED, UNREADABLE):
+        if observations[row.id].state in (*FAILED, "unreadable"):
             kinds.setdefault(fingerprint(observations[row.id]), []).append(row)
     return [_kind(rows, observations) for rows in sorted(kinds.values(), key=len, reverse=True)]
 

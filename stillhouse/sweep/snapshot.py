@@ -1,4 +1,4 @@
-"""Hold what one look at a sweep found: plain data, which asks nobody anything.
+"""Look at a sweep once: `Snapshot` is what was found, plain data that asks nobody anything.
 
 `on_disk` looks at the run directories of this machine, `collected` at those that were fetched from
 a cluster that cannot be reached; how a cluster is looked at is in `cluster.backend`.
@@ -6,15 +6,21 @@ a cluster that cannot be reached; how a cluster is looked at is in `cluster.back
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import cast
 
-from stillhouse.errors import ContractError
-from stillhouse.rundir import RunDir, now
+from stillhouse.errors import AGAIN, POISON, STOPPED, ContractError
+from stillhouse.rundir import Json, RunDir, code_identity, now, read_score
+from stillhouse.spec import SuiteSpec, score_key
+from stillhouse.sweep.dependencies import Below, Beneath
 from stillhouse.sweep.grid import Sweep
 from stillhouse.sweep.outcome import Record
-from stillhouse.sweep.plan import Baseline, Observation, baselines_of, groups_of, observe
-from stillhouse.sweep.registry import Roster
+from stillhouse.sweep.plan import Baseline, groups_of
+from stillhouse.sweep.registry import Roster, baseline_rows, roster_of
+from stillhouse.sweep.state import Facts, Observation, judge
 
 Observations = Mapping[str, Observation]
 
@@ -78,3 +84,178 @@ def _failures(rows: Roster) -> dict[str, str]:
         if status.get("eval_gave_up"):
             found[f"baseline {directory.name}"] = status.get("eval_cause") or "no cause told"
     return found
+
+
+# ------------------------------------------------------------------------- run directories
+
+
+def observe(roster: Roster) -> dict[str, Observation]:
+    """The state of every point of a sweep, by its id."""
+    there = set(os.listdir(roster.runs)) if roster.runs.is_dir() else set[str]()
+    beneath = roster.beneath()
+    return {
+        row.id: look(roster.run(row.id), roster.suite, beneath)
+        if row.directory in there
+        else Observation("new")
+        for row in roster.rows
+    }
+
+
+def look(run: RunDir, suite: SuiteSpec | None, beneath: Beneath) -> Observation:
+    """The state of one point; `beneath`: what points rest on now."""
+    try:
+        return _look(run, suite, beneath)
+    except ContractError as error:  # written by another version, torn, or edited
+        return Observation("unreadable", str(error))
+
+
+def _look(run: RunDir, suite: SuiteSpec | None, beneath: Beneath) -> Observation:
+    record, status = run.record(), run.status()
+    missing: dict[str, list[str]] = {}
+    is_trained = run.is_trained()
+    if is_trained or run.was_trained():
+        missing = unscored(run.path, suite, beneath.under_run(run, record) if record else None)
+        # One that was collected without its weights was trained; to be scored it would want them.
+        is_trained = is_trained or not missing
+    # The lock is only tried where somebody may hold it: trying it is holding it for an instant.
+    may_run = status.get("phase") in ("starting", "training") or bool(status.get("scoring"))
+    found = Found(
+        status=status,
+        code=record["code"]["digest"] if record else None,
+        is_trained=is_trained,
+        unscored=missing if is_trained else {},
+        is_locked=may_run and run.is_locked(),
+        drift=tuple(beneath.drift(run, record)) if record else (),
+    )
+    return observed(found, code_identity()["digest"] if record else "")
+
+
+@dataclass(frozen=True)
+class Found:
+    """What lies in a run directory."""
+
+    status: Json
+    code: str | None  # digest of the code that began it; None: nobody did
+    is_trained: bool = False
+    unscored: Mapping[str, Sequence[str]] = field(default_factory=dict[str, Sequence[str]])
+    is_locked: bool = False
+    drift: tuple[str, ...] = ()  # what it rests on and is another here now
+
+
+def observed(found: Found, code: str) -> Observation:
+    """The state that follows from what lies in a run directory, for a launcher of this code."""
+    status = found.status
+    seen = judge(_facts_of_scores(found) if _is_to_score(found) else _facts_of_run(found, code))
+    drifted = drifted_scores(found.unscored) if seen.state == "waiting" else ()
+    return replace(
+        seen,
+        step=cast("int", status.get("step") or 0),
+        max_steps=status.get("max_steps"),
+        pid=status.get("pid") if seen.state == "running" else None,
+        warnings=tuple(cast("dict[str, str]", status.get("warnings") or {}).values()),
+        rests_on_other=seen.rests_on_other or drifted,
+    )
+
+
+def _is_to_score(found: Found) -> bool:
+    """Whether only scores can be missing. Its code does not matter: its training is over."""
+    return found.is_trained and not found.drift
+
+
+def _facts_of_scores(found: Found) -> Facts:
+    status = found.status
+    cause: str | None = status.get("eval_cause")
+    has_given_up = bool(status.get("eval_gave_up"))
+    if not has_given_up:
+        told = "; ".join(drifted_scores(found.unscored))
+        told = told and f"{told}; to be scored anew"
+        cause = cause or told or f"trained, to be scored on {', '.join(found.unscored)}"
+    exit_code = status.get("eval_exit_code")
+    return Facts(
+        is_trained=True,
+        is_done=not found.unscored,
+        is_running=found.is_locked,
+        is_begun=True,
+        is_over=has_given_up,
+        exit_code=exit_code,
+        cause=None if found.is_locked else cause,
+        stop_mark=status.get("eval_finished") if exit_code == AGAIN else None,
+    )
+
+
+def _facts_of_run(found: Found, code: str) -> Facts:
+    status = found.status
+    exit_code, phase = status.get("exit_code"), status.get("phase")
+    has_failed = phase == "failed" and (exit_code in POISON or bool(status.get("gave_up")))
+    is_over = exit_code == STOPPED or (has_failed and not found.is_trained)
+    cause: str | None = status.get("cause")
+    if not is_over and exit_code != AGAIN:
+        if phase in ("starting", "training"):
+            cause = "its process ended without a word"
+        elif phase == "done":
+            cause = "its adapter is gone, or not whole"
+    is_other = found.code not in (None, code)
+    return Facts(
+        is_trained=found.is_trained,
+        is_running=found.is_locked,
+        is_begun=bool(status) or found.code is not None,
+        is_over=is_over,
+        exit_code=exit_code,
+        cause=None if found.is_locked else cause,
+        drift=found.drift,
+        other_code=f"begun by code {found.code}, this is {code}" if is_other else None,
+        stop_mark=status.get("finished") if exit_code == AGAIN else None,
+    )
+
+
+def unscored(directory: Path, suite: SuiteSpec | None, below: Below | None) -> dict[str, list[str]]:
+    """The tasks of a suite that want a score here, each with why the one that is there is none.
+
+    [] where there is none, or one that answers another question. `below`: what this row's scores
+    rest on now; None: nobody knows. Raises ContractError for a file there that is no score.
+    """
+    missing: dict[str, list[str]] = {}
+    for task in suite.tasks if suite else ():
+        result = read_score(directory, task.task)
+        if suite is None or result is None or result.get("key") != score_key(suite, task):
+            missing[task.task] = []
+        elif below is not None and (why := below.changes(result, task)):
+            missing[task.task] = why
+    return missing
+
+
+def baselines_of(sweep: Sweep, groups: Mapping[str, str]) -> tuple[Baseline, ...]:
+    """The rows of a sweep that no run trains, as they are on disk now."""
+    found: list[Baseline] = []
+    beneath = roster_of(sweep).beneath()
+    for row in baseline_rows(sweep):
+        of_it = frozenset(groups[id_] for id_ in row.points)
+        try:
+            status = RunDir(row.directory).status()
+            missing = unscored(row.directory, sweep.suite, beneath.under_baseline(row.directory))
+        except ContractError as error:
+            found.append(Baseline(row.directory, row.label, of_it, cause=str(error)))
+            continue
+        found.append(
+            Baseline(
+                directory=row.directory,
+                label=row.label,
+                groups=of_it,
+                is_scored=not missing,
+                cause=status.get("eval_cause") if status.get("eval_gave_up") else None,
+                rests_on_other=drifted_scores(missing),
+            )
+        )
+    return tuple(found)
+
+
+def drifted_scores(missing: Mapping[str, Sequence[str]]) -> tuple[str, ...]:
+    """Of `unscored`, the scores that are there and count no more: a sentence for each reason."""
+    tasks: dict[str, list[str]] = {}
+    for task, why in missing.items():
+        for reason in why:
+            tasks.setdefault(reason, []).append(task)
+    return tuple(
+        f"its score{'s' if len(of) > 1 else ''} on {', '.join(of)} drifted: {reason}"
+        for reason, of in tasks.items()
+    )

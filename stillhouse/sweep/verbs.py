@@ -26,10 +26,10 @@ from stillhouse.sweep.cluster.push_plan import push
 from stillhouse.sweep.driver import SOME_FAILED, Driver
 from stillhouse.sweep.filters import Condition, check_cause, is_caused_by
 from stillhouse.sweep.grid import Sweep
-from stillhouse.sweep.plan import STATES, Observation
 from stillhouse.sweep.preflight_lines import verdict_lines, verdicts
 from stillhouse.sweep.registry import Roster, roster_of
 from stillhouse.sweep.snapshot import Observations, Snapshot, collected
+from stillhouse.sweep.state import FAILED, STATES, Observation
 from stillhouse.text import duration, say
 
 __all__ = [
@@ -233,7 +233,7 @@ def _spent(call: Call, rows: Roster, snapshot: Snapshot) -> spending.Spent:
 def _summary(call: Call, rows: Roster, snapshot: Snapshot) -> int:
     """Say how a sweep stands and what to do about it; 1 where something failed."""
     observations = snapshot.observations
-    has_failed = any(seen.state in show.FAILED for seen in observations.values())
+    has_failed = any(seen.state in FAILED for seen in observations.values())
     say(show.headline(rows, observations))
     _print(show.failures(rows, observations))
     _print([f"failed: {what}: {cause}" for what, cause in snapshot.failures.items()])
@@ -397,16 +397,16 @@ def doctor(call: Call) -> int:
 
 
 def _unreadable_lines(rows: Roster, observations: Observations) -> list[str]:
-    odd = [row for row in rows.rows if observations[row.id].state == show.UNREADABLE]
+    odd = [row for row in rows.rows if observations[row.id].state == "unreadable"]
     return show.failures(dataclasses.replace(rows, rows=tuple(odd)), observations)
 
 
 def _code(snapshot: Snapshot) -> int:
     """42 where a person has to repair a file, 1 where something failed, 0 otherwise."""
     states = {seen.state for seen in snapshot.observations.values()}
-    if show.UNREADABLE in states:
+    if "unreadable" in states:
         return MISTAKE
-    return SOME_FAILED if snapshot.failures or states & {*show.FAILED} else DONE
+    return SOME_FAILED if snapshot.failures or states & {*FAILED} else DONE
 
 
 def _begun_by_other_code(snapshot: Snapshot) -> str:

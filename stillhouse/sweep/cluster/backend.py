@@ -23,7 +23,7 @@ from stillhouse.sweep.cluster.cache import NamespaceCache, baselines_seen, keys_
 from stillhouse.sweep.cluster.code_bundle import bundle
 from stillhouse.sweep.cluster.connect import Cluster, connect
 from stillhouse.sweep.cluster.describe import particulars, said_of_others
-from stillhouse.sweep.cluster.facts import Facts, judge
+from stillhouse.sweep.cluster.facts import JobFacts, observed
 from stillhouse.sweep.cluster.ledger import (
     cancel_sweep,
     read_sweep,
@@ -37,10 +37,10 @@ from stillhouse.sweep.cluster.render import every_step, prepares_of
 from stillhouse.sweep.cluster.run_names import Names
 from stillhouse.sweep.cluster.watch import Watcher
 from stillhouse.sweep.grid import Sweep
-from stillhouse.sweep.plan import Observation
 from stillhouse.sweep.registry import Roster, Row
 from stillhouse.sweep.site import away_words
 from stillhouse.sweep.snapshot import Observations, Snapshot
+from stillhouse.sweep.state import FAILED, Observation
 
 DRIVER, COLLECTOR = "stillhouse-driver", "stillhouse-collector"  # Roles of k8s/access.yaml
 
@@ -96,13 +96,13 @@ class ClusterBackend:
 
     def _observe_job(self, job: JobView) -> Observation:
         is_live, has_failed = job.state == "live", job.state == "failed"
-        facts = Facts(
+        facts = JobFacts(
             is_done=job.state == "complete",
             live=job if is_live else None,
             waits=self.cache.why(job) if is_live else None,
             failed=self.cache.how(job) if has_failed else None,
         )
-        return judge(facts)
+        return observed(facts)
 
     def pinned(self, sweep: Sweep, begins: bool = False) -> Sweep:
         # Which commit a volume holds, nobody here sees: pods are told one, and fetch that.
@@ -114,8 +114,8 @@ class ClusterBackend:
         found: dict[str, str] = {}
         scores = suite_key(rows.suite) if rows.suite else None
         for directory in rows.baselines if scores else ():
-            seen = judge(self.cache.facts(directory.name, scores, is_baseline=True))
-            if seen.state in show.FAILED:
+            seen = observed(self.cache.facts(directory.name, scores, is_baseline=True))
+            if seen.state in FAILED:
                 found[f"baseline {directory.name}"] = seen.cause or f"exit code {seen.exit_code}"
         for job in self._preparing(rows):
             if job.state == "failed":

@@ -3,7 +3,7 @@
 A `NamespaceCache` takes in what the API reports (`watch` makes the requests) and answers what is
 known of a point in a few lookups; it makes no request.
 
-    jobs, pods, workloads, events ──► views ──► NamespaceCache ──► Facts ──► judge ──► Observation
+    jobs, pods, workloads, events ──► views ──► NamespaceCache ──► JobFacts ──► Observation
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 from stillhouse.errors import ContractError
 from stillhouse.rundir import Json
 from stillhouse.spec import suite_key
-from stillhouse.sweep.cluster.facts import Facts, judge, keys_of
+from stillhouse.sweep.cluster.facts import JobFacts, keys_of, observed
 from stillhouse.sweep.cluster.kueue import QueueView
 from stillhouse.sweep.cluster.ledger import Ledger, score_of
 from stillhouse.sweep.cluster.objects import (
@@ -32,8 +32,9 @@ from stillhouse.sweep.cluster.objects import (
 from stillhouse.sweep.cluster.reasons import End, Reason, how_it_failed, is_lost, why_waiting
 from stillhouse.sweep.grid import Sweep
 from stillhouse.sweep.outcome import Record
-from stillhouse.sweep.plan import Baseline, Observation, groups_of
+from stillhouse.sweep.plan import Baseline, groups_of
 from stillhouse.sweep.registry import baseline_rows
+from stillhouse.sweep.state import FAILED, Observation
 
 VIEWS: dict[str, Callable[[Json], Any]] = {
     "jobs": job_view, "pods": pod_view, "events": note,
@@ -75,9 +76,9 @@ class NamespaceCache:
     def look(self, id_: str, scores: str | None) -> Observation:
         """The state of one point; `scores`: the key of the suite that makes it done, if any."""
         with self.lock:
-            return judge(self.facts(id_, scores), self.code)
+            return observed(self.facts(id_, scores), self.code)
 
-    def facts(self, what: str, scores: str | None, is_baseline: bool = False) -> Facts:
+    def facts(self, what: str, scores: str | None, is_baseline: bool = False) -> JobFacts:
         """What is known of a point (by id) or a baseline (by its directory's name)."""
         with self.lock:
             jobs = [self._jobs[name] for name in self._about.get(what, ())]
@@ -87,7 +88,7 @@ class NamespaceCache:
             is_trained = is_baseline or is_scored or self._is_trained(what, train)
             is_done = is_scored or (is_trained and scores is None)
             if is_done:
-                return Facts(is_trained=True, is_done=True)
+                return JobFacts(is_trained=True, is_done=True)
             if is_trained:
                 assert scores is not None
                 return self._open_facts(what, score_of(what, scores), evals, is_trained=True)
@@ -103,7 +104,7 @@ class NamespaceCache:
             for job in evals
         )
 
-    def _open_facts(self, what: str, key: str, jobs: list[JobView], is_trained: bool) -> Facts:
+    def _open_facts(self, what: str, key: str, jobs: list[JobView], is_trained: bool) -> JobFacts:
         """Facts about what is not done: its training, or its scores."""
         record = self.ledger.get(key)
         is_over = record is not None and record.state in ENDED
@@ -119,7 +120,7 @@ class NamespaceCache:
             if record is None or (record.state == "alone" and not is_told(record, job)):
                 failed = failed or self.how(job).of(what, self.wanting(job))
         orphans = self._orphans.values()
-        return Facts(
+        return JobFacts(
             is_trained=is_trained,
             live=live,
             orphan=next((pod for pod in orphans if pod.point == key and not is_trained), None),
@@ -403,8 +404,8 @@ def baselines_seen(cache: NamespaceCache, sweep: Sweep) -> tuple[Baseline, ...]:
     for row in baseline_rows(sweep) if sweep.suite else ():
         assert sweep.suite is not None
         facts = cache.facts(row.directory.name, suite_key(sweep.suite), is_baseline=True)
-        seen = judge(facts)
-        has_ended = seen.state in ("failed", "stopped")
+        seen = observed(facts)
+        has_ended = seen.state in FAILED
         found.append(
             Baseline(
                 directory=row.directory,

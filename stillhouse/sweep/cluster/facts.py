@@ -1,26 +1,20 @@
-"""Derive the state of a point on a cluster from its Jobs and its ledger record.
-
-Pure. The first that applies: done > at work or waiting in the cluster > failed there > what the
-ledger says > new.
-"""
+"""Find the facts that decide a point's state (`state`) in its Jobs and its ledger record. Pure."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
-from stillhouse.errors import STOPPED
 from stillhouse.sweep.cluster.ledger import prepare_of, score_of
 from stillhouse.sweep.cluster.objects import JobView, PodView
 from stillhouse.sweep.cluster.reasons import End, Reason, is_lost, why_orphan
 from stillhouse.sweep.outcome import Record
-from stillhouse.sweep.plan import Observation, State
+from stillhouse.sweep.state import FAILED, Facts, Observation, judge
 
 DELETED = "its Job was deleted"
 
 
 @dataclass(frozen=True, slots=True)
-class Facts:
+class JobFacts:
     """What is known about one point, or one baseline."""
 
     is_trained: bool = False
@@ -34,42 +28,46 @@ class Facts:
     cancelled_at: float | None = None  # when we saw the ledger say so
 
 
-def judge(facts: Facts, code: str | None = None) -> Observation:
+def observed(known: JobFacts, code: str | None = None) -> Observation:
     """The state that follows; where a Job waits to run other code than `code`, it is drifted."""
-    state, cause, more = _judged(facts, code)
-    return Observation(state, cause, is_trained=facts.is_trained, **more)
+    return judge(_facts(known, code))
 
 
-def _judged(facts: Facts, code: str | None) -> tuple[State, str | None, dict[str, Any]]:
-    job, record = facts.live, facts.record
-    if facts.is_done:
-        return "done", None, {}
-    if job is not None and job.odd is not None:
-        return "unreadable", job.odd, {}
+def _facts(known: JobFacts, code: str | None) -> Facts:
+    """What counts of it: done > at work or waiting in the cluster > failed there > the ledger."""
+    job, record, is_trained = known.live, known.record, known.is_trained
+    if known.is_done:
+        return Facts(is_trained, is_done=True)
     if job is not None:
-        if facts.waits is None:
-            return "running", None, {}
-        if code is not None and job.code != code and not job.is_deleting:
-            return "drifted", f"its Job waits with code {job.code}, this is {code}", {}
-        return "waiting", facts.waits.words, {}
-    if facts.orphan is not None:
-        is_at_work = facts.orphan.phase == "Running" and not is_lost(facts.orphan)
-        return "running" if is_at_work else "waiting", why_orphan(facts.orphan), {}
-    if facts.failed is not None:
-        return _ended(facts.failed.code, facts.failed.cause)
+        waits = known.waits.words if known.waits else None
+        is_other = code is not None and job.code != code and waits is not None
+        differs = f"its Job waits with code {job.code}, this is {code}"
+        return Facts(
+            is_trained,
+            is_running=waits is None,
+            is_begun=True,
+            cause=waits,
+            unreadable=job.odd,
+            other_code=differs if is_other and not job.is_deleting else None,
+        )
+    if known.orphan is not None:
+        is_at_work = known.orphan.phase == "Running" and not is_lost(known.orphan)
+        cause = why_orphan(known.orphan)
+        return Facts(is_trained, is_running=is_at_work, is_begun=True, cause=cause)
+    if known.failed is not None:
+        end = known.failed
+        return Facts(is_trained, is_over=True, exit_code=end.code, cause=end.cause)
     if record is not None and record.state == "unreadable":
-        return "unreadable", record.cause, {}
-    if record is not None and record.state in ("failed", "stopped"):
-        return _ended(record.code, record.cause)
-    stopped = [at for at in (facts.cancelled_at, facts.deleted_at) if at is not None]
+        return Facts(is_trained, unreadable=record.cause or "unreadable")
+    if record is not None and record.state in FAILED:
+        return Facts(is_trained, is_over=True, exit_code=record.code, cause=record.cause)
+    stopped = [at for at in (known.cancelled_at, known.deleted_at) if at is not None]
     if stopped or (record is not None and record.state == "cancelled"):
         cause = (record.cause or "cancelled") if record is not None else DELETED
-        return "waiting", cause, {"asked_to_stop": max(stopped, default=None)}
-    return ("waiting", "trained, to be scored", {}) if facts.is_trained else ("new", None, {})
-
-
-def _ended(code: int, cause: str | None) -> tuple[State, str | None, dict[str, Any]]:
-    return "stopped" if code == STOPPED else "failed", cause, {"exit_code": code}
+        at = max(stopped, default=None)
+        return Facts(is_trained, is_begun=True, cause=cause, asked_to_stop=at)
+    cause = "trained, to be scored" if is_trained else None
+    return Facts(is_trained, is_begun=is_trained, cause=cause)
 
 
 def keys_of(job: JobView) -> tuple[str, ...]:

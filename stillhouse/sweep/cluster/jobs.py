@@ -39,9 +39,10 @@ from stillhouse.sweep.cluster.replace import carried_attempts, is_better_made_an
 from stillhouse.sweep.cluster.watch import Watcher
 from stillhouse.sweep.grid import Sweep
 from stillhouse.sweep.outcome import Record
-from stillhouse.sweep.plan import Action, Baseline, Observation
+from stillhouse.sweep.plan import Action, Baseline
 from stillhouse.sweep.registry import Roster
 from stillhouse.sweep.snapshot import Snapshot
+from stillhouse.sweep.state import Observation
 
 WRITERS = 16  # requests at once; more do not make an API server quicker
 LEFT_S = 300  # what a driver leaves behind is deleted so long after its end, by the cluster

@@ -19,9 +19,9 @@ from stillhouse.sweep.cluster.connect import ApiError, Cluster
 from stillhouse.sweep.cluster.ledger import Ledger
 from stillhouse.sweep.cluster.objects import JobView, PodView, job_view, pod_view, viewed
 from stillhouse.sweep.cluster.reasons import by_age
-from stillhouse.sweep.plan import Observation
 from stillhouse.sweep.registry import Roster, Row
-from stillhouse.sweep.show import FAILED, SHOWN, TAIL_LINES
+from stillhouse.sweep.show import SHOWN, TAIL_LINES
+from stillhouse.sweep.state import FAILED, Observation
 from stillhouse.text import say
 
 FOLLOW_S = 2.0  # how often we look again whether a pod that is waited for has begun

@@ -13,16 +13,9 @@ from stillhouse.sweep.cluster.code_bundle import bundle
 from stillhouse.sweep.cluster.jobspec import JobSpec, JobSpecs, refuse_collisions
 from stillhouse.sweep.cluster.manifest import render, to_yaml
 from stillhouse.sweep.grid import Sweep
-from stillhouse.sweep.plan import (
-    Action,
-    Baseline,
-    Observation,
-    Situation,
-    actions,
-    fixed_packs,
-    groups_of,
-)
+from stillhouse.sweep.plan import Action, Baseline, Situation, actions, fixed_packs, groups_of
 from stillhouse.sweep.registry import Roster, baseline_rows
+from stillhouse.sweep.state import Observation
 
 
 def every_step(sweep: Sweep, only: Roster) -> list[JobSpec]:

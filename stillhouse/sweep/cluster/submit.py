@@ -21,7 +21,7 @@ from stillhouse.spec import TrainSpec, versioned
 from stillhouse.sweep.cluster import doctor
 from stillhouse.sweep.cluster.cache import NamespaceCache
 from stillhouse.sweep.cluster.connect import ApiError, Cluster, connect
-from stillhouse.sweep.cluster.facts import Facts, judge
+from stillhouse.sweep.cluster.facts import JobFacts, observed
 from stillhouse.sweep.cluster.jobspec import RUNS
 from stillhouse.sweep.cluster.kueue import OF_JOBS, queue_view
 from stillhouse.sweep.cluster.ledger import Ledger
@@ -33,10 +33,10 @@ from stillhouse.sweep.cluster.replace import of_other_site
 from stillhouse.sweep.cluster.run_names import Names
 from stillhouse.sweep.cluster.submit_args import Kind, Line, read
 from stillhouse.sweep.driver import SOME_FAILED
-from stillhouse.sweep.plan import Observation
 from stillhouse.sweep.registry import Roster, Row
-from stillhouse.sweep.show import FAILED, as_json
+from stillhouse.sweep.show import as_json
 from stillhouse.sweep.site import away_words
+from stillhouse.sweep.state import FAILED, Observation
 from stillhouse.sweep.sweep_file import text
 from stillhouse.text import say as show
 
@@ -153,13 +153,13 @@ class _Sender:
         if job.kind == "train":
             return job, cache.look(id_, None)
         is_live = job.state == "live"
-        facts = Facts(
+        facts = JobFacts(
             is_done=job.state == "complete",
             live=job if is_live else None,
             waits=cache.why(job) if is_live else None,
             failed=cache.how(job) if job.state == "failed" else None,
         )
-        return job, judge(facts)
+        return job, observed(facts)
 
     def _learn_reasons(self, cache: NamespaceCache, job: JobView, about: set[str]) -> None:
         """What events and the queue say of a Job that may wait, where they may be read."""

@@ -21,7 +21,7 @@ from stillhouse.sweep.cluster.kueue import OF_JOBS, QueueView, queue_view
 from stillhouse.sweep.cluster.ledger import Ledger
 from stillhouse.sweep.cluster.manifest import SELECTOR
 from stillhouse.sweep.cluster.objects import JobView, Note, View, job_view, note, pod_view
-from stillhouse.sweep.plan import Observation
+from stillhouse.sweep.state import Observation
 
 DICE = random.Random()  # not the process's own: its state is others' business
 WATCH_S = 300.0  # a watch is asked for anew this often

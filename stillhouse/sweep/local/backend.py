@@ -17,9 +17,9 @@ from stillhouse.sweep.backend import Executor
 from stillhouse.sweep.grid import Sweep
 from stillhouse.sweep.local import logs
 from stillhouse.sweep.local.outcomes import forget_failures
-from stillhouse.sweep.plan import Observation, observe
 from stillhouse.sweep.registry import Roster
-from stillhouse.sweep.snapshot import Observations, Snapshot, on_disk
+from stillhouse.sweep.snapshot import Observations, Snapshot, observe, on_disk
+from stillhouse.sweep.state import Observation
 from stillhouse.text import say
 
 

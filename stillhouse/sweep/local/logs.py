@@ -5,10 +5,10 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from stillhouse.sweep.plan import observe
 from stillhouse.sweep.registry import Roster, log_file
-from stillhouse.sweep.show import FAILED, SHOWN, TAIL_LINES
-from stillhouse.sweep.snapshot import Observations
+from stillhouse.sweep.show import SHOWN, TAIL_LINES
+from stillhouse.sweep.snapshot import Observations, observe
+from stillhouse.sweep.state import FAILED
 from stillhouse.text import say
 
 FOLLOW_S = 0.3  # how often a followed log is looked at

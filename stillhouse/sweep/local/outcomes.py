@@ -14,7 +14,7 @@ from stillhouse.errors import AGAIN, DONE, POISON, STOPPED
 from stillhouse.rundir import Json, RunDir, now, read_eval_note
 from stillhouse.sweep.backend import Task
 from stillhouse.sweep.dependencies import Beneath
-from stillhouse.sweep.plan import unscored
+from stillhouse.sweep.snapshot import unscored
 
 
 @dataclass(frozen=True)

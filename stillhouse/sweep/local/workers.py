@@ -38,9 +38,10 @@ from stillhouse.spec import EvalSpec, TrainSpec
 from stillhouse.sweep.backend import Finished, Task
 from stillhouse.sweep.grid import Sweep
 from stillhouse.sweep.local.outcomes import Ending, check_promise, write_ending
-from stillhouse.sweep.plan import Action, Baseline, Observation, baselines_of, groups_of, look
+from stillhouse.sweep.plan import Action, Baseline, groups_of
 from stillhouse.sweep.registry import Roster, cancel_mark, log_file
-from stillhouse.sweep.snapshot import Snapshot
+from stillhouse.sweep.snapshot import Snapshot, baselines_of, look
+from stillhouse.sweep.state import Observation
 
 # Named, not imported: the launcher imports no torch, and `entrypoints` is a layer above this one.
 WORK = {
