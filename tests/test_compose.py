@@ -197,7 +197,7 @@ LEAF_VALUES: dict[str, st.SearchStrategy[Any]] = {
 }
 
 
-# SweepRequest once: type checks of the package draw random numbers, which a strategy must not.
+# Asked once: type checks of the package draw random numbers, which a strategy must not.
 KNOWN = {spec_type: leaves(spec_type) for spec_type in (TrainSpec, EvalSpec)}
 CHOICES = {group: options_of(group) for group, _ in OPTIONS}
 CHOICES["suite"].remove("local")  # Hydra reads no tasks

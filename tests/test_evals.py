@@ -31,7 +31,7 @@ from stillhouse.distill.toy import problems, tiny
 from stillhouse.errors import ConfigError, ContractError, DataError, Interrupted, exit_code_of
 from stillhouse.evals import find, harness
 from stillhouse.evals.lm import Lm
-from stillhouse.evals.suite import Scorer, SweepRequest, _set_every_field, _tiny_task, load_tasks
+from stillhouse.evals.suite import LoadedTask, Scorer, _set_every_field, _tiny_task, load_tasks
 from stillhouse.rundir import (
     RunDir,
     Runs,
@@ -343,7 +343,7 @@ def test_teacher_and_untrained_student_of_a_self_pair_are_asked_once(place, tmp_
     runs, asked_for = tmp_path / "runs", []
     score = Scorer.score
 
-    def counted(self: Scorer, model: Any, task: SweepRequest, label: str, examples: int = 0) -> Any:
+    def counted(self: Scorer, model: Any, task: LoadedTask, label: str, examples: int = 0) -> Any:
         asked_for.append((label, task.spec.task))
         return score(self, model, task, label, examples)
 
@@ -359,7 +359,7 @@ def test_of_two_that_score_the_same_at_once_one_score_stays(place, tmp_path, mon
     spec = asked(place, tmp_path, "eval_student=false", "eval_ptq=false")
     score, overtaken = Scorer.score, []
 
-    def slowly(self: Scorer, model: Any, task: SweepRequest, label: str, examples: int = 0) -> Any:
+    def slowly(self: Scorer, model: Any, task: LoadedTask, label: str, examples: int = 0) -> Any:
         if not overtaken:
             overtaken.append(label)
             harness.run_suite(spec, Never())
@@ -412,7 +412,7 @@ def test_an_adapter_gets_both_scores_and_a_row_without_one_the_same_twice(
     run = trained(place, runs, "name=one")
     score = Scorer.score
 
-    def counted(self: Scorer, model: Any, task: SweepRequest, label: str, examples: int = 0) -> Any:
+    def counted(self: Scorer, model: Any, task: LoadedTask, label: str, examples: int = 0) -> Any:
         asked_for.append((label, task.spec.task))
         return score(self, model, task, label, examples)
 
@@ -522,7 +522,7 @@ def score_as_a_pod(spec: EvalSpec, deadly: str, told: Path) -> None:
     os.environ |= {"STILLHOUSE_JOB": "uid", "STILLHOUSE_EXIT_FILE": str(told)}
     score = Scorer.score
 
-    def mortal(self: Scorer, model: Any, task: SweepRequest, label: str, examples: int = 0) -> Any:
+    def mortal(self: Scorer, model: Any, task: LoadedTask, label: str, examples: int = 0) -> Any:
         if label == deadly:
             os.kill(os.getpid(), signal.SIGKILL)
         return score(self, model, task, label, examples)
@@ -768,7 +768,7 @@ def test_only_the_teacher_of_a_few_shot_pair_reads_examples(place, tmp_path, mon
     runs, asked_for = tmp_path / "runs", []
     score = Scorer.score
 
-    def counted(self: Scorer, model: Any, task: SweepRequest, label: str, examples: int = 0) -> Any:
+    def counted(self: Scorer, model: Any, task: LoadedTask, label: str, examples: int = 0) -> Any:
         asked_for.append((label, task.spec.task, examples))
         return score(self, model, task, label, examples)
 
@@ -872,7 +872,7 @@ def test_an_answer_ends_where_the_chat_template_ends_a_turn(tmp_path):
     loaded = TaskManager(include_defaults=False).load([whole])["tasks"]["tiny_gen"]
     _set_every_field(loaded, None, 6)
     score = Scorer(suite(GEN), chat, 8, Never()).score(
-        chain(text, steps), SweepRequest(GEN, loaded), "m"
+        chain(text, steps), LoadedTask(GEN, loaded), "m"
     )
     assert score["value"] == 1.0
 
@@ -932,7 +932,7 @@ def test_perplexity_keeps_nats_and_units_per_document_and_prefixes_one_bos(place
     }  # fmt: skip
     loaded = TaskManager(include_defaults=False).load([config])["tasks"]["pages"]
     loaded.set_config(key="num_fewshot", value=0)
-    task = SweepRequest(TaskSpec("pages", "word_perplexity", None, False), loaded)
+    task = LoadedTask(TaskSpec("pages", "word_perplexity", None, False), loaded)
     score = Scorer(suite(chat=False), Chat(text, DATA), 8, Never()).score(model, task, "model")
     nats, words = [], [len(p.split()) for p in pages]
     for page in pages:
@@ -962,7 +962,7 @@ def test_the_documents_of_a_group_are_numbered_through(place, tmp_path):
         (member,) = local.load([config | {"task": name}])["tasks"].values()
         member.set_config(key="num_fewshot", value=0)
         group.add(member)
-    task = SweepRequest(TaskSpec("both", "acc", None, True), group)
+    task = LoadedTask(TaskSpec("both", "acc", None, True), group)
     text = tiny.tokenizer()
     score = Scorer(suite(limit=5), Chat(text, DATA), 8, Never()).score(
         llama(len(text)), task, "model"

@@ -16,3 +16,8 @@ Reading order:
 `entrypoints` imports `run`, `preflight`, `pairs`, `prompts`, `hub`, and `loading`; `evals` imports
 `models`, `chat`, `engine`, and `answers`; `sweep` names `pairs` and `run` as strings only.
 """
+
+import logging
+
+# At its import it warns that faster inference in 4 bits needs another package. We use none.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)

@@ -25,7 +25,7 @@ from stillhouse.distill.chat import chat_of
 from stillhouse.errors import ContractError, OutOfMemory
 from stillhouse.evals import find
 from stillhouse.evals.isolate import Isolation
-from stillhouse.evals.suite import Scorer, Stop, SweepRequest, clear_torch_cache, load_tasks
+from stillhouse.evals.suite import LoadedTask, Scorer, Stop, clear_torch_cache, load_tasks
 from stillhouse.rundir import (
     Json,
     Runs,
@@ -349,7 +349,7 @@ def _score_all(
 
 
 def _score_base(
-    base: Base, rows: list[Row], tasks: list[SweepRequest], missing: set[tuple[Row, TaskSpec]],
+    base: Base, rows: list[Row], tasks: list[LoadedTask], missing: set[tuple[Row, TaskSpec]],
     scorer: Scorer, suite: SuiteSpec, isolation: Isolation,
 ) -> None:  # fmt: skip
     device = models.pick_device()
@@ -380,7 +380,7 @@ def _score_base(
 
 
 def _ask(
-    model: Any, row: Row, tasks: list[SweepRequest], scorer: Scorer, suite: SuiteSpec,
+    model: Any, row: Row, tasks: list[LoadedTask], scorer: Scorer, suite: SuiteSpec,
     known: dict[tuple[str, str, int], Json],
 ) -> None:  # fmt: skip
     """Score and write; results in `known` of this model are reused, and new ones added to it."""

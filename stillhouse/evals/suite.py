@@ -29,7 +29,7 @@ from stillhouse.rundir import Json
 from stillhouse.scores import TASK_VERSIONS
 from stillhouse.spec import SuiteSpec, TaskSpec
 
-__all__ = ["SweepRequest", "Scorer", "Stop", "clear_torch_cache", "load_tasks"]
+__all__ = ["LoadedTask", "Scorer", "Stop", "clear_torch_cache", "load_tasks"]
 
 TINY = tuple(TASK_VERSIONS)
 NO_NUMBER = (tuple, list, str, dict, type(None))  # other types that a user's own metric may have
@@ -47,7 +47,7 @@ class Stop(Protocol):
 
 
 @dataclass(frozen=True)
-class SweepRequest:
+class LoadedTask:
     """A task of the suite, as lm-eval loads it: one task, or a group of tasks with a score."""
 
     spec: TaskSpec
@@ -79,7 +79,7 @@ def load_tasks(
     wanted: Iterable[TaskSpec],
     data_dir: Path,
     manager: Callable[[], TaskManager] = TaskManager,
-) -> list[SweepRequest]:
+) -> list[LoadedTask]:
     """The wanted tasks of a suite with their data, ready to be asked.
 
     `manager` indexes lm-eval's own tasks. That takes 11 s, so it is called only if needed.
@@ -89,7 +89,7 @@ def load_tasks(
         DataError: a line of the generated problems that cannot be read.
     """
     local, theirs = TaskManager(include_defaults=False), None
-    asked: list[SweepRequest] = []
+    asked: list[LoadedTask] = []
     for spec in wanted:
         if spec.content is not None:
             loaded = own_task(suite, spec, TINY)
@@ -104,7 +104,7 @@ def load_tasks(
         else:
             theirs = theirs or manager()
             loaded = _lm_eval_task(spec.asks, theirs)
-        asked.append(SweepRequest(spec, loaded))
+        asked.append(LoadedTask(spec, loaded))
         for leaf in asked[-1].leaves():
             _set_every_field(leaf, spec.num_fewshot, suite.max_gen_toks)
     return asked
@@ -242,7 +242,7 @@ class Scorer:
                 " tokenizer has none; use apply_chat_template=false"
             )
 
-    def score(self, model: Any, task: SweepRequest, label: str, examples: int = 0) -> Json:
+    def score(self, model: Any, task: LoadedTask, label: str, examples: int = 0) -> Json:
         """What eval/<task>.json says about the model; the caller adds whose model it is.
 
         `examples`: few-shot examples that this model reads first; 0: as many as the suite says.
@@ -291,7 +291,7 @@ class Scorer:
         return score
 
 
-def _summary(results: Any, task: SweepRequest) -> Json:
+def _summary(results: Any, task: LoadedTask) -> Json:
     found = results["results"][task.spec.asks]
     metrics = {
         key: float(value)

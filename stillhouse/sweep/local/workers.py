@@ -49,7 +49,7 @@ WORK = {
     "train": "stillhouse.entrypoints:train",
     "eval": "stillhouse.entrypoints:evaluate",
 }
-PRELOAD = ("torch", "transformers", "datasets")
+PRELOAD = ("stillhouse.distill", "torch", "transformers", "datasets")
 # Importing bitsandbytes (peft does) opens a CUDA device, and a fork cannot share an open one.
 PRELOAD_WITHOUT_CUDA = (
     *PRELOAD, "peft", "bitsandbytes", "accelerate", "peft.tuners.lora",
