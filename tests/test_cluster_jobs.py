@@ -545,6 +545,29 @@ def test_what_the_node_killed_for_its_memory_is_not_tried_again(
     assert records(fake)[IDS[0]].code == 44
 
 
+def test_an_evaluation_of_several_goes_on_when_one_of_them_takes_too_much_memory(
+    fake: FakeApi, cluster: Cluster
+) -> None:
+    """Its next pod knows by a note on the volume which one it was, and says so in the end."""
+    pack = Action("eval", GROUP, (IDS[0], IDS[1]))
+    name = step_of(pack).name
+    Ledger(cluster, SWEEP.site.runs_claim).write({id_: Record("done") for id_ in IDS})
+    with backend_of(cluster, SWEEP) as backend:
+        backend.start(task(pack))
+        made(fake, backend, name)
+        fake.fail(name, 137, reason="OOMKilled", ends=None)
+        until_told(backend, lambda: "stillhouse/attempts" in notes(fake, name))
+        assert fake.deleted("jobs")[name] == 0 and backend.live() == [pack]
+        said = {"exit_code": 42, "cause": "no", "done": IDS[1], "failed": {IDS[0]: [42, "died"]}}
+        fake.fail(name, 42, json.dumps(said))
+        assert finished(backend).exit_code == 42
+        assert [backend.look(id_).state for id_ in IDS[:2]] == ["failed", "done"]
+
+
+def notes(fake: FakeApi, name: str) -> dict[str, str]:
+    return (fake.get("jobs", name) or {})["metadata"]["annotations"]
+
+
 def test_what_cannot_start_holds_its_slot_for_a_while_only(fake: FakeApi, cluster: Cluster) -> None:
     with backend_of(cluster, sweep_of(4, "patience_s=1")) as backend:
         backend.start(task())
