@@ -178,15 +178,9 @@ class _Forced:
 def token_by_token(model: Any, asked: Sequence[Sequence[int]], texts: Completions) -> Tensor:
     """The same by the model's own steps: `generate`, one token of every row at a time."""
     forced, (ids_BP, mask_BP) = _Forced(texts), pad_left(asked, max(map(len, asked)), 0)
-    generate(
-        model,
-        ids_BP,
-        mask_BP,
-        forced,
-        pad_id=0,
-        eos_ids=[-1],
-        max_new_tokens=forced.ids_BT.shape[1],
-    )
+    never = model.config.vocab_size  # no token, so that no row ends
+    longest = forced.ids_BT.shape[1]
+    generate(model, ids_BP, mask_BP, forced, pad_id=0, eos_ids=[never], max_new_tokens=longest)
     log_prob_BT = torch.stack(forced.log_probs, 1)
     return torch.cat([log_prob_BT[row, : len(ids)] for row, ids in enumerate(texts.ids)])
 

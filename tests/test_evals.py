@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import lm_eval.utils
 import pytest
 import torch
 from lm_eval.api.group import Group
@@ -462,6 +463,14 @@ def test_a_task_is_asked_as_trained_or_requantised_and_in_no_third_way():
 
 
 # ---------------------------------------------------------------- stopping and refusing
+
+
+def test_a_template_is_compiled_once_for_all_documents():
+    compiled: Any = lm_eval.utils.env.from_string
+    before = compiled.cache_info().misses
+    filled = [lm_eval.utils.apply_template("{{ n }} apples", {"n": n}) for n in range(3)]
+    assert filled == ["0 apples", "1 apples", "2 apples"]
+    assert compiled.cache_info().misses == before + 1
 
 
 def test_being_stopped_keeps_what_is_finished_and_goes_on_to_the_same_table(
