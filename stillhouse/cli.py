@@ -19,16 +19,16 @@ from stillhouse.errors import AGAIN, DONE, MISTAKE, ConfigError, exit_code_of, n
 from stillhouse.text import say
 
 VERBS = {
-    "plan": "how many points are new, done, running, failed or drifted, and what the rest costs",
-    "run": "train and score what is not done; Ctrl-C stops cleanly, the same command goes on",
-    "status": "how a sweep stands; without a target, how every sweep does",
-    "logs": "what points printed (-f: and what they go on to print)",
-    "retry": "let failed points start again, from their checkpoints, at the next run",
-    "cancel": "ask what runs to save and end; the next run goes on from there",
-    "collect": "bring the results of a sweep home from a cluster's volume",
+    "plan": "show the states of the points, and what the remaining ones would cost",
+    "run": "train and score what is not done; Ctrl-C stops cleanly, the same command resumes",
+    "status": "show the state of a sweep; without a target, of every sweep",
+    "logs": "show logs: of one point the whole log, of several their ends (-f: follow)",
+    "retry": "let the next run restart failed points from their checkpoints",
+    "cancel": "ask running points to checkpoint and stop; the next run resumes them",
+    "collect": "fetch the results of a sweep from a cluster's volume",
     "report": "write the report of a sweep, and print its table",
-    "push": "put a model's directory, rows or tasks of this machine on a cluster's cache volume",
-    "doctor": "check a cluster's namespace against all that a sweep needs",
+    "push": "copy a model's directory, rows or tasks from this machine to a cluster's cache volume",
+    "doctor": "check that a cluster's namespace has everything a sweep needs",
 }
 # Commands that start one run each. They are not verbs, because they do not act on a sweep.
 DOORS = {
@@ -46,6 +46,20 @@ MORE = {
 }
 CRASHED = 70  # a driver's pod that ends with Python's own 1 would look done, and not restart
 CLUSTER_VERBS = ("collect", "push", "doctor")  # they have no meaning on this machine
+SWITCHES = {  # of single verbs: names, field of a Call, help
+    "run": [
+        ("--detach", "is_detached", "leave the loop running in the cluster"),
+        ("--dry-run", "is_dry_run", "print the Jobs of a cluster, send nothing"),
+    ],
+    "status": [
+        ("--all", "shows_all", "every point, done and new ones too"),
+        ("--cost", "shows_cost", "what was spent, and on what"),
+    ],
+    "logs": [("-f --follow", "follows", "go on until the points end, or Ctrl-C")],
+    "retry": [("--failed", "failed", "all failed points (default)")],
+    "push": [("--yes", "is_sure", "also what is too large for an API server")],
+    "collect": [("--adapters", "adapters", "the adapters' weights, too")],
+}
 REPLACED = {"render": "run --backend cluster --dry-run"}  # words of earlier versions
 USAGE = "stillhouse VERB [TARGET] [OVERRIDES ...] [--point P] [--backend B] [--runs DIR] [--json]"
 HELP = """\
@@ -66,7 +80,7 @@ examples:
   stillhouse push models/small
   k8s/train.sh lmbda0_lr5e6 --lmbda 0 --learning-rate 5e-6
 
-exit codes: 0 all asked for is so, 1 some points failed or stopped, 42 a mistake in what was asked,
+exit codes: 0 success, 1 some points failed or stopped, 42 a mistake in the command or its files,
 85 interrupted, run it again
 """
 
@@ -144,29 +158,16 @@ def _cure(status: int) -> str:
 
 
 def _do(verb: str, words: list[str]) -> int:
-    options, rest = _parser(verb).parse_known_args(words)
+    parsed, rest = _parser(verb).parse_known_args(words)
     from stillhouse.sweep import verbs
 
+    options = vars(parsed)  # named as the fields of a Call, but for these
+    options["points"] = tuple(options["points"] or ())
+    options["is_new_code"] = options.pop("code", None) == "new"
+    options.pop("failed", None)
     target, rest = _target(rest)
-    runs, rest = _runs(options.runs, rest)
-    call = verbs.Call(
-        target=target,
-        words=tuple(rest),
-        points=tuple(options.point or ()),
-        backend_name=options.backend,
-        runs=runs,
-        is_json=options.json,
-        is_new_code=getattr(options, "code", None) == "new",
-        is_detached=getattr(options, "detach", False),
-        is_dry_run=getattr(options, "dry_run", False),
-        follows=getattr(options, "follow", False),
-        shows_all=getattr(options, "all", False),
-        shows_cost=getattr(options, "cost", False),
-        where=getattr(options, "where", None),
-        cause=getattr(options, "cause", None),
-        adapters=getattr(options, "adapters", False),
-        is_sure=getattr(options, "yes", False),
-    )
+    runs, rest = _runs(options.pop("runs"), rest)
+    call = verbs.Call(target=target, words=tuple(rest), runs=runs, **options)
     return _report(call) if verb == "report" else getattr(verbs, verb)(call)
 
 
@@ -219,39 +220,29 @@ def _parser(verb: str) -> Parser:
     add = parser.add_argument
     add(
         "--point",
+        dest="points",
         action="append",
         metavar="P",
         help="only the point of this name or id; repeatable",
     )
-    add(
-        "--backend",
-        default="cluster" if verb in CLUSTER_VERBS else "local",
-        metavar="B",
-        help="where points run: local, cluster (default: %(default)s)",
-    )
+    backend = "cluster" if verb in CLUSTER_VERBS else "local"
+    where = "where points run: local, cluster (default: %(default)s)"
+    add("--backend", dest="backend_name", default=backend, metavar="B", help=where)
     add("--runs", metavar="DIR", help="directory of the runs (default: runs)")
-    add("--json", action="store_true", help="print one object: sweep, totals, points")
+    add(
+        "--json",
+        dest="is_json",
+        action="store_true",
+        help="print one object: sweep, totals, points",
+    )
     if verb == "run":
         add("--code", choices=["new"], help="go on with points that other code began")
-        add("--detach", action="store_true", help="leave the loop running in the cluster")
-        add("--dry-run", action="store_true", help="print the Jobs of a cluster, send nothing")
-    if verb == "logs":
-        add("-f", "--follow", action="store_true", help="go on until the points end, or Ctrl-C")
     if verb == "retry":
-        add("--failed", action="store_true", help="all that failed (what happens without it, too)")
+        causes = "oom, diverged, config, deadline, cannot-start or infrastructure"
         add("--where", metavar="COND", help="only points of which this holds: 'lmbda > 0.5'")
-        add(
-            "--cause",
-            metavar="C",
-            help="oom, diverged, config, deadline, cannot-start or infrastructure",
-        )
-    if verb == "status":
-        add("--all", action="store_true", help="every point, done and new ones too")
-        add("--cost", action="store_true", help="what was spent, and on what")
-    if verb == "push":
-        add("--yes", action="store_true", help="also what is too large for an API server")
-    if verb == "collect":
-        add("--adapters", action="store_true", help="the adapters' weights, too")
+        add("--cause", metavar="C", help=causes)
+    for names, field, what in SWITCHES.get(verb, ()):
+        add(*names.split(), dest=field, action="store_true", help=what)
     return parser
 
 
