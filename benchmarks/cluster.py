@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import os
 import random
 import statistics
@@ -32,7 +33,7 @@ from stillhouse.sweep.cluster.connect import Cluster, connect
 from stillhouse.sweep.cluster.jobs import WRITERS
 from stillhouse.sweep.cluster.jobspec import JobSpecs
 from stillhouse.sweep.cluster.ledger import Ledger, prepare_of
-from stillhouse.sweep.cluster.manifest import render, to_yaml
+from stillhouse.sweep.cluster.manifest import render
 from stillhouse.sweep.grid import Sweep, load_sweep
 from stillhouse.sweep.outcome import Record
 from stillhouse.sweep.plan import Action, groups_of
@@ -87,11 +88,11 @@ def sweep_of(ada: Desk, name: str, points: int, first: int, *words: str) -> tupl
     return file, load_sweep(str(path), [*SITE, *words], Path("runs"), "cluster")
 
 
-def bodies_of(sweep: Sweep) -> list[bytes]:
-    """What `run` would send for the points of a sweep, byte for byte."""
+def bodies_of(sweep: Sweep) -> list[Json]:
+    """The Jobs that `run` would send for the points of a sweep."""
     steps, groups, code = JobSpecs(sweep), groups_of(sweep), bundle().key
     actions = (Action("train", groups[point.id], (point.id,)) for point in sweep.points)
-    return [to_yaml(render(steps.of(action), sweep.site, code)) for action in actions]
+    return [render(steps.of(action), sweep.site, code) for action in actions]
 
 
 def jobs_in(ada: Desk) -> int:
@@ -241,9 +242,9 @@ def _bare(kube: Kubernetes, name: str, points: int) -> tuple[float, float]:
         with ThreadPoolExecutor(WRITERS) as pool:
             list(pool.map(lambda body: cluster.create("jobs", body), bodies[:points]))
         bare = points / (time.monotonic() - begin)
-        files = [ada.folder / f"{nth}.yaml" for nth in range(KUBECTLS)]
+        files = [ada.folder / f"{nth}.json" for nth in range(KUBECTLS)]
         for file, body in zip(files, bodies[points:], strict=True):
-            file.write_bytes(body)
+            file.write_text(json.dumps(body))
         begin = time.monotonic()
         for file in files:
             kube.kubectl("create", "-n", ada.space.name, "-f", str(file))
@@ -285,14 +286,14 @@ def _by_hand(kube: Kubernetes, points: int) -> float:
     """Seconds from the first create to the last end, nobody but us letting Jobs go."""
     with desk(kube, "hand") as ada, client(ada) as cluster:
         _, sweep = sweep_of(ada, "hand", points, 0)
-        bodies = [
-            body.replace(b"\nspec:\n", b"\nspec:\n  suspend: true\n") for body in bodies_of(sweep)
-        ]
+        bodies = bodies_of(sweep)
+        for body in bodies:
+            body["spec"]["suspend"] = True
         waiting: list[str] = []
         begin = time.monotonic()
         go: Json = {"spec": {"suspend": False}}
 
-        def create(body: bytes) -> None:
+        def create(body: Json) -> None:
             waiting.append(cluster.create("jobs", body)["metadata"]["name"])
 
         def resume(name: str) -> None:
@@ -444,11 +445,11 @@ def real(programs: Path, runs: int) -> str:
             ada.say("run", file, f"--point={id_}", *site, *AWAY)
             return time.perf_counter() - begin
 
-        def by_kubectl(body: bytes) -> float:
-            name = yaml.safe_load(body)["metadata"]["name"]
+        def by_kubectl(body: Json) -> float:
+            name = body["metadata"]["name"]
             there = ("-n", ada.space.name)
             begin = time.perf_counter()
-            kube.kubectl("create", *there, "-f", "-", input=body.decode())
+            kube.kubectl("create", *there, "-f", "-", input=json.dumps(body))
             kube.kubectl("wait", *there, "--for=condition=complete", f"job/{name}", "--timeout=90s")
             return time.perf_counter() - begin
 

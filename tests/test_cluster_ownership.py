@@ -16,7 +16,7 @@ from stillhouse.rundir import Json
 from stillhouse.sweep.cluster.code_bundle import bundle
 from stillhouse.sweep.cluster.jobspec import JobSpec, collect_step
 from stillhouse.sweep.cluster.ledger import Ledger, sweeps, write_sweep
-from stillhouse.sweep.cluster.manifest import render, to_yaml
+from stillhouse.sweep.cluster.manifest import render
 from stillhouse.sweep.cluster.ownership import have_config_map, have_job
 from stillhouse.sweep.cluster.run_names import Names
 from stillhouse.sweep.grid import load_sweep
@@ -117,8 +117,8 @@ def test_a_driver_job_that_is_not_ours_is_left_alone(fake: FakeApi, said: Said) 
 def test_a_job_that_was_made_by_somebody_quicker_is_compared(fake: FakeApi, tmp_path: Path) -> None:
     sweep = load_sweep(None, ["pair=tiny", "seeds=1", *SITE], tmp_path, site="cluster")
 
-    def body(step: JobSpec) -> bytes:
-        return to_yaml(render(step, sweep.site, bundle().key))
+    def body(step: JobSpec) -> Json:
+        return render(step, sweep.site, bundle().key)
 
     first = collect_step("s", "one")
     with cluster_of(fake, tmp_path / "own") as cluster:

@@ -10,10 +10,8 @@ import re
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import pytest
-import yaml
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
@@ -21,7 +19,7 @@ from stillhouse.compose import Overrides, as_command_line, from_command_line
 from stillhouse.errors import ConfigError
 from stillhouse.spec import TrainSpec
 from stillhouse.sweep.cluster.jobspec import train_step
-from stillhouse.sweep.cluster.manifest import render, to_yaml
+from stillhouse.sweep.cluster.manifest import render
 from stillhouse.sweep.grid import Sweep, load_sweep
 from tests.manifest_checklist import check
 
@@ -100,8 +98,7 @@ WORD |= st.sampled_from(["$(HOME)", "$$(HOME)", "$$", "a=$(OMP_NUM_THREADS)"])
 def test_a_pod_is_given_the_words_that_the_launcher_has(sweep: Sweep, words: list[str]) -> None:
     step = train_step(sweep.points[0], sweep)
     step = dataclasses.replace(step, words=(*words, *step.words))
-    body = to_yaml(render(step, sweep.site, "0123456789abcdef-01234567"))
-    job: Any = yaml.safe_load(body)
+    job = render(step, sweep.site, "0123456789abcdef-01234567")
     assert shlex.split(job["metadata"]["annotations"]["stillhouse/words"]) == [*step.words]
     args: list[str] = job["spec"]["template"]["spec"]["containers"][0]["args"]
     given_ = [kubelets(word, {"HOME": "/home", "OMP_NUM_THREADS": "8"}) for word in args]

@@ -120,10 +120,9 @@ def _dry_run(call: Call) -> int:
         say(f"{name}: `run` asks the hub for its commit, and tells every Job", file=sys.stderr)
     if call.is_json:
         said = show.as_json(rows, {row.id: Observation("new") for row in rows.rows})
-        texts = [manifest.decode() for manifest in manifests(sweep, rows)]
-        return _print_json(said | {"manifests": texts})
+        return _print_json(said | {"manifests": [*manifests(sweep, rows)]})
     for place, manifest in enumerate(manifests(sweep, rows)):
-        sys.stdout.write(("---\n" if place else "") + manifest.decode())
+        sys.stdout.write(("---\n" if place else "") + manifest)
     return DONE
 
 

@@ -21,8 +21,6 @@ from time import monotonic
 from typing import Any
 from urllib.parse import parse_qsl, urlsplit
 
-import yaml
-
 from tests.fakes.fake_jobs import Hands
 from tests.fakes.fake_rules import (
     KUEUE,
@@ -493,17 +491,16 @@ def _as_asked(item: Item, request: Request) -> bytes:
 
 
 def _decoded(known: Resource, request: Request) -> Json:
-    """The body as an object: JSON or YAML by its type, of the kind that the path names."""
+    """The body as an object of the kind that the path names."""
     if not request.body:
         return {}
     kind = request.headers.get("content-type", "application/json").split(";")[0]
     patch = request.method == "PATCH"
-    known_kinds = ("application/json", "application/yaml")
-    if kind not in (("application/merge-patch+json",) if patch else known_kinds):
+    if kind != ("application/merge-patch+json" if patch else "application/json"):
         raise Refused(415, "UnsupportedMediaType", f"the body of the request was in {kind}")
     try:
-        body = json.loads(request.body) if "json" in kind else _yaml(request.body)
-    except (ValueError, yaml.YAMLError) as error:
+        body = json.loads(request.body)
+    except ValueError as error:
         said = f"the object provided is unrecognized (must be of type {known.kind}): {error}"
         raise Refused(
             400, "BadRequest", f"error decoding patch: {error}" if patch else said
@@ -512,10 +509,6 @@ def _decoded(known: Resource, request: Request) -> Json:
         said = f'{body["kind"]} in version "v1" cannot be handled as a {known.kind}'
         raise Refused(400, "BadRequest", f"{said}: unknown conversion")
     return body
-
-
-def _yaml(body: bytes) -> Any:
-    return yaml.load(body, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
 
 
 def _api_group(name: str) -> Json:

@@ -6,7 +6,7 @@ Reading order:
     reasons, refusals             why a Job waits, why it was refused, how it ended
     cache, watch                  a cache of the namespace; what fills it, once or by watches
     facts, job_outcomes, ledger   a point's state; a Job's end; the record that outlives it
-    jobspec, manifest, yaml_text  a task's name and words; its Job; the bytes that are sent
+    jobspec, manifest             a task's name and words; its Job
     code_bundle, project_files, secrets    the code that travels with a Job, and what must not
     create, ownership, replace, site_difference, delete_jobs    make a Job once, or replace it
     jobs                          the backend: follow Jobs, record how each ended, delete them

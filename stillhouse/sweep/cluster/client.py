@@ -33,7 +33,6 @@ from stillhouse.sweep.cluster.request import (
     PENDING,
     QUEUES,
     VISIBILITY,
-    YAML,
     Ask,
     never,
     query,
@@ -75,7 +74,7 @@ class Cluster:
         return self._unless_missing(Ask("GET", self.path(resource, name)))
 
     def create(
-        self, resource: str, body: bytes | Json, dry_run: bool = False,
+        self, resource: str, body: Json, dry_run: bool = False,
         still: Callable[[], bool] | None = None,
     ) -> Json:  # fmt: skip
         """The object as the server filled it in. A dry run is checked strictly and keeps nothing.
@@ -271,11 +270,10 @@ class Cluster:
             ConfigError: the login ran out and a new one was refused too.
         """
         headers = {"Accept": ask.accept}
-        body = ask.body
-        if body is not None:
-            headers["Content-Type"] = YAML if isinstance(body, bytes) else ask.kind
-        if isinstance(body, dict):
-            body = json.dumps(body, separators=(",", ":")).encode()
+        body = None
+        if ask.body is not None:
+            headers["Content-Type"] = ask.kind
+            body = json.dumps(ask.body, separators=(",", ":")).encode()
         path = f"{ask.path}?{urlencode(ask.query)}" if ask.query else ask.path
         attempt, refused = 0, 0
         while True:

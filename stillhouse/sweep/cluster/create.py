@@ -14,12 +14,13 @@ from __future__ import annotations
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
+from stillhouse.rundir import Json
 from stillhouse.spec import suite_key
 from stillhouse.sweep.cluster.code_bundle import Bundle
 from stillhouse.sweep.cluster.connect import ApiError, Cluster
 from stillhouse.sweep.cluster.jobspec import JobSpec, JobSpecs
 from stillhouse.sweep.cluster.ledger import Ledger, prepare_of, score_of
-from stillhouse.sweep.cluster.manifest import render, to_yaml
+from stillhouse.sweep.cluster.manifest import render
 from stillhouse.sweep.cluster.objects import JobView
 from stillhouse.sweep.cluster.ownership import have_config_map, ours
 from stillhouse.sweep.grid import Sweep
@@ -89,7 +90,7 @@ class JobCreator:
             ApiError: the cluster refuses it.
         """
         step = work.step or self.steps.of(work.action)
-        body = to_yaml(render(step, self.sweep.site, self.code.key))
+        body = render(step, self.sweep.site, self.code.key)
         within_s = self.look_valid_s
         while self._is_wanted(work, within_s):
             made = self._create(work, body)
@@ -111,7 +112,7 @@ class JobCreator:
             within_s = 0.0
         return Made()
 
-    def _create(self, work: Work, body: bytes) -> Made | ApiError:
+    def _create(self, work: Work, body: Json) -> Made | ApiError:
         """The Job that was made; or why not: its name is taken (409), a quota is full (403)."""
         try:
             # However long an attempt took: before the next one the ledger is read again.

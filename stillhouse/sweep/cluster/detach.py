@@ -8,7 +8,7 @@ from pathlib import Path
 from stillhouse.sweep.cluster.code_bundle import bundle, sweep_file
 from stillhouse.sweep.cluster.connect import Cluster
 from stillhouse.sweep.cluster.jobspec import drive_step
-from stillhouse.sweep.cluster.manifest import render, to_yaml
+from stillhouse.sweep.cluster.manifest import render
 from stillhouse.sweep.cluster.ownership import have_config_map, have_job, ours
 from stillhouse.sweep.grid import Sweep
 from stillhouse.sweep.site import away_words
@@ -36,7 +36,7 @@ def detach(cluster: Cluster, sweep: Sweep, options: Sequence[str]) -> list[str]:
     if content is not None and step.sweep_file is not None and sweep.file is not None:
         file = sweep_file(step.sweep_file, sweep.name, Path(sweep.file).name, content)
         have_config_map(cluster, file)
-    have_job(cluster, step, to_yaml(render(step, sweep.site, code.key)))
+    have_job(cluster, step, render(step, sweep.site, code.key))
     return _how_to_follow(sweep, step.name, f"driver {step.name}: {said}")
 
 

@@ -1,6 +1,6 @@
-"""Render a step as a Kubernetes Job, byte for byte as it is sent.
+"""Render a step as a Kubernetes Job: the object that is sent as JSON and shown as YAML.
 
-    k8s/job.yaml + JobSpec + SiteSpec + the code bundle's key -> dict -> YAML
+    k8s/job.yaml + JobSpec + SiteSpec + the code bundle's key -> dict
 
 Pure. The template `k8s/job.yaml` holds what is the same in every Job; this module adds only what
 follows from step and site.
@@ -15,7 +15,7 @@ import math
 import re
 import shlex
 from collections.abc import Iterable
-from typing import cast
+from typing import Any, cast
 
 from stillhouse.compose import k8s_dir
 from stillhouse.errors import ConfigError
@@ -23,11 +23,6 @@ from stillhouse.rundir import Json
 from stillhouse.spec import SiteSpec
 from stillhouse.sweep.cluster import secrets
 from stillhouse.sweep.cluster.jobspec import RUNS, SWEEP, JobSpec, Kind
-from stillhouse.sweep.cluster.yaml_text import to_yaml
-
-__all__ = [
-    "SELECTOR", "image_problem", "label_value", "refuse_secrets", "render", "to_yaml",
-]  # fmt: skip
 
 SELECTOR = "app.kubernetes.io/part-of=stillhouse"  # everything that is ours
 MAX_LABEL = 63
@@ -36,6 +31,8 @@ CODE_DIGITS = 16  # of the code's, as code_identity has it
 LABEL = re.compile(r"([A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?)?")
 JOB_NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,50}[a-z0-9])?")
 PINNED = re.compile(r"[^@\s]+@sha256:([0-9a-f]{64})")
+PLAIN = re.compile(r"(?:--)?[A-Za-z/][A-Za-z0-9_./=@-]+")  # text that YAML needs no quotes for
+WIDE = 1_000_000  # columns: no text is folded
 GPU_PRODUCT = "nvidia.com/gpu.product"
 # A driver that waits for quota drives not.
 QUEUED: tuple[Kind, ...] = ("prepare", "train", "eval", "preflight")
@@ -104,6 +101,29 @@ def render(step: JobSpec, site: SiteSpec, code: str) -> Json:
         spec["template"]["metadata"]["annotations"] = annotations
     spec["template"]["spec"] = _pod(spec["template"]["spec"], step, site, code)
     return job
+
+
+def to_yaml(job: Json) -> str:
+    """A manifest for people and for `kubectl apply -f -`: YAML of the object that is sent."""
+    import yaml
+
+    return yaml.dump(job, Dumper=_dumper(), sort_keys=False, width=WIDE)
+
+
+@functools.cache
+def _dumper() -> Any:
+    """A YAML writer that quotes all but words: Go reads 1e3 as a number, PyYAML as text."""
+    import yaml
+
+    class Dumper(yaml.CSafeDumper):
+        pass
+
+    def text(dumper: Any, value: str) -> Any:
+        style = None if PLAIN.fullmatch(value) else '"'
+        return dumper.represent_scalar("tag:yaml.org,2002:str", value, style)
+
+    Dumper.add_representer(str, text)
+    return Dumper
 
 
 def image_problem(site: SiteSpec) -> str | None:

@@ -61,7 +61,7 @@ def _mapping(value: Any) -> Mapping[str, Any]:
     return cast("Mapping[str, Any]", value) if isinstance(value, dict) else {}
 
 
-def have_job(cluster: Cluster, step: JobSpec, body: bytes) -> bool:
+def have_job(cluster: Cluster, step: JobSpec, body: Json) -> bool:
     """Make a step's Job of its manifest, or find the one that is there; whether it was made.
 
     Raises:

@@ -65,8 +65,8 @@ def _evaluations(
     return actions(now, len(groups) + len(baselines), sweep.pack)
 
 
-def manifests(sweep: Sweep, only: Roster) -> Iterator[bytes]:
-    """What is sent, byte for byte, one Job at a time."""
+def manifests(sweep: Sweep, only: Roster) -> Iterator[str]:
+    """What is sent, as YAML, one Job at a time."""
     code = bundle(sweep.suite).key
     for step in every_step(sweep, only):
         yield to_yaml(render(step, sweep.site, code))

@@ -9,7 +9,7 @@ from typing import Any
 from stillhouse.sweep.cluster.errors import ApiError, Json
 
 ANSWER_S = 70.0  # a server gives up a request after 60 s by itself
-JSON, YAML = "application/json", "application/yaml"
+JSON = "application/json"
 MERGE_PATCH = "application/merge-patch+json"
 PARTIAL = "application/json;as=PartialObjectMetadataList;g=meta.k8s.io;v=v1"
 KUEUE, VISIBILITY = "kueue.x-k8s.io", "visibility.kueue.x-k8s.io"
@@ -36,7 +36,7 @@ class Ask:
     method: str
     path: str
     query: Json = field(default_factory=dict[str, Any])
-    body: bytes | Json | None = None  # bytes: YAML, sent as it is
+    body: Json | None = None
     kind: str = JSON
     accept: str = JSON
     is_patient: bool = True  # 429 and 5xx are waited out

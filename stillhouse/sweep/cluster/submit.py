@@ -16,7 +16,7 @@ from pathlib import Path
 
 from stillhouse.compose import compose, from_command_line
 from stillhouse.errors import DONE, ConfigError
-from stillhouse.rundir import RunDir
+from stillhouse.rundir import Json, RunDir
 from stillhouse.spec import TrainSpec, versioned
 from stillhouse.sweep.cluster import doctor
 from stillhouse.sweep.cluster.cache import NamespaceCache
@@ -25,7 +25,7 @@ from stillhouse.sweep.cluster.facts import JobFacts, observed
 from stillhouse.sweep.cluster.jobspec import RUNS
 from stillhouse.sweep.cluster.kueue import OF_JOBS, queue_view
 from stillhouse.sweep.cluster.ledger import Ledger
-from stillhouse.sweep.cluster.manifest import HASH_DIGITS, image_problem
+from stillhouse.sweep.cluster.manifest import HASH_DIGITS, image_problem, to_yaml
 from stillhouse.sweep.cluster.objects import OURS, PART_OF, JobView, job_view, viewed
 from stillhouse.sweep.cluster.ownership import have_config_map, have_job
 from stillhouse.sweep.cluster.pod_logs import pods
@@ -74,7 +74,7 @@ def send(
 
 
 def _dry_run(line: Line) -> int:
-    sys.stdout.write(line.manifest.decode())
+    sys.stdout.write(to_yaml(line.manifest))
     problem = image_problem(line.site)
     if problem:
         show(f"not to be sent as it is: {problem}", sys.stderr)
@@ -93,7 +93,7 @@ class _Sender:
         self.names = Names(cluster)
         self.ledger = Ledger(cluster, self.site.runs_claim)
 
-    def send(self, manifest: bytes) -> bool:
+    def send(self, manifest: Json) -> bool:
         """Send the Job, or report the state of one sent before; whether it was sent now."""
         known = self.names.read()
         if self.line.kind == "train":

@@ -26,6 +26,7 @@ from stillhouse.compose import (
     parse_value,
 )
 from stillhouse.errors import ConfigError
+from stillhouse.rundir import Json
 from stillhouse.spec import NAME, EvalSpec, SiteSpec, TrainSpec
 from stillhouse.sweep.cluster import pod_paths
 from stillhouse.sweep.cluster.code_bundle import Bundle, bundle
@@ -36,7 +37,7 @@ from stillhouse.sweep.cluster.jobspec import (
     preflight_step,
     train_step,
 )
-from stillhouse.sweep.cluster.manifest import render, to_yaml
+from stillhouse.sweep.cluster.manifest import render
 from stillhouse.sweep.grid import load_sweep
 from stillhouse.sweep.site import CLUSTER, site_of
 from stillhouse.sweep.sweep_file import label
@@ -70,13 +71,13 @@ class Line:
         return bundle(self.spec.suite if isinstance(self.spec, EvalSpec) else None)
 
     @functools.cached_property
-    def manifest(self) -> bytes:
-        """The Job, byte for byte as it is sent.
+    def manifest(self) -> Json:
+        """The Job as it is sent.
 
         Raises:
             ConfigError: it holds what no manifest may, or cannot.
         """
-        return to_yaml(render(self.step, self.site, self.code.key))
+        return render(self.step, self.site, self.code.key)
 
     @property
     def adapters(self) -> tuple[str, ...]:

@@ -22,7 +22,7 @@ from stillhouse.sweep.cluster.code_bundle import bundle
 from stillhouse.sweep.cluster.connect import ApiError, Cluster, CommandFailed, Gone
 from stillhouse.sweep.cluster.jobspec import RUNS, JobSpec, collect_step
 from stillhouse.sweep.cluster.kueue import OF_JOBS, QueueView, queue_view
-from stillhouse.sweep.cluster.manifest import image_problem, render, to_yaml
+from stillhouse.sweep.cluster.manifest import image_problem, render
 from stillhouse.sweep.cluster.objects import (
     JobView,
     Note,
@@ -171,7 +171,7 @@ class Holder:
         have_config_map(self.cluster, code.manifest)
         step = self._step(self.about, secrets.token_hex(16))
         self._name = step.name
-        have_job(self.cluster, step, to_yaml(render(step, self.site, code.key)))
+        have_job(self.cluster, step, render(step, self.site, code.key))
         return self._found_job()
 
     @property
