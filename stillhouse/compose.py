@@ -22,7 +22,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from stillhouse import flags, tasks, watch_rules
 from stillhouse.errors import ConfigError, nearest
-from stillhouse.spec import EvalSpec, TrainSpec
+from stillhouse.spec import EvalJobSpec, EvalSpec, TrainSpec
 
 Spec = TypeVar("Spec", TrainSpec, EvalSpec)
 FILE_OF = {TrainSpec: "train", EvalSpec: "eval"}
@@ -31,6 +31,7 @@ OWN_PAIR, OWN_SUITE = "own", "local"  # in conf/pair, conf/suite: the user's own
 GROUPS = {
     TrainSpec: frozenset({"quant", "data", "loss", "optim", "rescue", "site", "pair", "method"}),
     EvalSpec: frozenset({"quant", "data", "suite", "pair"}),
+    EvalJobSpec: frozenset({"quant", "data", "suite", "pair", "site"}),
 }
 
 

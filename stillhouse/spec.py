@@ -718,6 +718,13 @@ class EvalSpec:
     place: PlaceSpec
 
 
+@dataclass(frozen=True, config=_STRICT)
+class EvalJobSpec(EvalSpec):
+    """What a line of k8s/eval.sh may set: what `eval.py` needs to know, and where it runs."""
+
+    site: SiteSpec
+
+
 # Mean |log p as trained - log p as drawn|, nats per token: what rounding comes to between two
 # evaluations of one function at the least, and what a run may have. Measured: docs/log.md.
 ROUNDING: dict[str, float] = {"float32": 2e-5, "bfloat16": 0.02, "float16": 0.003}

@@ -14,7 +14,7 @@ from stillhouse.sweep.cluster import doctor
 from stillhouse.sweep.cluster.access import rules
 from stillhouse.sweep.cluster.code_bundle import bundle
 from stillhouse.sweep.cluster.connect import Cluster
-from stillhouse.sweep.cluster.doctor import Finding, findings, job_findings, refuse, require
+from stillhouse.sweep.cluster.doctor import Finding, findings, job_findings, refuse
 from stillhouse.sweep.cluster.jobspec import train_step
 from stillhouse.sweep.cluster.manifest import render
 from stillhouse.sweep.cluster.watch import Watcher
@@ -44,13 +44,13 @@ def put_claim(fake: FakeApi, name: str, phase: str) -> None:
 def said(cluster: Cluster, **site: Any) -> str:
     """The error that a sweep at a site gets."""
     with pytest.raises(ConfigError) as error:
-        require(cluster, dataclasses.replace(SITE, **site))
+        refuse(findings(cluster, dataclasses.replace(SITE, **site)))
     return str(error.value)
 
 
 def test_a_namespace_that_has_all_is_all_right(cluster: Cluster) -> None:
-    require(cluster, SITE)
-    require(cluster, SITE, role="stillhouse-driver")
+    refuse(findings(cluster, SITE))
+    refuse(findings(cluster, SITE, role="stillhouse-driver"))
     assert all(finding.ok for finding in findings(cluster, SITE))
 
 
@@ -76,7 +76,7 @@ def test_a_volume_claim_that_is_missing_or_cannot_be_bound(
     fake: FakeApi, cluster: Cluster, claim: str
 ) -> None:
     put_claim(fake, claim, "Pending")
-    require(cluster, SITE)  # some are bound only when a pod wants them
+    refuse(findings(cluster, SITE))  # some are bound only when a pod wants them
     uid = (fake.get("persistentvolumeclaims", claim) or {})["metadata"]["uid"]
     event = {
         "metadata": {"name": "e"},
@@ -92,9 +92,9 @@ def test_a_volume_claim_that_is_missing_or_cannot_be_bound(
 
 def test_a_service_account_that_is_missing(fake: FakeApi, cluster: Cluster) -> None:
     fake.remove("serviceaccounts", SITE.driver_account)
-    require(cluster, SITE)
+    refuse(findings(cluster, SITE))
     with pytest.raises(ConfigError, match="stillhouse-driver"):
-        require(cluster, SITE, role="stillhouse-driver")
+        refuse(findings(cluster, SITE, role="stillhouse-driver"))
     fake.remove("serviceaccounts", SITE.service_account)
     assert 'service account "stillhouse-worker" does not exist: apply k8s/access' in said(cluster)
 
@@ -108,7 +108,7 @@ def test_a_queue_that_is_missing_idle_or_without_kueue(fake: FakeApi, cluster: C
     assert "there is lab; say queue=NAME" in said(cluster, queue="lap")
     active["status"] = "True"
     fake.put("localqueues", queue)
-    require(cluster, dataclasses.replace(SITE, queue="lab"))
+    refuse(findings(cluster, dataclasses.replace(SITE, queue="lab")))
 
 
 def test_a_queue_where_kueue_is_not_installed(fake: FakeApi, cluster: Cluster) -> None:
@@ -162,4 +162,4 @@ def test_a_job_of_that_name_with_another_content(fake: FakeApi, cluster: Cluster
     job = render(STEP, SITE, bundle().key)
     job["metadata"]["labels"]["stillhouse/hash"] = "0" * 40
     fake.put("jobs", job)
-    assert "another content (hash 000000000000): drift" in about_jobs(cluster)
+    assert "another content (train, hash 000000000000; " in about_jobs(cluster)

@@ -14,10 +14,10 @@ from stillhouse.cli import main
 from stillhouse.errors import ConfigError, ContractError
 from stillhouse.rundir import Json
 from stillhouse.sweep.cluster.code_bundle import bundle
-from stillhouse.sweep.cluster.jobspec import JobSpec, collect_step
+from stillhouse.sweep.cluster.create import JobCreator
+from stillhouse.sweep.cluster.jobspec import collect_step
 from stillhouse.sweep.cluster.ledger import Ledger, sweeps, write_sweep
-from stillhouse.sweep.cluster.manifest import render
-from stillhouse.sweep.cluster.ownership import have_config_map, have_job
+from stillhouse.sweep.cluster.ownership import have_config_map
 from stillhouse.sweep.cluster.run_names import Names
 from stillhouse.sweep.grid import load_sweep
 from stillhouse.sweep.outcome import Record
@@ -116,23 +116,20 @@ def test_a_driver_job_that_is_not_ours_is_left_alone(fake: FakeApi, said: Said) 
 
 def test_a_job_that_was_made_by_somebody_quicker_is_compared(fake: FakeApi, tmp_path: Path) -> None:
     sweep = load_sweep(None, ["pair=tiny", "seeds=1", *SITE], tmp_path, site="cluster")
-
-    def body(step: JobSpec) -> Json:
-        return render(step, sweep.site, bundle().key)
-
-    first = collect_step("s", "one")
+    step = collect_step("s", "one")
     with cluster_of(fake, tmp_path / "own") as cluster:
-        assert have_job(cluster, first, body(first)) is True
-        assert have_job(cluster, first, body(first)) is False
-        job: Any = fake.get("jobs", first.name)
-        fake.remove("jobs", first.name)
-        job["metadata"] = {"name": first.name, "labels": job["metadata"]["labels"]
+        creator = JobCreator(sweep.site, cluster, Ledger(cluster, CLAIM), bundle())
+        first, second = (creator.make(creator.order(step)) for _ in range(2))
+        assert (first.is_new, second.is_new) == (True, False) and first.uid == second.uid
+        job: Any = fake.get("jobs", step.name)
+        fake.remove("jobs", step.name)
+        job["metadata"] = {"name": step.name, "labels": job["metadata"]["labels"]
                            | {"stillhouse/kind": "push"}}  # fmt: skip
         fake.put("jobs", {key: job[key] for key in ("apiVersion", "kind", "metadata", "spec")})
         with pytest.raises(
             ContractError, match=r"another content \(push, hash .*; this is collect"
         ):
-            have_job(cluster, first, body(first))
+            creator.make(creator.order(step))
 
 
 def test_a_configmap_with_a_name_of_ours_and_not_our_labels_is_never_written_to(

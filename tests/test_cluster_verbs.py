@@ -166,7 +166,7 @@ def test_a_name_that_means_another_configuration_is_refused_with_the_difference(
     (job,) = fake.names("jobs")
     error = say(*train("mine", "--lmbda", "0.5", "--learning-rate", "5e-6"), code=42)
     assert f'the name "mine" means {job} already' in error
-    assert "lmbda is 0 there and 0.5 here, learning_rate is" in error
+    assert "learning_rate is not set there and 5e-06 here, lmbda is 0 there and 0.5 here" in error
     fake.remove("jobs", job)
     error = say(*train("mine", "--lmbda", "0.5"), code=42)
     assert "another configuration, whose Job is gone" in error
@@ -178,10 +178,14 @@ def test_a_job_of_that_name_that_is_not_ours_is_left_alone(
 ) -> None:
     job = yaml.safe_load(say(*train("mine"), "--dry-run"))
     ours: dict[str, str] = job["metadata"]["labels"]
-    for labels in (ours | {"stillhouse/hash": "f" * 40}, {"app": "another"}):
+    for labels, how in (
+        (ours | {"stillhouse/hash": "f" * 40}, "is there with another content"),
+        ({"app": "another"}, "is there and is not ours"),
+    ):
         job["metadata"]["labels"] = labels
         fake.put("jobs", job)
-        assert "somebody else's of the same name" in say(*train("mine"), code=42)
+        assert how in say(*train("mine"), code=42)
+        assert not fake.created("configmaps"), "neither the code nor a name"
         fake.remove("jobs", job["metadata"]["name"])
 
 

@@ -23,7 +23,7 @@ from stillhouse.sweep.cluster.cache import NamespaceCache, baselines_seen, keys_
 from stillhouse.sweep.cluster.code_bundle import bundle
 from stillhouse.sweep.cluster.connect import Cluster, connect
 from stillhouse.sweep.cluster.describe import particulars, said_of_others
-from stillhouse.sweep.cluster.facts import JobFacts, observed
+from stillhouse.sweep.cluster.facts import observed
 from stillhouse.sweep.cluster.ledger import (
     cancel_sweep,
     read_sweep,
@@ -84,25 +84,7 @@ class ClusterBackend:
 
     def _observe(self, rows: Roster) -> dict[str, Observation]:
         scores = suite_key(rows.suite) if rows.suite else None
-        found = self.watcher.observe(rows.by_id, scores)
-        if any(seen.state in ("new", "failed", "waiting") for seen in found.values()):
-            self.watcher.look_for_orphans()
-            found = self.watcher.observe(rows.by_id, scores)
-        for row in rows.rows:
-            job = self.cache.job(row.directory)
-            if job is not None and job.kind != "train":  # a line of k8s/eval.sh, a driver
-                found[row.id] = self._observe_job(job)
-        return found
-
-    def _observe_job(self, job: JobView) -> Observation:
-        is_live, has_failed = job.state == "live", job.state == "failed"
-        facts = JobFacts(
-            is_done=job.state == "complete",
-            live=job if is_live else None,
-            waits=self.cache.why(job) if is_live else None,
-            failed=self.cache.how(job) if has_failed else None,
-        )
-        return observed(facts)
+        return self.watcher.observe_rows(rows.rows, scores)
 
     def pinned(self, sweep: Sweep, begins: bool = False) -> Sweep:
         # Which commit a volume holds, nobody here sees: pods are told one, and fetch that.
@@ -219,7 +201,7 @@ class ClusterBackend:
         for step in {step.kind: step for step in steps}.values():
             render(
                 step, sweep.site, bundle(sweep.suite).key
-            )  # what is wrong with the site, any of them says
+            )  # any says what is wrong with the site
         doctor.refuse(
             [
                 *doctor.findings(self.cluster, sweep.site, role),
@@ -269,7 +251,7 @@ class ClusterBackend:
 
     def detach(self, sweep: Sweep, options: Sequence[str]) -> list[str]:
         before = [job for job in self._jobs_of(registry.roster_of(sweep)) if job.kind == "drive"]
-        said = detach.detach(self.cluster, sweep, options)
+        said = detach.detach(self.cluster, self.cache, sweep, options)
         # One that was there already may wait, and for what is better said now.
         waits = [job for job in before if job.state == "live" and job.name in said[0]]
         return [*said, *said_of_others(waits, self.cache)]

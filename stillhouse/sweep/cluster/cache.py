@@ -78,6 +78,18 @@ class NamespaceCache:
         with self.lock:
             return observed(self.facts(id_, scores), self.code)
 
+    def look_at(self, job: JobView) -> Observation:
+        """The state of a Job by itself: a line of k8s/eval.sh, a preflight, a driver."""
+        with self.lock:
+            is_live = job.state == "live"
+            known = JobFacts(
+                is_done=job.state == "complete",
+                live=job if is_live else None,
+                waits=self.why(job) if is_live else None,
+                failed=self.how(job) if job.state == "failed" else None,
+            )
+            return observed(known)
+
     def facts(self, what: str, scores: str | None, is_baseline: bool = False) -> JobFacts:
         """What is known of a point (by id) or a baseline (by its directory's name)."""
         with self.lock:

@@ -28,7 +28,7 @@ from stillhouse.errors import ConfigError
 from stillhouse.rundir import Json, code_identity
 from stillhouse.spec import SuiteSpec
 from stillhouse.sweep.cluster import secrets
-from stillhouse.sweep.cluster.manifest import label_value
+from stillhouse.sweep.cluster.manifest import config_map, label_value
 from stillhouse.sweep.cluster.project_files import (
     KINDS,
     project_files,
@@ -107,10 +107,13 @@ def bundle(suite: SuiteSpec | None = None) -> Bundle:
         )
     key = f"{digest}-{hashlib.sha256(archive).hexdigest()[:KEY_DIGITS]}"
     labels = {"stillhouse/kind": "code", "stillhouse/code": digest}
-    manifest = _config_map(f"stillhouse-code-{key}", labels) | {
-        "data": {"pod.py": process_1},
-        "binaryData": {"code.tar.gz": base64.b64encode(packed).decode()},
-    }
+    manifest = config_map(
+        f"stillhouse-code-{key}",
+        labels,
+        immutable=True,
+        data={"pod.py": process_1},
+        binaryData={"code.tar.gz": base64.b64encode(packed).decode()},
+    )
     return Bundle(digest, key, manifest)
 
 
@@ -124,17 +127,7 @@ def sweep_file(name: str, sweep: str, file: str, content: bytes) -> Json:
     """
     refuse_secrets_in_settings(file, content)
     labels = {"stillhouse/kind": "sweep-file", "stillhouse/sweep": label_value(sweep)}
-    return _config_map(name, labels) | {"data": {file: content.decode()}}
-
-
-def _config_map(name: str, labels: Mapping[str, str]) -> Json:
-    ours = {f"app.kubernetes.io/{key}": "stillhouse" for key in ("name", "part-of", "managed-by")}
-    return {
-        "apiVersion": "v1",
-        "kind": "ConfigMap",
-        "metadata": {"name": name, "labels": ours | dict(labels)},
-        "immutable": True,
-    }
+    return config_map(name, labels, immutable=True, data={file: content.decode()})
 
 
 def _files() -> dict[str, bytes]:

@@ -11,18 +11,19 @@ read of its end, or finds the Job.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 from stillhouse.rundir import Json
-from stillhouse.spec import suite_key
+from stillhouse.spec import SiteSpec, suite_key
 from stillhouse.sweep.cluster.code_bundle import Bundle
 from stillhouse.sweep.cluster.connect import ApiError, Cluster
 from stillhouse.sweep.cluster.jobspec import JobSpec, JobSpecs
-from stillhouse.sweep.cluster.ledger import Ledger, prepare_of, score_of
+from stillhouse.sweep.cluster.ledger import Ledger
 from stillhouse.sweep.cluster.manifest import render
 from stillhouse.sweep.cluster.objects import JobView
-from stillhouse.sweep.cluster.ownership import have_config_map, ours
+from stillhouse.sweep.cluster.ownership import create, have_config_map, ours
 from stillhouse.sweep.grid import Sweep
 from stillhouse.sweep.outcome import Record
 from stillhouse.sweep.plan import Action, groups_of
@@ -36,8 +37,23 @@ KEEP_S = 15.0
 class Made:
     """The result of an attempt to create a Job."""
 
-    uid: str | None = None  # None: there is none of ours
+    job: Json | None = None  # ours, as it is there; None: there is none
+    is_new: bool = False
     blocked_by: str | None = None  # why there is none yet: it is to be tried again later
+
+    @property
+    def uid(self) -> str | None:
+        return self.job["metadata"]["uid"] if self.job is not None else None
+
+
+@dataclass(eq=False)
+class Order:
+    """A Job to be made."""
+
+    step: JobSpec
+    keys: tuple[str, ...]  # of its tasks in the ledger
+    seen: tuple[Record | None, ...]  # what the ledger said when it was decided
+    replaced: dict[str, JobView] = field(default_factory=dict[str, JobView])  # by their uids
 
 
 @dataclass(eq=False)
@@ -47,28 +63,26 @@ class Work:
     action: Action
     name: str  # of the Job
     keys: tuple[str, ...]  # its keys in the ledger
-    seen: tuple[Record | None, ...] = ()  # what the ledger said when it was decided
-    step: JobSpec | None = None  # None: the Job was found, not made
+    order: Order | None = None  # None: the Job was found, or is made
     uid: str | None = None  # None: no Job yet
     making: Future[Made] | None = None
-    replaced: set[str] = field(default_factory=set[str])  # uids of Jobs that were in its place
+    replaced: Mapping[str, JobView] = field(
+        default_factory=dict[str, JobView]
+    )  # it takes their place
     again_at: float = 0.0  # when to try again, where it could not be made
 
 
 class JobCreator:
-    """Makes the Jobs of one sweep. `make` may be called from several threads."""
+    """Makes Jobs at a site. `make` may be called from several threads."""
 
-    def __init__(self, sweep: Sweep, cluster: Cluster, ledger: Ledger, code: Bundle) -> None:
-        self.sweep, self.cluster, self.ledger, self.code = sweep, cluster, ledger, code
-        self.steps = JobSpecs(sweep)
+    def __init__(self, site: SiteSpec, cluster: Cluster, ledger: Ledger, code: Bundle) -> None:
+        self.site, self.cluster, self.ledger, self.code = site, cluster, ledger, code
         self.look_valid_s = LOOK_VALID_S
         self._is_code_there = False
 
-    def work(self, action: Action) -> Work:
-        """What is to be made for an action, as things stand."""
-        step = self.steps.of(action)
-        keys = _keys(action, step)
-        return Work(action, step.name, keys, tuple(map(self.ledger.get, keys)), step)
+    def order(self, step: JobSpec, keys: tuple[str, ...] = ()) -> Order:
+        """What is to be made for a step, as things stand; `keys`: of what makes it needless."""
+        return Order(step, keys, tuple(map(self.ledger.get, keys)))
 
     def send_code(self) -> None:
         """Send the code, once, before the first Job that needs it.
@@ -81,7 +95,7 @@ class JobCreator:
         have_config_map(self.cluster, self.code.manifest)
         self._is_code_there = True
 
-    def make(self, work: Work) -> Made:
+    def make(self, order: Order) -> Made:
         """Make a Job if its end is not known by now, or take over the one that is there.
 
         Raises:
@@ -89,50 +103,56 @@ class JobCreator:
             ContractError: it is about something else.
             ApiError: the cluster refuses it.
         """
-        step = work.step or self.steps.of(work.action)
-        body = render(step, self.sweep.site, self.code.key)
+        body = render(order.step, self.site, self.code.key)
         within_s = self.look_valid_s
-        while self._is_wanted(work, within_s):
-            made = self._create(work, body)
-            if isinstance(made, Made):
+        while self._is_wanted(order, within_s):
+            within_s = 0.0  # from the second time on
+            made = self._create(order, body)
+            if made is None:
+                continue
+            if made.job is None or made.is_new:
                 return made
-            there = self.cluster.read("jobs", work.name)
-            if there is None and made.status == 403:
-                return Made(blocked_by=made.message)  # a quota is full; others may leave room
-            if there is not None:
-                job = ours(there, step)
-                if job.is_deleting:
-                    return Made(blocked_by=f"Job {job.name} is still being deleted")
-                # A pair is tried again when asked, and so is what an earlier version called alone.
-                is_again = job.kind == "prepare" or any(r and r.state == "alone" for r in work.seen)
-                if not is_again or job.state != "failed":
-                    return Made(job.uid)
-                work.replaced.add(job.uid)
-                self.cluster.delete("jobs", job.name, job.uid)
-            within_s = 0.0
+            job = ours(made.job, order.step)
+            if job.is_deleting:
+                return Made(made.job, blocked_by=f"Job {job.name} is still being deleted")
+            if not _is_to_be_replaced(job, order):
+                return made
+            order.replaced[job.uid] = job
+            self.cluster.delete("jobs", job.name, job.uid)
         return Made()
 
-    def _create(self, work: Work, body: Json) -> Made | ApiError:
-        """The Job that was made; or why not: its name is taken (409), a quota is full (403)."""
+    def _create(self, order: Order, body: Json) -> Made | None:
+        """The Job that was made, or that has the name; None where its name is free again."""
         try:
             # However long an attempt took: before the next one the ledger is read again.
-            job = self.cluster.create(
-                "jobs", body, still=lambda: self._is_wanted(work, self.look_valid_s)
+            job, is_new = create(
+                self.cluster, "jobs", body, lambda: self._is_wanted(order, self.look_valid_s)
             )
         except ApiError as error:
             if error.status == 0:
                 return Made()  # it is not wanted any more
+            if error.status != 403 or "exceeded quota" not in error.message:
+                raise
             # A full quota is said before it is seen that the name is taken.
-            if error.status == 409 or (error.status == 403 and "exceeded quota" in error.message):
-                return error
-            raise
-        return Made(job["metadata"]["uid"])
+            job = self.cluster.read("jobs", order.step.name)
+            return Made(job, blocked_by=error.message if job is None else None)
+        return Made(job, is_new) if job is not None else None
 
-    def _is_wanted(self, work: Work, within_s: float) -> bool:
+    def _is_wanted(self, order: Order, within_s: float) -> bool:
         """Whether a task is still to be done, and the ledger says what it said when we decided."""
-        self.ledger.refresh(work.keys, within_s)
-        now = tuple(map(self.ledger.get, work.keys))
-        return now == work.seen and not all(r is not None and r.state == "done" for r in now)
+        self.ledger.refresh(order.keys, within_s)
+        now = tuple(map(self.ledger.get, order.keys))
+        is_done = bool(now) and all(r is not None and r.state == "done" for r in now)
+        return now == order.seen and not is_done
+
+
+def _is_to_be_replaced(job: JobView, order: Order) -> bool:
+    """Whether a Job that ended makes way: a pair is prepared again, a sweep is driven on."""
+    if job.kind == "drive":
+        return job.state != "live"
+    # And so does what an earlier version called alone.
+    is_again = job.kind == "prepare" or any(r and r.state == "alone" for r in order.seen)
+    return is_again and job.state == "failed"
 
 
 class JobOwner:
@@ -160,12 +180,3 @@ class JobOwner:
             return None
         group = self.groups[points[0] if points else rows[0].points[0]]
         return Action("eval", group, points, tuple(row.directory for row in rows))
-
-
-def _keys(action: Action, step: JobSpec) -> tuple[str, ...]:
-    if action.kind == "train":
-        return action.points
-    if action.kind == "prepare":
-        return (prepare_of(step.id),)
-    assert step.scores is not None
-    return tuple(score_of(what, step.scores) for what in (*step.points, *step.baselines))

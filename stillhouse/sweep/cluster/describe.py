@@ -6,11 +6,13 @@ import time
 from collections.abc import Mapping, Sequence
 
 from stillhouse.rundir import Json
+from stillhouse.spec import SiteSpec
 from stillhouse.sweep.cluster.cache import NamespaceCache
 from stillhouse.sweep.cluster.job_outcomes import attempts
 from stillhouse.sweep.cluster.objects import JobView, PodView
 from stillhouse.sweep.cluster.reasons import by_age, end_of_pod
 from stillhouse.sweep.outcome import Record
+from stillhouse.sweep.site import away_words
 from stillhouse.text import duration
 
 CALLED = {
@@ -57,6 +59,17 @@ def said_of_others(jobs: Sequence[JobView], cache: NamespaceCache) -> list[str]:
             how = f"ended ({job.state}){_at(job.ended)}"
         lines.append(f"  {CALLED[job.kind]} {job.name}: {how}")
     return lines
+
+
+def how_to_follow(job: str, target: str, site: SiteSpec, is_collected: bool = False) -> list[str]:
+    """Commands for a Job that was sent; `target`: what it is about, a run's or a sweep's name."""
+    there = away_words(site)
+    return [
+        f"  follow  stillhouse logs {job} -f {there}",
+        f"  read    stillhouse status {target} {there}",
+        *([f"          stillhouse collect {target} {there}"] if is_collected else []),
+        f"  cancel  stillhouse cancel {target} {there}",
+    ]
 
 
 def _of_job(job: JobView) -> str:

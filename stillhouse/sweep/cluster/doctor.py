@@ -16,8 +16,9 @@ from stillhouse.spec import SiteSpec
 from stillhouse.sweep.cluster.access import Rule, rules
 from stillhouse.sweep.cluster.connect import ApiError, Cluster
 from stillhouse.sweep.cluster.jobspec import JobSpec
-from stillhouse.sweep.cluster.manifest import HASH_DIGITS, image_problem, label_value
+from stillhouse.sweep.cluster.manifest import image_problem, label_value
 from stillhouse.sweep.cluster.objects import JobView, notes
+from stillhouse.sweep.cluster.ownership import drift, stranger
 from stillhouse.sweep.cluster.reasons import DEFAULT_QUEUE
 from stillhouse.sweep.cluster.refusals import short
 
@@ -58,15 +59,6 @@ def findings(cluster: Cluster, site: SiteSpec, role: str = LAUNCHER) -> list[Fin
     return found
 
 
-def require(cluster: Cluster, site: SiteSpec, role: str = LAUNCHER) -> None:
-    """Check that all is there.
-
-    Raises:
-        ConfigError: something is not, and what to do about it.
-    """
-    refuse(findings(cluster, site, role))
-
-
 def refuse(found: Iterable[Finding]) -> None:
     """Raise the first few that are not ok.
 
@@ -87,18 +79,16 @@ def job_findings(
 
     One LIST of names and labels more: of the Jobs that are nobody's we know.
     """
-    wanted = {step.name: step.hash[:HASH_DIGITS] for step in steps}
+    wanted = {step.name: step for step in steps}
     found: list[Finding] = []
     for items, _ in cluster.pages("jobs", OTHERS, metadata_only=True):
         for name in (item["metadata"]["name"] for item in items):
             if name in wanted:
-                todo = f"kubectl describe job {name}; have it removed or renamed"
-                found.append(Finding(False, f"Job {name} is there and is not ours", todo))
+                found.append(Finding(False, *stranger(name)))
     mine = label_value(owner)
     for job in (job for job in jobs if job.name in wanted):
-        if job.hash != wanted[job.name]:
-            said = f"Job {job.name} is there with another content (hash {job.hash[:12]}): drift"
-            found.append(Finding(False, said, f"kubectl delete job {job.name}, then run again"))
+        if (problem := drift(job, wanted[job.name])) is not None:
+            found.append(Finding(False, *problem))
         elif job.owner != mine and job.state != "complete":
             said = f"Job {job.name} is {job.owner}'s (label stillhouse/owner), you are {owner}"
             todo = f"say owner={job.owner} if it is yours to handle, else wait until it is done"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from stillhouse.sweep.cluster.jobspec import JobSpec
 from stillhouse.sweep.cluster.ledger import prepare_of, score_of
 from stillhouse.sweep.cluster.objects import JobView, PodView
 from stillhouse.sweep.cluster.reasons import End, Reason, is_lost, why_orphan
@@ -70,8 +71,8 @@ def _facts(known: JobFacts, code: str | None) -> Facts:
     return Facts(is_trained, is_begun=is_trained, cause=cause)
 
 
-def keys_of(job: JobView) -> tuple[str, ...]:
-    """The ledger keys of the tasks that a Job carries out."""
+def keys_of(job: JobView | JobSpec) -> tuple[str, ...]:
+    """The ledger keys of the tasks that a Job carries out, or will."""
     if job.kind == "train":
         return job.points
     if job.kind == "eval" and job.scores is not None:

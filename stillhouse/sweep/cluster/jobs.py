@@ -22,9 +22,10 @@ from stillhouse.spec import suite_key
 from stillhouse.sweep.backend import Finished, Task
 from stillhouse.sweep.cluster.cache import ENDED, baselines_seen
 from stillhouse.sweep.cluster.code_bundle import bundle
-from stillhouse.sweep.cluster.create import KEEP_S, JobCreator, JobOwner, Made, Work
+from stillhouse.sweep.cluster.create import KEEP_S, JobCreator, JobOwner, Made, Order, Work
 from stillhouse.sweep.cluster.facts import DELETED, keys_of
 from stillhouse.sweep.cluster.job_outcomes import attempts_patch, records_of
+from stillhouse.sweep.cluster.jobspec import JobSpecs
 from stillhouse.sweep.cluster.ledger import prepare_of, score_of, sweeps
 from stillhouse.sweep.cluster.objects import ATTEMPTS, JobView, PodView
 from stillhouse.sweep.cluster.reasons import (
@@ -80,10 +81,11 @@ class JobExecutor:
         self.code = bundle(sweep.suite)
         self.cache, self.ledger = watcher.cache, watcher.ledger
         self.cache.code = self.code.digest
-        self.maker = JobCreator(sweep, self.cluster, self.ledger, self.code)
+        self.maker = JobCreator(self.site, self.cluster, self.ledger, self.code)
+        self.steps = JobSpecs(sweep)
         self.keep_s, self.retry_s, self.blocked_s = KEEP_S, RETRY_S, BLOCKED_S
         self.write_s = WRITE_S if len(rows.rows) > LARGE else 0.0
-        self.whose = JobOwner(sweep, rows, self.maker.steps)
+        self.whose = JobOwner(sweep, rows, self.steps)
         self._pool = ThreadPoolExecutor(writers, thread_name_prefix="jobs")
         self._live: dict[str, Work] = {}  # name of the Job -> what it does
         self._settled: set[str] = set()  # uids of Jobs whose ends are in the ledger
@@ -174,17 +176,24 @@ class JobExecutor:
 
     def start(self, task: Task) -> None:
         """Have a Job made for a task; returns at once."""
-        work = self.maker.work(task.action)
+        work = self._work(task.action)
         self._live[work.name] = work
         self.maker.send_code()
         self._submit(work)
+
+    def _work(self, action: Action) -> Work:
+        step = self.steps.of(action)
+        keys = keys_of(step)
+        order = self.maker.order(step, keys)
+        return Work(action, step.name, keys, order, replaced=order.replaced)
 
     def _submit(self, work: Work) -> None:
         orphan = self.cache.orphan(work.name)
         if orphan is not None:
             self._block(work, why_orphan(orphan))
             return
-        work.making = self._pool.submit(self.maker.make, work)
+        assert work.order is not None, "what has no Job yet was ordered here"
+        work.making = self._pool.submit(self.maker.make, work.order)
         work.making.add_done_callback(lambda _: self.cache.touch(work.name))
 
     def _block(self, work: Work, why: str) -> None:
@@ -243,7 +252,7 @@ class JobExecutor:
                 del self._live[work.name]
                 finished.append(self._told_by_ledger(work, QUICKER))
             else:
-                work.uid, work.step = made.uid, None
+                work.uid, work.order = made.uid, None
                 if attempts is not None:
                     told: Json = {"metadata": {"annotations": {ATTEMPTS: attempts}}}
                     self._errands.append(
@@ -344,21 +353,21 @@ class JobExecutor:
     def _make_anew(self, job: JobView, pods: Sequence[PodView]) -> None:
         """Delete a Job, and have it made when it is gone: once, since only this uid is deleted."""
         action = self.whose.action(job)
-        work = self.maker.work(action) if action is not None else None
-        if work is None or work.name != job.name:
+        work = self._work(action) if action is not None else None
+        if work is None or work.order is None or work.name != job.name:
             return  # it scores points of others, too
         self.maker.send_code()
-        work.replaced.add(job.uid)
+        work.order.replaced[job.uid] = job
         self._blocked[job.name] = "its Job is made anew"
         self._live[job.name] = work
         if (carried := carried_attempts(job, pods)) is not None:
             self._carried[job.name] = carried
-        work.making = self._pool.submit(self._made_anew, work, job)
+        work.making = self._pool.submit(self._made_anew, work.order, job)
         work.making.add_done_callback(lambda _: self.cache.touch(work.name))
 
-    def _made_anew(self, work: Work, job: JobView) -> Made:
+    def _made_anew(self, order: Order, job: JobView) -> Made:
         self._deleted(job)
-        return self.maker.make(work)  # first it is told that the name is not free yet
+        return self.maker.make(order)  # first it is told that the name is not free yet
 
     # ------------------------------------------------------------------------------- keeping
 

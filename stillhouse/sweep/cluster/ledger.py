@@ -23,10 +23,10 @@ from typing import cast
 
 from stillhouse.errors import ConfigError, ContractError
 from stillhouse.rundir import Json
-from stillhouse.sweep.cluster.connect import ApiError, Cluster
-from stillhouse.sweep.cluster.manifest import SELECTOR, label_value
-from stillhouse.sweep.cluster.objects import OURS, PART_OF, seconds
-from stillhouse.sweep.cluster.ownership import refuse_stranger
+from stillhouse.sweep.cluster.connect import Cluster
+from stillhouse.sweep.cluster.manifest import SELECTOR, config_map, label_value
+from stillhouse.sweep.cluster.objects import seconds
+from stillhouse.sweep.cluster.ownership import KIND, create_or_read, refuse_stranger
 from stillhouse.sweep.outcome import Record, record_of
 
 DIGITS = "0123456789abcdef"
@@ -188,10 +188,8 @@ class Ledger:
 
     def _patch(self, digit: str, data: Mapping[str, str | None]) -> Json:
         labels = {"stillhouse/kind": "ledger", "stillhouse/claim": label_value(self.claim)}
-        body: Json = {
-            "metadata": {"name": self._name(digit), "labels": labels},
-            "data": {key: said for key, said in data.items() if said is not None},
-        }
+        there = {key: said for key, said in data.items() if said is not None}
+        body = config_map(self._name(digit), labels, data=there)
         if digit not in self._is_ours:
             made = _make(self.cluster, body)
             self._is_ours.add(digit)
@@ -205,14 +203,10 @@ class Ledger:
 
 def _make(cluster: Cluster, body: Json) -> Json | None:
     """Make a ConfigMap; None where it is there, and is ours."""
-    try:
-        return cluster.create("configmaps", config_map(body))
-    except ApiError as error:
-        if error.status != 409:
-            raise
-    meta = body["metadata"]
-    refuse_stranger(cluster.read("configmaps", meta["name"]), meta["labels"]["stillhouse/kind"])
-    return None
+    there, is_new = create_or_read(cluster, "configmaps", body)
+    if not is_new:
+        refuse_stranger(there, body["metadata"]["labels"][KIND])
+    return there if is_new else None
 
 
 def _put(cluster: Cluster, body: Json, patch: Json) -> Json:
@@ -222,13 +216,6 @@ def _put(cluster: Cluster, body: Json, patch: Json) -> Json:
         item = item or _make(cluster, body)  # None: somebody just made it
         if item is not None:
             return item
-
-
-def config_map(body: Json) -> Json:
-    """A ConfigMap of ours."""
-    labels = {PART_OF: OURS, **body["metadata"].get("labels", {})}
-    head: Json = {"apiVersion": "v1", "kind": "ConfigMap"}
-    return head | body | {"metadata": body["metadata"] | {"labels": labels}}
 
 
 # ------------------------------------------------------------------------------------ sweeps
@@ -256,9 +243,9 @@ def write_sweep(cluster: Cluster, record: Json) -> None:
             f"sweep {name}: its {len(record['points'])} points do not fit into one ConfigMap"
             f" ({len(packed) >> 10} KiB packed); split it into several files"
         )
-    meta: Json = {"name": sweep_object(name), "annotations": {"stillhouse/name": name}}
-    meta["labels"] = {"stillhouse/kind": "sweep", "stillhouse/sweep": label_value(name)}
-    body: Json = {"metadata": meta, "binaryData": {"sweep.json.gz": packed}}
+    labels = {"stillhouse/kind": "sweep", "stillhouse/sweep": label_value(name)}
+    body = config_map(sweep_object(name), labels, binaryData={"sweep.json.gz": packed})
+    body["metadata"]["annotations"] = {"stillhouse/name": name}
     if _make(cluster, body) is None:
         _put(cluster, body, body)
 

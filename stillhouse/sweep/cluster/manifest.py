@@ -14,7 +14,7 @@ import json
 import math
 import re
 import shlex
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, cast
 
 from stillhouse.compose import k8s_dir
@@ -25,6 +25,7 @@ from stillhouse.sweep.cluster import secrets
 from stillhouse.sweep.cluster.jobspec import RUNS, SWEEP, JobSpec, Kind
 
 SELECTOR = "app.kubernetes.io/part-of=stillhouse"  # everything that is ours
+OUR_LABELS = {f"app.kubernetes.io/{key}": "stillhouse" for key in ("name", "part-of", "managed-by")}
 MAX_LABEL = 63
 HASH_DIGITS = 40  # of the content's sha256 in a label
 CODE_DIGITS = 16  # of the code's, as code_identity has it
@@ -103,6 +104,12 @@ def render(step: JobSpec, site: SiteSpec, code: str) -> Json:
     return job
 
 
+def config_map(name: str, labels: Mapping[str, str], **content: Any) -> Json:
+    """A ConfigMap of ours; `content`: data, binaryData, immutable."""
+    meta = {"name": name, "labels": {**OUR_LABELS, **labels}}
+    return {"apiVersion": "v1", "kind": "ConfigMap", "metadata": meta, **content}
+
+
 def to_yaml(job: Json) -> str:
     """A manifest for people and for `kubectl apply -f -`: YAML of the object that is sent."""
     import yaml
@@ -174,10 +181,7 @@ def refuse_secrets(steps: Iterable[JobSpec], site: SiteSpec) -> None:
 
 
 def _labels(step: JobSpec, site: SiteSpec, code: str) -> Json:
-    labels = {
-        "app.kubernetes.io/name": "stillhouse",
-        "app.kubernetes.io/part-of": "stillhouse",
-        "app.kubernetes.io/managed-by": "stillhouse",
+    labels = OUR_LABELS | {
         "app.kubernetes.io/component": step.kind,
         "stillhouse/kind": step.kind,
         "stillhouse/owner": label_value(site.owner),

@@ -1,4 +1,4 @@
-"""Compare an existing object with the one that we would create under its name.
+"""Create an object, or compare the one that is there under its name with it.
 
 "It exists" is not "it is equal": somebody may have edited it, made it by hand or restored another.
 An equal object is used. Any other is left alone, and the error names it, what differs and what to
@@ -7,7 +7,7 @@ do.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 from stillhouse.errors import ConfigError, ContractError
@@ -19,6 +19,37 @@ from stillhouse.sweep.cluster.objects import OURS, PART_OF, JobView, job_view, v
 
 KIND = "stillhouse/kind"
 TRIES = 5  # where what was in the way is gone again each time we look
+Problem = tuple[str, str]  # what is wrong, and what to do about it
+
+
+def create(
+    cluster: Cluster, resource: str, body: Json, still: Callable[[], bool] | None = None
+) -> tuple[Json | None, bool]:
+    """The object and whether it is new; None where its name was taken, and is free again by now.
+
+    Raises:
+        ApiError: as `Cluster.create`, but for a name that is taken.
+    """
+    try:
+        return cluster.create(resource, body, still=still), True
+    except ApiError as error:
+        if error.status != 409:
+            raise
+    return cluster.read(resource, body["metadata"]["name"]), False
+
+
+def create_or_read(cluster: Cluster, resource: str, body: Json) -> tuple[Json, bool]:
+    """The object and whether it is new.
+
+    Raises:
+        ConfigError: somebody deletes it each time.
+    """
+    for _ in range(TRIES):
+        there, is_new = create(cluster, resource, body)
+        if there is not None:
+            return there, is_new
+    what = f"{body['kind']} {body['metadata']['name']}"
+    raise ConfigError(f"{what} comes and goes: somebody deletes it; run again")
 
 
 def have_config_map(cluster: Cluster, manifest: Json) -> None:
@@ -27,25 +58,10 @@ def have_config_map(cluster: Cluster, manifest: Json) -> None:
     Raises:
         ConfigError: one of that name is there with another content.
     """
-    name: str = manifest["metadata"]["name"]
-    for _ in range(TRIES):
-        try:
-            cluster.create("configmaps", manifest)
-            return
-        except ApiError as error:
-            if error.status != 409:
-                raise
-        there = cluster.read("configmaps", name)
-        if there is not None:
-            _refuse_other(there, manifest)
-            return
-    raise ConfigError(f"ConfigMap {name} comes and goes: somebody deletes it; run again")
-
-
-def _refuse_other(there: Json, wanted: Json) -> None:
-    name = wanted["metadata"]["name"]
+    there, _ = create_or_read(cluster, "configmaps", manifest)
+    name = manifest["metadata"]["name"]
     for part in ("data", "binaryData"):
-        is_, want = _mapping(there.get(part)), _mapping(wanted.get(part))
+        is_, want = _mapping(there.get(part)), _mapping(manifest.get(part))
         for key in sorted(is_.keys() | want.keys()):
             if is_.get(key) == want.get(key):
                 continue
@@ -61,26 +77,6 @@ def _mapping(value: Any) -> Mapping[str, Any]:
     return cast("Mapping[str, Any]", value) if isinstance(value, dict) else {}
 
 
-def have_job(cluster: Cluster, step: JobSpec, body: Json) -> bool:
-    """Make a step's Job of its manifest, or find the one that is there; whether it was made.
-
-    Raises:
-        ConfigError, ContractError: as `ours`.
-    """
-    for _ in range(TRIES):
-        try:
-            cluster.create("jobs", body)
-            return True
-        except ApiError as error:
-            if error.status != 409:
-                raise
-        there = cluster.read("jobs", step.name)
-        if there is not None:
-            ours(there, step)
-            return False
-    raise ConfigError(f"Job {step.name} comes and goes: somebody deletes it; run again")
-
-
 def ours(there: Json, step: JobSpec) -> JobView:
     """A Job that has the name of a step, if it is that step's.
 
@@ -88,20 +84,39 @@ def ours(there: Json, step: JobSpec) -> JobView:
         ConfigError: it is not ours.
         ContractError: it is about something else.
     """
-    labels = _mapping(there["metadata"].get("labels"))
     job = viewed(job_view, there)
-    if labels.get(PART_OF) != OURS or not job.hash:
-        raise ConfigError(
-            f"Job {job.name} is there and is not ours; delete or rename it"
-            f" (kubectl describe job {job.name}), then run again"
-        )
-    if job.hash != step.hash[:HASH_DIGITS] or job.kind != step.kind:
-        raise ContractError(
-            f"Job {job.name} is there with another content ({job.kind or 'no kind'}, hash"
-            f" {job.hash[:12]}; this is {step.kind}, {step.hash[:12]}): drift."
-            f" `kubectl delete job {job.name}`, then run again"
-        )
+    if _mapping(there["metadata"].get("labels")).get(PART_OF) != OURS or not job.hash:
+        raise ConfigError(": ".join(stranger(job.name)))
+    refuse_drift(job, step)
     return job
+
+
+def refuse_drift(job: JobView, step: JobSpec) -> None:
+    """Refuse a Job of ours that has the name of a step and is about something else.
+
+    Raises:
+        ContractError: it is.
+    """
+    problem = drift(job, step)
+    if problem is not None:
+        raise ContractError(": ".join(problem))
+
+
+def stranger(name: str) -> Problem:
+    """What to say of a Job with a name of ours that is not ours."""
+    todo = f"kubectl describe job {name}; have it removed or renamed, then run again"
+    return f"Job {name} is there and is not ours", todo
+
+
+def drift(job: JobView, step: JobSpec) -> Problem | None:
+    """How a Job of ours with the name of a step is not of its content; None where it is."""
+    if (job.kind, job.hash) == (step.kind, step.hash[:HASH_DIGITS]):
+        return None
+    return (
+        f"Job {job.name} is there with another content ({job.kind or 'no kind'}, hash"
+        f" {job.hash[:12]}; this is {step.kind}, {step.hash[:12]}): drift",
+        f"`kubectl delete job {job.name}`, then run again",
+    )
 
 
 def refuse_stranger(there: Json | None, kind: str | None) -> None:

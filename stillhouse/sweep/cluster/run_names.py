@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from stillhouse.errors import ConfigError
-from stillhouse.rundir import Json
 from stillhouse.sweep.cluster.connect import ApiError, Cluster
-from stillhouse.sweep.cluster.ledger import ROOM, config_map
+from stillhouse.sweep.cluster.ledger import ROOM
+from stillhouse.sweep.cluster.manifest import config_map
 from stillhouse.sweep.cluster.ownership import refuse_stranger
 
 NAMES = "stillhouse-names"
@@ -59,8 +59,7 @@ class Names:
                 )
             try:
                 if item is None:
-                    body: Json = {"metadata": {"name": NAMES}, "data": data}
-                    self.cluster.create("configmaps", config_map(body))
+                    self.cluster.create("configmaps", config_map(NAMES, {}, data=data))
                 else:
                     self.cluster.replace("configmaps", NAMES, item | {"data": data})
                 return set(new)

@@ -1,4 +1,4 @@
-"""Compare what two sites request for the same Job: queue, priorities, image, sizes.
+"""Compare the words of two Jobs: what their sites request, or what they were asked to do.
 
 Pure. Each Job carries what its site requests (`manifest.asked`): whatever decides where and whether
 it can start.
@@ -22,13 +22,13 @@ def demands(asks: str | None) -> dict[str, str]:
     )
 
 
-def differing(there: str | None, here: str) -> str:
-    """How the site that a Job was sent from differs from ours; "" where not, or where unknown."""
+def differing(there: str | None, here: str, unset: str = "null") -> str:
+    """How a Job's words differ from ours, by knob; "" where they do not, or are unknown."""
     was, is_ = demands(there), demands(here)
     if not was:
         return ""
     return ", ".join(
-        f"{knob} is {short(was.get(knob, 'null'))} there and {short(is_.get(knob, 'null'))} here"
+        f"{knob} is {short(was.get(knob, unset))} there and {short(is_.get(knob, unset))} here"
         for knob in sorted({*was, *is_})
         if was.get(knob) != is_.get(knob)
     )

@@ -3,7 +3,7 @@
     k8s/train.sh NAME --lmbda 0 …           NAME means this configuration, and no other
     k8s/eval.sh LABEL --lora-paths dump/A   LABEL is only what people call the Job
 
-Pure: no request is made to a cluster, so a dry run needs none. `sending` sends the Job.
+Pure: no request is made to a cluster, so a dry run needs none. `submit` sends the Job.
 """
 
 from __future__ import annotations
@@ -16,18 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from stillhouse import flags
-from stillhouse.compose import (
-    GROUPS,
-    Overrides,
-    as_command_line,
-    compose,
-    from_command_line,
-    parse_value,
-)
+from stillhouse.compose import Overrides, as_command_line, compose, from_command_line
 from stillhouse.errors import ConfigError
 from stillhouse.rundir import Json
-from stillhouse.spec import NAME, EvalSpec, SiteSpec, TrainSpec
+from stillhouse.spec import NAME, EvalJobSpec, EvalSpec, SiteSpec, TrainSpec
 from stillhouse.sweep.cluster import pod_paths
 from stillhouse.sweep.cluster.code_bundle import Bundle, bundle
 from stillhouse.sweep.cluster.jobspec import (
@@ -51,7 +43,7 @@ DOORS: dict[Kind, str] = {
 }
 DOES: dict[Kind, str] = {"train": "trains", "eval": "scores", "preflight": "looks at its pair in"}
 # Places that a pod has of its own; on this machine they mean something else.
-POD_PLACES = ("place.runs", "place.output_dir", "place.cache_dir")
+POD_PLACES = {"place.runs", "place.output_dir", "place.cache_dir"}
 
 
 @dataclass(frozen=True)
@@ -117,108 +109,63 @@ def read(kind: Kind, name: str | None, words: Sequence[str], options: Sequence[s
         raise ConfigError(
             f"{door}: {name!r}: letters, digits, dot, dash and underscore make a name"
         )
-    if kind == "preflight":
-        line = _preflight(name, list(words), options)
-    else:
-        line = (_train if kind == "train" else _eval)(name, list(words))
-    pod_paths.refuse([line.spec])
-    return line
-
-
-def _train(name: str, words: list[str]) -> Line:
-    overrides = from_command_line(words, TrainSpec)
-    _refuse_places(overrides, "k8s/train.sh")
-    if overrides.values.get("place.name", name) != name:
+    asked = from_command_line([*words], EvalJobSpec if kind == "eval" else TrainSpec)
+    for key in POD_PLACES & asked.values.keys():
         raise ConfigError(
-            f"k8s/train.sh: two names, {name} and {overrides.values['place.name']}; give one"
+            f"{door}: {label(key)} is a place of this machine; in a pod, runs are in {RUNS}"
+            " (site.runs_claim) and found by their NAME. Leave it out"
+        )
+    site, overrides = site_of(_part(asked, is_site=True)), _part(asked, is_site=False)
+    if kind == "train":
+        spec, step = _train(name, words, asked)
+    elif kind == "eval":
+        spec, step = compose(overrides, EvalSpec), eval_line_step(name, overrides)
+    else:
+        spec = compose(overrides, TrainSpec)
+        step = preflight_step(name, overrides, options)
+    pod_paths.refuse([spec])
+    return Line(kind, name, step, site, _differs(overrides, type(spec)), spec)
+
+
+def _train(name: str, words: Sequence[str], asked: Overrides) -> tuple[TrainSpec, JobSpec]:
+    """The only point of a sweep that scores nothing, and its Job, which belongs to no sweep."""
+    if asked.values.get("place.name", name) != name:
+        raise ConfigError(
+            f"k8s/train.sh: two names, {name} and {asked.values['place.name']}; give one"
         )
     sweep = load_sweep(None, [*words, f"name={name}", "suite=null"], Path(RUNS), CLUSTER)
     (point,) = sweep.points
     if point.name != name:
         raise ConfigError(f"k8s/train.sh: {name} cannot be a name; it means something else")
-    step = dataclasses.replace(train_step(point, sweep, fetch=True), sweep=None)
-    differs = _differs(overrides, TrainSpec, point.spec)
-    return Line("train", name, step, sweep.site, differs, point.spec)
+    step = train_step(point, sweep, fetch=True)
+    return point.spec, dataclasses.replace(step, sweep=None)
 
 
-def _preflight(name: str, words: list[str], options: Sequence[str]) -> Line:
-    asked = from_command_line(words, TrainSpec)
-    _refuse_places(asked, DOORS["preflight"])
-    site = site_of(Overrides(_part(asked.groups, True), _part(asked.values, True)))
-    overrides = Overrides(_part(asked.groups, False), _part(asked.values, False))
-    spec = compose(overrides, TrainSpec)
-    step = preflight_step(name, overrides, options)
-    return Line("preflight", name, step, site, _differs(overrides, TrainSpec, spec), spec)
+def _part(asked: Overrides, is_site: bool) -> Overrides:
+    """What is asked of the site, or of all else."""
+
+    def kept(knobs: Mapping[str, Any]) -> dict[str, Any]:
+        return {k: v for k, v in knobs.items() if (k.partition(".")[0] == "site") == is_site}
+
+    return Overrides(kept(asked.groups), kept(asked.values))
 
 
-@dataclass(frozen=True)
-class _EvalLine(EvalSpec):
-    """What a line of k8s/eval.sh may set: what eval.py may, and where it runs."""
-
-    site: SiteSpec
-
-
-def _eval(name: str, words: list[str]) -> Line:
-    where = "command line"
-    vocabulary = flags.Vocabulary(_EvalLine, GROUPS[EvalSpec] | {"site"})
-    groups: dict[str, str] = {}
-    values: dict[str, Any] = {}
-    for setting in flags.parse(words, vocabulary, where):
-        options = parse_value(setting, where)
-        if len(options) != 1:
-            raise ConfigError(
-                f"{where}: {setting.key}={setting.text} is a sweep; one Job wants one"
-            )
-        if setting.is_group:
-            groups[setting.key] = str(options[0])
-        else:
-            values[setting.key] = options[0]
-    site = site_of(Overrides(_part(groups, True), _part(values, True)))
-    overrides = Overrides(_part(groups, False), _part(values, False))
-    _refuse_places(overrides, "k8s/eval.sh")
-    spec = compose(overrides, EvalSpec)
-    step = eval_line_step(name, overrides)
-    return Line("eval", name, step, site, _differs(overrides, EvalSpec, spec), spec)
-
-
-def _part(knobs: Mapping[str, Any], is_site: bool) -> dict[str, Any]:
-    return {k: v for k, v in knobs.items() if (k.partition(".")[0] == "site") == is_site}
-
-
-def _refuse_places(overrides: Overrides, door: str) -> None:
-    for key in POD_PLACES:
-        if key in overrides.values:
-            raise ConfigError(
-                f"{door}: {label(key)} is a place of this machine; in a pod, runs are in {RUNS}"
-                " (site.runs_claim) and found by their NAME. Leave it out"
-            )
-
-
-def _differs(
-    overrides: Overrides, spec_type: type[TrainSpec] | type[EvalSpec], spec: TrainSpec | EvalSpec
-) -> tuple[str, ...]:
-    """The words that change something, of those that were typed."""
-    plain = _composed(Overrides({}, {}), spec_type)
-    groups = {
-        group: option
-        for group, option in overrides.groups.items()
-        if group != "site" and _composed(Overrides({group: option}, {}), spec_type) != plain
-    }
-    chosen = _composed(Overrides(overrides.groups, {}), spec_type)
-    values: dict[str, Any] = {}
-    for key, value in overrides.values.items():
-        section, leaf = key.split(".")
-        is_new = chosen is None or getattr(getattr(chosen, section), leaf) != getattr(
-            getattr(spec, section), leaf
-        )
-        if is_new and section not in ("place", "site"):
-            values[key] = value
+def _differs(overrides: Overrides, spec_type: type[TrainSpec] | type[EvalSpec]) -> tuple[str, ...]:
+    """The words that change something, of those that were typed: without any, it is another."""
+    groups = dict(overrides.groups)
+    values = {k: v for k, v in overrides.values.items() if not k.startswith("place.")}
+    whole = _composed(groups, values, spec_type)
+    for part in (values, groups):
+        for key in [*part]:
+            value = part.pop(key)
+            if _composed(groups, values, spec_type) != whole:
+                part[key] = value
     return tuple(as_command_line(Overrides(groups, values)))
 
 
-def _composed(overrides: Overrides, spec_type: Any) -> TrainSpec | EvalSpec | None:
-    """The spec, or None where the groups alone make none (data=local wants a path)."""
+def _composed(groups: Mapping[str, str], values: Mapping[str, Any], spec_type: Any) -> Any:
+    """The spec, or None where these make none (data=local wants a path)."""
     try:
-        return compose(overrides, spec_type)
+        return compose(Overrides(groups, values), spec_type)
     except ConfigError:
         return None

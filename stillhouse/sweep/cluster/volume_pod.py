@@ -32,7 +32,7 @@ from stillhouse.sweep.cluster.objects import (
     pod_view,
     viewed,
 )
-from stillhouse.sweep.cluster.ownership import have_config_map, have_job
+from stillhouse.sweep.cluster.ownership import create_or_read, have_config_map
 from stillhouse.sweep.cluster.reasons import by_age, how_it_failed, why_waiting
 from stillhouse.transfer import pack, receive
 
@@ -171,7 +171,7 @@ class Holder:
         have_config_map(self.cluster, code.manifest)
         step = self._step(self.about, secrets.token_hex(16))
         self._name = step.name
-        have_job(self.cluster, step, render(step, self.site, code.key))
+        create_or_read(self.cluster, "jobs", render(step, self.site, code.key))
         return self._found_job()
 
     @property
