@@ -91,6 +91,16 @@ def test_all_steps_are_one_graph_and_ask_the_device_for_nothing(monkeypatch):
         assert traced.frame_count == 1, kind
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_it_can_be_asked_so_in_half_precision_too(dtype):
+    form = Folded(student("qwen3", "int4", dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert form.fold_() is None
+        wanted = form._wanted()
+        with form.arithmetic():
+            assert obstacle(form.copy, *wanted, 0.05) is None
+
+
 def test_what_cannot_be_asked_so_says_why():
     form = copy_of("bloom")  # its positions are made from a mask of two dimensions
     with form.arithmetic():

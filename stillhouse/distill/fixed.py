@@ -69,6 +69,14 @@ def bucket_of(length: int) -> int:
     return -(-length // BUCKET) * BUCKET
 
 
+class _FullLength(StaticLayer):
+    """Keys and values, each in its dtype: under autocast, norms and rotations leave keys wider."""
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        super().lazy_initialization(key_states, value_states)
+        self.values = self.values.to(value_states.dtype)
+
+
 class FixedDecoding:
     """The decoding state of a module for B rows and L positions, to be used again and again."""
 
@@ -78,7 +86,7 @@ class FixedDecoding:
         dynamic = DynamicCache(config=module.config).layers
         # A layer without keys and values of its own shares those of another.
         layers: list[Any] = [
-            one if type(one) is DummyLayer else StaticLayer(length) for one in dynamic
+            one if type(one) is DummyLayer else _FullLength(length) for one in dynamic
         ]
         self.module, self.cache = module, Cache(layers=layers)
         self.windows: set[int | None] = {getattr(one, "sliding_window", None) for one in dynamic}
@@ -169,8 +177,12 @@ class FixedDecoding:
             self._rewind(1)
         current.wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        # Other threads may use the device: a tracker's, a data loader's.
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        # Other threads may use the device: a tracker's, a data loader's. A capture that fails does
+        # not give back the current stream by itself.
+        with (
+            torch.cuda.stream(current),
+            torch.cuda.graph(graph, capture_error_mode="thread_local"),
+        ):
             self.logits_BV = self.step(self.ids_B1)
         self.graph = graph
 
