@@ -682,6 +682,20 @@ def test_a_run_that_still_saves_is_waited_for(fake: FakeApi, say: Callable[..., 
     assert "sent: Job" in say(*train("mine"))
 
 
+def test_no_driver_is_said_to_be_sent_while_the_last_one_still_ends(
+    fake: FakeApi, say: Callable[..., str]
+) -> None:
+    line = ("run", *GRID, *CLUSTER, *SITE, "--detach")
+    fake.pods_linger = True
+    assert ": sent; this machine is not needed" in say(*line)
+    job = only(fake, "drive")
+    fake.run_pod(job)
+    say("cancel", grid().name, *CLUSTER)
+    assert f"driver {job}: Job {job} is still being deleted" in say(*line, code=42)
+    fake.end_pods(job, exit_code=85)
+    assert ": sent; this machine is not needed" in say(*line)
+
+
 def test_what_the_ledger_kept_of_a_log_is_shown_when_the_pod_is_gone(
     fake: FakeApi, works: dict[str, int], say: Callable[..., str]
 ) -> None:
