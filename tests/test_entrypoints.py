@@ -280,7 +280,7 @@ def test_a_name_that_only_the_launcher_knows_is_found_in_a_pod(
     volume: Runs, trained: RunDir
 ) -> None:
     for word in ("dump/alias", "alias"):
-        [found], untrained = find.typed((word,), volume)
+        [found], untrained, _ = find.typed((word,), volume)
         assert (found.home.name, found.name, untrained) == (trained.path.name, "alias", 0)
 
 
@@ -290,7 +290,7 @@ def test_a_link_on_the_volume_comes_before_the_launchers_name(volume: Runs) -> N
     (other / "adapter/adapter_config.json").write_text("{}")
     volume.names.mkdir()
     (volume.names / "alias").symlink_to("../other")
-    [found], _ = find.typed(("dump/alias",), volume)
+    [found], _, _ = find.typed(("dump/alias",), volume)
     assert found.home == other.resolve()
 
 

@@ -640,7 +640,8 @@ def test_paths_of_every_kind_lead_to_each_adapter_once(place, tmp_path):
     write_json(shelf / "foreign" / find.MARK, {})
 
     def typed(*words: Any) -> tuple[list[Path], int]:
-        found, untrained = find.typed(tuple(map(str, words)), runs)
+        found, untrained, gone = find.typed(tuple(map(str, words)), runs)
+        assert not gone
         return [f.adapter.resolve() for f in found], untrained
 
     assert typed(one.adapter) == typed(one.path) == ([one.adapter], 0)
@@ -658,7 +659,7 @@ def test_a_name_below_dump_means_the_run_of_that_name(place, tmp_path, monkeypat
     run = bare_run(place, runs.root)
     runs.link_name("lmbda_1_int4", run)
     for word in ("dump/lmbda_1_int4", "lmbda_1_int4", "dump/", "dump"):
-        found, _ = find.typed((word,), runs)
+        found, _, _ = find.typed((word,), runs)
         assert [(f.home, f.name) for f in found] == [(run.path, "lmbda_1_int4")]
     with pytest.raises(ConfigError, match=r'dump/lmbda_2_int4.*Did you mean "lmbda_1_int4"'):
         find.typed(("dump/lmbda_2_int4",), runs)
@@ -674,6 +675,17 @@ def test_a_path_without_adapters_says_what_was_looked_for(place, tmp_path):
         ConfigError, match=r"adapter_config\.json.*1 runs there are not trained yet"
     ):
         find.typed((str(run.path),), runs)
+
+
+def test_a_run_of_a_pack_that_is_gone_does_not_end_the_others(place, tmp_path):
+    runs = Runs(tmp_path / "runs")
+    here, lost = bare_run(place, runs.root), runs.root / "tiny-gkd-0123456789"
+    found, _, gone = find.typed((str(here.path), str(lost)), runs)
+    assert [f.home for f in found] == [here.path]
+    assert gone.keys() == {lost} and "no such directory" in gone[lost]
+    for words in ((str(lost),), (str(lost), str(lost)), (str(here.path), str(tmp_path / "typo"))):
+        with pytest.raises(ConfigError, match="no such directory"):
+            find.typed(words, runs)
 
 
 def test_a_label_is_cut_to_the_column_but_keeps_the_id():

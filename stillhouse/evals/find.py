@@ -12,6 +12,7 @@ STILLHOUSE_NAMES (a mounted ConfigMap) has a file of that name, which contains t
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,26 +35,49 @@ class Found:
     name: str | None  # None: a run without a name
 
 
-def typed(words: tuple[str, ...], runs: Runs) -> tuple[list[Found], int]:
+def typed(words: tuple[str, ...], runs: Runs) -> tuple[list[Found], int, dict[Path, str]]:
     """Every adapter at or below these paths in their order, and how many unfinished runs lay there.
+
+    A launcher names the runs of a pack by their directories: one that is gone, or has no adapter,
+    does not end the evaluation of the others, and is returned with the reason.
 
     Raises:
         ConfigError: a path that does not exist, or with no adapter at or below it.
     """
     found: dict[Path, Found] = {}
     untrained: set[Path] = set()
+    gone: dict[Path, str] = {}
     names = _names(runs)
     for word in words:
-        adapters, unfinished = _below(_place(word, runs))
-        if not adapters:
-            raise ConfigError(
-                f"{word}: no adapter (a directory with {MARK}) and no run with an adapter/ in it or"
-                f" below it; {len(unfinished)} runs there are not trained yet"
-            )
+        try:
+            adapters, unfinished = _adapters_of(word, runs)
+        except ConfigError as error:
+            if len(words) == 1 or not _is_run_path(Path(word), runs):
+                raise
+            gone[Path(word)] = str(error)
+            continue
         for adapter in adapters:
             found.setdefault(adapter.resolve(), _described(adapter, names))
         untrained |= unfinished
-    return list(found.values()), len(untrained)
+    if gone and not found:
+        raise ConfigError("; ".join(gone.values()))
+    return list(found.values()), len(untrained), gone
+
+
+def _is_run_path(path: Path, runs: Runs) -> bool:
+    """Whether a path is written as a run directory, whether it exists or not."""
+    return path.parent == runs.root and bool(re.fullmatch(r".+-[0-9a-f]{10}", path.name))
+
+
+def _adapters_of(word: str, runs: Runs) -> tuple[list[Path], set[Path]]:
+    """The adapters that one word names, and the runs there that have none yet."""
+    adapters, unfinished = _below(_place(word, runs))
+    if not adapters:
+        raise ConfigError(
+            f"{word}: no adapter (a directory with {MARK}) and no run with an adapter/ in it or"
+            f" below it; {len(unfinished)} runs there are not trained yet"
+        )
+    return adapters, unfinished
 
 
 def trained(pair: PairSpec, runs: Runs) -> list[Found]:

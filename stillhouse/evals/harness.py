@@ -22,7 +22,7 @@ from pydantic import TypeAdapter, ValidationError
 from stillhouse import scores
 from stillhouse.distill import models
 from stillhouse.distill.chat import chat_of
-from stillhouse.errors import ContractError, OutOfMemory
+from stillhouse.errors import MISTAKE, ContractError, OutOfMemory
 from stillhouse.evals import find
 from stillhouse.evals.isolate import Isolation
 from stillhouse.evals.suite import LoadedTask, Scorer, Stop, clear_torch_cache, load_tasks
@@ -126,7 +126,9 @@ def run_suite(spec: EvalSpec, stop: Stop) -> int:
         return 0
     runs, suite = Runs(Path(spec.place.runs)), spec.suite
     words = spec.evaluation.lora_paths
-    found, untrained = find.typed(words, runs) if words else (find.trained(spec.pair, runs), 0)
+    found, untrained, gone = (
+        find.typed(words, runs) if words else (find.trained(spec.pair, runs), 0, {})
+    )
     if untrained:
         _say(f"eval: {untrained} runs found there are not trained yet and are left out")
     _stay_offline()
@@ -135,6 +137,8 @@ def run_suite(spec: EvalSpec, stop: Stop) -> int:
     prepared = models.prepare(spec.pair, spec.quant, cache_dir, spec.place.commits)
     sources = sources_of(spec, cache_dir)
     isolation = Isolation()
+    for home, why in gone.items():
+        isolation.fail(home, MISTAKE, f"ConfigError: {why}")
     rows = [
         *_baselines(spec, prepared, sources, runs),
         *_adapters(spec, prepared, sources, found, isolation),

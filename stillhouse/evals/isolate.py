@@ -41,7 +41,7 @@ class Isolation:
         """Whether a process died at this row; it has failed where that were DEATHS of our Job's."""
         deaths = self._deaths(home)
         if deaths >= DEATHS:
-            self._fail(
+            self.fail(
                 home, MISTAKE,
                 f"{deaths} processes in a row died while they scored it: killed, out of memory or"
                 " crashed",
@@ -66,14 +66,14 @@ class Isolation:
         except ContractError as error:
             if _is_no_memory(error):
                 raise
-            self._fail(home, error.exit_code, f"{type(error).__name__}: {error}")
+            self.fail(home, error.exit_code, f"{type(error).__name__}: {error}")
         except StillhouseError:
             raise
         except Exception as error:
             if _is_no_memory(error) or _is_broken(error):
                 raise
             last = traceback.format_exception_only(error)[-1].strip()
-            self._fail(home, UNKNOWN, last, traceback.format_exc()[-TRACE:])
+            self.fail(home, UNKNOWN, last, traceback.format_exc()[-TRACE:])
 
     @contextlib.contextmanager
     def scoring(self, home: Path) -> Generator[None, None, None]:
@@ -113,12 +113,13 @@ class Isolation:
         is_final = all(code in POISON for code, _ in self.failed.values())
         raise ContractError(text) if is_final else NotScored(text)
 
-    def _fail(self, home: Path, code: int, cause: str, trace: str = "") -> None:
+    def fail(self, home: Path, code: int, cause: str, trace: str = "") -> None:
+        """Note why a row cannot be scored, beside it where its directory is there."""
         self.failed[home] = code, cause
-        note = {"format": 1, "pid": os.getpid(), "job": self.job, "at": now()}
-        write_json(
-            eval_note(home, "error"), note | {"code": code, "cause": cause, "traceback": trace}
-        )
+        if home.is_dir() or home.parent.name == "baselines":
+            note = {"format": 1, "pid": os.getpid(), "job": self.job, "at": now()}
+            note |= {"code": code, "cause": cause, "traceback": trace}
+            write_json(eval_note(home, "error"), note)
         print(f"eval: {home.name} could not be scored: {cause}\n{trace}".rstrip(), flush=True)
         tell(row=_name(home), state="failed", code=code, cause=cause)
 
