@@ -74,6 +74,7 @@ class _FullLength(StaticLayer):
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         super().lazy_initialization(key_states, value_states)
+        assert self.values is not None
         self.values = self.values.to(value_states.dtype)
 
 
