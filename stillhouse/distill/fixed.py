@@ -103,6 +103,7 @@ class FixedDecoding:
         self.ids_B1 = torch.zeros(rows, 1, dtype=torch.long, device=device)
         self.graph: torch.cuda.CUDAGraph | None = None
         self.logits_BV: Tensor | None = None  # of the graph
+        self.is_uncapturable = False
 
     def begin(self, mask_BP: Int[Tensor, "B P"]) -> FixedDecoding:
         """Ready for prompts of that mask."""
@@ -117,11 +118,19 @@ class FixedDecoding:
 
         The next call may overwrite them.
         """
-        if ids_Bn.shape[1] > 1 or not ids_Bn.is_cuda:
+        if ids_Bn.shape[1] > 1 or not ids_Bn.is_cuda or self.is_uncapturable:
             return self.step(ids_Bn)
         self.ids_B1.copy_(ids_Bn)
         if self.graph is None:
-            self._capture()
+            try:
+                self._capture()
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError as error:
+                self.is_uncapturable = True
+                first = str(error).splitlines()[0]
+                print(f"rollouts: no CUDA graph of {len(ids_Bn)} rows, so step by step: {first}")
+                return self.step(ids_Bn)
         assert self.graph is not None and self.logits_BV is not None
         self.graph.replay()
         return self.logits_BV
