@@ -46,8 +46,8 @@ PHRASES = {
     ),
     "cluster": Phrases(
         there="on this cluster",
-        left="left; its Jobs go on in the cluster, and nothing new is sent: the same command goes"
-        " on from here, and with --detach it needs nobody to watch",
+        left="detached: running Jobs continue, no new ones are submitted; the same command resumes"
+        " here, and with --detach nobody needs to watch",
         again="`stillhouse run`, or the same line of k8s/train.sh or k8s/eval.sh,",
     ),
 }

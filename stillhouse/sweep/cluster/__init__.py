@@ -5,11 +5,11 @@ Reading order:
     objects, kueue                API objects reduced to the fields in use
     reasons, refusals             why a Job waits, why it was refused, how it ended
     cache, watch                  a cache of the namespace; what fills it, once or by watches
-    facts, job_outcomes, ledger   a point's state; a Job's end; the record that outlives it
+    facts, job_outcomes, ledger   what decides a state; a Job's end; the record that outlives it
     jobspec, manifest             a task's name and words; its Job
     code_bundle, project_files, secrets    the code that travels with a Job, and what must not
     create, ownership, replace, site_difference, delete_jobs    make a Job once, or replace it
-    jobs                          the backend: follow Jobs, record how each ended, delete them
+    jobs                          the executor: follow Jobs, record how each ended, delete them
     run_names, find               people's names for runs; sweeps, runs and Jobs found by name
     backend, render, detach       a cluster for the verbs; Jobs without one; the loop in a pod
     submit_args, submit, pod_paths    one line of k8s/train.sh or k8s/eval.sh, parsed and sent

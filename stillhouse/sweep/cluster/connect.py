@@ -1,7 +1,7 @@
 """Log in to a Kubernetes cluster; the only module that imports `kubernetes`.
 
 The official client reads kubeconfigs, renews logins and handles TLS. Above its connection pool
-(`api.py`) everything is plain dicts and bytes: its models cost more time than a server's answer.
+(`client.py`) everything is plain dicts and bytes: its models cost more time than a server's answer.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Run tasks as Kubernetes Jobs, and record how each ended before its Job is deleted.
 
-    start ──► created once (`making`) ──► Job ──► it ends ──► ledger ──► (a while) ──► deleted
+    start ──► created once (`create`) ──► Job ──► it ends ──► ledger ──► (a while) ──► deleted
 
 Any number of drivers do this at once, and each may die at any moment: they read all their state
 from the cluster. The cluster retries what infrastructure broke, and stops what would fail again.

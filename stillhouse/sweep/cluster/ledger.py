@@ -231,7 +231,7 @@ class SweepMark:
 
 
 def write_sweep(cluster: Cluster, record: Json) -> None:
-    """Write a sweep down as it is asked now; `record` as roster writes it, with its "name".
+    """Write a sweep down as it is asked now; `record` as `registry` makes it, with its "name".
 
     Raises:
         ConfigError: it is too large for a ConfigMap, or something else has its name.

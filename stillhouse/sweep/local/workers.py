@@ -8,7 +8,7 @@ its own Ctrl-C.
         │                                                               │
         └─ pipe: when it closes, the launcher is dead, and a worker signals itself to save and stop
 
-The launcher writes how a worker died into the run directory (`endings`), because the worker cannot.
+The launcher writes how a worker died into the run directory (`outcomes`), as the worker cannot.
 """
 
 from __future__ import annotations
