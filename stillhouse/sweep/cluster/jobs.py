@@ -20,7 +20,7 @@ from stillhouse.errors import AGAIN, CANNOT_START, DONE
 from stillhouse.rundir import Json
 from stillhouse.spec import suite_key
 from stillhouse.sweep.backend import Finished, Task
-from stillhouse.sweep.cluster.cache import ENDED, baselines_seen
+from stillhouse.sweep.cluster.cache import ENDED, KEPT_PODS, baselines_seen
 from stillhouse.sweep.cluster.code_bundle import bundle
 from stillhouse.sweep.cluster.create import KEEP_S, JobCreator, JobOwner, Made, Order, Work
 from stillhouse.sweep.cluster.facts import DELETED, keys_of
@@ -71,9 +71,7 @@ class JobExecutor:
 
     has_fixed_packs = True
 
-    def __init__(
-        self, sweep: Sweep, rows: Roster, watcher: Watcher, writers: int = WRITERS
-    ) -> None:
+    def __init__(self, sweep: Sweep, rows: Roster, watcher: Watcher) -> None:
         """`watcher`: what it has listed of the namespace is not listed again."""
         self.sweep, self.rows, self.site = sweep, rows, sweep.site
         self.watcher, self.cluster = watcher, watcher.cluster
@@ -86,7 +84,7 @@ class JobExecutor:
         self.keep_s, self.retry_s, self.blocked_s = KEEP_S, RETRY_S, BLOCKED_S
         self.write_s = WRITE_S if len(rows.rows) > LARGE else 0.0
         self.whose = JobOwner(sweep, rows, self.steps)
-        self._pool = ThreadPoolExecutor(writers, thread_name_prefix="jobs")
+        self._pool = ThreadPoolExecutor(WRITERS, thread_name_prefix="jobs")
         self._live: dict[str, Work] = {}  # name of the Job -> what it does
         self._settled: set[str] = set()  # uids of Jobs whose ends are in the ledger
         self._stuck: dict[str, tuple[str, float]] = {}  # uid of a Job that cannot start -> since
@@ -294,8 +292,9 @@ class JobExecutor:
         """A Job that ended by itself."""
         if job.state == "complete":
             return _Ended(job, None, is_to_go=False)
-        if not any(pod.is_over for pod in self.cache.pods_of(job)):
-            self.watcher.read_pods(job)  # they were told us on another way, which may be slower
+        over = sum(pod.is_over for pod in self.cache.pods_of(job))
+        if over < max(1, min(job.failed, KEPT_PODS)):
+            self.watcher.read_pods(job)  # they are told us on another way, which may be slower
         return _Ended(job, self.cache.how(job), is_to_go=False)
 
     def _look_at_none(self, work: Work, finished: list[Finished]) -> list[_Ended]:
