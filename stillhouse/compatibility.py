@@ -16,11 +16,12 @@ from typing import Any, cast
 from pydantic import TypeAdapter
 
 from stillhouse.errors import ConfigError, ContractError
+from stillhouse.identity import digest
 from stillhouse.local_models import at_hand
 from stillhouse.model_files import HEADS, PLAIN_DTYPES, Checkpoint, count, read
 from stillhouse.rundir import Json, read_json, write_json
 from stillhouse.sources import of_pair, rows_of
-from stillhouse.spec import DataSpec, EvalSpec, TrainSpec, digest
+from stillhouse.spec import DataSpec, EvalSpec, TrainSpec
 
 # Ends of the names of architectures that are no causal language models.
 NOT_CAUSAL = (

@@ -37,6 +37,7 @@ from stillhouse.errors import (
     StillhouseError,
     exit_code_of,
 )
+from stillhouse.identity import eval_id, point_id
 from stillhouse.local_models import require_torch
 from stillhouse.pod import tell
 from stillhouse.rundir import (
@@ -50,7 +51,7 @@ from stillhouse.rundir import (
     write_json,
 )
 from stillhouse.sources import differences, drift, refusal, sources_of
-from stillhouse.spec import EvalSpec, TrainSpec, eval_id, point_id
+from stillhouse.spec import EvalSpec, TrainSpec
 from stillhouse.stop import StopFlag
 
 PROMPTS = 64  # that a preflight asks, if not told otherwise

@@ -23,8 +23,8 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from stillhouse.errors import ContractError
+from stillhouse.identity import digest
 from stillhouse.rundir import Json, file_digest, read_json, sweep_leftovers, write_json
-from stillhouse.spec import digest
 
 WHOLE = 2**28  # bytes of a weights file up to which all of it is read: half a second
 REMEMBERED = 2**22  # bytes from which a digest is kept in the cache

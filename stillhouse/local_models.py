@@ -25,8 +25,9 @@ from typing import Any, Literal, cast
 from pydantic import TypeAdapter
 
 from stillhouse.errors import ConfigError, ContractError, DataError
+from stillhouse.identity import NOT_VERSIONED, digest
 from stillhouse.rundir import Json, read_json
-from stillhouse.spec import NOT_VERSIONED, PairSpec, digest
+from stillhouse.spec import PairSpec
 
 RepoType = Literal["model", "dataset"]
 # What is used of a model: many repositories hold its weights two or three times.

@@ -17,8 +17,9 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass as checked
 
 from stillhouse.errors import ConfigError
+from stillhouse.identity import as_before, digest, to_plain
 from stillhouse.rundir import Json
-from stillhouse.spec import TrainSpec, as_before, digest, to_plain
+from stillhouse.spec import TrainSpec
 
 LIKELY, UNLIKELY, UNSURE = 0, 3, 4  # exit codes
 EXIT_CODES = {"likely": LIKELY, "unlikely": UNLIKELY, "unsure": UNSURE}

@@ -53,7 +53,8 @@ from stillhouse.files import (
     write_atomic,
     write_json,
 )
-from stillhouse.spec import TrainSpec, digest, point_id, slug, to_plain, versioned
+from stillhouse.identity import digest, point_id, slug, to_plain, versioned
+from stillhouse.spec import TrainSpec
 
 # Code that works on run directories needs files.py too, and imports it from here.
 __all__ = [

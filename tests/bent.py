@@ -31,8 +31,9 @@ import stillhouse
 from stillhouse import cli
 from stillhouse.compose import compose, from_command_line
 from stillhouse.errors import StillhouseError
+from stillhouse.identity import suite_key
 from stillhouse.rundir import Json, RunDir
-from stillhouse.spec import EvalSpec, TrainSpec, suite_key
+from stillhouse.spec import EvalSpec, TrainSpec
 from stillhouse.sweep import registry
 from stillhouse.sweep.cluster.cache import NamespaceCache, baselines_seen
 from stillhouse.sweep.cluster.describe import particulars, said_of_others

@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stillhouse.errors import AGAIN, CANNOT_START, ConfigError, ContractError, Interrupted
-from stillhouse.spec import suite_key
+from stillhouse.identity import suite_key
 from stillhouse.sweep import driver as loop
 from stillhouse.sweep.backend import Finished, Task
 from stillhouse.sweep.cluster.code_bundle import bundle

@@ -22,8 +22,9 @@ from kubernetes import client
 
 from stillhouse.compose import Overrides, compose, from_command_line, k8s_dir
 from stillhouse.errors import ConfigError
+from stillhouse.identity import eval_id, point_id, suite_key
 from stillhouse.rundir import Json, directory_name
-from stillhouse.spec import EvalSpec, SiteSpec, TrainSpec, eval_id, point_id, suite_key
+from stillhouse.spec import EvalSpec, SiteSpec, TrainSpec
 from stillhouse.sweep.cluster import secrets
 from stillhouse.sweep.cluster.access import Rule, rules
 from stillhouse.sweep.cluster.jobspec import (

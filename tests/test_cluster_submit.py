@@ -14,8 +14,9 @@ import yaml
 from stillhouse.cli import main
 from stillhouse.compose import compose, from_command_line
 from stillhouse.errors import ConfigError
+from stillhouse.identity import eval_id, point_id, slug
 from stillhouse.rundir import Json, directory_name
-from stillhouse.spec import EvalSpec, TrainSpec, eval_id, point_id, slug
+from stillhouse.spec import EvalSpec, TrainSpec
 from stillhouse.sweep.cluster.submit_args import Line, read
 from tests.builders.published import EVAL, TRAIN, lines
 

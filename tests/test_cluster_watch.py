@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from stillhouse.errors import CANNOT_START, TOO_LATE
-from stillhouse.spec import suite_key
+from stillhouse.identity import suite_key
 from stillhouse.sweep.cluster.cache import NamespaceCache
 from stillhouse.sweep.cluster.code_bundle import bundle
 from stillhouse.sweep.cluster.facts import JobFacts, observed

@@ -18,8 +18,9 @@ from kubernetes import client
 
 from stillhouse.compose import compose, from_command_line
 from stillhouse.errors import ConfigError
+from stillhouse.identity import point_id
 from stillhouse.rundir import Json, code_identity
-from stillhouse.spec import TrainSpec, point_id
+from stillhouse.spec import TrainSpec
 from stillhouse.sweep.cluster.code_bundle import DOORS, bundle, sweep_file
 
 ROOT = Path(__file__).parent.parent

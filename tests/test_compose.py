@@ -20,7 +20,8 @@ from stillhouse.compose import (
 )
 from stillhouse.errors import ConfigError
 from stillhouse.flags import leaves
-from stillhouse.spec import EvalSpec, TrainSpec, point_id
+from stillhouse.identity import point_id
+from stillhouse.spec import EvalSpec, TrainSpec
 
 CONF = Path(__file__).parent.parent / "conf"
 OPTIONS = [(path.parent.name, path.stem) for path in sorted(CONF.glob("*/*.yaml"))]
@@ -369,7 +370,7 @@ def test_a_glob_is_refused_like_any_other_value_that_cannot_be():
 
 
 def test_an_unknown_key_in_plain_settings_is_told_its_nearest():
-    from stillhouse.spec import to_plain
+    from stillhouse.identity import to_plain
 
     plain = to_plain(compose(Overrides({}, {}), TrainSpec))
     plain["loss"]["betta"] = 0.5

@@ -12,8 +12,9 @@ import pytest
 from stillhouse import scores, sources
 from stillhouse.cli import main
 from stillhouse.errors import MISTAKE
+from stillhouse.identity import from_plain, point_id, score_key, to_plain
 from stillhouse.rundir import Json, RunDir, Runs, eval_file, new_record, write_json
-from stillhouse.spec import TaskSpec, from_plain, point_id, score_key, to_plain
+from stillhouse.spec import TaskSpec
 from stillhouse.sweep import registry, verbs
 from stillhouse.sweep.grid import Point, Sweep, load_sweep
 from stillhouse.sweep.plan import groups_of

@@ -20,8 +20,9 @@ from stillhouse import entrypoints
 from stillhouse.compose import compose, from_command_line
 from stillhouse.errors import POISON, ConfigError, Interrupted, NoProgress
 from stillhouse.evals import find
+from stillhouse.identity import eval_id, point_id, suite_key
 from stillhouse.rundir import RunDir, Runs, code_identity
-from stillhouse.spec import EvalSpec, eval_id, point_id, suite_key
+from stillhouse.spec import EvalSpec
 from tests.builders.cheap import CACHE, cheap, words
 
 ROOT = Path(__file__).parent.parent

@@ -33,6 +33,7 @@ from stillhouse.errors import ConfigError, ContractError, DataError, Interrupted
 from stillhouse.evals import find, harness
 from stillhouse.evals.lm import Lm
 from stillhouse.evals.suite import LoadedTask, Scorer, _set_every_field, _tiny_task, load_tasks
+from stillhouse.identity import score_key
 from stillhouse.rundir import (
     RunDir,
     Runs,
@@ -43,7 +44,7 @@ from stillhouse.rundir import (
     read_json,
     write_json,
 )
-from stillhouse.spec import EvalSpec, SuiteSpec, TaskSpec, TrainSpec, score_key
+from stillhouse.spec import EvalSpec, SuiteSpec, TaskSpec, TrainSpec
 
 LIMIT = 8
 GEN = TaskSpec("tiny_gen", "exact_match", None, True)

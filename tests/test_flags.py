@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from stillhouse.compose import Overrides, compose, from_command_line, vocabulary
 from stillhouse.errors import ConfigError
 from stillhouse.flags import Setting, leaves, parse
-from stillhouse.spec import EvalSpec, TrainSpec, to_plain
+from stillhouse.identity import to_plain
+from stillhouse.spec import EvalSpec, TrainSpec
 from tests.builders.published import EVAL, TRAIN, flags_of, lines
 
 

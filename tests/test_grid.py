@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from stillhouse.cli import main
 from stillhouse.compose import compose, from_command_line, options_of
 from stillhouse.errors import ConfigError
-from stillhouse.spec import EvalSpec, TrainSpec, point_id, to_plain
+from stillhouse.identity import point_id, to_plain
+from stillhouse.spec import EvalSpec, TrainSpec
 from stillhouse.sweep.cluster.jobspec import _subject as subject
 from stillhouse.sweep.grid import Compare, Sweep, load_sweep
 from stillhouse.sweep.plan import groups_of

@@ -1,7 +1,7 @@
 """Test that published ids stay the same: of files and lines, baselines, and eval questions.
 
 `golden/ids.json` was written at the commit that it names. A new knob must not change any of it
-(AS_BEFORE in spec.py). A line is only ever added, for a new sweep.
+(AS_BEFORE in identity.py). A line is only ever added, for a new sweep.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ from typing import Any
 import pytest
 
 from stillhouse.compose import compose, from_command_line
+from stillhouse.identity import as_before, eval_id, point_id, score_key
 from stillhouse.preflight_rules import key_of
-from stillhouse.spec import EvalSpec, TrainSpec, as_before, eval_id, point_id, score_key
+from stillhouse.spec import EvalSpec, TrainSpec
 from stillhouse.sweep.grid import Sweep, load_sweep
 from stillhouse.sweep.registry import baseline_rows
 from tests.builders.published import EVAL, TRAIN, flags_of, lines

@@ -14,8 +14,9 @@ from stillhouse.compose import compose, from_command_line
 from stillhouse.distill.toy import tiny
 from stillhouse.errors import ConfigError
 from stillhouse.evals.suite import load_tasks
+from stillhouse.identity import score_key
 from stillhouse.rundir import read_json
-from stillhouse.spec import EvalSpec, score_key
+from stillhouse.spec import EvalSpec
 from tests.builders import own_tasks
 
 

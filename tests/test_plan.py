@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stillhouse.compose import Overrides, compose
+from stillhouse.identity import point_id, score_key, slug
 from stillhouse.rundir import RunDir, Runs, eval_file, eval_note, new_record, write_json
-from stillhouse.spec import EvalSpec, SuiteSpec, TrainSpec, point_id, score_key, slug
+from stillhouse.spec import EvalSpec, SuiteSpec, TrainSpec
 from stillhouse.sweep.backend import Task
 from stillhouse.sweep.grid import load_sweep
 from stillhouse.sweep.local.outcomes import Ending, forget_failures, write_ending

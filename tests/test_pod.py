@@ -21,8 +21,8 @@ from typing import Any, ClassVar
 import pytest
 
 from stillhouse import entrypoints, pod
+from stillhouse.identity import point_id
 from stillhouse.rundir import Runs, code_identity
-from stillhouse.spec import point_id
 from tests.builders.cheap import cheap, words
 
 REPOSITORY = Path(__file__).parent.parent

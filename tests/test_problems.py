@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from stillhouse.distill.toy import problems, tiny
 from stillhouse.distill.toy.problems import Chain, Problem
 from stillhouse.distill.toy.recipes import RECIPES
-from stillhouse.spec import digest
+from stillhouse.identity import digest
 
 
 @st.composite

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from stillhouse.identity import from_plain, point_id
 from stillhouse.preflight_rules import key_of
 from stillhouse.results.analyses import preflight
 from stillhouse.results.answer import answer
@@ -15,7 +16,6 @@ from stillhouse.results.report import write_report
 from stillhouse.results.summary import remarks
 from stillhouse.results.table import load
 from stillhouse.rundir import RunDir, Runs, read_json, write_json
-from stillhouse.spec import from_plain, point_id
 from tests.builders.sample_runs import Sample, write_sample
 
 OURS, THEIRS = "a" * 64, "b" * 64

@@ -17,9 +17,10 @@ from stillhouse.compose import Overrides, as_command_line, compose, from_command
 from stillhouse.distill.pairs import prepare
 from stillhouse.distill.run import Run, train_run
 from stillhouse.errors import ConfigError, ContractError, Interrupted
+from stillhouse.identity import digest, point_id
 from stillhouse.rundir import Json, RunDir, Runs, file_digest, new_record, write_json
 from stillhouse.sources import differences, drift, rests_on, sources_of
-from stillhouse.spec import QuantSpec, TrainSpec, digest, point_id
+from stillhouse.spec import QuantSpec, TrainSpec
 from stillhouse.stop import StopFlag
 from tests.builders.cheap import CACHE, cheap
 

@@ -12,14 +12,9 @@ from hypothesis import strategies as st
 from stillhouse.compose import GROUPS, Overrides, as_command_line, compose, from_command_line
 from stillhouse.errors import ConfigError
 from stillhouse.flags import leaves
-from stillhouse.spec import (
+from stillhouse.identity import (
     AS_BEFORE,
     NOT_VERSIONED,
-    EvalSpec,
-    MethodSpec,
-    QuantSpec,
-    TaskSpec,
-    TrainSpec,
     baseline_key,
     chat_settings,
     digest,
@@ -30,6 +25,7 @@ from stillhouse.spec import (
     to_plain,
     versioned,
 )
+from stillhouse.spec import EvalSpec, MethodSpec, QuantSpec, TaskSpec, TrainSpec
 from tests.builders.published import TRAIN, flags_of, lines, name_of
 
 

@@ -15,7 +15,8 @@ import pytest
 from stillhouse import tasks
 from stillhouse.compose import compose, from_command_line
 from stillhouse.errors import ConfigError
-from stillhouse.spec import EvalSpec, SuiteSpec, eval_id, score_key, suite_key
+from stillhouse.identity import eval_id, score_key, suite_key
+from stillhouse.spec import EvalSpec, SuiteSpec
 from stillhouse.sweep.cluster import jobspec
 from stillhouse.sweep.cluster.code_bundle import bundle
 from stillhouse.sweep.cluster.submit_args import read as read_line

@@ -35,6 +35,7 @@ from stillhouse.distill.layers import (
 from stillhouse.distill.pairs import PreparedPair
 from stillhouse.distill.quant import numerics
 from stillhouse.errors import ConfigError, ContractError, nearest
+from stillhouse.identity import digest, point_id
 from stillhouse.rundir import (
     FORMAT,
     Json,
@@ -44,16 +45,7 @@ from stillhouse.rundir import (
     temporary_name,
     write_json,
 )
-from stillhouse.spec import (
-    DataSpec,
-    Dtype,
-    LoraSpec,
-    PairSpec,
-    QuantSpec,
-    TrainSpec,
-    digest,
-    point_id,
-)
+from stillhouse.spec import DataSpec, Dtype, LoraSpec, PairSpec, QuantSpec, TrainSpec
 
 CONTRACT = "stillhouse.json"
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # PEFT's own two files

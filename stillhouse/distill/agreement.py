@@ -19,8 +19,9 @@ from stillhouse.distill.head import head_of
 from stillhouse.distill.loaded import Loaded
 from stillhouse.distill.loop import positions_of
 from stillhouse.distill.objectives import Jsd, evaluate_
+from stillhouse.identity import to_plain
 from stillhouse.rundir import Json
-from stillhouse.spec import TrainSpec, to_plain
+from stillhouse.spec import TrainSpec
 
 BATCH = 32  # sequences at a time
 RANKED = 10**9 + 11  # the step number that seeds a ranking's rollouts: beyond any run's steps

@@ -15,6 +15,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from stillhouse.errors import ContractError
+from stillhouse.identity import digest
 from stillhouse.rundir import (
     Json,
     publish,
@@ -23,7 +24,6 @@ from stillhouse.rundir import (
     temporary_name,
     write_json,
 )
-from stillhouse.spec import digest
 
 Say = Callable[[str], None]
 

@@ -26,8 +26,9 @@ from stillhouse.distill.encoded import Draft, packed, write_examples
 from stillhouse.distill.formats import UNDERSTOOD, Conversation, Skip, Turn, read
 from stillhouse.distill.tables import Table
 from stillhouse.errors import DataError
+from stillhouse.identity import digest
 from stillhouse.rundir import Json, file_digest
-from stillhouse.spec import DataSpec, digest
+from stillhouse.spec import DataSpec
 
 VERSION = 1  # increment it whenever the same rows would give other ids
 BATCH = 1000  # rows that are tokenized together

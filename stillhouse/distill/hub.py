@@ -12,6 +12,7 @@ from pathlib import Path
 
 from stillhouse.distill.cache import Say, alone
 from stillhouse.errors import ConfigError
+from stillhouse.identity import digest
 from stillhouse.local_models import (
     MODEL_FILES,
     download_command,
@@ -20,7 +21,7 @@ from stillhouse.local_models import (
     pinned,
     snapshot,
 )
-from stillhouse.spec import DataSpec, PairSpec, digest
+from stillhouse.spec import DataSpec, PairSpec
 
 
 def fetch(pair: PairSpec, data: DataSpec, cache_dir: Path, commits: Mapping[str, str]) -> None:

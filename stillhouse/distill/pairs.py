@@ -31,6 +31,7 @@ from stillhouse.distill.tokenizers_match import difference
 from stillhouse.distill.toy import problems, tiny
 from stillhouse.distill.toy.recipes import RECIPES
 from stillhouse.errors import ConfigError, ContractError, nearest
+from stillhouse.identity import digest
 from stillhouse.local_models import (
     download_command,
     looks_like_hub_id,
@@ -39,7 +40,7 @@ from stillhouse.local_models import (
     snapshot,
 )
 from stillhouse.rundir import Json, file_digest, write_atomic, write_json
-from stillhouse.spec import PairSpec, QuantSpec, digest
+from stillhouse.spec import PairSpec, QuantSpec
 
 NO_COMMITS: Mapping[str, str] = {}
 VERSION = 1  # increment it whenever the same pair would give other files or other facts

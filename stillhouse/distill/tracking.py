@@ -9,8 +9,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from stillhouse.errors import visible
+from stillhouse.identity import to_plain
 from stillhouse.rundir import Json, RunDir
-from stillhouse.spec import TrainSpec, to_plain
+from stillhouse.spec import TrainSpec
 
 DELETED = "previously created and deleted"  # W&B's message for an id that it no longer accepts
 TRIES = 5  # ids

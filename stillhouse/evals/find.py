@@ -20,8 +20,9 @@ from pathlib import Path
 from pydantic import TypeAdapter
 
 from stillhouse.errors import ConfigError, nearest
+from stillhouse.identity import as_before
 from stillhouse.rundir import RunDir, Runs
-from stillhouse.spec import PairSpec, as_before
+from stillhouse.spec import PairSpec
 
 MARK = "adapter_config.json"  # PEFT writes it into every adapter
 

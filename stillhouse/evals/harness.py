@@ -26,6 +26,7 @@ from stillhouse.errors import MISTAKE, ContractError, OutOfMemory
 from stillhouse.evals import find
 from stillhouse.evals.isolate import Isolation
 from stillhouse.evals.suite import LoadedTask, Scorer, Stop, clear_torch_cache, load_tasks
+from stillhouse.identity import baseline_key, chat_settings, digest, score_key
 from stillhouse.rundir import (
     Json,
     Runs,
@@ -36,18 +37,7 @@ from stillhouse.rundir import (
     write_json,
 )
 from stillhouse.sources import sources_of
-from stillhouse.spec import (
-    DataSpec,
-    EvalSpec,
-    PairSpec,
-    QuantSpec,
-    SuiteSpec,
-    TaskSpec,
-    baseline_key,
-    chat_settings,
-    digest,
-    score_key,
-)
+from stillhouse.spec import DataSpec, EvalSpec, PairSpec, QuantSpec, SuiteSpec, TaskSpec
 
 NAME_WIDTH, SCORE_WIDTH = 25, 8  # of the printed table, as in the seeds
 PROBE = "Ida has 7 cups. Then 3 more are found. How many cups now?"

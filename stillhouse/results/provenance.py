@@ -10,8 +10,8 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+from stillhouse.identity import digest
 from stillhouse.rundir import Json
-from stillhouse.spec import digest
 
 Frame = Any  # a pandas DataFrame, whose columns no type checker can follow
 SOURCES = {  # key in a record -> text

@@ -17,6 +17,7 @@ from pydantic import TypeAdapter
 
 from stillhouse.errors import ConfigError, ContractError, nearest
 from stillhouse.file_formats import WHOLE_SWEEP, checked
+from stillhouse.identity import as_before, chat_settings, digest, score_key
 from stillhouse.results import provenance
 from stillhouse.results.provenance import Frame
 from stillhouse.results.stats import NAN, binomial_se
@@ -30,7 +31,7 @@ from stillhouse.rundir import (
     read_json,
     read_score,
 )
-from stillhouse.spec import SuiteSpec, as_before, chat_settings, digest, score_key
+from stillhouse.spec import SuiteSpec
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -14,7 +14,8 @@ from typing import Any
 
 from stillhouse.compose import Overrides, from_command_line
 from stillhouse.errors import ConfigError, nearest
-from stillhouse.spec import SiteSpec, TrainSpec, to_plain
+from stillhouse.identity import to_plain
+from stillhouse.spec import SiteSpec, TrainSpec
 from stillhouse.sweep import registry
 from stillhouse.sweep.backend import Backend
 from stillhouse.sweep.cluster import pod_paths

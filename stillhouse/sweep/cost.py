@@ -20,9 +20,10 @@ from pydantic import TypeAdapter, ValidationError
 
 from stillhouse.compose import k8s_dir
 from stillhouse.errors import ConfigError, ContractError
+from stillhouse.identity import to_plain
 from stillhouse.methods import value_at
 from stillhouse.rundir import RunDir, Runs
-from stillhouse.spec import NonNegative, SiteSpec, TrainSpec, to_plain
+from stillhouse.spec import NonNegative, SiteSpec, TrainSpec
 from stillhouse.sweep.grid import Point
 from stillhouse.sweep.outcome import Record
 from stillhouse.sweep.sweep_file import text

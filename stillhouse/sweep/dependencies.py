@@ -16,10 +16,11 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from stillhouse.errors import ContractError
+from stillhouse.identity import digest, filled, from_plain
 from stillhouse.rundir import Json, RunDir, read_baseline
 from stillhouse.scores import changes
 from stillhouse.sources import drift_of, of_pair, sources_of
-from stillhouse.spec import PairSpec, TaskSpec, TrainSpec, digest, filled, from_plain
+from stillhouse.spec import PairSpec, TaskSpec, TrainSpec
 
 NO_COMMITS: Mapping[str, str] = {}
 

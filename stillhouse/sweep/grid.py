@@ -20,18 +20,8 @@ from typing import Any, cast
 
 from stillhouse.compose import Overrides, as_command_line, compose, resolve, vocabulary
 from stillhouse.errors import ConfigError, nearest
-from stillhouse.spec import (
-    NAME,
-    NOT_VERSIONED,
-    EvalSpec,
-    SiteSpec,
-    SuiteSpec,
-    TrainSpec,
-    digest,
-    point_id,
-    slug,
-    suite_content,
-)
+from stillhouse.identity import NOT_VERSIONED, digest, point_id, slug, suite_content
+from stillhouse.spec import NAME, EvalSpec, SiteSpec, SuiteSpec, TrainSpec
 from stillhouse.sweep import sweep_file as request
 from stillhouse.sweep.sweep_file import (
     OWN,

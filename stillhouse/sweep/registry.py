@@ -22,6 +22,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from stillhouse.errors import ConfigError, ContractError, nearest
 from stillhouse.file_formats import SWEEP, checked
+from stillhouse.identity import baseline_key, chat_settings, to_plain
 from stillhouse.rundir import (
     FORMAT,
     Json,
@@ -33,15 +34,7 @@ from stillhouse.rundir import (
     sweep_leftovers,
     write_json,
 )
-from stillhouse.spec import (
-    NAME,
-    PairSpec,
-    QuantSpec,
-    SuiteSpec,
-    baseline_key,
-    chat_settings,
-    to_plain,
-)
+from stillhouse.spec import NAME, PairSpec, QuantSpec, SuiteSpec
 from stillhouse.sweep.dependencies import Beneath
 from stillhouse.sweep.grid import Point, Sweep
 from stillhouse.sweep.sweep_file import text

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import cast
 
 from stillhouse.errors import AGAIN, POISON, STOPPED, ContractError
+from stillhouse.identity import score_key
 from stillhouse.rundir import Json, RunDir, code_identity, now, read_score
-from stillhouse.spec import SuiteSpec, score_key
+from stillhouse.spec import SuiteSpec
 from stillhouse.sweep.dependencies import Below, Beneath
 from stillhouse.sweep.grid import Sweep
 from stillhouse.sweep.outcome import Record

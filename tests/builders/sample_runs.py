@@ -18,18 +18,10 @@ import numpy as np
 from pydantic import TypeAdapter
 
 from stillhouse.compose import Overrides, compose, options_of, resolve
+from stillhouse.identity import baseline_key, chat_settings, score_key, to_plain
 from stillhouse.methods import value_at
 from stillhouse.rundir import RunDir, Runs, eval_file, new_record, write_atomic, write_json
-from stillhouse.spec import (
-    REQUANTISED,
-    SuiteSpec,
-    TaskSpec,
-    TrainSpec,
-    baseline_key,
-    chat_settings,
-    score_key,
-    to_plain,
-)
+from stillhouse.spec import REQUANTISED, SuiteSpec, TaskSpec, TrainSpec
 
 SUITE = SuiteSpec(
     suite_name="tiny",

@@ -28,9 +28,10 @@ from stillhouse.errors import (
     StillhouseError,
 )
 from stillhouse.evals.isolate import Isolation
+from stillhouse.identity import baseline_key, score_key
 from stillhouse.rundir import RunDir, Runs, eval_file, new_record, now, read_json, write_json
 from stillhouse.sources import sources_of
-from stillhouse.spec import EvalSpec, PairSpec, QuantSpec, TrainSpec, baseline_key, score_key
+from stillhouse.spec import EvalSpec, PairSpec, QuantSpec, TrainSpec
 from stillhouse.stop import StopFlag
 from stillhouse.sweep.grid import Sweep
 from stillhouse.sweep.local.workers import WorkerPool

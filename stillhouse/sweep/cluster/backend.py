@@ -14,8 +14,9 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
+from stillhouse.identity import suite_key
 from stillhouse.rundir import Json, Runs, code_identity
-from stillhouse.spec import SiteSpec, suite_key
+from stillhouse.spec import SiteSpec
 from stillhouse.sweep import commits, registry, show
 from stillhouse.sweep.backend import Executor
 from stillhouse.sweep.cluster import collect, delete_jobs, detach, doctor, find, pod_logs, secrets

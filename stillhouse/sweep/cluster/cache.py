@@ -14,8 +14,8 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from stillhouse.errors import ContractError
+from stillhouse.identity import suite_key
 from stillhouse.rundir import Json
-from stillhouse.spec import suite_key
 from stillhouse.sweep.cluster.facts import JobFacts, keys_of, observed
 from stillhouse.sweep.cluster.kueue import QueueView
 from stillhouse.sweep.cluster.ledger import Ledger, score_of

@@ -15,8 +15,9 @@ from collections.abc import Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
+from stillhouse.identity import suite_key
 from stillhouse.rundir import Json
-from stillhouse.spec import SiteSpec, suite_key
+from stillhouse.spec import SiteSpec
 from stillhouse.sweep.cluster.code_bundle import Bundle
 from stillhouse.sweep.cluster.connect import ApiError, Cluster
 from stillhouse.sweep.cluster.jobspec import JobSpec, JobSpecs

@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from stillhouse.errors import AGAIN, CANNOT_START, DONE
+from stillhouse.identity import suite_key
 from stillhouse.rundir import Json
-from stillhouse.spec import suite_key
 from stillhouse.sweep.backend import Finished, Task
 from stillhouse.sweep.cluster.cache import ENDED, KEPT_PODS, baselines_seen
 from stillhouse.sweep.cluster.code_bundle import bundle

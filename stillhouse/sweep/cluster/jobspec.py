@@ -24,6 +24,16 @@ from stillhouse.compose import (
     options_of,
 )
 from stillhouse.errors import ConfigError
+from stillhouse.identity import (
+    as_before,
+    baseline_key,
+    digest,
+    eval_digest,
+    suite_content,
+    suite_key,
+    to_plain,
+    versioned,
+)
 from stillhouse.rundir import RunDir, Runs, directory_name
 from stillhouse.spec import (
     ID_DIGITS,
@@ -34,14 +44,6 @@ from stillhouse.spec import (
     QuantSpec,
     SuiteSpec,
     TrainSpec,
-    as_before,
-    baseline_key,
-    digest,
-    eval_digest,
-    suite_content,
-    suite_key,
-    to_plain,
-    versioned,
 )
 from stillhouse.sweep.grid import Point, Sweep
 from stillhouse.sweep.plan import Action, groups_of
