@@ -78,7 +78,8 @@ def test_what_is_unpacked_has_the_digest_and_composes_the_same_point(
     words = ["pair=tiny", "lmbda=0.5", "learning_rate=5e-6"]
     code = (
         "from stillhouse.compose import compose, from_command_line;"
-        "from stillhouse.rundir import code_identity; from stillhouse.spec import *;"
+        "from stillhouse.rundir import code_identity; from stillhouse.identity import point_id;"
+        "from stillhouse.spec import TrainSpec;"
         f"print(code_identity()['digest']);"
         f"print(point_id(compose(from_command_line({words}, TrainSpec), TrainSpec)))"
     )
