@@ -237,6 +237,8 @@ def _explain(error: ValidationError, spec_type: type[Any], where: str) -> str:
         return f'{where}: no knob "{key}".{nearest(key, known)}'
     reason = first["msg"].removeprefix("Value error, ")
     reason = reason[0].lower() + reason[1:]
+    if first["type"] == "string_type" and isinstance(value, int | float):
+        reason += "; text that reads as a number stands in quotes"
     if dataclasses.is_dataclass(value) or isinstance(value, Mapping) or not key:
         return f"{where}: {key or 'settings'}: {reason}"
     return f"{where}: {key} = {value!r}: {reason}"

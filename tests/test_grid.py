@@ -528,6 +528,10 @@ BAD_FILES: dict[str, tuple[str | bytes, str]] = {
     ),
     "base 60": ("base: {pair: tiny, max_steps: 1:30}", "(1:30 is a number in another base"),
     "base 16": ("base: {pair: tiny, seed: 0x1F}", "(0x1F is a number in another base"),
+    "a commit that reads as a number": (
+        "base: {pair: tiny, student_revision: 12e4}",
+        "pair.student_revision = 120000.0: input should be a valid string; text that reads as a",
+    ),
     "an unknown key": ("gird: {}\n" + TINY, 'no key "gird"'),
     "an unknown key, nearest": ("gird: {}\n" + TINY, 'Did you mean "grid"?'),
     "an unknown knob in base": ("base: {lmda: 0}", 'base: no knob "lmda". Did you mean "lmbda"?'),
@@ -745,6 +749,12 @@ words = ["pair=tiny", f"learning_rate={rates}", f"beta={ten}", f"lmbda={ten}", "
 sweep = load_sweep(None, words, Path("runs"))
 print(len(sweep.points), len({p.id for p in sweep.points}), compose._composed.cache_info().misses)
 """
+
+
+def test_the_digits_of_a_commit_are_no_infinite_number(tmp_path: Path):
+    (tmp_path / "s.yaml").write_text("base: {pair: tiny, student_revision: 1234e567}")
+    (point,) = load_sweep(str(tmp_path / "s.yaml"), [], tmp_path / "runs").points
+    assert point.spec.pair.student_revision == "1234e567"
 
 
 def test_ten_thousand_points_are_checked_and_hydra_composes_a_handful_of_times():

@@ -7,6 +7,7 @@ refused, not filled in: somebody else's file must not depend on the environment 
 
 from __future__ import annotations
 
+import math
 import re
 from typing import Any, cast
 
@@ -58,8 +59,11 @@ def _whole(loader: Any, node: Any) -> int:
     return int(loader.construct_scalar(node))
 
 
-def _real(loader: Any, node: Any) -> float:
-    return float(loader.construct_scalar(node).replace(".inf", "inf").replace(".nan", "nan"))
+def _real(loader: Any, node: Any) -> float | str:
+    written = cast("str", loader.construct_scalar(node))
+    number = float(written.replace(".inf", "inf").replace(".nan", "nan"))
+    # Beyond all numbers: the digits of a commit, such as 1234e567.
+    return written if math.isinf(number) and "inf" not in written.lower() else number
 
 
 def _mapping(loader: Any, node: Any) -> dict[Any, Any]:
