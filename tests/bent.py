@@ -270,7 +270,7 @@ class Kept:
     def patch(self, resource: str, name: str, merge: Json) -> Json:
         return self.maps.get(name) or {"metadata": {"name": name}}
 
-    def create(self, resource: str, body: Json) -> Json:
+    def create(self, resource: str, body: Json, **_: object) -> Json:
         return body
 
     def replace(self, resource: str, name: str, body: Json) -> Json:

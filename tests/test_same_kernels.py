@@ -35,7 +35,7 @@ def making(into: Path, limits: dict[str, str]) -> subprocess.Popen[bytes]:
     """A process, limited from outside, that has a small model made."""
     code = (
         "import sys; from pathlib import Path; from tests.test_same_kernels import SMALL, STEPS;"
-        " from stillhouse.distill import tiny;"
+        " from stillhouse.distill.toy import tiny;"
         f" tiny.make(SMALL, STEPS, 0, Path({str(into)!r}), print);"
         " sys.exit('torch' in sys.modules)"
     )
