@@ -569,9 +569,6 @@ WORKLOADS = {
     "finished": [*ADMITTED, ("Finished", "True", "Succeeded", REACHED)],
 }
 
-# Until the queue looks at it again, which Kueue does at once or when something else ends.
-JUST_PREEMPTED = [("QuotaReserved", "False", "Pending", BY), *WORKLOADS["preempted"][1:]]
-
 # The same where Kueue tells by the reason what it waits for: by default from 0.20.
 NOT_ADMITTED = ("Admitted", "False", "NoReservation", "The workload has no reservation")
 NEXT_WORKLOADS = {
