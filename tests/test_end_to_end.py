@@ -39,5 +39,5 @@ def test_a_second_run_has_nothing_left_to_do_and_touches_nothing(undisturbed):
 
 def test_killed_at_random_moments_a_sweep_ends_as_if_undisturbed(tmp_path, undisturbed):
     place = Place(tmp_path)
-    disturb(place, 3, random.Random(2))
+    disturb(place, 2, random.Random(2))
     assert place.outcome() == undisturbed.outcome()
