@@ -373,7 +373,7 @@ def test_who_comes_late_reads_of_the_end_before_making_a_job_again(
     with cluster_of(door, tmp_path / "late") as late, backend_of(late, SWEEP) as backend:
         away: list[Kind] = ["unavailable"] * 1000
         door.faults.script("GET", "watch=1", *away)
-        backend.maker.look_valid_s = 0.0
+        backend.creator.look_valid_s = 0.0
         # Meanwhile another driver sees the point through, and deletes its Job.
         Ledger(cluster, SWEEP.site.runs_claim).write({IDS[0]: Record("done")})
         assert backend.look(IDS[0]).state == "new"
@@ -385,7 +385,7 @@ def test_who_comes_late_reads_of_the_end_before_making_a_job_again(
 def test_who_changed_the_ledger_since_we_decided_is_heeded(
     cluster: Cluster, backend: JobExecutor
 ) -> None:
-    backend.maker.look_valid_s = 0.0
+    backend.creator.look_valid_s = 0.0
     Ledger(cluster, SWEEP.site.runs_claim).write({IDS[0]: Record("cancelled")})
     backend.start(task())
     end = finished(backend)
@@ -433,7 +433,7 @@ def test_a_job_that_is_still_being_deleted_is_waited_for(fake: FakeApi, cluster:
         assert backend.live() == []
         assert backend.look(IDS[0]).cause == "its Job is being deleted"
         backend.start(task())
-        until_told(backend, lambda: backend.maker.cluster.requests > 30)
+        until_told(backend, lambda: backend.creator.cluster.requests > 30)
         assert fake.created("jobs")[name] == 0
         fake.end_pods(name)
         until_told(backend, lambda: fake.created("jobs")[name])
@@ -463,7 +463,7 @@ def test_a_full_quota_does_not_hide_a_job_that_is_there(
 def test_a_create_that_waits_out_an_outage_revives_nothing(
     fake: FakeApi, cluster: Cluster, backend: JobExecutor
 ) -> None:
-    backend.maker.look_valid_s = 0.0
+    backend.creator.look_valid_s = 0.0
     other = Ledger(cluster, SWEEP.site.runs_claim)
     down: list[Kind] = ["unavailable"] * 20
     fake.faults.script("POST", "/jobs", *down)

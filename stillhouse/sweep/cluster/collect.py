@@ -33,7 +33,7 @@ from stillhouse.rundir import (
 )
 from stillhouse.spec import SiteSpec
 from stillhouse.sweep.cluster.connect import Cluster
-from stillhouse.sweep.cluster.volume_pod import Holder, Say
+from stillhouse.sweep.cluster.volume_pod import Say, VolumePod
 from stillhouse.sweep.registry import Roster
 from stillhouse.transfer import state
 
@@ -103,8 +103,8 @@ def collect(
     runs.mkdir(parents=True, exist_ok=True)
     directories = [row.directory for row in roster.rows]
     directories += [f"baselines/{path.name}" for path in roster.baselines]
-    with _alone(runs), Holder(cluster, site, roster.name, say) as holder:
-        home = _Home(runs, f"{cluster.server} {cluster.namespace}/{site.runs_claim}", holder)
+    with _alone(runs), VolumePod(cluster, site, roster.name, say) as volume_pod:
+        home = _Home(runs, f"{cluster.server} {cluster.namespace}/{site.runs_claim}", volume_pod)
         home.fetch_small(directories)
         home.fetch_verdicts()
         if adapters:
@@ -121,11 +121,11 @@ def fetch_log(cluster: Cluster, site: SiteSpec, sweep: str, file: str, say: Say)
     directory, _, name = file.rpartition("/")
     with (
         tempfile.TemporaryDirectory() as place,
-        Holder(cluster, site, sweep, say) as holder,
+        VolumePod(cluster, site, sweep, say) as volume_pod,
     ):
         stage = Path(place) / "stage"
         wanted = {"directories": [directory], "files": [glob.escape(name)]}
-        holder.ask(wanted | {"largest": LARGEST_SMALL}, stage)
+        volume_pod.ask(wanted | {"largest": LARGEST_SMALL}, stage)
         path = stage / file
         return path.read_bytes() if path.exists() else None
 
@@ -149,8 +149,8 @@ def _alone(runs: Path) -> Generator[None, None, None]:
 class _Home:
     """The local directory of runs, into which results are fetched."""
 
-    def __init__(self, runs: Path, source: str, holder: Holder) -> None:
-        self.runs, self.source, self.holder = runs, source, holder
+    def __init__(self, runs: Path, source: str, volume_pod: VolumePod) -> None:
+        self.runs, self.source, self.volume_pod = runs, source, volume_pod
         self.stage, self.fresh = runs / STAGE / "came", runs / STAGE / "new"
         self.collected = Collected()
         self.names: dict[str, str] = {}
@@ -179,7 +179,7 @@ class _Home:
         """What preflights found on the cluster, where nothing newer is known here."""
         there = Runs(self.runs).verdicts
         wanted = {"directories": [there.name], "files": ["*.json"], "largest": LARGEST_VERDICT}
-        self.holder.ask(wanted, self.stage)
+        self.volume_pod.ask(wanted, self.stage)
         for came in sorted((self.stage / there.name).glob("*.json")):
             name = f"{there.name}/{came.name}"
             try:
@@ -230,7 +230,7 @@ class _Home:
             request["most"] = sum(map(self._weight, batch)) + SLACK
         else:
             request["largest"] = LARGEST_SMALL
-        manifest = self.holder.ask(request, self.stage)
+        manifest = self.volume_pod.ask(request, self.stage)
         for directory in batch:
             came = [name for name in manifest["files"] if name.startswith(f"{directory}/")]
             if not came:
@@ -303,7 +303,7 @@ class _Home:
                 self.collected.kept[f"names/{name}"] = str(error)
 
     def _say(self, done: int, of: int, what: str) -> None:
-        self.holder.say(f"{done:,} of {of:,} {what}, {size(self.collected.bytes)} came")
+        self.volume_pod.say(f"{done:,} of {of:,} {what}, {size(self.collected.bytes)} came")
 
 
 def _verdict(file: Path) -> Json | None:

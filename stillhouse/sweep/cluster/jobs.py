@@ -79,11 +79,11 @@ class JobExecutor:
         self.code = bundle(sweep.suite)
         self.cache, self.ledger = watcher.cache, watcher.ledger
         self.cache.code = self.code.digest
-        self.maker = JobCreator(self.site, self.cluster, self.ledger, self.code)
+        self.creator = JobCreator(self.site, self.cluster, self.ledger, self.code)
         self.steps = JobSpecs(sweep)
         self.keep_s, self.retry_s, self.blocked_s = KEEP_S, RETRY_S, BLOCKED_S
         self.write_s = WRITE_S if len(rows.rows) > LARGE else 0.0
-        self.whose = JobOwner(sweep, rows, self.steps)
+        self.job_owner = JobOwner(sweep, rows, self.steps)
         self._pool = ThreadPoolExecutor(WRITERS, thread_name_prefix="jobs")
         self._live: dict[str, Work] = {}  # name of the Job -> what it does
         self._settled: set[str] = set()  # uids of Jobs whose ends are in the ledger
@@ -133,7 +133,7 @@ class JobExecutor:
     def _prepared(self) -> dict[str, bool]:
         """The groups whose pair is in the cache. A Job that failed at it before is tried again."""
         found: dict[str, bool] = {}
-        for name, group in self.whose.prepares.items():
+        for name, group in self.job_owner.prepares.items():
             job = self.cache.job(name)
             is_complete = job is not None and job.state == "complete"
             if is_complete or self.cache.is_done(prepare_of(name.rpartition("-")[2])):
@@ -176,13 +176,13 @@ class JobExecutor:
         """Have a Job made for a task; returns at once."""
         work = self._work(task.action)
         self._live[work.name] = work
-        self.maker.send_code()
+        self.creator.send_code()
         self._submit(work)
 
     def _work(self, action: Action) -> Work:
         step = self.steps.of(action)
         keys = keys_of(step)
-        order = self.maker.order(step, keys)
+        order = self.creator.order(step, keys)
         return Work(action, step.name, keys, order, replaced=order.replaced)
 
     def _submit(self, work: Work) -> None:
@@ -191,7 +191,7 @@ class JobExecutor:
             self._block(work, why_orphan(orphan))
             return
         assert work.order is not None, "what has no Job yet was ordered here"
-        work.making = self._pool.submit(self.maker.make, work.order)
+        work.making = self._pool.submit(self.creator.make, work.order)
         work.making.add_done_callback(lambda _: self.cache.touch(work.name))
 
     def _block(self, work: Work, why: str) -> None:
@@ -276,7 +276,7 @@ class JobExecutor:
         if work is not None and work.uid is None:
             work.again_at = 0.0  # what was in its way may be gone
             return []
-        action = self.whose.action(job)
+        action = self.job_owner.action(job)
         if action is None or (work is None and job.uid in self._settled):
             return []
         if work is not None:
@@ -351,11 +351,11 @@ class JobExecutor:
 
     def _make_anew(self, job: JobView, pods: Sequence[PodView]) -> None:
         """Delete a Job, and have it made when it is gone: once, since only this uid is deleted."""
-        action = self.whose.action(job)
+        action = self.job_owner.action(job)
         work = self._work(action) if action is not None else None
         if work is None or work.order is None or work.name != job.name:
             return  # it scores points of others, too
-        self.maker.send_code()
+        self.creator.send_code()
         work.order.replaced[job.uid] = job
         self._blocked[job.name] = "its Job is made anew"
         self._live[job.name] = work
@@ -366,7 +366,7 @@ class JobExecutor:
 
     def _made_anew(self, order: Order, job: JobView) -> Made:
         self._deleted(job)
-        return self.maker.make(order)  # first it is told that the name is not free yet
+        return self.creator.make(order)  # first it is told that the name is not free yet
 
     # ------------------------------------------------------------------------------- keeping
 
@@ -395,7 +395,7 @@ class JobExecutor:
         if time.monotonic() - self._reread_at < self.retry_s:
             return
         self._reread_at = time.monotonic()
-        whats = [*self.rows.by_id, *self.whose.baselines]
+        whats = [*self.rows.by_id, *self.job_owner.baselines]
         keys = {*whats, *(score_of(what, self.scores) for what in whats if self.scores)}
         failed = [key for key in keys if _has_failed(self.ledger.get(key))]
         changed = self.ledger.refresh(failed, self.retry_s / 2)

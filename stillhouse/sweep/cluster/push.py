@@ -26,7 +26,7 @@ from stillhouse.sweep.cluster import secrets
 from stillhouse.sweep.cluster.collect import size
 from stillhouse.sweep.cluster.connect import ApiError, Cluster
 from stillhouse.sweep.cluster.jobspec import CACHE, push_step
-from stillhouse.sweep.cluster.volume_pod import TRIES, Holder, Say
+from stillhouse.sweep.cluster.volume_pod import TRIES, Say, VolumePod
 
 PUSHED = f"{CACHE}/pushed"
 LIMIT_BYTES = 20 << 30  # all of it passes through the API server, which others need, too
@@ -179,15 +179,15 @@ def push(cluster: Cluster, site: SiteSpec, load: Load, files: Json, say: Say) ->
         ConfigError: a right is missing, the pod cannot start, the volume is full, a file changed.
         Interrupted: asked to stop, or the connection broke again and again; what came stays.
     """
-    with Holder(cluster, site, load.label, say, push_step) as holder:
-        return _Push(holder, load, files).run()
+    with VolumePod(cluster, site, load.label, say, push_step) as volume_pod:
+        return _Push(volume_pod, load, files).run()
 
 
 class _Push:
     """One load, and the pod that takes it."""
 
-    def __init__(self, holder: Holder, load: Load, files: Json) -> None:
-        self.holder, self.load, self.files = holder, load, files
+    def __init__(self, volume_pod: VolumePod, load: Load, files: Json) -> None:
+        self.volume_pod, self.load, self.files = volume_pod, load, files
         self.name, self.names = name_of(load.label, files), [*files]
         self.sent = 0
 
@@ -213,8 +213,10 @@ class _Push:
                 if isinstance(error, ApiError) and error.status == 403:
                     raise
                 failures, problem = failures + 1, str(error)
-                self.holder.say(f"it broke, and goes on: {error}")
-                self.holder.cluster.stop.wait(self.holder.cluster.first_delay_s * 4**failures)
+                self.volume_pod.say(f"it broke, and goes on: {error}")
+                self.volume_pod.cluster.stop.wait(
+                    self.volume_pod.cluster.first_delay_s * 4**failures
+                )
             if failures >= TRIES:
                 raise Interrupted(
                     f"{TRIES} times in a row nothing more came ({problem}); what came before stays,"
@@ -233,9 +235,9 @@ class _Push:
         """Send a request to the pod; its answer, once that is checked.
 
         Raises:
-            ValueError: the answer is none; or as `Holder.tell`.
+            ValueError: the answer is none; or as `VolumePod.tell`.
         """
-        said = self.holder.tell({"root": PUSHED, "name": self.name, **request}, stdin)
+        said = self.volume_pod.tell({"root": PUSHED, "name": self.name, **request}, stdin)
         if not self._is_answer(said):
             raise ValueError("the pod's answer is not about these files")
         numbers: list[int] = said["spoilt"]
@@ -265,7 +267,7 @@ class _Push:
             raise ConfigError(
                 f"the cache volume has {size(there['free'])} left, and {size(left)} are to come:"
                 f" remove what nobody needs below {PUSHED}, or enlarge the claim"
-                f" {self.holder.site.cache_claim}"
+                f" {self.volume_pod.site.cache_claim}"
             )
 
     def _pieces(self, have: Sequence[int]) -> list[tuple[int, int, int]]:
@@ -302,7 +304,7 @@ class _Push:
             raise ConfigError(f"{name} changed while it was sent; push again")
 
     def _say(self, there: Json) -> None:
-        self.holder.say(f"{size(_bytes(there))} of {size(self.load.bytes)} are there")
+        self.volume_pod.say(f"{size(_bytes(there))} of {size(self.load.bytes)} are there")
 
 
 def _bytes(there: Json) -> int:

@@ -44,7 +44,7 @@ LOOK_S = 5.0  # how often a pod that does not start is looked at, without news o
 Say = Callable[[str], None]
 
 
-class Holder:
+class VolumePod:
     """A Job whose pod mounts a volume, for the duration of a `with` block.
 
     `about`: what it is for, a sweep's name for example; `step`: says which volume that is.
@@ -63,7 +63,7 @@ class Holder:
         self._name = ""  # of the Job; '' while there is none
         self._count = 0
 
-    def __enter__(self) -> Holder:
+    def __enter__(self) -> VolumePod:
         problem = image_problem(self.site)
         if problem:
             raise ConfigError(problem)
