@@ -158,6 +158,14 @@ def test_an_evaluation_that_blames_nobody_failed_for_all_that_it_has_not_scored(
     assert (lab.look().state, lab.look(OTHER.id).state) == ("failed", "done")
 
 
+def test_what_an_earlier_pod_scored_is_done_whatever_the_last_one_said(lab: Lab) -> None:
+    lab.watcher.ledger.write({id_: Record("done") for id_ in (POINT.id, OTHER.id)})
+    name = lab.send(EVAL)
+    lab.fake.fail(name, 1, json.dumps({"exit_code": 1, "cause": "no", "done": OTHER.id}), ends=None)
+    lab.fake.fail(name, 137, reason="Error", ends="BackoffLimitExceeded")
+    assert (lab.look().state, lab.look(OTHER.id).state) == ("failed", "done")
+
+
 def test_what_a_pod_said_of_its_rows_is_kept_when_it_is_gone(lab: Lab) -> None:
     lab.watcher.ledger.write({id_: Record("done") for id_ in (POINT.id, OTHER.id)})
     name = lab.send(EVAL)

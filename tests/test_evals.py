@@ -684,6 +684,10 @@ def test_a_run_of_a_pack_that_is_gone_does_not_end_the_others(place, tmp_path):
     found, _, gone = find.typed((str(here.path), str(lost)), runs)
     assert [f.home for f in found] == [here.path]
     assert gone.keys() == {lost} and "no such directory" in gone[lost]
+    torn = bare_run(place, runs.root, "seed=7")
+    torn.spec_file.write_text("{")
+    found, _, gone = find.typed((str(here.path), str(torn.path)), runs)
+    assert [f.home for f in found] == [here.path] and gone.keys() == {torn.path}
     for words in ((str(lost),), (str(lost), str(lost)), (str(here.path), str(tmp_path / "typo"))):
         with pytest.raises(ConfigError, match="no such directory"):
             find.typed(words, runs)

@@ -36,6 +36,14 @@ def states(told: Path) -> list[tuple[str, str]]:
     return [(line["row"], line["state"]) for line in lines]
 
 
+def test_a_note_that_somebody_tore_says_nothing(home: Path) -> None:
+    home.mkdir()
+    for kind in ("begun", "error"):
+        eval_note(home, kind).write_text("{")
+        assert read_eval_note(home, kind) == {}
+    assert not Isolation().is_suspect(home)
+
+
 @pytest.mark.parametrize(
     ("error", "code", "raised"),
     [

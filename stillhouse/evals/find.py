@@ -19,7 +19,7 @@ from pathlib import Path
 
 from pydantic import TypeAdapter
 
-from stillhouse.errors import ConfigError, nearest
+from stillhouse.errors import ConfigError, ContractError, nearest
 from stillhouse.identity import as_before
 from stillhouse.rundir import RunDir, Runs
 from stillhouse.spec import PairSpec
@@ -44,6 +44,7 @@ def typed(words: tuple[str, ...], runs: Runs) -> tuple[list[Found], int, dict[Pa
 
     Raises:
         ConfigError: a path that does not exist, or with no adapter at or below it.
+        ContractError: a run whose record cannot be read.
     """
     found: dict[Path, Found] = {}
     untrained: set[Path] = set()
@@ -52,13 +53,14 @@ def typed(words: tuple[str, ...], runs: Runs) -> tuple[list[Found], int, dict[Pa
     for word in words:
         try:
             adapters, unfinished = _adapters_of(word, runs)
-        except ConfigError as error:
+            described = [(adapter.resolve(), _described(adapter, names)) for adapter in adapters]
+        except (ConfigError, ContractError) as error:
             if len(words) == 1 or not _is_run_path(Path(word), runs):
                 raise
             gone[Path(word)] = str(error)
             continue
-        for adapter in adapters:
-            found.setdefault(adapter.resolve(), _described(adapter, names))
+        for real, one in described:
+            found.setdefault(real, one)
         untrained |= unfinished
     if gone and not found:
         raise ConfigError("; ".join(gone.values()))

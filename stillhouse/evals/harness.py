@@ -31,6 +31,7 @@ from stillhouse.rundir import (
     Json,
     Runs,
     eval_file,
+    eval_note,
     now,
     read_json,
     sweep_leftovers,
@@ -140,6 +141,7 @@ def run_suite(spec: EvalSpec, stop: Stop) -> int:
             open_tasks = {(row, t) for t in suite.tasks if row.finished(suite, t) is None}
             missing |= open_tasks
             if not open_tasks:
+                eval_note(row.home, "begun").unlink(missing_ok=True)  # it died after the last score
                 isolation.done(row.home)
     rows = [row for row in rows if row.home not in isolation.failed]
     todo = f"{len(missing)} of {len(rows) * len(suite.tasks)} scores to find"

@@ -33,6 +33,7 @@ from stillhouse.sweep.cluster.reasons import (
     by_age,
     end_of_pod,
     is_killed_by_memory,
+    scored_rows,
     why_orphan,
 )
 from stillhouse.sweep.cluster.refusals import why_not_made
@@ -345,7 +346,8 @@ class JobExecutor:
         _, since = self._stuck.setdefault(job.uid, (job.name, time.monotonic()))
         if time.monotonic() - since < self.site.patience_s:
             return []
-        return [_Ended(job, End(CANNOT_START, f"cannot start: {reason.words}"), is_to_go=True)]
+        end = End(CANNOT_START, f"cannot start: {reason.words}", None, scored_rows(job, pods))
+        return [_Ended(job, end, is_to_go=True)]
 
     # ------------------------------------------------------------------------------ made anew
 

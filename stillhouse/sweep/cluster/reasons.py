@@ -295,8 +295,19 @@ def _why_not_mounted(message: str) -> Reason:
 # ------------------------------------------------------------------------------------ ended
 
 
+def scored_rows(job: JobView, pods: Sequence[PodView]) -> tuple[str, ...]:
+    """What an evaluation's attempts scored, all of them together."""
+    told = [rows_told(one)[0] for one in told_attempts(job)]
+    seen = [end_of_pod(pod).done for pod in pods if pod.is_over]
+    return tuple(dict.fromkeys(row for rows in (*told, *seen) for row in rows))
+
+
 def how_it_failed(job: JobView, pods: Sequence[PodView]) -> End:
-    """The end of a Job that failed; its pods may be gone already."""
+    """The end of a Job that failed, with what any attempt scored; its pods may be gone already."""
+    return replace(_how_the_last_failed(job, pods), done=scored_rows(job, pods))
+
+
+def _how_the_last_failed(job: JobView, pods: Sequence[PodView]) -> End:
     ended = [pod for pod in by_age(pods) if pod.is_over and pod.phase != "Succeeded"]
     # Where the pods are gone, what was noted of them on the Job is left.
     told = [
@@ -306,10 +317,10 @@ def how_it_failed(job: JobView, pods: Sequence[PodView]) -> End:
     ends = [end_of_pod(pod) for pod in ended] or told
     last = ends[-1] if ends else None
     if job.end_reason == "DeadlineExceeded":
-        tail, done = (last.tail, last.done) if last else (None, ())
+        tail = last.tail if last else None
         if job.was_held:
-            return End(TOO_LATE, _HELD_TOO_LONG, tail, done)
-        return End(TOO_LATE, "it took longer than its deadline (site.deadline_s)", tail, done)
+            return End(TOO_LATE, _HELD_TOO_LONG, tail)
+        return End(TOO_LATE, "it took longer than its deadline (site.deadline_s)", tail)
     if job.end_reason == "PodFailurePolicy":
         found = re.search(r"failed with exit code (\d+)", job.end_message or "")
         code = int(found[1]) if found else UNKNOWN
