@@ -307,7 +307,7 @@ def _look_first(spec: TrainSpec | EvalSpec) -> None:
     require_torch()
     from stillhouse.distill import pairs, prompts
 
-    pairs.require(spec.pair, spec.place.commits)
+    pairs.require(spec.pair, Path(spec.place.cache_dir), spec.place.commits)
     compatibility.check([spec])
     if isinstance(spec, TrainSpec) and spec.data.data_source != "generated":
         prompts.rows_at_hand(spec.data, spec.place.commits)

