@@ -23,7 +23,7 @@ from stillhouse.errors import ContractError
 from stillhouse.rundir import Runs
 from stillhouse.spec import TrainSpec
 from stillhouse.stop import StopFlag
-from tests.builders.cheap import cheap
+from tests.builders.cheap import cheap, teacher_of
 
 ANYWHERE: Bins = [(0, None)]
 
@@ -209,7 +209,7 @@ def test_a_run_logs_what_a_dense_computation_finds_on_its_rollouts(tmp_path: Pat
     for example, ids in zip(share.examples, share.written.ids, strict=True):
         sides = [
             model(torch.tensor([[*example.prompt_ids, *ids]])).logits[0, -len(ids) - 1 : -1]
-            for model in (run.student, run.teacher)
+            for model in (run.student, teacher_of(run))
         ]
         for place, (z, t) in enumerate(zip(*sides, strict=True)):
             for name, value in by_sets(z, t, 5).items():

@@ -120,7 +120,7 @@ def test_a_capped_ratio_counts_so_often_and_the_share_of_such_tokens_is_logged(t
 
 def stale(run: Run) -> None:
     """Let the student write with the weights of its first rollout from then on."""
-    engine = run.roles.engines[id(run.student)]
+    engine = run.roles.engine
     engine.refold()
     engine.refold = lambda: None
 

@@ -13,7 +13,7 @@ from stillhouse.distill.run import Run
 from stillhouse.errors import ConfigError
 from stillhouse.rundir import Runs
 from stillhouse.stop import StopFlag
-from tests.builders.cheap import cheap
+from tests.builders.cheap import cheap, teacher_of
 
 
 def make(runs, *words):
@@ -41,7 +41,7 @@ def test_the_logged_numbers_are_those_of_a_dense_computation_on_shifted_targets(
         first = len(row.prompt_ids)
         student_TV = run.student(ids).logits[0, first - 1 : -1].log_softmax(-1)
         with torch.no_grad():
-            teacher_TV = run.teacher(ids).logits[0, first - 1 : -1].log_softmax(-1)
+            teacher_TV = teacher_of(run)(ids).logits[0, first - 1 : -1].log_softmax(-1)
         p, q = student_TV.exp(), teacher_TV.exp()
         log_m = (0.3 * q + 0.7 * p).log()
         losses.append((0.3 * q * (teacher_TV - log_m) + 0.7 * p * (student_TV - log_m)).sum(-1))
@@ -67,7 +67,7 @@ def test_weights_by_position_weigh_what_is_differentiated_and_logged(tmp_path):
         first = len(example.prompt_ids)
         student_TV = run.student(sequence).logits[0, first - 1 : -1].log_softmax(-1)
         with torch.no_grad():
-            teacher_TV = run.teacher(sequence).logits[0, first - 1 : -1].log_softmax(-1)
+            teacher_TV = teacher_of(run)(sequence).logits[0, first - 1 : -1].log_softmax(-1)
         p, q = student_TV.exp(), teacher_TV.exp()
         log_m = (0.3 * q + 0.7 * p).log()
         losses_T = (0.3 * q * (teacher_TV - log_m) + 0.7 * p * (student_TV - log_m)).sum(-1)
@@ -169,7 +169,7 @@ def test_a_teacher_that_is_the_student_gives_a_loss_of_zero(tmp_path):
     weights = made.prepared.student
     run = make(tmp_path, "pair=tiny", "pair_source=hub", f"student={weights}", f"teacher={weights}",
                "quant=none", "lmbda=1", "pair_name=self")  # fmt: skip
-    assert run.teacher is run.student, "one model, with its adapter switched off as the teacher"
+    assert teacher_of(run) is run.student, "one model, with its adapter switched off as the teacher"
     metrics = run.loop.gradients(0)
     assert abs(metrics["train/loss"]) < 1e-6
     check_first_step(run.spec, metrics, run.roles.is_same_function)
@@ -208,7 +208,7 @@ def test_swapped_targets_are_seen_at_step_zero(tmp_path):
     row = run.prompts.train[run.loop.sequences.choice.rows(0)[0]]
     ids = torch.tensor([[*row.prompt_ids, *row.completion_ids]])
     with torch.no_grad():
-        logits_TV = run.teacher(ids).logits[0]
+        logits_TV = teacher_of(run)(ids).logits[0]
     shifted = cross_entropy(logits_TV[:-1], ids[0, 1:])
     unshifted = cross_entropy(logits_TV, ids[0])
     assert unshifted > shifted

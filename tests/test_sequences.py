@@ -19,7 +19,7 @@ from stillhouse.distill.run import Run
 from stillhouse.errors import Interrupted
 from stillhouse.rundir import Runs
 from stillhouse.stop import StopFlag
-from tests.builders.cheap import cheap
+from tests.builders.cheap import cheap, teacher_of
 
 LOSSES = ("jsd", "ce_pg")
 # 20 seed tokens are more than these six-token rollouts hold.
@@ -201,7 +201,7 @@ def test_seed_tokens_are_the_teachers_own_and_the_loss_does_not_count_them(tmp_p
         run.student.eval()
         with torch.no_grad():
             p_TV = run.student(full).logits[0, first - 1 : -1].log_softmax(-1)
-            q_TV = run.teacher(full).logits[0, first - 1 : -1].log_softmax(-1)
+            q_TV = teacher_of(run)(full).logits[0, first - 1 : -1].log_softmax(-1)
         y_T, old_T = full[0, first:, None], torch.tensor(drawn)
         log_p, log_q = (x.gather(1, y_T).squeeze(1) for x in (p_TV, q_TV))
         advantage = (log_q - old_T).clamp(-2, 2)  # at step 0 the clip has not warmed up yet

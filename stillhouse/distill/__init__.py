@@ -1,7 +1,7 @@
 """Train a LoRA student against a teacher: data, models, rollouts, losses, and the training loop.
 
 Reading order:
-    run, loaded, roles                   one run from its spec to its adapter; what it loads
+    run, loaded, roles, teacher          one run from its spec to its adapter; what it loads
     models, loading, head, layers        base models; logits from hidden states; which weights count
     quant, adapters                      the quantized base, and the LoRA adapter with its contract
     pairs, hub, tokenizers_match, cache  where weights come from; whether the two halves fit

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
-import torch
 from accelerate import Accelerator
 from torch import nn
 
@@ -19,11 +18,12 @@ from stillhouse.distill import models
 from stillhouse.distill.chat import Chat
 from stillhouse.distill.encoded import Example
 from stillhouse.distill.engine import Engine
-from stillhouse.distill.loop import Logits, Scorer, positions_of
+from stillhouse.distill.loop import Logits, Scorer
 from stillhouse.distill.pairs import PreparedPair
 from stillhouse.distill.rollouts import Completions, uniforms, write
 from stillhouse.distill.sequences import Writer
-from stillhouse.spec import TrainSpec
+from stillhouse.distill.teacher import Draws, ModelTeacher, Teacher
+from stillhouse.spec import RolloutSpec, TrainSpec
 
 PromptOf = Callable[[Example], Sequence[int]]
 
@@ -56,14 +56,20 @@ class Roles:
             pair.student_dtype,
         ) == (prepared.teacher, prepared.teacher_revision, pair.teacher_dtype)
         self.is_same_function = is_shared and pair.teacher_few_shot == 0
-        self.teacher: nn.Module = self.student
-        if not is_shared:
-            self.teacher = models.load_base(
-                prepared.teacher, prepared.teacher_revision, pair.teacher_dtype, None, device
-            )
-        self.engines = {id(m): Engine(m) for m in (self.student, self.teacher)}
         self.eos_ids, pad = chat.stop_ids, chat.tokenizer.pad_token_id
         self.pad_id = self.eos_ids[0] if pad is None else pad
+        self.engine = Engine(self.student)
+        self.teacher: Teacher = self._of_model(self.student, self.engine)
+        if not is_shared:
+            model = models.load_base(
+                prepared.teacher, prepared.teacher_revision, pair.teacher_dtype, None, device
+            )
+            self.teacher = self._of_model(model, Engine(model))
+
+    def _of_model(self, model: nn.Module, engine: Engine) -> ModelTeacher:
+        return ModelTeacher(
+            model, engine, lambda: self._frozen(model), self.pad_id, self.eos_ids, self.poll
+        )
 
     @contextlib.contextmanager
     def _frozen(self, model: nn.Module) -> Iterator[None]:
@@ -82,72 +88,83 @@ class Roles:
     def how(self) -> str:
         """How the student generates, for the log."""
         with self.accelerator.autocast():
-            return self.engines[id(self.student)].how()
+            return self.engine.how()
 
     def teacher_scorer(self) -> Scorer:
         """Scores with the teacher's logits; its prompts may begin with few-shot examples."""
-        return self._scorer(self.teacher, lambda e: e.teacher_prompt_ids)
+        return _scorer(self.teacher, lambda e: e.teacher_prompt_ids)
 
     def start_scorer(self) -> Scorer:
         """Scores with the student's logits before its first step: the adapter is disabled."""
-        return self._scorer(self.student, lambda e: e.prompt_ids)
-
-    def _scorer(self, model: nn.Module, prompt_of: PromptOf) -> Scorer:
-
-        @torch.no_grad()
-        def score(
-            examples: Sequence[Example],
-            completions: Sequence[Sequence[int]],
-            forced: Sequence[int],
-        ) -> Logits:
-            prompts = [prompt_of(e) for e in examples]
-            with self._frozen(model):
-                hidden_NH, _ = positions_of(
-                    model, prompts, completions, forced, max(map(len, prompts)), self.pad_id,
-                    self.accelerator.device,
-                )  # fmt: skip
-            head = models.head_of(model)
-            hidden_NH = hidden_NH.to(head.weight_VH.dtype)
-            return lambda rows: head.logits(hidden_NH[rows])
-
-        return score
+        return _scorer(self._of_model(self.student, self.engine), lambda e: e.prompt_ids)
 
     def writers(self) -> dict[str, Writer]:
         """The writers, by the names that methods use."""
-        spec = self.spec
-
-        def sampler(purpose: str, model: nn.Module, prompt_of: PromptOf) -> Writer:
-            def sample(
-                examples: Sequence[Example],
-                step: int,
-                rows: Sequence[int],
-                *,
-                tokens: int | None = None,
-                prefixes: Sequence[Sequence[int]] | None = None,
-                greedy: bool = False,
-            ) -> Completions:
-                prompts = [prompt_of(e) for e in examples]
-                rollout = spec.rollout
-                if tokens is not None:
-                    least = min(rollout.min_new_tokens, tokens)
-                    rollout = replace(rollout, max_new_tokens=tokens, min_new_tokens=least)
-                draws = uniforms(spec.training.seed, purpose, step, rows, rollout.max_new_tokens)
-                is_student = purpose == "student"
-                with self.accelerator.autocast() if is_student else self._frozen(model):
-                    return write(
-                        self.engines[id(model)], prompts, draws, rollout, pad_id=self.pad_id,
-                        eos_ids=self.eos_ids, poll=self.poll, prefixes=prefixes, greedy=greedy,
-                        most_rows=rollout.rollout_rows,
-                    )  # fmt: skip
-
-            return sample
-
-        def read(examples: Sequence[Example], *_: Any, **__: Any) -> Completions:
-            ids = [list(e.completion_ids) for e in examples]
-            return Completions(ids, [False] * len(ids), [[] for _ in ids], [0] * len(ids))
-
         return {
-            "student": sampler("student", self.student, lambda e: e.prompt_ids),
-            "teacher": sampler("teacher", self.teacher, lambda e: e.teacher_prompt_ids),
+            "student": self._write_as_student,
+            "teacher": self._write_as_teacher,
             "dataset": read,
         }
+
+    def _write_as_student(
+        self,
+        examples: Sequence[Example],
+        step: int,
+        rows: Sequence[int],
+        *,
+        tokens: int | None = None,
+        prefixes: Sequence[Sequence[int]] | None = None,
+        greedy: bool = False,
+    ) -> Completions:
+        rollout = _at_most(self.spec.rollout, tokens)
+        seed = self.spec.training.seed
+        draws_BT = uniforms(seed, "student", step, rows, rollout.max_new_tokens)
+        with self.accelerator.autocast():
+            return write(
+                self.engine, [e.prompt_ids for e in examples], draws_BT, rollout,
+                pad_id=self.pad_id, eos_ids=self.eos_ids, poll=self.poll, prefixes=prefixes,
+                greedy=greedy, most_rows=rollout.rollout_rows,
+            )  # fmt: skip
+
+    def _write_as_teacher(
+        self,
+        examples: Sequence[Example],
+        step: int,
+        rows: Sequence[int],
+        *,
+        tokens: int | None = None,
+        prefixes: Sequence[Sequence[int]] | None = None,
+        greedy: bool = False,
+    ) -> Completions:
+        draws = Draws(self.spec.training.seed, "teacher", step, rows)
+        rollout = _at_most(self.spec.rollout, tokens)
+        prompts = [e.teacher_prompt_ids for e in examples]
+        return self.teacher.write(prompts, draws, rollout, prefixes=prefixes, greedy=greedy)
+
+
+def _scorer(teacher: Teacher, prompt_of: PromptOf) -> Scorer:
+
+    def score(
+        examples: Sequence[Example],
+        completions: Sequence[Sequence[int]],
+        forced: Sequence[int],
+    ) -> Logits:
+        prompts = [prompt_of(e) for e in examples]
+        hidden_NH = teacher.hidden(prompts, completions, forced, alone=False)
+        head = teacher.head()
+        return lambda rows: head.logits(hidden_NH[rows])
+
+    return score
+
+
+def _at_most(rollout: RolloutSpec, tokens: int | None) -> RolloutSpec:
+    if tokens is None:
+        return rollout
+    least = min(rollout.min_new_tokens, tokens)
+    return replace(rollout, max_new_tokens=tokens, min_new_tokens=least)
+
+
+def read(examples: Sequence[Example], *_: Any, **__: Any) -> Completions:
+    """The completions that the data has."""
+    ids = [list(e.completion_ids) for e in examples]
+    return Completions(ids, [False] * len(ids), [[] for _ in ids], [0] * len(ids))

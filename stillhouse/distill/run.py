@@ -44,7 +44,7 @@ class Run:
         self.tokenizer, self.prompts = loaded.tokenizer, loaded.prompts
         self.is_main, self.roles = self.accelerator.is_main_process, loaded.roles
         self.say(f"data: {self.prompts.summary()}")
-        self.student, self.teacher = self.roles.student, self.roles.teacher
+        self.student = self.roles.student
         self.coverage = coverage(self.student)
         self.say(f"student: {self.coverage.told(spec.quant.quant_type)}")
         ranked = None

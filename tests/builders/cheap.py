@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from stillhouse import entrypoints
 from stillhouse.compose import compose, from_command_line
@@ -38,6 +39,11 @@ def words(runs: Path, *more: str) -> list[str]:
 def cheap(runs: Path, *more: str) -> TrainSpec:
     """A cheap point's spec."""
     return compose(from_command_line(words(runs, *more), TrainSpec), TrainSpec)
+
+
+def teacher_of(run: Any) -> Any:
+    """The model of a run's teacher, which is in this process."""
+    return run.roles.teacher.model
 
 
 # Forked from a server that has torch loaded: a real process in milliseconds instead of seconds.
