@@ -34,9 +34,10 @@ from stillhouse.sweep.cluster.jobs import WRITERS
 from stillhouse.sweep.cluster.jobspec import JobSpecs
 from stillhouse.sweep.cluster.ledger import Ledger, prepare_of
 from stillhouse.sweep.cluster.manifest import render
-from stillhouse.sweep.grid import Sweep, load_sweep
+from stillhouse.sweep.grid import load_sweep
 from stillhouse.sweep.outcome import Record
-from stillhouse.sweep.plan import Action, groups_of
+from stillhouse.sweep.plan import Action
+from stillhouse.sweep.points import Sweep
 from tests.cluster import binaries
 from tests.cluster.api import PATHS
 from tests.cluster.cluster import Json, Kubernetes, until
@@ -90,7 +91,7 @@ def sweep_of(ada: Desk, name: str, points: int, first: int, *words: str) -> tupl
 
 def bodies_of(sweep: Sweep) -> list[Json]:
     """The Jobs that `run` would send for the points of a sweep."""
-    steps, groups, code = JobSpecs(sweep), groups_of(sweep), bundle().key
+    steps, groups, code = JobSpecs(sweep), sweep.groups, bundle().key
     actions = (Action("train", groups[point.id], (point.id,)) for point in sweep.points)
     return [render(steps.of(action), sweep.site, code) for action in actions]
 
@@ -436,7 +437,7 @@ def real(programs: Path, runs: int) -> str:
             write_json(run.adapter / "stillhouse.json", {"id": point.id, "files": {}})
         for path in [ada.space.runs, *ada.space.runs.rglob("*")]:
             path.chmod(0o777 if path.is_dir() else 0o666)
-        prepare = JobSpecs(sweep).of(Action("prepare", groups_of(sweep)[sweep.points[0].id]))
+        prepare = JobSpecs(sweep).of(Action("prepare", sweep.points[0].group))
         done = {prepare_of(prepare.id): Record("done", at=time.time())}
         Ledger(cluster, "stillhouse-runs").write(done)
 

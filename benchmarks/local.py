@@ -20,10 +20,10 @@ from pathlib import Path
 
 from stillhouse.rundir import Runs, new_record, write_json
 from stillhouse.sweep.backend import Task
-from stillhouse.sweep.grid import Point, load_sweep
+from stillhouse.sweep.grid import load_sweep
 from stillhouse.sweep.local.workers import CUDA_DEVICE, PRELOAD, PRELOAD_WITHOUT_CUDA, WorkerPool
 from stillhouse.sweep.plan import Action
-from stillhouse.sweep.registry import roster_of
+from stillhouse.sweep.points import Point
 from stillhouse.sweep.snapshot import on_disk
 
 POINTS = 21  # the first pays for the server
@@ -72,7 +72,7 @@ def main() -> None:
         runs = Path(directory)
         sweep = load_sweep(None, ["pair=tiny", f"seeds={POINTS}"], runs)
         tasks = [done_point(point, runs) for point in sweep.points]
-        backend = WorkerPool(sweep, roster_of(sweep), on_disk(roster_of(sweep), sweep))
+        backend = WorkerPool(sweep, on_disk(sweep, is_to_run=True))
         first, *others = one_after_the_other(backend, tasks)
         begin = time.perf_counter()
         for task in tasks[1:]:

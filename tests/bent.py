@@ -45,9 +45,10 @@ from stillhouse.sweep.cluster.ledger import Ledger, read_sweep, sweeps
 from stillhouse.sweep.cluster.manifest import render
 from stillhouse.sweep.cluster.replace import carried_attempts, is_better_made_anew
 from stillhouse.sweep.cluster.run_names import Names
-from stillhouse.sweep.grid import Sweep, load_sweep
+from stillhouse.sweep.grid import load_sweep
 from stillhouse.sweep.outcome import Record
-from stillhouse.sweep.plan import Action, groups_of
+from stillhouse.sweep.plan import Action
+from stillhouse.sweep.points import Sweep
 from tests.builders.sample_runs import Sample, write_sample
 
 # --------------------------------------------------------------------------------- bending
@@ -285,7 +286,7 @@ def objects() -> list[tuple[str, Json]]:
     """A Job of each kind, and the other objects of a namespace about it."""
     sweep = asked()
     steps, (first, *_), ids = JobSpecs(sweep), asked().points, [p.id for p in asked().points]
-    group = groups_of(sweep)[first.id]
+    group = first.group
     teacher = (Path("teacher-0123456789"),)
     wanted = [Action("train", group, (first.id,)), Action("eval", group, (*ids,), teacher),
               Action("prepare", group)]  # fmt: skip

@@ -15,9 +15,9 @@ import pytest
 from stillhouse.cli import DOORS, VERBS, main
 from stillhouse.rundir import RunDir, Runs
 from stillhouse.sweep import verbs
-from stillhouse.sweep.grid import Sweep, load_sweep
+from stillhouse.sweep.grid import load_sweep
+from stillhouse.sweep.points import Sweep
 from stillhouse.sweep.progress import Board, Steps, display, steps_of
-from stillhouse.sweep.registry import roster_of
 from stillhouse.sweep.show import counted
 from stillhouse.sweep.snapshot import observe
 from stillhouse.sweep.state import Observation
@@ -216,7 +216,7 @@ def test_run_takes_one_point_of_a_sweep_and_leaves_the_others_new(tmp_path: Path
     call = verbs.Call(words=words, runs=tmp_path, points=(chosen[:5],))
     assert verbs.run(call, behaving.executor_for) == 0
     sweep = load_sweep(None, [*words], tmp_path)
-    seen = observe(roster_of(sweep))
+    seen = observe(sweep)
     assert [seen[point.id].state for point in sweep.points] == ["new", "done", "new"]
 
 
@@ -334,18 +334,18 @@ def test_lines_say_now_and_then_how_far_what_trains_is(
     from stillhouse.sweep.plan import Action
 
     sweep = load_sweep(None, [*behaving.words(tmp_path, points=3)], tmp_path)
-    rows, said = roster_of(sweep), list[str]()
+    said: list[str] = []
     first, second, third = (point.id for point in sweep.points)
-    rows.run(first).update_status(max_steps=10)
-    rows.run(first).metrics_file.write_text('{"step": 4}\n')
+    sweep.run(first).update_status(max_steps=10)
+    sweep.run(first).metrics_file.write_text('{"step": 4}\n')
     seen = {id_: Observation("running") for id_ in (first, second, third)}
     live = [Action("train", "tiny/int4", (first,)), Action("eval", "tiny/int4", (second,))]
-    lines = progress.Lines(rows, said.append)
-    lines.sees(Picture(rows, seen, live, False))
+    lines = progress.Lines(sweep, said.append)
+    lines.sees(Picture(sweep, seen, live, False))
     monkeypatch.setattr(progress, "STEPS_S", 0.0)
-    lines.sees(Picture(rows, seen, live, False))
-    rows.run(first).metrics_file.write_text('{"step": 5}\n')
-    lines.sees(Picture(rows, seen, live, False))
+    lines.sees(Picture(sweep, seen, live, False))
+    sweep.run(first).metrics_file.write_text('{"step": 5}\n')
+    lines.sees(Picture(sweep, seen, live, False))
     about = f"trains lmbda=0 seed=42 ({first[:6]}): step"
     assert [line.split(" ", 1)[1] for line in said][0] == f"{about} 5/10"
     assert said[1].split(" ", 1)[1].startswith(f"{about} 6/10, about ")
@@ -361,15 +361,14 @@ def test_of_a_cluster_lines_say_once_what_lasts_and_no_job_that_waits_is_running
 
     monkeypatch.setattr(progress, "LASTING_S", 0.0)
     sweep = load_sweep(None, [*behaving.words(tmp_path, points=3)], tmp_path)
-    rows = roster_of(sweep)
     first, second, third = (point.id for point in sweep.points)
     waits = Observation("waiting", "no node has 1 free nvidia.com/gpu (3 nodes)")
     seen = {first: Observation("running"), second: waits, third: waits}
     live = [Action("train", "tiny/int4", (id_,)) for id_ in seen]
     said: list[str] = []
-    lines = progress.Lines(rows, said.append, False)
+    lines = progress.Lines(sweep, said.append, False)
     for error in ("", "503 nobody is there", "503 nobody is there", ""):
-        picture = Picture(rows, seen, live, False, connection_error=error)
+        picture = Picture(sweep, seen, live, False, connection_error=error)
         lines.sees(picture)
     assert [line.split(" ", 1)[1] for line in said] == [
         f"2 wait: {waits.cause}", "requests are tried again: 503 nobody is there",
@@ -385,16 +384,16 @@ def test_what_no_point_says_and_what_runs_oddly_is_said_by_lines(
     from stillhouse.sweep.plan import Action
 
     monkeypatch.setattr(progress, "LASTING_S", 0.0)
-    rows = roster_of(load_sweep(None, [*behaving.words(tmp_path, points=2)], tmp_path))
-    first, second = (row.id for row in rows.rows)
+    sweep = load_sweep(None, [*behaving.words(tmp_path, points=2)], tmp_path)
+    first, second = (point.id for point in sweep.points)
     seen = {first: Observation("running", "pod x goes on"), second: Observation("new")}
     pair, quota = Action("prepare", "tiny/int4"), "quota: exceeded quota: few"
     packs = [Action("eval", "tiny/int4", (id_,)) for id_ in (first, second)]
     waits = {pair: "image not pulled: x"} | dict.fromkeys(packs, quota)
     said: list[str] = []
-    lines = progress.Lines(rows, said.append, False)
+    lines = progress.Lines(sweep, said.append, False)
     for _ in range(2):
-        lines.sees(Picture(rows, seen, [*waits], False, waits))
+        lines.sees(Picture(sweep, seen, [*waits], False, waits))
     assert [line.split(" ", 1)[1] for line in said] == [
         "1 run: pod x goes on",
         "prepares the pair of tiny/int4, waits: image not pulled: x",
@@ -410,21 +409,20 @@ def test_a_file_gets_lines_and_a_terminal_gets_a_board_that_stays_put(tmp_path: 
     from stillhouse.sweep.progress import Lines
 
     sweep = load_sweep(None, [*behaving.words(tmp_path, points=3)], tmp_path)
-    rows = roster_of(sweep)
-    assert isinstance(display(rows), Lines), "pytest's stdout is no terminal"
+    assert isinstance(display(sweep), Lines), "pytest's stdout is no terminal"
     first, second, third = (point.id for point in sweep.points)
-    rows.run(first).update_status(max_steps=10)
-    rows.run(first).metrics_file.write_text('{"step": 4}\n')
+    sweep.run(first).update_status(max_steps=10)
+    sweep.run(first).metrics_file.write_text('{"step": 4}\n')
     seen = {
         first: Observation("waiting"),
         second: Observation("waiting", is_trained=True),
         third: Observation("new"),
     }
     action = Action("train", "tiny/int4", (first,))
-    picture = Picture(rows, seen, [action], False)
+    picture = Picture(sweep, seen, [action], False)
     with (tmp_path / "screen").open("w+") as screen:
         console = Console(file=screen, force_terminal=True, width=80)
-        with Board(rows, console) as board:
+        with Board(sweep, console) as board:
             board.started(action)
             time.sleep(0.01)
             board.sees(picture)
@@ -435,7 +433,7 @@ def test_a_file_gets_lines_and_a_terminal_gets_a_board_that_stays_put(tmp_path: 
     seen[first] = Observation("waiting", cause="[/b] of \x1b[2J a registry")
     with (tmp_path / "screen").open("w+") as screen:
         console = Console(file=screen, force_terminal=True, width=80)
-        with Board(rows, console, has_files=False) as board:
+        with Board(sweep, console, has_files=False) as board:
             board.sees(picture)
         screen.seek(0)
         assert "[/b] of \\x1b[2J a" in screen.read(), "as it came, and inert"

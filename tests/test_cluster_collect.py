@@ -30,7 +30,7 @@ from stillhouse.sweep.cluster.collect import Collected, collect, fetch_log
 from stillhouse.sweep.cluster.connect import Cluster, connect
 from stillhouse.sweep.cluster.manifest import SELECTOR
 from stillhouse.sweep.grid import load_sweep
-from stillhouse.sweep.registry import Roster
+from stillhouse.sweep.points import Sweep
 from stillhouse.sweep.snapshot import observe
 from tests.builders.sample_runs import Sample, write_sample
 from tests.fakes.fake_api import FakeApi
@@ -75,18 +75,18 @@ class Lab:
         return dataclasses.replace(sweep.site, patience_s=1)
 
     @property
-    def rows(self) -> Roster:
+    def sweep(self) -> Sweep:
         found = registry.read(self.volume, "grid")
         assert found is not None
         return dataclasses.replace(found, runs=self.home)
 
-    def collect(self, adapters: bool = False, rows: Roster | None = None) -> Collected:
+    def collect(self, adapters: bool = False, sweep: Sweep | None = None) -> Collected:
         return collect(
-            self.cluster, self.site, rows or self.rows, self.home, adapters, self.said.append
+            self.cluster, self.site, sweep or self.sweep, self.home, adapters, self.said.append
         )
 
     def run(self, index: int, root: Path | None = None) -> RunDir:
-        return RunDir((root or self.home) / self.rows.rows[index].directory)
+        return RunDir((root or self.home) / self.sweep.points[index].directory)
 
 
 @contextlib.contextmanager
@@ -134,7 +134,7 @@ def files(root: Path) -> dict[str, bytes]:
 def test_small_files_come_home_and_the_report_is_that_of_the_volume(lab: Lab, tmp_path: Path):
     collected = lab.collect()
     assert (len(collected.came), collected.unchanged, collected.kept) == (8, 0, {})
-    assert collected.missing == [lab.rows.rows[5].directory]
+    assert collected.missing == [lab.sweep.points[5].directory]
     home, volume = files(lab.home), files(lab.volume)
     assert {n for n in volume if n not in home} == {
         *(n for n in volume if n.endswith("adapter_model.safetensors")), "sweeps/grid.json",
@@ -147,7 +147,7 @@ def test_small_files_come_home_and_the_report_is_that_of_the_volume(lab: Lab, tm
     elsewhere = ["file"]
     assert here.drop(columns=elsewhere).equals(there.drop(columns=elsewhere))
     assert write_report("grid", lab.home).is_file()
-    assert observe(lab.rows)
+    assert observe(lab.sweep)
 
 
 def test_the_job_is_gone_when_all_is_here(lab: Lab):
@@ -164,7 +164,7 @@ def test_what_is_here_already_is_not_sent_again(lab: Lab):
     assert files(lab.home) == before
     lab.run(0, lab.volume).update_status(step=61)
     changed = lab.collect()
-    assert (changed.came, changed.unchanged) == ([lab.rows.rows[0].directory], 7)
+    assert (changed.came, changed.unchanged) == ([lab.sweep.points[0].directory], 7)
     assert lab.run(0).status()["step"] == 61
 
 
@@ -197,7 +197,7 @@ def test_verdicts_of_preflights_come_home_unless_something_newer_is_known(lab: L
         write_json(here / f"{name}-0123456789.json", {"verdict": "unsure", "created": 5})
     found = lab.collect()
     assert found.verdicts == 2
-    assert "2 verdicts of preflights came" in " ".join(found.lines(lab.rows))
+    assert "2 verdicts of preflights came" in " ".join(found.lines(lab.sweep))
     said = {path.name[:-16]: (read_json(path) or {})["verdict"] for path in here.glob("*.json")}
     assert said == {"new": "likely", "newer": "likely", "older": "unsure"}
     assert lab.collect().verdicts == 0
@@ -243,7 +243,7 @@ def test_a_name_that_means_another_run_here_is_left_alone(lab: Lab):
 
 
 def test_a_run_of_this_machine_is_left_alone(lab: Lab):
-    directory = lab.rows.rows[0].directory
+    directory = lab.sweep.points[0].directory
     shutil.copytree(lab.run(0, lab.volume).path, lab.home / directory)
     before = files(lab.home)
     collected = lab.collect(adapters=True)
@@ -252,13 +252,13 @@ def test_a_run_of_this_machine_is_left_alone(lab: Lab):
     }
     assert before.items() <= files(lab.home).items()
     assert directory not in [d for request in lab.asked for d in request["directories"]]
-    assert "left alone, 1: this machine's own work" in "\n".join(collected.lines(lab.rows))
+    assert "left alone, 1: this machine's own work" in "\n".join(collected.lines(lab.sweep))
 
 
 def test_a_run_that_was_changed_here_since_it_came_is_left_alone(lab: Lab):
     lab.collect()
     lab.run(0).update_status(phase="waiting", cause="retry was asked for")
-    assert lab.rows.rows[0].directory in lab.collect().kept
+    assert lab.sweep.points[0].directory in lab.collect().kept
     assert lab.run(0).status()["phase"] == "waiting"
 
 
@@ -266,13 +266,13 @@ def test_a_run_that_came_from_another_volume_is_left_alone(lab: Lab):
     lab.collect()
     marker = read_json(lab.run(0).collected_file) or {}
     write_json(lab.run(0).collected_file, marker | {"from": "elsewhere"})
-    assert lab.collect().kept[lab.rows.rows[0].directory].startswith("came from elsewhere")
+    assert lab.collect().kept[lab.sweep.points[0].directory].startswith("came from elsewhere")
 
 
 def test_a_run_that_a_process_here_works_on_is_left_alone(lab: Lab):
     lab.collect()
     with lab.run(0).lock():
-        assert "at work on it" in lab.collect().kept[lab.rows.rows[0].directory]
+        assert "at work on it" in lab.collect().kept[lab.sweep.points[0].directory]
 
 
 def test_a_directory_whose_content_is_another_point_is_refused(lab: Lab):
@@ -280,7 +280,7 @@ def test_a_directory_whose_content_is_another_point_is_refused(lab: Lab):
     record["versioned"]["optim"]["learning_rate"] = 1.0
     write_json(lab.run(0, lab.volume).spec_file, record)
     collected = lab.collect()
-    assert "its content is not the point" in collected.kept[lab.rows.rows[0].directory]
+    assert "its content is not the point" in collected.kept[lab.sweep.points[0].directory]
     assert not lab.run(0).path.exists()
     assert len(collected.came) == 7
 
@@ -289,7 +289,7 @@ def test_an_adapter_that_is_not_whole_is_refused(lab: Lab):
     weights = lab.run(0, lab.volume).adapter / "adapter_model.safetensors"
     write_atomic(weights, b"torn")
     collected = lab.collect(adapters=True)
-    assert "not whole" in collected.kept[lab.rows.rows[0].directory]
+    assert "not whole" in collected.kept[lab.sweep.points[0].directory]
     assert not lab.run(0).is_trained() and lab.run(1).is_trained()
 
 
@@ -357,7 +357,7 @@ def test_interrupted_in_the_middle_the_same_command_goes_on(
             raise KeyboardInterrupt
 
     with pytest.raises(Interrupted, match="the same command goes on"):
-        collect(lab.cluster, lab.site, lab.rows, lab.home, False, said)
+        collect(lab.cluster, lab.site, lab.sweep, lab.home, False, said)
     assert lab.fake.names("jobs") == []
     rest = lab.collect()
     assert (len(rest.came), rest.unchanged) == (3, 5)
@@ -425,7 +425,7 @@ def test_a_right_that_is_missing_is_named(lab: Lab):
 def test_an_image_without_digest_is_refused_before_anything_is_sent(lab: Lab):
     site = dataclasses.replace(lab.site, image="stillhouse:latest")
     with pytest.raises(ConfigError, match="digest"):
-        collect(lab.cluster, site, lab.rows, lab.home, False, lab.said.append)
+        collect(lab.cluster, site, lab.sweep, lab.home, False, lab.said.append)
     assert lab.fake.created("jobs").total() == 0
 
 
@@ -473,7 +473,7 @@ def test_a_pod_that_fails_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_a_log_can_be_read_after_its_pod_is_gone(lab: Lab):
-    directory = lab.rows.rows[0].directory
+    directory = lab.sweep.points[0].directory
     write_atomic(lab.run(0, lab.volume).log_file, b"step 1\nstep 2\n")
     write_atomic(lab.volume / "sweeps" / "grid.eval-tiny-int4-0011223344.log", b"scored\n")
 

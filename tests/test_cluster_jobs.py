@@ -29,11 +29,10 @@ from stillhouse.sweep.cluster.ledger import Ledger, cancel_sweep, score_of
 from stillhouse.sweep.cluster.manifest import render
 from stillhouse.sweep.cluster.objects import job_view
 from stillhouse.sweep.driver import Driver
-from stillhouse.sweep.grid import Sweep
 from stillhouse.sweep.outcome import Record, record_of
 from stillhouse.sweep.plan import Action
+from stillhouse.sweep.points import Sweep
 from stillhouse.sweep.progress import Lines
-from stillhouse.sweep.registry import roster_of
 from tests.builders.driving import (
     POISON,
     World,
@@ -224,7 +223,7 @@ def test_a_pair_that_cannot_be_had_fails_no_point_and_is_tried_by_the_next_run(
 ) -> None:
     with World(fake, {"prepare": ("poison",)}):
         with backend_of(cluster, SWEEP) as backend:
-            one = Driver(SWEEP, backend, Lines(roster_of(SWEEP), [].append))
+            one = Driver(SWEEP, backend, Lines(SWEEP, [].append))
             assert one.run() == 1
         assert one.given_up() == {f"the pair of {GROUP}": "ConfigError: no"}
         assert states(cluster) == ["new"] * 4
@@ -609,7 +608,7 @@ def test_a_job_that_somebody_deletes_is_not_made_again_by_this_run(
         end = finished(backend)
         assert (end.exit_code, end.cause) == (AGAIN, "its Job was deleted")
         with World(fake):
-            one = Driver(SWEEP, backend, Lines(roster_of(SWEEP), [].append))
+            one = Driver(SWEEP, backend, Lines(SWEEP, [].append))
             one.since = 0.0
             assert one.run() == AGAIN
     assert fake.created("jobs")[NAME] == 1

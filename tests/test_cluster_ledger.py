@@ -27,7 +27,7 @@ from stillhouse.sweep.cluster.ledger import (
 )
 from stillhouse.sweep.cluster.run_names import Names
 from stillhouse.sweep.outcome import Record, record_of
-from stillhouse.sweep.registry import of_record, roster_of
+from stillhouse.sweep.registry import of_record
 from stillhouse.sweep.registry import record_of as record_of_sweep
 from tests.builders.driving import cluster_of, sweep_of
 from tests.fakes.fake_api import FakeApi
@@ -227,7 +227,11 @@ def test_a_sweep_is_found_again_from_anywhere(cluster: Cluster) -> None:
     write_sweep(cluster, record)
     there = read_sweep(cluster, "s")
     assert there == record
-    assert of_record(record, sweep.runs, "here") == roster_of(sweep)
+    found = of_record(record, sweep.runs, "here")
+    assert found.by_id.keys() == sweep.by_id.keys() and found.suite == sweep.suite
+    assert list(map(str, found.points)) == list(map(str, sweep.points))
+    assert [row.directory for row in found.baselines] == [r.directory for r in sweep.baselines]
+    assert (found.cache_dir, found.commits) == (sweep.cache_dir, sweep.commits)
 
 
 def test_a_sweep_that_was_cancelled_stays_marked(cluster: Cluster) -> None:

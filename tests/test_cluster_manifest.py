@@ -52,8 +52,9 @@ from stillhouse.sweep.cluster.manifest import (
     render,
     to_yaml,
 )
-from stillhouse.sweep.grid import Point, Sweep, load_sweep
+from stillhouse.sweep.grid import load_sweep
 from stillhouse.sweep.plan import Action
+from stillhouse.sweep.points import Point, Sweep
 from tests.builders.published import EVAL, TRAIN, flags_of, lines, name_of
 from tests.manifest_checklist import check
 
@@ -341,7 +342,7 @@ def test_the_words_of_an_evaluation_compose_to_pair_quantiser_data_and_suite(lin
 def test_what_no_word_can_say_is_refused_with_the_way_out():
     point, sweep = tiny()
     data = dataclasses.replace(point.spec.data, prompt_template="{question} ${price}")
-    odd = dataclasses.replace(point, spec=dataclasses.replace(point.spec, data=data))
+    odd = dataclasses.replace(point, resolved=dataclasses.replace(point.spec, data=data))
     with pytest.raises(ConfigError, match="conf/data"):
         eval_step([odd], [], sweep)
 

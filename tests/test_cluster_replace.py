@@ -16,8 +16,8 @@ from stillhouse.sweep.cluster.connect import Cluster
 from stillhouse.sweep.cluster.jobs import JobExecutor
 from stillhouse.sweep.cluster.jobspec import JobSpecs
 from stillhouse.sweep.cluster.manifest import render
-from stillhouse.sweep.grid import Sweep
 from stillhouse.sweep.plan import Action
+from stillhouse.sweep.points import Sweep
 from tests.builders.driving import (
     EVICTED,
     World,

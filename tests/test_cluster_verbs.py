@@ -21,7 +21,8 @@ from stillhouse.rundir import Json, Runs
 from stillhouse.sweep import registry
 from stillhouse.sweep.cluster.ledger import read_sweep, sweeps
 from stillhouse.sweep.cluster.run_names import Names
-from stillhouse.sweep.grid import Sweep, load_sweep
+from stillhouse.sweep.grid import load_sweep
+from stillhouse.sweep.points import Sweep
 from tests.builders.lab import IMAGE, SITE, said
 from tests.builders.published import EVAL, TRAIN, lines, name_of
 from tests.fakes.fake_api import FakeApi
@@ -552,7 +553,7 @@ def test_logs_come_from_the_pod_while_it_is_there_and_then_from_what_was_collect
     )
     fake.complete(job)
     fake.remove("jobs", job)
-    run = registry.Roster("x", Path("runs"), (), None, ()).runs / job
+    run = Path("runs") / job
     run.mkdir(parents=True)
     (run / "log.txt").write_text("step 1\nstep 2\nstep 3\n")
     assert say("logs", "mine", *CLUSTER) == "step 1\nstep 2\nstep 3\n"

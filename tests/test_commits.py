@@ -17,8 +17,8 @@ from stillhouse.sources import sources_of
 from stillhouse.spec import TrainSpec
 from stillhouse.sweep import commits, verbs
 from stillhouse.sweep.cluster.jobspec import eval_step, prepare_step, train_step
-from stillhouse.sweep.grid import Sweep, load_sweep
-from stillhouse.sweep.registry import roster_of
+from stillhouse.sweep.grid import load_sweep
+from stillhouse.sweep.points import Sweep
 from stillhouse.sweep.snapshot import observe
 from tests.fakes import behaving
 
@@ -94,22 +94,22 @@ def test_a_point_of_another_commit_than_its_sweep_uses_is_drifted(
     runs = tmp_path / "runs"
     first = commits.pinned(sweep_of(runs), {}, commits.here)
     for point in first.points:
-        run, spec = roster_of(first).run(point.id), commits.placed(point.spec, first)
+        run, spec = first.run(point.id), commits.placed(point.spec, first)
         record = new_record(spec, {}) | {"sources": sources_of(spec, runs)}
         write_json(run.spec_file, record)
         run.update_status(phase="training")
-    assert {seen.state for seen in observe(roster_of(first)).values()} == {"waiting"}
+    assert {seen.state for seen in observe(first).values()} == {"waiting"}
     cache.move(SECOND)
-    assert {seen.state for seen in observe(roster_of(first)).values()} == {"waiting"}
+    assert {seen.state for seen in observe(first).values()} == {"waiting"}
     later = commits.pinned(sweep_of(runs), {}, commits.here)  # another sweep, begun now
     assert later.commits == {"lab/one": SECOND}
-    for seen in observe(roster_of(later)).values():
+    for seen in observe(later).values():
         assert seen.state == "drifted"
         assert seen.cause is not None
         assert "commit 1111111111 then" in seen.cause
         assert "commit 2222222222 now" in seen.cause
     given = commits.pinned(sweep_of(runs, f"commits={{lab/one: '{FIRST}'}}"), {}, commits.here)
-    assert {seen.state for seen in observe(roster_of(given)).values()} == {"waiting"}
+    assert {seen.state for seen in observe(given).values()} == {"waiting"}
 
 
 def test_only_branches_are_open(cache: Cache, tmp_path: Path) -> None:

@@ -19,9 +19,9 @@ from stillhouse.sweep.cost import (
     read_prices,
     totals,
 )
-from stillhouse.sweep.grid import Point, Sweep, load_sweep
+from stillhouse.sweep.grid import load_sweep
 from stillhouse.sweep.outcome import Record
-from stillhouse.sweep.registry import roster_of
+from stillhouse.sweep.points import Point, Sweep
 from stillhouse.sweep.spending import Spent, spent
 
 PRODUCT = "NVIDIA-H100-80GB-HBM3"
@@ -281,7 +281,7 @@ HOUR = 3600.0
 
 
 def spend(tmp_path: Path, asked: Sweep, records: dict[str, Record]) -> Spent:
-    return spent(roster_of(asked), records, asked.site)
+    return spent(asked, records, asked.site)
 
 
 def test_what_a_cluster_took_is_split_into_queued_starting_running_and_lost(tmp_path: Path):
@@ -359,7 +359,7 @@ def test_what_a_later_attempt_went_on_from_is_not_lost(tmp_path: Path):
 def test_scoring_of_points_and_baselines_counts_as_running(tmp_path: Path):
     asked = sweep(tmp_path, "pair=tiny lmbda=1 suite=tiny", "cluster")
     [point] = asked.points
-    baseline = roster_of(asked).baselines[0].name
+    baseline = asked.baselines[0].directory.name
     found = spend(
         tmp_path,
         asked,

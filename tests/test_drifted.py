@@ -16,10 +16,9 @@ from stillhouse.identity import from_plain, point_id, score_key, to_plain
 from stillhouse.rundir import Json, RunDir, Runs, eval_file, new_record, write_json
 from stillhouse.spec import TaskSpec
 from stillhouse.sweep import registry, verbs
-from stillhouse.sweep.grid import Point, Sweep, load_sweep
-from stillhouse.sweep.plan import groups_of
-from stillhouse.sweep.registry import roster_of
-from stillhouse.sweep.snapshot import baselines_of, observe
+from stillhouse.sweep.grid import load_sweep
+from stillhouse.sweep.points import Point, Sweep
+from stillhouse.sweep.snapshot import baselines_on_disk, observe
 from stillhouse.sweep.state import Observation
 from tests.fakes import behaving
 
@@ -57,7 +56,7 @@ class Lab:
 
     def finish(self, point: Point) -> RunDir:
         """Leave what training and scoring leave."""
-        run = roster_of(self.sweep()).run(point.id)
+        run = self.sweep().run(point.id)
         here = sources.sources_of(point.spec, self.runs)
         write_json(run.spec_file, new_record(point.spec, {}) | {"sources": here})
         run.update_status(phase="done", exit_code=0)
@@ -74,7 +73,7 @@ class Lab:
             write_json(eval_file(directory, task.task), score | more)
 
     def seen(self, *more: str) -> list[Observation]:
-        return [*observe(roster_of(self.sweep(*more))).values()]
+        return [*observe(self.sweep(*more)).values()]
 
 
 @pytest.fixture
@@ -117,7 +116,7 @@ def test_a_point_over_what_changed_is_drifted_and_over_what_was_restored_is_done
 def test_a_point_that_has_begun_drifts_and_one_at_work_or_failed_stays_what_it_is(
     lab: Lab,
 ) -> None:
-    first, second = (roster_of(lab.sweep()).run(point.id) for point in lab.sweep().points)
+    first, second = (lab.sweep().run(point.id) for point in lab.sweep().points)
     for run in (first, second):
         (run.adapter / "stillhouse.json").unlink()
     first.update_status(phase="training", exit_code=None)
@@ -164,7 +163,7 @@ def test_a_new_start_keeps_what_was_there_beside_it_and_takes_it_for_nothing(
     lab: Lab, capsys: pytest.CaptureFixture[str]
 ) -> None:
     lab.write("rows.jsonl", "{}\n")
-    before = {p.id: (roster_of(lab.sweep()).run(p.id)).record() for p in lab.sweep().points}
+    before = {p.id: (lab.sweep().run(p.id)).record() for p in lab.sweep().points}
     words = ["run", *lab.words(), "--runs", str(lab.runs)]
     assert main(words) == MISTAKE
     assert verbs.run(lab.call("--sources=new"), behaving.executor_for) == 0
@@ -210,15 +209,14 @@ def write_baselines(lab: Lab, **more: Any) -> None:
     sweep = lab.sweep()
     plain = to_plain(sweep.points[0].spec)
     here = sources.sources_of(sweep.points[0].spec, lab.runs)
-    for row in registry.baseline_rows(sweep):
+    for row in sweep.baselines:
         told = {"label": row.label, "pair": plain["pair"], "quant": None}
         write_json(row.directory / "baseline.json", told)
         lab.score(row.directory, row.label, here, **more)
 
 
 def stale(lab: Lab) -> dict[str, tuple[str, ...]]:
-    sweep = lab.sweep()
-    return {b.label: b.rests_on_other for b in baselines_of(sweep, groups_of(sweep))}
+    return {b.label: b.rests_on_other for b in baselines_on_disk(lab.sweep())}
 
 
 def test_a_baseline_of_other_weights_is_not_scored_and_says_so(
@@ -239,7 +237,7 @@ def test_a_score_by_another_lm_eval_waits_to_be_made_anew(
     lab: Lab, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(scores, "lm_eval_version", lambda: "0.4.13")
-    run = roster_of(lab.sweep()).run(lab.sweep().points[0].id)
+    run = lab.sweep().run(lab.sweep().points[0].id)
     here = (run.record() or {})["sources"]
     lab.score(run.path, "point", here, versions={"lm_eval": "0.4.13", "task_version": 1})
     assert lab.seen()[0].state == "done"
@@ -257,7 +255,7 @@ def test_a_score_by_another_lm_eval_waits_to_be_made_anew(
 
 
 def test_a_score_of_another_adapter_is_none(lab: Lab) -> None:
-    run = roster_of(lab.sweep()).run(lab.sweep().points[0].id)
+    run = lab.sweep().run(lab.sweep().points[0].id)
     lab.score(run.path, "point", (run.record() or {})["sources"], adapter_digest="0" * 16)
     assert "it is of adapter 0000000000000000" in str(lab.seen()[0].cause)
 

@@ -20,9 +20,9 @@ from stillhouse.rundir import (
 )
 from stillhouse.sweep import registry, verbs
 from stillhouse.sweep.driver import Driver
-from stillhouse.sweep.grid import Sweep, load_sweep
+from stillhouse.sweep.grid import load_sweep
+from stillhouse.sweep.points import Sweep
 from stillhouse.sweep.progress import Lines
-from stillhouse.sweep.registry import roster_of
 from stillhouse.sweep.snapshot import observe
 from tests.fakes import behaving
 
@@ -32,12 +32,11 @@ def sweep_in(runs: Path, *more: str, points: int = 2, parallel: int = 2) -> Swee
 
 
 def drive(sweep: Sweep) -> int:
-    rows = roster_of(sweep)
-    return Driver(sweep, behaving.executor_for(sweep), Lines(rows, [].append)).run()
+    return Driver(sweep, behaving.executor_for(sweep), Lines(sweep, [].append)).run()
 
 
 def states(sweep: Sweep) -> list[str]:
-    seen = observe(roster_of(sweep))
+    seen = observe(sweep)
     return [seen[point.id].state for point in sweep.points]
 
 
@@ -74,7 +73,7 @@ def test_poison_is_not_tried_twice_and_infrastructure_is(tmp_path: Path) -> None
     assert states(sweep) == ["failed", "done", "done"]
     trained = behaving.begun(tmp_path, "train")
     assert [trained.count(id_) for id_ in (poisoned, killed, well)] == [1, 3, 1]
-    check_each_step_once([roster_of(sweep).run(killed)])
+    check_each_step_once([sweep.run(killed)])
     assert drive(sweep) == 1
     assert behaving.begun(tmp_path, "train") == trained
 
@@ -84,7 +83,7 @@ def test_infrastructure_is_given_up_after_a_bound(tmp_path: Path) -> None:
     behaving.misbehave(tmp_path, exit="crash", times=9)
     assert drive(sweep) == 1
     assert len(behaving.begun(tmp_path, "train")) == 2
-    seen = observe(roster_of(sweep))[ids(sweep)[0]]
+    seen = observe(sweep)[ids(sweep)[0]]
     assert seen.cause == "RuntimeError: as it was told to (given up after 2 attempts)"
 
 
@@ -95,9 +94,9 @@ def test_one_broken_adapter_does_not_take_its_pack_with_it(tmp_path: Path) -> No
     behaving.misbehave(tmp_path, bad, eval_fails="contract")
     assert drive(sweep) == 1
     assert states(sweep) == ["done", "failed", "done"]
-    assert observe(roster_of(sweep))[bad].cause == f"ContractError: {bad} cannot be scored"
-    assert not any(roster_of(sweep).run(id_).is_locked() for id_ in ids(sweep))
-    rows = [RunDir(directory) for directory in roster_of(sweep).baselines]
+    assert observe(sweep)[bad].cause == f"ContractError: {bad} cannot be scored"
+    assert not any(sweep.run(id_).is_locked() for id_ in ids(sweep))
+    rows = [RunDir(row.directory) for row in sweep.baselines]
     assert all(list((row.path / "eval").iterdir()) for row in rows)
     assert [pack.count(",") for pack in behaving.begun(tmp_path, "eval")] == [3 + 3 - 1]
     behaving.misbehave(tmp_path, bad)
@@ -105,7 +104,7 @@ def test_one_broken_adapter_does_not_take_its_pack_with_it(tmp_path: Path) -> No
     assert verbs.retry(verbs.Call(target=name, runs=tmp_path)) == 0
     assert drive(sweep) == 0
     assert behaving.begun(tmp_path, "eval")[1:] == [bad], "the others keep their scores"
-    assert read_eval_note(roster_of(sweep).run(bad).path, "error") == {}
+    assert read_eval_note(sweep.run(bad).path, "error") == {}
 
 
 def test_what_may_pass_in_one_adapter_is_tried_again_for_that_one(tmp_path: Path) -> None:
@@ -116,7 +115,7 @@ def test_what_may_pass_in_one_adapter_is_tried_again_for_that_one(tmp_path: Path
     assert states(sweep) == ["failed", "done", "done"]
     assert behaving.begun(tmp_path, "eval")[1:] == [bad]
     cause = f"RuntimeError: {bad} cannot be scored (given up after 2 attempts)"
-    assert observe(roster_of(sweep))[bad].cause == cause
+    assert observe(sweep)[bad].cause == cause
 
 
 def test_an_adapter_that_kills_its_process_is_blamed_and_the_others_are_scored(
@@ -128,14 +127,14 @@ def test_an_adapter_that_kills_its_process_is_blamed_and_the_others_are_scored(
     assert drive(sweep) == 1
     assert states(sweep) == ["failed", "done", "done"]
     cause = "killed by SIGKILL, while it was scored (given up after 2 attempts)"
-    assert observe(roster_of(sweep))[bad].cause == cause
+    assert observe(sweep)[bad].cause == cause
     assert len(behaving.begun(tmp_path, "eval")) == 2, "the second one scored the others first"
 
 
 def test_a_baseline_that_cannot_be_scored_fails_alone(tmp_path: Path) -> None:
     sweep = sweep_in(tmp_path, points=2)
     behaving.misbehave(tmp_path, "teacher", eval_fails="contract")
-    backend, lines = behaving.executor_for(sweep), Lines(roster_of(sweep), [].append)
+    backend, lines = behaving.executor_for(sweep), Lines(sweep, [].append)
     loop = Driver(sweep, backend, lines)
     assert loop.run() == 1
     assert states(sweep) == ["done", "done"]
@@ -146,7 +145,7 @@ def test_a_baseline_that_cannot_be_scored_fails_alone(tmp_path: Path) -> None:
 def test_a_pair_that_cannot_be_had_fails_no_point(tmp_path: Path) -> None:
     sweep = sweep_in(tmp_path)
     (tmp_path / "no-weights").touch()
-    loop = Driver(sweep, behaving.executor_for(sweep), Lines(roster_of(sweep), [].append))
+    loop = Driver(sweep, behaving.executor_for(sweep), Lines(sweep, [].append))
     assert loop.run() == 1
     cause = "ConfigError: pair tiny: its weights are not at hand; fetch them"
     assert loop.given_up() == {"the pair of tiny/int4": cause}
@@ -193,7 +192,7 @@ def test_an_interrupted_sweep_saves_and_the_next_run_goes_on(
     behaving.misbehave(tmp_path, steps=40, step_s=0.0)
     assert drive(sweep) == 0
     assert states(sweep) == ["done"] * 3
-    check_each_step_once([roster_of(sweep).run(id_) for id_ in ids(sweep)])
+    check_each_step_once([sweep.run(id_) for id_ in ids(sweep)])
 
 
 def test_a_second_ctrl_c_kills_what_does_not_listen(tmp_path: Path) -> None:
@@ -230,7 +229,7 @@ def test_cancelling_one_point_leaves_the_others_to_their_end(tmp_path: Path) -> 
     first, second = ids(sweep)
     behaving.misbehave(tmp_path, first, steps=2_000, step_s=0.02)
     launcher = behaving.start_launcher(tmp_path, *behaving.words(tmp_path, points=2))
-    behaving.until(lambda: observe(roster_of(sweep))[first].step > 1)
+    behaving.until(lambda: observe(sweep)[first].step > 1)
     verbs.cancel(verbs.Call(target=first, runs=tmp_path))
     assert launcher.wait(40) == 85
     assert states(sweep) == ["waiting", "done"]
@@ -239,7 +238,7 @@ def test_cancelling_one_point_leaves_the_others_to_their_end(tmp_path: Path) -> 
 
 def test_drifted_points_wait_for_a_word_and_remember_both_codes(tmp_path: Path) -> None:
     sweep = sweep_in(tmp_path, points=1)
-    run = roster_of(sweep).run(ids(sweep)[0])
+    run = sweep.run(ids(sweep)[0])
     behaving.misbehave(tmp_path, exit="crash")
     drive(sweep_in(tmp_path, "infra_retries=0", points=1))
     run.update_status(gave_up=False)

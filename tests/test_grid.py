@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -19,9 +20,9 @@ from stillhouse.errors import ConfigError
 from stillhouse.identity import point_id, to_plain
 from stillhouse.spec import EvalSpec, TrainSpec
 from stillhouse.sweep.cluster.jobspec import _subject as subject
-from stillhouse.sweep.grid import Compare, Sweep, load_sweep
-from stillhouse.sweep.plan import groups_of
-from stillhouse.sweep.registry import baseline_rows
+from stillhouse.sweep.grid import load_sweep
+from stillhouse.sweep.points import Sweep
+from stillhouse.sweep.sweep_file import Compare
 from tests.builders.published import CLIFF, TRAIN, flags_of, lines, name_of
 
 SWEEPS = Path(__file__).parent.parent / "sweeps"
@@ -234,7 +235,7 @@ def test_a_whole_file_says_what_it_says(tmp_path: Path):
     assert sweep.axes == {"lmbda": (0.0, 0.5, 1.0), "learning_rate": (5e-6, 1e-5, 1e-6)}
     assert sweep.suite is not None
     assert (sweep.suite.suite_name, sweep.suite.limit, sweep.pack) == ("tiny", 20, 3)
-    assert sweep.baselines == ("teacher", "ptq")
+    assert [row.label for row in sweep.baselines] == ["teacher", "ptq"]
     assert sweep.compare is not None
     assert (sweep.compare.by, sweep.compare.baseline) == ("lmbda", 0.0)
     assert sweep.site.max_parallel == 7
@@ -279,9 +280,9 @@ def test_a_sweep_without_eval_is_trained_and_not_scored(tmp_path: Path):
 def test_an_unquantised_sweep_has_no_quantised_baseline(tmp_path: Path):
     rest = "eval: {suite: tiny}"
     unquantised = load(f"base: {{pair: tiny, quant: none}}\n{rest}", tmp_path)
-    assert unquantised.baselines == ("teacher", "student")
+    assert [row.label for row in unquantised.baselines] == ["teacher", "student"]
     mixed = load(f"base: {{pair: tiny}}\ngrid: {{quant: [none, int4]}}\n{rest}", tmp_path)
-    assert mixed.baselines == ("teacher", "student", "ptq")
+    assert {row.label for row in mixed.baselines} == {"teacher", "student", "ptq"}
 
 
 def test_groups_are_axes_and_every_point_has_a_value_on_every_axis(tmp_path: Path):
@@ -358,11 +359,11 @@ def test_variables_of_a_chat_template_can_be_an_axis(tmp_path: Path):
     words = "chat_template_kwargs={},{enable_thinking: false},{enable_thinking: true}"
     said = load_sweep(None, ["pair=tiny", words, "seeds=2"], tmp_path)
     assert [p.id for p in said.points] == [p.id for p in written.points]
-    rows = baseline_rows(written)
-    assert len(rows) == 9 and sorted(len(row.points) for row in rows) == [2] * 9
-    assert len(set(groups_of(written).values())) == 3
+    rows = written.baselines
+    assert len(rows) == 9 and all(len(row.groups) == 1 for row in rows)
+    assert sorted(Counter(written.groups.values()).values()) == [2] * 3
     plain = load("base: {pair: tiny}\neval: {suite: tiny}", tmp_path)
-    assert {r.directory for r in baseline_rows(plain)} < {r.directory for r in rows}
+    assert {r.directory for r in plain.baselines} < {r.directory for r in rows}
 
 
 def test_five_e_minus_six_is_a_number(tmp_path: Path):

@@ -17,8 +17,8 @@ from stillhouse.compose import compose, from_command_line
 from stillhouse.identity import as_before, eval_id, point_id, score_key
 from stillhouse.preflight_rules import key_of
 from stillhouse.spec import EvalSpec, TrainSpec
-from stillhouse.sweep.grid import Sweep, load_sweep
-from stillhouse.sweep.registry import baseline_rows
+from stillhouse.sweep.grid import load_sweep
+from stillhouse.sweep.points import Sweep
 from tests.builders.published import EVAL, TRAIN, flags_of, lines
 
 GOLDEN: dict[str, Any] = json.loads((Path(__file__).parent / "golden" / "ids.json").read_text())
@@ -37,7 +37,7 @@ def held(sweep: Sweep) -> dict[str, Any]:
     suite = sweep.suite
     return {
         "points": " ".join(point.id for point in sweep.points),
-        "baselines": [row.directory.name for row in baseline_rows(sweep)],
+        "baselines": [row.directory.name for row in sweep.baselines],
         "scores": {t.task: score_key(suite, t) for t in suite.tasks} if suite else {},
     }
 

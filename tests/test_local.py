@@ -15,11 +15,11 @@ import pytest
 from stillhouse.rundir import RunDir
 from stillhouse.sweep.backend import Finished, Task
 from stillhouse.sweep.driver import Driver
-from stillhouse.sweep.grid import Sweep, load_sweep
+from stillhouse.sweep.grid import load_sweep
 from stillhouse.sweep.local.workers import WorkerPool
 from stillhouse.sweep.plan import Action
+from stillhouse.sweep.points import Sweep
 from stillhouse.sweep.progress import Lines
-from stillhouse.sweep.registry import roster_of
 from stillhouse.sweep.snapshot import observe
 from tests.fakes import behaving
 
@@ -37,7 +37,7 @@ def backend(sweep: Sweep) -> Iterator[WorkerPool]:
 
 
 def the_task(sweep: Sweep, backend: WorkerPool, action: Action) -> Task:
-    drive = Driver(sweep, backend, Lines(roster_of(sweep), [].append))
+    drive = Driver(sweep, backend, Lines(sweep, [].append))
     return drive._task(action)
 
 
@@ -56,7 +56,7 @@ def wait(backend: WorkerPool) -> Finished:
 
 
 def state(sweep: Sweep, run: RunDir) -> tuple[str, str | None]:
-    seen = observe(roster_of(sweep))[run.id]
+    seen = observe(sweep)[run.id]
     return seen.state, seen.cause
 
 
@@ -123,7 +123,7 @@ def test_a_worker_that_promises_success_and_leaves_no_score_has_failed(
 
 
 def test_a_run_that_is_at_work_elsewhere_is_left_alone(sweep: Sweep, backend: WorkerPool) -> None:
-    run = RunDir(roster_of(sweep).run(sweep.points[0].id).path)
+    run = RunDir(sweep.run(sweep.points[0].id).path)
     run.update_status(phase="training", pid=os.getpid())
     with run.lock():
         train(sweep, backend)
@@ -141,7 +141,7 @@ def test_a_point_that_is_being_scored_is_running_and_knows_by_whom(
     behaving.misbehave(sweep.runs, run.id, eval_s=0.3)
     backend.start(the_task(sweep, backend, Action("eval", "tiny/int4", (run.id,))))
     behaving.until(lambda: state(sweep, run)[0] == "running")
-    seen = observe(roster_of(sweep))[run.id]
+    seen = observe(sweep)[run.id]
     assert seen.pid is not None and os.getsid(seen.pid) == seen.pid != os.getsid(0)
     assert wait(backend).exit_code == 0
     assert state(sweep, run) == ("done", None)
@@ -194,11 +194,9 @@ def test_what_the_server_prints_while_it_imports_goes_to_the_log(tmp_path: Path)
         "import sys; from pathlib import Path\n"
         "from stillhouse.sweep.local.workers import WorkerPool\n"
         "from stillhouse.sweep.grid import load_sweep\n"
-        "from stillhouse.sweep.registry import roster_of\n"
         "from stillhouse.sweep.snapshot import on_disk\n"
         f"sweep = load_sweep(None, ['pair=tiny', 'lmbda=0,1'], Path({str(tmp_path)!r}))\n"
-        "rows = roster_of(sweep)\n"
-        "b = WorkerPool(sweep, rows, on_disk(rows, sweep), preload=['noisy'])\n"
+        "b = WorkerPool(sweep, on_disk(sweep, True), preload=['noisy'])\n"
         "b._warming.join()\n"
         "print('torch' in sys.modules)\n"
     )
@@ -217,13 +215,13 @@ def test_a_stop_counts_by_when_we_saw_it_whatever_the_clock_that_wrote_it_said(
     sweep: Sweep,
 ) -> None:
     """Machines that share the runs do not share a clock."""
-    first, second = (roster_of(sweep).run(point.id) for point in sweep.points[:2])
+    first, second = (sweep.run(point.id) for point in sweep.points[:2])
     ahead, behind = 9e12, 1.0
     for run in (first, second):
         run.path.mkdir(parents=True)
         run.update_status(phase="waiting", exit_code=85, finished=ahead)
     backend = behaving.executor_for(sweep)
-    drive = Driver(sweep, backend, Lines(roster_of(sweep), [].append))
+    drive = Driver(sweep, backend, Lines(sweep, [].append))
     assert drive.observations[first.id].asked_to_stop is None, "it was so when we came"
     second.update_status(finished=behind)
     at = backend.look(second.id).asked_to_stop

@@ -17,9 +17,9 @@ from stillhouse.spec import EvalSpec, SuiteSpec, TrainSpec
 from stillhouse.sweep.backend import Task
 from stillhouse.sweep.grid import load_sweep
 from stillhouse.sweep.local.outcomes import Ending, forget_failures, write_ending
-from stillhouse.sweep.plan import Action, Baseline, Situation, actions, fixed_packs, groups_of
-from stillhouse.sweep.registry import Roster, Row, roster_of
-from stillhouse.sweep.snapshot import Found, baselines_of, look, observe, observed, unscored
+from stillhouse.sweep.plan import Action, Situation, actions
+from stillhouse.sweep.points import Baseline, Point, Sweep, fixed_packs
+from stillhouse.sweep.snapshot import Found, baselines_on_disk, look, observe, observed, unscored
 from stillhouse.sweep.state import Observation
 
 OURS, THEIRS = "aaaa", "bbbb"  # digests of code
@@ -100,12 +100,11 @@ def suite() -> SuiteSpec:
     return compose(Overrides({"suite": "tiny"}, {}), EvalSpec).suite
 
 
-def a_run(root: Path) -> tuple[RunDir, Roster]:
+def a_run(root: Path) -> tuple[RunDir, Sweep]:
     spec = tiny()
     run = Runs(root).of(spec)
     write_json(run.spec_file, new_record(spec, {}))
-    row = Row(point_id(spec), slug(spec), None, {})
-    return run, Roster("s", root, (row,), suite(), ())
+    return run, Sweep("s", root, (Point(point_id(spec), slug(spec)),), suite())
 
 
 def finish_training(run: RunDir) -> None:
@@ -113,23 +112,23 @@ def finish_training(run: RunDir) -> None:
 
 
 def test_a_score_counts_only_under_the_question_that_is_asked(tmp_path: Path) -> None:
-    run, roster = a_run(tmp_path)
+    run, sweep = a_run(tmp_path)
     finish_training(run)
     tasks = suite().tasks
     for task in tasks:
         write_json(eval_file(run.path, task.task), {"key": score_key(suite(), task)})
-    assert observe(roster)[run.id].state == "done"
+    assert observe(sweep)[run.id].state == "done"
     other = replace(suite(), limit=5)
     assert unscored(run.path, other, None) == {task.task: [] for task in tasks}
-    assert observe(replace(roster, suite=other))[run.id].state == "waiting"
+    assert observe(replace(sweep, suite=other))[run.id].state == "waiting"
 
 
 def test_a_held_lock_is_running_and_a_free_one_is_not(tmp_path: Path) -> None:
-    run, roster = a_run(tmp_path)
+    run, sweep = a_run(tmp_path)
     run.update_status(phase="training", pid=1)
     with run.lock():
-        assert observe(roster)[run.id].state == "running"
-    assert observe(roster)[run.id].state == "waiting"
+        assert observe(sweep)[run.id].state == "running"
+    assert observe(sweep)[run.id].state == "waiting"
 
 
 def task_of(run: RunDir, kind: Any = "train", baselines: tuple[Path, ...] = ()) -> Task:
@@ -139,22 +138,22 @@ def task_of(run: RunDir, kind: Any = "train", baselines: tuple[Path, ...] = ()) 
 
 
 def test_deaths_are_counted_and_the_one_too_many_fails_the_point(tmp_path: Path) -> None:
-    run, roster = a_run(tmp_path)
+    run, sweep = a_run(tmp_path)
     states: list[str] = []
     for _ in range(3):
         write_ending(task_of(run), Ending(137, "killed by SIGKILL", 2, False))
-        states.append(observe(roster)[run.id].state)
+        states.append(observe(sweep)[run.id].state)
     assert states == ["waiting", "waiting", "failed"]
-    assert observe(roster)[run.id].cause == "killed by SIGKILL (given up after 3 attempts)"
+    assert observe(sweep)[run.id].cause == "killed by SIGKILL (given up after 3 attempts)"
 
 
 def test_what_ends_while_the_launcher_stops_is_nobodys_failure(tmp_path: Path) -> None:
-    run, roster = a_run(tmp_path)
+    run, sweep = a_run(tmp_path)
     for _ in range(5):
         write_ending(task_of(run), Ending(137, "killed by SIGKILL", 2, True))
-    assert observe(roster)[run.id].state == "waiting"
+    assert observe(sweep)[run.id].state == "waiting"
     write_ending(task_of(run), Ending(43, "Diverged: NaN", 2, True))
-    assert observe(roster)[run.id].state == "failed"
+    assert observe(sweep)[run.id].state == "failed"
 
 
 @pytest.mark.parametrize(
@@ -167,13 +166,13 @@ def test_what_ends_while_the_launcher_stops_is_nobodys_failure(tmp_path: Path) -
 def test_how_an_evaluation_ended_is_said_of_the_row_to_blame_or_of_all(
     tmp_path: Path, kind: Any, note: dict[str, Any], code: int, cause: str
 ) -> None:
-    run, roster = a_run(tmp_path)
+    run, sweep = a_run(tmp_path)
     finish_training(run)
     teacher = tmp_path / "baselines" / "teacher-0"
     task, ending = task_of(run, "eval", (teacher,)), Ending(code, "killed by SIGKILL", 0, False, 7)
     write_json(eval_note(run.path, kind), {"pid": 7, **note})
     write_ending(task, ending)
-    seen = look(run, suite(), roster.beneath())
+    seen = look(run, suite(), sweep.beneath())
     assert (seen.state, seen.exit_code, seen.cause) == ("failed", code, cause)
     assert RunDir(teacher).status() == {}, "it is scored by the next evaluation"
     write_ending(task, replace(ending, pid=8))
@@ -181,18 +180,18 @@ def test_how_an_evaluation_ended_is_said_of_the_row_to_blame_or_of_all(
 
 
 def test_what_an_earlier_version_wanted_to_score_alone_waits_to_be_scored(tmp_path: Path) -> None:
-    run, roster = a_run(tmp_path)
+    run, sweep = a_run(tmp_path)
     finish_training(run)
     run.update_status(eval_alone=True, eval_cause="ContractError: no", eval_exit_code=None)
-    assert look(run, suite(), roster.beneath()).state == "waiting"
+    assert look(run, suite(), sweep.beneath()).state == "waiting"
 
 
 def test_retry_forgets_failures_and_keeps_everything_else(tmp_path: Path) -> None:
-    run, roster = a_run(tmp_path)
+    run, sweep = a_run(tmp_path)
     write_ending(task_of(run), Ending(43, "Diverged: NaN", 2, False))
     run.update_status(step=7, attempts_without_progress=3)
     forget_failures(run)
-    seen = observe(roster)[run.id]
+    seen = observe(sweep)[run.id]
     assert (seen.state, seen.step, seen.cause) == ("waiting", 7, "retry was asked for")
     assert run.status()["attempts_without_progress"] == 0
 
@@ -200,9 +199,8 @@ def test_retry_forgets_failures_and_keeps_everything_else(tmp_path: Path) -> Non
 def test_one_row_per_label_pair_and_quantiser(tmp_path: Path) -> None:
     words = ["pair=tiny", "quant=none,int4,bnb_nf4", "lmbda=0,1"]
     sweep = load_sweep(None, words, tmp_path)
-    groups = groups_of(sweep)
-    assert sorted(set(groups.values())) == ["tiny/bnb_nf4", "tiny/int4", "tiny/none"]
-    rows = {(b.label, tuple(sorted(b.groups))) for b in baselines_of(sweep, groups)}
+    assert sorted(set(sweep.groups.values())) == ["tiny/bnb_nf4", "tiny/int4", "tiny/none"]
+    rows = {(b.label, tuple(sorted(b.groups))) for b in sweep.baselines}
     everyone = ("tiny/bnb_nf4", "tiny/int4", "tiny/none")
     assert rows == {
         ("teacher", everyone),
@@ -210,7 +208,7 @@ def test_one_row_per_label_pair_and_quantiser(tmp_path: Path) -> None:
         ("ptq", ("tiny/int4",)),
         ("ptq", ("tiny/bnb_nf4",)),
     }
-    assert {b.directory for b in baselines_of(sweep, groups)} == set(roster_of(sweep).baselines)
+    assert baselines_on_disk(sweep) == sweep.baselines, "none is scored"
 
 
 # ------------------------------------------------------------------------------- planning

@@ -20,8 +20,8 @@ from stillhouse.spec import EvalSpec, SuiteSpec
 from stillhouse.sweep.cluster import jobspec
 from stillhouse.sweep.cluster.code_bundle import bundle
 from stillhouse.sweep.cluster.submit_args import read as read_line
-from stillhouse.sweep.grid import Sweep, load_sweep
-from stillhouse.sweep.plan import groups_of
+from stillhouse.sweep.grid import load_sweep
+from stillhouse.sweep.points import Sweep
 from tests.builders import own_tasks
 
 PAIR = ["student=models/small", "teacher=models/large"]
@@ -234,7 +234,7 @@ def test_the_words_for_a_pod_ask_the_same_there(
     assert there.suite is not None
     assert suite_key(there.suite) == suite_key(sweep.suite)
     assert bundle(there.suite).key == bundle(sweep.suite).key
-    assert groups_of(there) == groups_of(sweep)
+    assert there.groups == sweep.groups
 
 
 def test_files_that_change_or_hold_a_secret_or_too_much_are_not_sent(folder: Path) -> None:

@@ -20,7 +20,8 @@ from stillhouse.errors import ConfigError
 from stillhouse.spec import TrainSpec
 from stillhouse.sweep.cluster.jobspec import train_step
 from stillhouse.sweep.cluster.manifest import render
-from stillhouse.sweep.grid import Sweep, load_sweep
+from stillhouse.sweep.grid import load_sweep
+from stillhouse.sweep.points import Sweep
 from tests.manifest_checklist import check
 
 ODD = "\\'\"$(){}[],:= \n\t#%aé0~!*&|>\u2028\x85"

@@ -2,6 +2,7 @@
 
 Reading order:
     sweep_file, yaml_reader, site    a sweep file and a command line become one request
+    points                           a Sweep, its Points and Baselines, as data
     grid, commits                    the request becomes checked points; revisions become commits
     registry                         a sweep's record; sweeps, runs and points found by name or id
     state                            what new, done, failed, stopped, drifted and unreadable mean

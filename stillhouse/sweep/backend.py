@@ -15,9 +15,8 @@ from typing import Any, Protocol, runtime_checkable
 
 from stillhouse.rundir import RunDir
 from stillhouse.spec import EvalSpec
-from stillhouse.sweep.grid import Sweep
-from stillhouse.sweep.plan import Action, Baseline
-from stillhouse.sweep.registry import Roster
+from stillhouse.sweep.plan import Action
+from stillhouse.sweep.points import Baseline, Sweep
 from stillhouse.sweep.snapshot import Observations, Snapshot
 from stillhouse.sweep.state import Observation
 
@@ -30,7 +29,7 @@ class Backend(Protocol):
         """The sweeps that were ever started there."""
         ...
 
-    def find(self, word: str) -> Roster:
+    def find(self, word: str) -> Sweep:
         """What a word means: a sweep's name, a run's NAME, the first digits of an id.
 
         Raises:
@@ -45,28 +44,28 @@ class Backend(Protocol):
         """
         ...
 
-    def look(self, rows: Roster, sweep: Sweep | None = None) -> Snapshot:
-        """How these points stand.
+    def look(self, sweep: Sweep, is_to_run: bool = False) -> Snapshot:
+        """How its points stand.
 
-        `sweep`: the one that is to run, of which `rows` are some or all points: then its baselines
-        are looked at, and a point that other code than ours began and did not finish is drifted.
+        `is_to_run`: its baselines are looked at, too, and a point that other code than ours began
+        and did not finish is drifted.
         """
         ...
 
-    def describe(self, rows: Roster | None) -> list[str]:
-        """Further lines for the status of these points; None: of all sweeps."""
+    def describe(self, sweep: Sweep | None) -> list[str]:
+        """Further lines for the status of its points; None: of all sweeps."""
         ...
 
-    def show_logs(self, rows: Roster, observations: Observations, follows: bool) -> bool:
+    def show_logs(self, sweep: Sweep, observations: Observations, follows: bool) -> bool:
         """Print what points printed; whether there was anything."""
         ...
 
-    def log_texts(self, rows: Roster, observations: Observations) -> dict[str, str]:
+    def log_texts(self, sweep: Sweep, observations: Observations) -> dict[str, str]:
         """The same by the points' ids: whole of one point, of several the ends that matter."""
         ...
 
-    def require(self, sweep: Sweep, rows: Roster) -> None:
-        """Check that everything the first of these points will need is there.
+    def require(self, sweep: Sweep) -> None:
+        """Check that everything the first of its points will need is there.
 
         Raises:
             ConfigError: something is not, and what to do about it.
@@ -81,30 +80,26 @@ class Backend(Protocol):
         """
         ...
 
-    def adopt(self, rows: Roster, snapshot: Snapshot) -> list[str]:
+    def adopt(self, sweep: Sweep, snapshot: Snapshot) -> list[str]:
         """Let drifted points continue under our code, or begin anew; a line for each that begins.
 
         What a point that begins anew left is kept.
         """
         ...
 
-    def executor(
-        self, sweep: Sweep, rows: Roster, snapshot: Snapshot
-    ) -> AbstractContextManager[Executor]:
+    def executor(self, sweep: Sweep, snapshot: Snapshot) -> AbstractContextManager[Executor]:
         """Run the sweep's tasks there; `snapshot`: the last look at it."""
         ...
 
-    def forget(self, rows: Roster, is_whole: bool) -> int:
-        """Forget how these points failed.
-
-        `is_whole`: forget the failures that no point shows, too; their number is returned.
-        """
+    def forget(self, sweep: Sweep) -> int:
+        """Forget how its points failed; of a whole sweep, also the failures that no point shows,
+        whose number is returned."""
         ...
 
-    def cancel(self, rows: Roster, is_whole: bool) -> list[str]:
+    def cancel(self, sweep: Sweep) -> list[str]:
         """Ask running points to checkpoint and stop; a line for each that was asked.
 
-        `is_whole`: a loop over the sweep ends, too.
+        A loop over the sweep ends, too, where all of it is meant.
         """
         ...
 

@@ -10,19 +10,17 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from stillhouse.compose import Overrides, from_command_line
 from stillhouse.errors import ConfigError, nearest
-from stillhouse.identity import to_plain
 from stillhouse.spec import SiteSpec, TrainSpec
 from stillhouse.sweep import registry
 from stillhouse.sweep.backend import Backend
 from stillhouse.sweep.cluster import pod_paths
 from stillhouse.sweep.cluster.backend import ClusterBackend
-from stillhouse.sweep.grid import Sweep, load_sweep
+from stillhouse.sweep.grid import load_sweep
 from stillhouse.sweep.local.backend import LocalBackend
-from stillhouse.sweep.registry import Roster, Row, roster_of
+from stillhouse.sweep.points import Sweep
 from stillhouse.sweep.site import CLUSTER, away_words, site_of
 
 DEFAULT_RUNS = Path("runs")
@@ -129,10 +127,10 @@ class Call:
             raise ConfigError("that is done in a cluster: say --backend cluster")
         return self.backend
 
-    def find(self) -> Roster:
+    def find(self) -> Sweep:
         """The points that a verb such as status, logs, retry or cancel is about."""
         if self.is_file:
-            found = roster_of(self.backend.pinned(self.sweep()))
+            found = self.backend.pinned(self.sweep())
         elif self.target is None:
             known = ", ".join(self.backend.names()) or "none yet"
             raise ConfigError(f"which sweep? A file, a sweep ({known}), a run's name or id")
@@ -140,17 +138,6 @@ class Call:
             _of_site_only(self)
             found = self.backend.find(self.target)
         return registry.narrowed(found, self.points)
-
-    def knobs(self, row: Row) -> dict[str, Any]:
-        """A point's config fields: all, where the sweep file is at hand; else the axes only."""
-        if not self.is_file:
-            return row.overrides
-        spec = to_plain(self._specs[row.id].spec)
-        return {k: v for section in spec.values() for k, v in section.items()} | row.overrides
-
-    @functools.cached_property
-    def _specs(self) -> dict[str, Any]:
-        return {point.id: point for point in self.sweep().points}
 
     def command(self, verb: str, target: str) -> str:
         """A command to tell the reader about, with the options that find these runs."""

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from stillhouse.local_models import COMMIT, RepoType, looks_like_hub_id, open_name, snapshot
 from stillhouse.spec import TrainSpec
-from stillhouse.sweep.grid import Sweep
+from stillhouse.sweep.points import Sweep
 
 HUB = "https://huggingface.co"  # where HF_ENDPOINT does not say otherwise
 PATIENCE_S = 10

@@ -21,9 +21,9 @@ from stillhouse.errors import AGAIN, DONE, POISON
 from stillhouse.spec import EvalSpec
 from stillhouse.sweep.backend import Executor, Finished, Task
 from stillhouse.sweep.commits import placed
-from stillhouse.sweep.grid import Point, Sweep
-from stillhouse.sweep.plan import Action, Situation, actions, fixed_packs, groups_of
-from stillhouse.sweep.registry import Roster, log_file, roster_of
+from stillhouse.sweep.plan import Action, Situation, actions
+from stillhouse.sweep.points import Sweep
+from stillhouse.sweep.registry import log_file
 from stillhouse.sweep.snapshot import Snapshot
 from stillhouse.sweep.state import FAILED, Observation
 
@@ -35,7 +35,7 @@ TICK_S = 0.5  # how often the loop looks up while nothing ends
 class Picture:
     """A snapshot of a running sweep, for the display."""
 
-    roster: Roster
+    sweep: Sweep
     observations: Mapping[str, Observation]
     live: Sequence[Action]
     is_stopping: bool
@@ -81,21 +81,13 @@ class Interrupts:
 
 
 class Driver:
-    """One loop over one sweep; `only`: the points it is about, all of them without it."""
+    """One loop over a sweep, or over some of its points."""
 
-    def __init__(
-        self, sweep: Sweep, executor: Executor, display: Display, only: Roster | None = None
-    ) -> None:
+    def __init__(self, sweep: Sweep, executor: Executor, display: Display) -> None:
         self.sweep, self.executor, self.display = sweep, executor, display
-        self.roster = only or roster_of(sweep)
-        self.points: dict[str, Point] = {
-            point.id: point for point in sweep.points if point.id in self.roster.by_id
-        }
-        groups = groups_of(sweep)
-        self.groups = {id_: groups[id_] for id_ in self.points}
-        # Cut of the whole sweep: a point's pack is the same, whichever points this loop is about.
-        packs = fixed_packs(groups, sweep.pack) if executor.has_fixed_packs else groups
-        self.packs = {id_: packs[id_] for id_ in self.points}
+        self.groups = self.packs = sweep.groups
+        if executor.has_fixed_packs:
+            self.packs = {point.id: point.pack for point in sweep.points}
         first = executor.snapshot()
         self.since = first.at
         self.observations = {**first.observations}
@@ -147,7 +139,7 @@ class Driver:
     def _turn(self, is_stopping: bool = False) -> None:
         live = tuple(self.executor.live())
         waits, error = self.executor.waits(), self.executor.connection_error
-        picture = Picture(self.roster, self.observations, live, is_stopping, waits, error)
+        picture = Picture(self.sweep, self.observations, live, is_stopping, waits, error)
         self.display.sees(picture)
         for finished in self.executor.wait(TICK_S):
             self._finish(finished)
@@ -228,26 +220,26 @@ class Driver:
     # -------------------------------------------------------------- what an executor is given
 
     def _task(self, action: Action) -> Task:
-        runs = tuple(self.roster.run(id_) for id_ in action.points)
+        runs = tuple(self.sweep.run(id_) for id_ in action.points)
         log = log_file(self.sweep.runs, self.sweep.name)
         if action.kind == "train":
-            spec = placed(self.points[action.points[0]].spec, self.sweep)
+            spec = placed(self.sweep.by_id[action.points[0]].spec, self.sweep)
             return Task(action, (spec,), runs, None, runs[0].log_file)
         if action.kind == "eval":
             spec = self._eval_spec(action)
             return Task(action, (spec,), runs, spec, log)
-        first = next(self.points[id_] for id_, g in self.groups.items() if g == action.group).spec
+        first = next(p for p in self.sweep.points if p.group == action.group).spec
         cache_dir = Path(first.place.cache_dir)
         subject = (first.pair, first.quant, cache_dir, {**self.sweep.commits})
         return Task(action, subject, (), None, log)
 
     def _eval_spec(self, action: Action) -> EvalSpec:
-        point, defaults = self.points[action.points[0]].spec, self._eval_defaults
+        point, defaults = self.sweep.by_id[action.points[0]].spec, self._eval_defaults
         assert self.sweep.suite is not None
         labels = {b.label for b in self.baselines if b.directory in action.baselines}
         evaluation = dataclasses.replace(
             defaults.evaluation,
-            lora_paths=tuple(str(self.roster.run(id_).path) for id_ in action.points),
+            lora_paths=tuple(str(self.sweep.run(id_).path) for id_ in action.points),
             eval_teacher="teacher" in labels,
             eval_student="student" in labels,
             eval_ptq="ptq" in labels,

@@ -22,6 +22,8 @@ from stillhouse.errors import (
     nearest,
 )
 from stillhouse.flags import GROUP_OF_LEAF
+from stillhouse.identity import to_plain
+from stillhouse.sweep.points import Point
 from stillhouse.sweep.state import Observation
 
 CODES = {
@@ -129,6 +131,14 @@ class Condition:
             f'--where {self.text!r}: no knob "{name}" ({", ".join(knobs) or "none is known"}); with'
             f" the sweep's file as the target every knob is known.{nearest(name, knobs)}"
         )
+
+
+def knobs_of(point: Point) -> dict[str, Any]:
+    """A point's config fields: all, where the sweep file is at hand; else the axes only."""
+    if point.resolved is None:
+        return point.overrides
+    sections = to_plain(point.resolved).values()
+    return {k: v for section in sections for k, v in section.items()} | point.overrides
 
 
 def is_caused_by(seen: Observation, cause: str) -> bool:

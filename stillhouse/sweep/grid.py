@@ -21,8 +21,9 @@ from typing import Any, cast
 from stillhouse.compose import Overrides, as_command_line, compose, resolve, vocabulary
 from stillhouse.errors import ConfigError, nearest
 from stillhouse.identity import NOT_VERSIONED, digest, point_id, slug, suite_content
-from stillhouse.spec import NAME, EvalSpec, SiteSpec, SuiteSpec, TrainSpec
+from stillhouse.spec import NAME, EvalSpec, SuiteSpec, TrainSpec
 from stillhouse.sweep import sweep_file as request
+from stillhouse.sweep.points import Point, Sweep, baselines_of, grouped
 from stillhouse.sweep.sweep_file import (
     OWN,
     SEED,
@@ -39,41 +40,6 @@ MAX_POINTS = (
     100_000  # ten times the largest grid that is planned for; more is a slip of the keyboard
 )
 SHOWN = 60  # characters of a name that cannot be one
-
-__all__ = ["Compare", "Point", "Sweep", "load_sweep"]
-
-
-@dataclasses.dataclass(frozen=True)
-class Point:
-    """One run of a sweep: its identity, its whole spec, and what distinguishes it from others."""
-
-    id: str
-    slug: str
-    spec: TrainSpec
-    name: str | None  # only where somebody gave one
-    tags: tuple[str, ...]
-    overrides: dict[str, Any]  # each axis of the sweep, and "seed": leaf (or group) -> value
-    words: tuple[str, ...] = ()  # what composes to the spec elsewhere, where it runs left out
-
-
-@dataclasses.dataclass(frozen=True)
-class Sweep:
-    """A question, and the points that answer it."""
-
-    name: str
-    file: str | None
-    question: str | None
-    points: tuple[Point, ...]
-    axes: dict[str, tuple[Any, ...]]  # what varies, seeds apart: leaf (or group) -> values
-    suite: SuiteSpec | None  # None: points are trained and not scored
-    pack: int  # adapters per evaluation
-    compare: Compare | None
-    site: SiteSpec
-    runs: Path
-    baselines: tuple[str, ...]  # of "teacher", "student", "ptq"
-    words: tuple[str, ...] = ()  # of the command line, as typed: what repeats it
-    # Open revisions of the hub -> the commit that all of its points use (`commits`).
-    commits: Mapping[str, str] = dataclasses.field(default_factory=dict[str, str])
 
 
 def load_sweep(target: str | None, words: list[str], runs: Path, site: str = "local") -> Sweep:
@@ -102,21 +68,20 @@ def load_sweep(target: str | None, words: list[str], runs: Path, site: str = "lo
     name = _name(points, axes, suite) if target is None else Path(target).stem
     _checked_name(name, "the grid's name" if target is None else f"{target}: the file's name")
     block = asked.eval if suite else None
-    baselines = block.baselines if block else ()
-    if all(point.spec.quant.quant_type == "none" for point in points):
-        baselines = tuple(name for name in baselines if name != "ptq")
+    pack = block.pack if block else 1
+    points = grouped(points, pack)
     return Sweep(
         name=name,
+        runs=runs,
+        points=points,
+        suite=suite,
+        baselines=baselines_of(points, block.baselines, runs) if block else (),
+        cache_dir=Path(points[0].spec.place.cache_dir),
         file=target,
         question=asked.question,
-        points=points,
         axes=axes,
-        suite=suite,
-        pack=block.pack if block else 1,
+        pack=pack,
         compare=_compare(asked, axes, suite),
-        site=points[0].spec.site,
-        runs=runs,
-        baselines=baselines,
         words=tuple(words),
     )
 
@@ -207,7 +172,9 @@ def _point(asked: SweepRequest, own: Knobs, axes: Sequence[str], runs: Path) -> 
     values = {label(key): _value(spec, key, groups) for key in axes}
     values["seed"] = spec.training.seed
     words = as_command_line(Overrides(_elsewhere(groups), _elsewhere(overrides.values)))
-    return Point(point_id(spec), slug(spec), spec, name, spec.place.tags, values, tuple(words))
+    return Point(
+        point_id(spec), slug(spec), name, values, spec.place.tags, tuple(words), resolved=spec
+    )
 
 
 def _elsewhere(knobs: Mapping[str, Any]) -> dict[str, Any]:

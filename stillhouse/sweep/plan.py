@@ -3,26 +3,13 @@
 from __future__ import annotations
 
 import itertools
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-from stillhouse.sweep.grid import Sweep
+from stillhouse.sweep.points import Baseline
 from stillhouse.sweep.state import Observation
-
-
-@dataclass(frozen=True)
-class Baseline:
-    """A row that no run trained, and whether it still has to be scored."""
-
-    directory: Path
-    label: str
-    groups: frozenset[str]  # the groups whose evaluations can take it along
-    is_scored: bool = False
-    cause: str | None = None  # why it is given up
-    rests_on_other: tuple[str, ...] = ()  # why scores that are there count no more
 
 
 @dataclass(frozen=True)
@@ -51,34 +38,6 @@ class Situation:
     def spreads(self) -> bool:
         """Whether the rest of a group may be cut into new packs, to use idle slots."""
         return self.packs == self.groups
-
-
-def groups_of(sweep: Sweep) -> dict[str, str]:
-    """Point id -> name of its group: points whose adapters one evaluation can score together."""
-    names: dict[Any, str] = {}
-    found: dict[str, str] = {}
-    for point in sweep.points:
-        spec = point.spec
-        key = (spec.pair, spec.quant, spec.data)
-        if key not in names:
-            name = f"{spec.pair.pair_name}/{spec.quant.quant_type}"
-            twins = sum(other.split("#")[0] == name for other in names.values())
-            names[key] = f"{name}#{twins + 1}" if twins else name
-        found[point.id] = names[key]
-    return found
-
-
-def fixed_packs(groups: Mapping[str, str], size: int) -> dict[str, str]:
-    """Point id -> pack: each group in its order, cut into pieces of `size`.
-
-    Whoever looks, whenever, finds the same packs: two drivers name the same evaluation.
-    """
-    seen: Counter[str] = Counter()
-    found: dict[str, str] = {}
-    for id_, group in groups.items():
-        found[id_] = f"{group}/{seen[group] // size}"
-        seen[group] += 1
-    return found
 
 
 def actions(now: Situation, slots: int, pack: int) -> list[Action]:

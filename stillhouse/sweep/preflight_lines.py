@@ -12,7 +12,7 @@ from stillhouse.compose import data_file
 from stillhouse.rundir import Json, Runs, read_json
 from stillhouse.sources import differences, rests_on, sources_of
 from stillhouse.sweep.commits import placed
-from stillhouse.sweep.grid import Point, Sweep
+from stillhouse.sweep.points import Point, Sweep
 
 SHOWN = 6  # pairs (each with a loss and a number of steps) that a plan names
 

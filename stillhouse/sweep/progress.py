@@ -26,7 +26,7 @@ from stillhouse.rundir import RunDir
 from stillhouse.sweep.backend import Finished
 from stillhouse.sweep.driver import Picture
 from stillhouse.sweep.plan import Action
-from stillhouse.sweep.registry import Roster
+from stillhouse.sweep.points import Sweep
 from stillhouse.sweep.show import counted, fingerprint
 from stillhouse.sweep.state import FAILED, Observation
 from stillhouse.text import Pace, duration, say
@@ -63,14 +63,14 @@ def steps_of(run: RunDir) -> Steps:
         return Steps(0, end)  # nothing written yet, or being written just now
 
 
-def about(action: Action, roster: Roster) -> str:
+def about(action: Action, sweep: Sweep) -> str:
     """What an action is about, in a few words."""
     if action.kind == "train":
-        return str(roster.by_id[action.points[0]])
+        return str(sweep.by_id[action.points[0]])
     if action.kind == "prepare":
         return f"the pair of {action.group}"
     points, rows = len(action.points), len(action.baselines)
-    words = [str(roster.by_id[action.points[0]]) if points == 1 else f"{points} points"]
+    words = [str(sweep.by_id[action.points[0]]) if points == 1 else f"{points} points"]
     if rows:
         words.append(f"{rows} baseline{'s' if rows > 1 else ''}")
     return f"{' and '.join(words)} of {action.group}"
@@ -96,11 +96,11 @@ class Lines:
 
     def __init__(
         self,
-        roster: Roster,
+        sweep: Sweep,
         write: Callable[[str], object],
         has_files: bool = True,
     ) -> None:
-        self.roster, self.write, self.has_files = roster, write, has_files
+        self.sweep, self.write, self.has_files = sweep, write, has_files
         self.states: Counter[str] = Counter()
         self.since: dict[str, float] = {}  # a reason to wait -> when it was first seen
         self.told: set[str] = set()  # the reasons that were said
@@ -117,15 +117,15 @@ class Lines:
         self.write(f"{time.strftime('%H:%M:%S')} {text}")
 
     def started(self, action: Action) -> None:
-        self.says(f"{DOING[action.kind]} {about(action, self.roster)}")
+        self.says(f"{DOING[action.kind]} {about(action, self.sweep)}")
 
     def finished(self, finished: Finished) -> None:
-        self.says(how_it_ended(finished, self.roster))
+        self.says(how_it_ended(finished, self.sweep))
 
     def sees(self, picture: Picture) -> None:
         states = states_now(picture, self.has_files)
         if states["done"] != self.states["done"]:
-            self.says(f"{picture.roster.name}: {counted(states)}")
+            self.says(f"{picture.sweep.name}: {counted(states)}")
         self.states = states
         if not self.has_files:
             self._say_why(picture)
@@ -136,9 +136,9 @@ class Lines:
     def _say_how_far(self, picture: Picture) -> None:
         for action in picture.live:
             if action.kind == "train":
-                at = steps_of(self.roster.run(action.points[0]))
+                at = steps_of(self.sweep.run(action.points[0]))
                 pace = self.paces.setdefault(action.points[0], Pace())
-                self.says(f"trains {about(action, self.roster)}: {pace.told(at.done, at.of)}")
+                self.says(f"trains {about(action, self.sweep)}: {pace.told(at.done, at.of)}")
 
     def _say_why(self, picture: Picture) -> None:
         """Say once why points, or our requests, wait, where the reason lasts."""
@@ -159,7 +159,7 @@ class Lines:
         for kind, actions in tasks.items():
             who = f"{len(actions)} Jobs wait"
             if len(actions) == 1:
-                who = f"{DOING[actions[0].kind]} {about(actions[0], self.roster)}, waits"
+                who = f"{DOING[actions[0].kind]} {about(actions[0], self.sweep)}, waits"
             words[kind] = f"{who}: {picture.waits[actions[0]]}"
         if picture.connection_error:
             words[TROUBLE] = f"requests are tried again: {picture.connection_error}"
@@ -171,9 +171,9 @@ class Lines:
                 self.says(words[kind])
 
 
-def how_it_ended(finished: Finished, roster: Roster) -> str:
+def how_it_ended(finished: Finished, sweep: Sweep) -> str:
     """One line on a task that ended."""
-    what = about(finished.action, roster)
+    what = about(finished.action, sweep)
     if finished.exit_code == DONE:
         return f"{DID[finished.action.kind]} {what} in {duration(finished.seconds)}"
     if finished.exit_code == AGAIN:
@@ -189,8 +189,8 @@ class Board:
     state shows how far they are.
     """
 
-    def __init__(self, roster: Roster, console: Console, has_files: bool = True) -> None:
-        self.roster, self.console, self.has_files = roster, console, has_files
+    def __init__(self, sweep: Sweep, console: Console, has_files: bool = True) -> None:
+        self.sweep, self.console, self.has_files = sweep, console, has_files
         self.live = Live(console=console, auto_refresh=False, transient=True)
         self.began: dict[Action, float] = {}
         self.paces: dict[str, Pace] = {}  # of the points that train
@@ -217,11 +217,11 @@ class Board:
     def finished(self, finished: Finished) -> None:
         self.began.pop(finished.action, None)
         if finished.exit_code not in (DONE, AGAIN):
-            self.says(how_it_ended(finished, self.roster))
+            self.says(how_it_ended(finished, self.sweep))
 
     def sees(self, picture: Picture) -> None:
         steps = {
-            action.points[0]: steps_of(self.roster.run(action.points[0]))
+            action.points[0]: steps_of(self.sweep.run(action.points[0]))
             for action in picture.live
             if action.kind == "train" and self.has_files
         }
@@ -236,7 +236,7 @@ class Board:
     ) -> Group:
         total = len(picture.observations)
         states = states_now(picture, self.has_files)
-        words = [f"{picture.roster.name}: {counted(states)}"]
+        words = [f"{picture.sweep.name}: {counted(states)}"]
         if picture.connection_error:
             words.append(f"requests are tried again: {picture.connection_error}")
         elif picture.is_stopping:
@@ -258,7 +258,7 @@ class Board:
                 said.insert(0, pace.told(at.done, at.of, clock))
             elif why := _waits(action, picture):
                 said.insert(0, why)
-            cells = (f"  {DOING[action.kind]}", about(action, self.roster), ", ".join(said))
+            cells = (f"  {DOING[action.kind]}", about(action, self.sweep), ", ".join(said))
             rows.add_row(*(Text(visible(cell)) for cell in cells))  # no markup in others' words
         more = len(picture.live) - LIVE_ROWS
         tail = [Text(f"  and {more} more")] if more > 0 else []
@@ -281,12 +281,12 @@ def _worth(seen: Observation, steps: Steps | None) -> float:
     return min(1.0, at.done / at.of) if at.of else 0.0
 
 
-def display(roster: Roster, has_files: bool = True) -> Board | Lines:
+def display(sweep: Sweep, has_files: bool = True) -> Board | Lines:
     """A board where somebody looks at a terminal, lines where stdout is a file.
 
     `has_files`: whether runs write their steps where we can read them.
     """
     console = Console(highlight=False)
     if sys.stdout.isatty() and not console.is_dumb_terminal:
-        return Board(roster, console, has_files)
-    return Lines(roster, lambda text: say(text, flush=True), has_files)
+        return Board(sweep, console, has_files)
+    return Lines(sweep, lambda text: say(text, flush=True), has_files)

@@ -11,102 +11,28 @@ outlives its file.
 from __future__ import annotations
 
 import contextlib
-import functools
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 from pydantic import TypeAdapter, ValidationError
 
 from stillhouse.errors import ConfigError, ContractError, nearest
 from stillhouse.file_formats import SWEEP, checked
-from stillhouse.identity import baseline_key, chat_settings, to_plain
 from stillhouse.rundir import (
     FORMAT,
     Json,
-    RunDir,
     Runs,
-    directory_name,
     now,
     read_json,
     sweep_leftovers,
     write_json,
 )
-from stillhouse.spec import NAME, PairSpec, QuantSpec, SuiteSpec
-from stillhouse.sweep.dependencies import Beneath
-from stillhouse.sweep.grid import Point, Sweep
-from stillhouse.sweep.sweep_file import text
+from stillhouse.spec import NAME, SuiteSpec
+from stillhouse.sweep.points import Baseline, Point, Sweep, point_of
 
 MEND = "run the sweep's file again, once this one is moved away: that writes it anew"
-
-
-@dataclass(frozen=True)
-class Row:
-    """A point without its spec: only what names it and finds its run directory."""
-
-    id: str
-    slug: str
-    name: str | None
-    overrides: dict[str, Any]
-
-    @property
-    def directory(self) -> str:
-        return directory_name(self.slug, self.id)
-
-    def __str__(self) -> str:
-        """Its name, or the values that it sets, and the id's first digits."""
-        words = self.name or " ".join(f"{k}={text(v)}" for k, v in self.overrides.items())
-        return f"{words or self.slug} ({self.id[:6]})"
-
-
-@dataclass(frozen=True)
-class Roster:
-    """A sweep without specs: its points, their directories, and the suite that makes one done."""
-
-    name: str
-    runs: Path
-    rows: tuple[Row, ...]
-    suite: SuiteSpec | None
-    baselines: tuple[Path, ...]  # directories of the rows that no run trained
-    # The cache with the models and data of its points, and the commits of open revisions; None: not
-    # known.
-    cache_dir: Path | None = None
-    commits: Mapping[str, str] = field(default_factory=dict[str, str])
-
-    def beneath(self) -> Beneath:
-        """What its points depend on now, for one look."""
-        return Beneath(self.cache_dir, self.commits)
-
-    @functools.cached_property
-    def by_id(self) -> dict[str, Row]:
-        return {row.id: row for row in self.rows}
-
-    def run(self, id_: str) -> RunDir:
-        return RunDir(self.runs / self.by_id[id_].directory)
-
-
-@dataclass(frozen=True)
-class BaselineRow:
-    """A row that no run trains: teacher, student or ptq, of one pair and quantizer."""
-
-    directory: Path
-    label: str
-    pair_name: str
-    quant_type: str | None  # of ptq only: the others do not depend on it
-    points: tuple[str, ...]  # ids of the points beside which it stands
-
-
-def roster_of(sweep: Sweep) -> Roster:
-    """The points of a sweep that was just read."""
-    rows = (Row(p.id, p.slug, p.name, p.overrides) for p in sweep.points)
-    baselines = tuple(row.directory for row in baseline_rows(sweep))
-    place = sweep.points[0].spec.place
-    return Roster(
-        sweep.name, sweep.runs, tuple(rows), sweep.suite, baselines, Path(place.cache_dir),
-        sweep.commits,
-    )  # fmt: skip
 
 
 def write(sweep: Sweep) -> None:
@@ -115,17 +41,17 @@ def write(sweep: Sweep) -> None:
     Raises:
         ContractError: a name already means another configuration; nothing was written then.
     """
-    runs, roster = Runs(sweep.runs), roster_of(sweep)
+    runs = Runs(sweep.runs)
     refuse_another_sweep(read_json(runs.sweep_file(sweep.name)), sweep, str(sweep.runs))
-    for row in roster.rows:
-        link = runs.names / str(row.name)
-        if row.name and link.is_symlink() and link.readlink().name != row.directory:
-            runs.link_name(row.name, roster.run(row.id))  # says what it means already
+    named = {point.name: sweep.run(point.id) for point in sweep.points if point.name}
+    for name, run in named.items():
+        link = runs.names / name
+        if link.is_symlink() and link.readlink().name != run.path.name:
+            runs.link_name(name, run)  # says what it means already
     write_record(sweep.runs, record_of(sweep))
     sweep_leftovers(runs.names)
-    for row in roster.rows:
-        if row.name:
-            runs.link_name(row.name, roster.run(row.id))
+    for name, run in named.items():
+        runs.link_name(name, run)
 
 
 def refuse_another_sweep(before: Json | None, sweep: Sweep, where: str) -> None:
@@ -192,7 +118,7 @@ def record_of(sweep: Sweep) -> Json:
                 "quant_type": row.quant_type,
                 "directory": row.directory.name,
             }
-            for row in baseline_rows(sweep)
+            for row in sweep.baselines
         ],
         "cache_dir": sweep.points[0].spec.place.cache_dir,
         "commits": {**sweep.commits},
@@ -200,34 +126,12 @@ def record_of(sweep: Sweep) -> Json:
     }
 
 
-def baseline_rows(sweep: Sweep) -> tuple[BaselineRow, ...]:
-    """The rows of a sweep's table that no run trains."""
-    groups: dict[tuple[PairSpec, QuantSpec, str], list[Point]] = {}
-    for point in sweep.points if sweep.suite else ():
-        chat = chat_settings(to_plain(point.spec)["data"])
-        groups.setdefault((point.spec.pair, point.spec.quant, chat), []).append(point)
-    found: dict[Path, BaselineRow] = {}
-    for (pair, quant, _), points in groups.items():
-        data, ids = points[0].spec.data, [point.id for point in points]
-        for label in sweep.baselines:
-            is_ptq = label == "ptq"
-            if is_ptq and quant.quant_type == "none":
-                continue  # it would be the student
-            directory = Runs(sweep.runs).baseline(label, baseline_key(label, pair, quant, data))
-            before = found[directory].points if directory in found else ()
-            found[directory] = BaselineRow(
-                directory, label, pair.pair_name, quant.quant_type if is_ptq else None,
-                (*before, *ids),
-            )  # fmt: skip
-    return tuple(found.values())
-
-
 def names(runs: Path) -> list[str]:
     """The sweeps that were ever started here."""
     return sorted(file.stem for file in Runs(runs).sweep_file("x").parent.glob("*.json"))
 
 
-def read(runs: Path, name: str) -> Roster | None:
+def read(runs: Path, name: str) -> Sweep | None:
     """A sweep that was started here, as it was last asked; None where there is none of that name
     (a word that is no name names none).
 
@@ -248,7 +152,7 @@ def recorded_commits(runs: Path, name: str) -> dict[str, str]:
     return {} if record is None else checked(record, SWEEP, file, MEND).get("commits") or {}
 
 
-def of_record(record: Json, runs: Path, where: str) -> Roster:
+def of_record(record: Json, runs: Path, where: str) -> Sweep:
     """The sweep that a record describes; `where` it was read, for an error.
 
     Raises:
@@ -260,22 +164,28 @@ def of_record(record: Json, runs: Path, where: str) -> Roster:
             f" {FORMAT}; use another --runs directory, or the version that wrote it"
         )
     checked(record, SWEEP, Path(where), MEND)
-    rows = (Row(p["id"], p["slug"], p["name"], p["overrides"]) for p in record["points"])
+    told: list[Json] = record["points"]
+    points = (Point(p["id"], p["slug"], p["name"], p["overrides"]) for p in told)
     try:
         suite = record["suite"] and TypeAdapter(SuiteSpec).validate_python(record["suite"])
     except ValidationError as error:
         why = error.errors(include_url=False)[0]
         at = ".".join(map(str, why["loc"]))
         raise ContractError(f"{where}: suite.{at}: {why['msg'].lower()}; {MEND}") from error
-    baselines = tuple(runs / "baselines" / b["directory"] for b in record["baselines"])
+    beside = ((runs / "baselines" / b["directory"], b["label"]) for b in record["baselines"])
     cache_dir = record.get("cache_dir")
-    return Roster(
-        record["name"], runs, tuple(rows), cast("SuiteSpec | None", suite), baselines,
-        cache_dir and Path(cache_dir), record.get("commits") or {},
-    )  # fmt: skip
+    return Sweep(
+        name=record["name"],
+        runs=runs,
+        points=tuple(points),
+        suite=cast("SuiteSpec | None", suite),
+        baselines=tuple(Baseline(directory, label) for directory, label in beside),
+        cache_dir=Path(cache_dir) if cache_dir else None,
+        commits=record.get("commits") or {},
+    )
 
 
-def find(word: str, runs: Path) -> Roster:
+def find(word: str, runs: Path) -> Sweep:
     """What `word` means: a sweep's name, a run's NAME, or an id's first digits.
 
     Raises:
@@ -295,43 +205,46 @@ def find(word: str, runs: Path) -> Roster:
             f'no sweep and no run "{word}" below {runs}/ (a sweep file ends in .yaml; `stillhouse'
             f" status` lists the sweeps; a cluster's: --backend cluster).{nearest(word, known)}"
         )
-    return _with_its_sweep(found[0], runs)
+    return alone(point_of(found[0].path.name), runs, _readable(runs))
 
 
-def _with_its_sweep(run: RunDir, runs: Path) -> Roster:
-    """One run, with the suite of a sweep it belongs to: what makes it done."""
+def _readable(runs: Path) -> Iterator[Sweep]:
     for name in names(runs):
-        with contextlib.suppress(ContractError):  # `status` names it; this run is not its business
-            sweep = read(runs, name)
-            if sweep and run.id in sweep.by_id:
-                return replace(sweep, rows=(sweep.by_id[run.id],), baselines=())
-    slug = run.path.name.rpartition("-")[0]
-    return Roster(run.path.name, runs, (Row(run.id, slug, None, {}),), None, ())
+        with contextlib.suppress(ContractError):  # `status` names it; a run is not its business
+            if sweep := read(runs, name):
+                yield sweep
 
 
-def narrowed(roster: Roster, words: Sequence[str]) -> Roster:
+def alone(point: Point, runs: Path, sweeps: Iterable[Sweep]) -> Sweep:
+    """One point of the first sweep that has it, whose suite makes it done; else it by itself."""
+    for sweep in sweeps:
+        if point.id in sweep.by_id:
+            return sweep.only({point.id})
+    return Sweep(point.directory, runs, (point,), is_whole=False)
+
+
+def narrowed(sweep: Sweep, words: Sequence[str]) -> Sweep:
     """The points that `--point` names, by name or by an id's first digits; all of them without one.
 
     Raises:
         ConfigError: a word that means no point of the sweep, or more than one.
     """
     if not words:
-        return roster
-    chosen: dict[str, Row] = {}
+        return sweep
+    chosen: set[str] = set()
     for word in words:
-        found = [row for row in roster.rows if row.name == word] or [
-            row for row in roster.rows if row.id.startswith(word) or row.directory == word
+        found = [point for point in sweep.points if point.name == word] or [
+            p for p in sweep.points if p.id.startswith(word) or p.directory == word
         ]
         if len(found) != 1:
-            known = [row.name or row.id for row in roster.rows]
+            known = [point.name or point.id for point in sweep.points]
             reason = "no point" if not found else f"{len(found)} points"
             raise ConfigError(
-                f"--point {word}: {reason} of {roster.name} with this name or id."
-                f"{nearest(word, known)} `stillhouse status {roster.name} --all` lists them"
+                f"--point {word}: {reason} of {sweep.name} with this name or id."
+                f"{nearest(word, known)} `stillhouse status {sweep.name} --all` lists them"
             )
-        chosen[found[0].id] = found[0]
-    rows = tuple(row for row in roster.rows if row.id in chosen)
-    return replace(roster, rows=rows, baselines=())
+        chosen.add(found[0].id)
+    return sweep.only(chosen)
 
 
 def log_file(runs: Path, name: str) -> Path:

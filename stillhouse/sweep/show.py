@@ -14,9 +14,7 @@ from typing import Any
 from stillhouse.methods import drawn
 from stillhouse.rundir import Json
 from stillhouse.sweep import cost
-from stillhouse.sweep.grid import Point, Sweep
-from stillhouse.sweep.plan import Baseline
-from stillhouse.sweep.registry import Roster, Row
+from stillhouse.sweep.points import Baseline, Point, Sweep
 from stillhouse.sweep.state import FAILED, STATES, Observation
 from stillhouse.sweep.sweep_file import text
 from stillhouse.text import duration
@@ -59,22 +57,22 @@ def counted(states: Mapping[str, int]) -> str:
     return ", ".join(f"{states[state]} {state}" for state in order if states.get(state))
 
 
-def as_json(roster: Roster, observations: Mapping[str, Observation]) -> Json:
+def as_json(sweep: Sweep, observations: Mapping[str, Observation]) -> Json:
     """The one object that `--json` prints."""
-    totals = Counter(observations[row.id].state for row in roster.rows)
+    totals = Counter(observations[point.id].state for point in sweep.points)
     return {
-        "sweep": roster.name,
+        "sweep": sweep.name,
         "totals": {state: totals[state] for state in STATES},
         "points": [
             {
-                "id": row.id,
-                "name": row.name,
-                "overrides": row.overrides,
-                "state": observations[row.id].state,
-                "cause": observations[row.id].cause,
-                "warnings": [*observations[row.id].warnings],
+                "id": point.id,
+                "name": point.name,
+                "overrides": point.overrides,
+                "state": observations[point.id].state,
+                "cause": observations[point.id].cause,
+                "warnings": [*observations[point.id].warnings],
             }
-            for row in roster.rows
+            for point in sweep.points
         ],
     }
 
@@ -104,33 +102,33 @@ def method_lines(points: Sequence[Point]) -> list[str]:
     return ["share of rollouts (λ) over a run, and what is learnt from:", *lines]
 
 
-def headline(roster: Roster, observations: Mapping[str, Observation]) -> str:
+def headline(sweep: Sweep, observations: Mapping[str, Observation]) -> str:
     """`quickstart: 9 points: 5 done, 4 new`."""
-    states = Counter(observations[row.id].state for row in roster.rows)
-    count = len(roster.rows)
-    return f"{roster.name}: {count} point{'s' if count != 1 else ''}: {counted(states)}"
+    states = Counter(observations[point.id].state for point in sweep.points)
+    count = len(sweep.points)
+    return f"{sweep.name}: {count} point{'s' if count != 1 else ''}: {counted(states)}"
 
 
 def by_axis(
-    roster: Roster,
+    sweep: Sweep,
     observations: Mapping[str, Observation],
     costs: Mapping[str, cost.Cost],
     limit: int = SHOWN,
 ) -> list[str]:
     """A table with a line per value of each axis: its points by state, and the time still to go."""
-    present = [s for s in STATES if any(observations[r.id].state == s for r in roster.rows)]
+    present = [s for s in STATES if any(observations[r.id].state == s for r in sweep.points)]
     table = [["", "", "points", *present, *(["to go"] if costs else [])]]
-    for axis in roster.rows[0].overrides if roster.rows else ():
-        values: dict[str, list[Row]] = {}
-        for row in roster.rows:
-            values.setdefault(text(row.overrides[axis]), []).append(row)
-        if len(values) == 1 and len(roster.rows) > 1:
+    for axis in sweep.points[0].overrides if sweep.points else ():
+        values: dict[str, list[Point]] = {}
+        for point in sweep.points:
+            values.setdefault(text(point.overrides[axis]), []).append(point)
+        if len(values) == 1 and len(sweep.points) > 1:
             continue  # one value tells no point from another
-        for place, (value, rows) in enumerate(itertools.islice(values.items(), limit)):
-            states = Counter(observations[row.id].state for row in rows)
-            line = [axis if place == 0 else "", value, str(len(rows))]
+        for place, (value, points) in enumerate(itertools.islice(values.items(), limit)):
+            states = Counter(observations[point.id].state for point in points)
+            line = [axis if place == 0 else "", value, str(len(points))]
             line += [str(states[state] or "") for state in present]
-            known = [c.seconds for row in rows if (c := costs.get(row.id)) and c.seconds]
+            known = [c.seconds for point in points if (c := costs.get(point.id)) and c.seconds]
             table.append([*line, *([duration(sum(known)) if known else ""] if costs else [])])
         if len(values) > limit:
             table.append(["", f"and {len(values) - limit} more", "", *([""] * len(table[0][3:]))])
@@ -181,7 +179,7 @@ def _price(total: cost.Total) -> str:
     return f"${total.usd:.2f}{without}"
 
 
-def reasons(roster: Roster, observations: Mapping[str, Observation]) -> list[str]:
+def reasons(sweep: Sweep, observations: Mapping[str, Observation]) -> list[str]:
     """What runs, waits or failed, and why: one line for each kind of reason.
 
     What failed comes last, where a person's eye rests. What is done, or was never begun and has
@@ -189,69 +187,69 @@ def reasons(roster: Roster, observations: Mapping[str, Observation]) -> list[str
     """
     lines: list[str] = []
     for state in ("running", "waiting", "new", "drifted", "unreadable", "stopped", "failed"):
-        kinds: dict[str, list[Row]] = {}
-        for row in roster.rows:
-            seen = observations[row.id]
+        kinds: dict[str, list[Point]] = {}
+        for point in sweep.points:
+            seen = observations[point.id]
             if seen.state == state and (seen.cause or state != "new"):
-                kinds.setdefault(fingerprint(seen), []).append(row)
-        for rows in sorted(kinds.values(), key=len, reverse=True)[:SHOWN]:
-            if len(rows) <= NAMED and (state == "running" or len(rows) == 1):
-                lines += [_line(row, observations[row.id]) for row in rows]
+                kinds.setdefault(fingerprint(seen), []).append(point)
+        for points in sorted(kinds.values(), key=len, reverse=True)[:SHOWN]:
+            if len(points) <= NAMED and (state == "running" or len(points) == 1):
+                lines += [_line(point, observations[point.id]) for point in points]
             else:
-                cause = observations[rows[0].id].cause
+                cause = observations[points[0].id].cause
                 why = f": {cause}" if cause else ":"
-                lines.append(f"  {state:<8} {len(rows)}{why} [{_who(rows)}]")
+                lines.append(f"  {state:<8} {len(points)}{why} [{_who(points)}]")
         if len(kinds) > SHOWN:
             lines.append(f"  {state:<8} for {len(kinds) - SHOWN} more reasons (--all)")
-    return lines + warned(roster, observations)
+    return lines + warned(sweep, observations)
 
 
-def warned(roster: Roster, observations: Mapping[str, Observation]) -> list[str]:
+def warned(sweep: Sweep, observations: Mapping[str, Observation]) -> list[str]:
     """What watch rules found: a line per rule, in the words of the first point that it warned of.
 
     Of points that a rule stopped, that is their cause.
     """
-    kinds: dict[str, list[tuple[Row, str]]] = {}
-    for row in roster.rows:
-        if observations[row.id].state != "stopped":
-            for text in observations[row.id].warnings:
-                kinds.setdefault(text.partition(":")[0], []).append((row, text))
+    kinds: dict[str, list[tuple[Point, str]]] = {}
+    for point in sweep.points:
+        if observations[point.id].state != "stopped":
+            for text in observations[point.id].warnings:
+                kinds.setdefault(text.partition(":")[0], []).append((point, text))
     return [
-        f"  {'warning':<8} {len(rows)}: {rows[0][1]} [{_who([row for row, _ in rows])}]"
-        for rows in kinds.values()
+        f"  {'warning':<8} {len(points)}: {points[0][1]} [{_who([point for point, _ in points])}]"
+        for points in kinds.values()
     ]
 
 
-def every(roster: Roster, observations: Mapping[str, Observation]) -> list[str]:
+def every(sweep: Sweep, observations: Mapping[str, Observation]) -> list[str]:
     """A line for each point."""
-    return [_line(row, observations[row.id]) for row in roster.rows]
+    return [_line(point, observations[point.id]) for point in sweep.points]
 
 
-def _line(row: Row, seen: Observation) -> str:
+def _line(point: Point, seen: Observation) -> str:
     steps = f", step {seen.step}" + (f"/{seen.max_steps}" if seen.max_steps else "")
     at = steps if seen.step and not seen.is_trained else ""
     cause = f": {seen.cause}" if seen.cause else ""
-    return f"  {seen.state:<8} {row}{at}{cause}"
+    return f"  {seen.state:<8} {point}{at}{cause}"
 
 
-def failures(roster: Roster, observations: Mapping[str, Observation]) -> list[str]:
+def failures(sweep: Sweep, observations: Mapping[str, Observation]) -> list[str]:
     """What failed and why: one line for each kind of cause."""
-    kinds: dict[str, list[Row]] = {}
-    for row in roster.rows:
-        if observations[row.id].state in (*FAILED, "unreadable"):
-            kinds.setdefault(fingerprint(observations[row.id]), []).append(row)
-    return [_kind(rows, observations) for rows in sorted(kinds.values(), key=len, reverse=True)]
+    kinds: dict[str, list[Point]] = {}
+    for point in sweep.points:
+        if observations[point.id].state in (*FAILED, "unreadable"):
+            kinds.setdefault(fingerprint(observations[point.id]), []).append(point)
+    return [_kind(points, observations) for points in sorted(kinds.values(), key=len, reverse=True)]
 
 
-def drifted(roster: Roster, observations: Mapping[str, Observation]) -> list[str]:
+def drifted(sweep: Sweep, observations: Mapping[str, Observation]) -> list[str]:
     """What rests on something that is another now, and on what: one line for each kind."""
-    kinds: dict[tuple[str, ...], list[Row]] = {}
-    for row in roster.rows:
-        if observations[row.id].rests_on_other:
-            kinds.setdefault(observations[row.id].rests_on_other, []).append(row)
+    kinds: dict[tuple[str, ...], list[Point]] = {}
+    for point in sweep.points:
+        if observations[point.id].rests_on_other:
+            kinds.setdefault(observations[point.id].rests_on_other, []).append(point)
     return [
-        f"{observations[rows[0].id].state} {len(rows)}: {'; '.join(why)} [{_who(rows)}]"
-        for why, rows in sorted(kinds.items(), key=lambda kind: len(kind[1]), reverse=True)
+        f"{observations[points[0].id].state} {len(points)}: {'; '.join(why)} [{_who(points)}]"
+        for why, points in sorted(kinds.items(), key=lambda kind: len(kind[1]), reverse=True)
     ]
 
 
@@ -272,14 +270,14 @@ def unreachable(why: str) -> list[str]:
     ]
 
 
-def _kind(rows: Sequence[Row], observations: Mapping[str, Observation]) -> str:
-    first = observations[rows[0].id]
+def _kind(points: Sequence[Point], observations: Mapping[str, Observation]) -> str:
+    first = observations[points[0].id]
     cause = first.cause or f"exit code {first.exit_code}"
-    return f"{first.state} {len(rows)}: {cause} [{_who(rows)}]"
+    return f"{first.state} {len(points)}: {cause} [{_who(points)}]"
 
 
-def _who(rows: Sequence[Row]) -> str:
-    return ", ".join(map(str, rows[:NAMED])) + (" …" if len(rows) > NAMED else "")
+def _who(points: Sequence[Point]) -> str:
+    return ", ".join(map(str, points[:NAMED])) + (" …" if len(points) > NAMED else "")
 
 
 def fingerprint(seen: Observation) -> str:

@@ -17,10 +17,8 @@ from stillhouse.identity import score_key
 from stillhouse.rundir import Json, RunDir, code_identity, now, read_score
 from stillhouse.spec import SuiteSpec
 from stillhouse.sweep.dependencies import Below, Beneath
-from stillhouse.sweep.grid import Sweep
 from stillhouse.sweep.outcome import Record
-from stillhouse.sweep.plan import Baseline, groups_of
-from stillhouse.sweep.registry import Roster, baseline_rows, roster_of
+from stillhouse.sweep.points import Baseline, Sweep
 from stillhouse.sweep.state import Facts, Observation, judge
 
 Observations = Mapping[str, Observation]
@@ -59,24 +57,24 @@ class Snapshot:
         return not is_open and not (rows_left and "done" in states)
 
 
-def on_disk(rows: Roster, sweep: Sweep | None = None) -> Snapshot:
-    """What the run directories of this machine say; with `sweep`, its baselines, too."""
-    baselines = baselines_of(sweep, groups_of(sweep)) if sweep else ()
-    return Snapshot(observe(rows), baselines, _failures(rows))
+def on_disk(sweep: Sweep, is_to_run: bool) -> Snapshot:
+    """What the run directories of this machine say; of a sweep to be run, its baselines, too."""
+    baselines = baselines_on_disk(sweep) if is_to_run else ()
+    return Snapshot(observe(sweep), baselines, _failures(sweep))
 
 
-def collected(rows: Roster, why: str) -> Snapshot:
+def collected(sweep: Sweep, why: str) -> Snapshot:
     """What is known of a cluster that cannot be reached (`why`): the runs that were collected."""
-    found = observe(rows)
+    found = observe(sweep)
     for id_ in found:
-        if not rows.run(id_).collected_file.exists():
+        if not sweep.run(id_).collected_file.exists():
             found[id_] = Observation("new")
     return Snapshot(found, records={}, unreachable=why)
 
 
-def _failures(rows: Roster) -> dict[str, str]:
+def _failures(sweep: Sweep) -> dict[str, str]:
     found: dict[str, str] = {}
-    for directory in rows.baselines:
+    for directory in (baseline.directory for baseline in sweep.meant_baselines):
         try:
             status = RunDir(directory).status()
         except ContractError as error:
@@ -90,15 +88,15 @@ def _failures(rows: Roster) -> dict[str, str]:
 # ------------------------------------------------------------------------- run directories
 
 
-def observe(roster: Roster) -> dict[str, Observation]:
+def observe(sweep: Sweep) -> dict[str, Observation]:
     """The state of every point of a sweep, by its id."""
-    there = set(os.listdir(roster.runs)) if roster.runs.is_dir() else set[str]()
-    beneath = roster.beneath()
+    there = set(os.listdir(sweep.runs)) if sweep.runs.is_dir() else set[str]()
+    beneath = sweep.beneath()
     return {
-        row.id: look(roster.run(row.id), roster.suite, beneath)
-        if row.directory in there
+        point.id: look(sweep.run(point.id), sweep.suite, beneath)
+        if point.directory in there
         else Observation("new")
-        for row in roster.rows
+        for point in sweep.points
     }
 
 
@@ -225,29 +223,25 @@ def unscored(directory: Path, suite: SuiteSpec | None, below: Below | None) -> d
     return missing
 
 
-def baselines_of(sweep: Sweep, groups: Mapping[str, str]) -> tuple[Baseline, ...]:
-    """The rows of a sweep that no run trains, as they are on disk now."""
-    found: list[Baseline] = []
-    beneath = roster_of(sweep).beneath()
-    for row in baseline_rows(sweep):
-        of_it = frozenset(groups[id_] for id_ in row.points)
-        try:
-            status = RunDir(row.directory).status()
-            missing = unscored(row.directory, sweep.suite, beneath.under_baseline(row.directory))
-        except ContractError as error:
-            found.append(Baseline(row.directory, row.label, of_it, cause=str(error)))
-            continue
-        found.append(
-            Baseline(
-                directory=row.directory,
-                label=row.label,
-                groups=of_it,
-                is_scored=not missing,
-                cause=status.get("eval_cause") if status.get("eval_gave_up") else None,
-                rests_on_other=drifted_scores(missing),
-            )
-        )
-    return tuple(found)
+def baselines_on_disk(sweep: Sweep) -> tuple[Baseline, ...]:
+    """The baselines of a sweep, as their directories are now."""
+    beneath = sweep.beneath()
+    return tuple(_looked_at(baseline, sweep.suite, beneath) for baseline in sweep.baselines)
+
+
+def _looked_at(baseline: Baseline, suite: SuiteSpec | None, beneath: Beneath) -> Baseline:
+    directory = baseline.directory
+    try:
+        status = RunDir(directory).status()
+        missing = unscored(directory, suite, beneath.under_baseline(directory))
+    except ContractError as error:
+        return replace(baseline, cause=str(error))
+    return replace(
+        baseline,
+        is_scored=not missing,
+        cause=status.get("eval_cause") if status.get("eval_gave_up") else None,
+        rests_on_other=drifted_scores(missing),
+    )
 
 
 def drifted_scores(missing: Mapping[str, Sequence[str]]) -> tuple[str, ...]:

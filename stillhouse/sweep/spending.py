@@ -21,7 +21,7 @@ from stillhouse.rundir import Json, RunDir
 from stillhouse.spec import SiteSpec
 from stillhouse.sweep.cost import Price, no_price, prices
 from stillhouse.sweep.outcome import Record
-from stillhouse.sweep.registry import Roster
+from stillhouse.sweep.points import Sweep
 
 KINDS = ("queued", "starting", "running", "lost")
 PHASES = ("load", "rollout", "teacher", "train", "eval", "save")  # of cost.json, in this order
@@ -96,21 +96,21 @@ class Spent:
         return f"${amount:.2f}" if amount or not self.unpriced else "not known"
 
 
-def spent(roster: Roster, records: Mapping[str, Record], site: SiteSpec | None = None) -> Spent:
-    """What the points and baselines of a roster have cost.
+def spent(sweep: Sweep, records: Mapping[str, Record], site: SiteSpec | None = None) -> Spent:
+    """What the points and baselines of a sweep have cost.
 
     `records`: the ledger by its keys, {} on this machine. `site`: where a price of its own counts.
     """
     found = Spent()
     told = site.price_usd_per_hour if site else None
     own = None if told is None else Price(told, "site.price_usd_per_hour")
-    for row in roster.rows:
-        record, cost = records.get(row.id), _cost_of(roster.run(row.id))
+    for point in sweep.points:
+        record, cost = records.get(point.id), _cost_of(sweep.run(point.id))
         if record is not None:
             _add_training(found, record, cost, _price(found, record, own))
         elif cost is not None:
             _add_local(found, cost)
-    scored = {row.id for row in roster.rows} | {path.name for path in roster.baselines}
+    scored = {*sweep.by_id, *(row.directory.name for row in sweep.meant_baselines)}
     for key, record in records.items():
         what, dot, _ = key.partition(".")
         if dot and what in scored:

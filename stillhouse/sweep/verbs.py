@@ -24,10 +24,9 @@ from stillhouse.sweep.backend import Executor
 from stillhouse.sweep.call import Call
 from stillhouse.sweep.cluster.push_plan import push
 from stillhouse.sweep.driver import SOME_FAILED, Driver
-from stillhouse.sweep.filters import Condition, check_cause, is_caused_by
-from stillhouse.sweep.grid import Sweep
+from stillhouse.sweep.filters import Condition, check_cause, is_caused_by, knobs_of
+from stillhouse.sweep.points import Sweep
 from stillhouse.sweep.preflight_lines import verdict_lines, verdicts
-from stillhouse.sweep.registry import Roster, roster_of
 from stillhouse.sweep.snapshot import Observations, Snapshot, collected
 from stillhouse.sweep.state import FAILED, STATES, Observation
 from stillhouse.text import duration, say
@@ -53,29 +52,28 @@ WAYS_OUT = (
 
 def plan(call: Call) -> int:
     """Print the states of the points by axis, how they train and what that would cost."""
-    sweep, rows, snapshot = _planned(call)
+    sweep, snapshot = _planned(call)
     observations = snapshot.observations
-    only = _only(sweep, rows)
-    _check_fit(only, observations)
+    _check_fit(sweep, observations)
     if call.is_json:
         more = {
-            "methods": show.methods(only.points),
-            "preflight": verdicts(only, call.runs),
+            "methods": show.methods(sweep.points),
+            "preflight": verdicts(sweep, call.runs),
             "unasked": snapshot.unreachable,
         }
-        return _print_json(show.as_json(rows, observations) | more)
+        return _print_json(show.as_json(sweep, observations) | more)
     _print(show.unreachable(snapshot.unreachable) if snapshot.unreachable else ())
-    say(show.headline(rows, observations))
+    say(show.headline(sweep, observations))
     if sweep.question:
         say(f"  {sweep.question}")
-    costs = _costs(call, only, snapshot)
-    _print(show.by_axis(rows, observations, costs))
-    _print(show.method_lines(only.points))
-    _print(rollout_memory.lines(point.spec for point in only.points))
-    _print(verdict_lines(verdicts(only, call.runs)))
-    _print(_forecast(call, only, costs))
-    _print(show.failures(rows, observations))
-    _print(show.drifted(rows, observations))
+    costs = _costs(call, sweep, snapshot)
+    _print(show.by_axis(sweep, observations, costs))
+    _print(show.method_lines(sweep.points))
+    _print(rollout_memory.lines(point.spec for point in sweep.points))
+    _print(verdict_lines(verdicts(sweep, call.runs)))
+    _print(_forecast(call, sweep, costs))
+    _print(show.failures(sweep, observations))
+    _print(show.drifted(sweep, observations))
     _print([*show.drifted_baselines(snapshot.baselines), *commits.remarks(sweep)])
     if snapshot.to_begin_anew:
         say(f"run: {WAYS_OUT}")
@@ -84,19 +82,22 @@ def plan(call: Call) -> int:
     return DONE
 
 
-def _planned(call: Call) -> tuple[Sweep, Roster, Snapshot]:
-    """The sweep, its points that are meant, and a look at them; of a cluster also without it."""
+def _planned(call: Call) -> tuple[Sweep, Snapshot]:
+    """The sweep, with the points that are meant, and a look at it; of a cluster also without it."""
     sweep = call.asked()
     try:
         backend = call.backend
     except ConfigError as error:  # points, costs and prices are known all the same
-        recorded = registry.recorded_commits(call.runs, sweep.name)
-        sweep = commits.pinned(sweep, recorded, commits.unasked)
-        rows = registry.narrowed(roster_of(sweep), call.points)
-        return sweep, rows, collected(rows, str(error))
-    sweep = backend.pinned(sweep)
-    rows = registry.narrowed(roster_of(sweep), call.points)
-    return sweep, rows, backend.look(rows, sweep)
+        sweep = _pinned_unasked(call, sweep)
+        return sweep, collected(sweep, str(error))
+    sweep = registry.narrowed(backend.pinned(sweep), call.points)
+    return sweep, backend.look(sweep, is_to_run=True)
+
+
+def _pinned_unasked(call: Call, sweep: Sweep) -> Sweep:
+    """The points that are meant, with the commits that this machine knows of."""
+    recorded = registry.recorded_commits(call.runs, sweep.name)
+    return registry.narrowed(commits.pinned(sweep, recorded, commits.unasked), call.points)
 
 
 def _dry_run(call: Call) -> int:
@@ -109,19 +110,16 @@ def _dry_run(call: Call) -> int:
     from stillhouse.sweep.cluster.manifest import image_problem
     from stillhouse.sweep.cluster.render import manifests
 
-    sweep = call.asked()
-    recorded = registry.recorded_commits(call.runs, sweep.name)
-    sweep = commits.pinned(sweep, recorded, commits.unasked)
-    rows = registry.narrowed(roster_of(sweep), call.points)
+    sweep = _pinned_unasked(call, call.asked())
     problem = image_problem(sweep.site)
     if problem:
         say(f"not to be sent as it is: {problem}", file=sys.stderr)
     for name in commits.unknown(sweep):
         say(f"{name}: `run` asks the hub for its commit, and tells every Job", file=sys.stderr)
     if call.is_json:
-        said = show.as_json(rows, {row.id: Observation("new") for row in rows.rows})
-        return _print_json(said | {"manifests": [*manifests(sweep, rows)]})
-    for place, manifest in enumerate(manifests(sweep, rows)):
+        said = show.as_json(sweep, dict.fromkeys(sweep.by_id, Observation("new")))
+        return _print_json(said | {"manifests": [*manifests(sweep)]})
+    for place, manifest in enumerate(manifests(sweep)):
         sys.stdout.write(("---\n" if place else "") + manifest)
     return DONE
 
@@ -129,76 +127,77 @@ def _dry_run(call: Call) -> int:
 def run(call: Call, executor_for: Callable[..., Executor] | None = None) -> int:
     """Train and score what is not done.
 
-    `executor_for`: makes what the tasks run on, of a sweep, a roster and the last look at them.
+    `executor_for`: makes what the tasks run on, of a sweep and the last look at it.
     """
     if call.is_dry_run:
         return _dry_run(call)
     if not call.is_json:
         return _run(call, executor_for)[0]
     with contextlib.redirect_stdout(sys.stderr):  # one object is all that goes to stdout
-        code, rows, snapshot = _run(call, executor_for)
-    _print_json(show.as_json(rows, snapshot.observations))
+        code, sweep, snapshot = _run(call, executor_for)
+    _print_json(show.as_json(sweep, snapshot.observations))
     return code
 
 
-def _run(call: Call, executor_for: Callable[..., Executor] | None) -> tuple[int, Roster, Snapshot]:
+def _run(call: Call, executor_for: Callable[..., Executor] | None) -> tuple[int, Sweep, Snapshot]:
     """The exit code, the points that were meant, and how they stood when it ended."""
-    sweep, backend = call.asked(), call.backend
-    sweep = backend.pinned(sweep, begins=True)
-    rows = registry.narrowed(roster_of(sweep), call.points)
-    only = _only(sweep, rows)
-    snapshot = backend.look(rows, sweep)
+    asked, backend = call.asked(), call.backend
+    asked = backend.pinned(asked, begins=True)
+    sweep = registry.narrowed(asked, call.points)
+    snapshot = backend.look(sweep, is_to_run=True)
     if snapshot.to_begin_anew and sweep.points[0].spec.place.sources != "new":
-        return _refuse(rows, snapshot.observations), rows, snapshot
+        return _refuse(sweep, snapshot.observations), sweep, snapshot
     if snapshot.of_other_code and not call.is_new_code:
         say(
             f"{_begun_by_other_code(snapshot)}: nothing was started. The same command with"
             " --code=new goes on with them under the code at hand, and the report will say so"
         )
-        return SOME_FAILED, rows, snapshot
-    _check_fit(only, snapshot.observations)
+        return SOME_FAILED, sweep, snapshot
+    _check_fit(sweep, snapshot.observations)
     is_idle = snapshot.is_settled
     if not is_idle and call.is_detached:
-        call.cluster.require(sweep, rows, is_detached=True)
+        call.cluster.require(sweep, is_detached=True)
     elif not is_idle:
-        backend.require(sweep, rows)
-    backend.save(sweep)
-    _print([*show.drifted_baselines(snapshot.baselines), *commits.remarks(sweep)])
+        backend.require(sweep)
+    backend.save(asked)
+    _print([*show.drifted_baselines(snapshot.baselines), *commits.remarks(asked)])
     _print(
         f"{name}: nobody here knows its commit; each point uses what its pod finds, and records it"
-        for name in commits.unknown(sweep)
+        for name in commits.unknown(asked)
         if call.is_cluster
     )
     if snapshot.of_other_code or snapshot.to_begin_anew:
-        _print(backend.adopt(rows, snapshot))
-        snapshot = backend.look(rows, sweep)
+        _print(backend.adopt(sweep, snapshot))
+        snapshot = backend.look(sweep, is_to_run=True)
     if is_idle:
         say("nothing left to do")
-        return _summary(call, rows, snapshot), rows, snapshot
-    say(show.headline(rows, snapshot.observations))
-    _print(_forecast(call, only, _costs(call, only, snapshot)))
+        return _summary(call, sweep, snapshot), sweep, snapshot
+    say(show.headline(sweep, snapshot.observations))
+    _print(_forecast(call, sweep, _costs(call, sweep, snapshot)))
     if call.is_detached:
         _print(call.cluster.detach(sweep, _options(call)))
-        return DONE, rows, snapshot
+        return DONE, sweep, snapshot
     from stillhouse.sweep.progress import display  # rich, which looking does not need
 
     started = time.monotonic()
-    asked = (sweep, rows, snapshot)
-    at_work = nullcontext(executor_for(*asked)) if executor_for else backend.executor(*asked)
-    with at_work as executor, display(rows, has_files=not call.is_cluster) as watch:
-        drive = Driver(sweep, executor, watch, rows)
+    made = nullcontext(executor_for(sweep, snapshot)) if executor_for else None
+    with (
+        made or backend.executor(sweep, snapshot) as executor,
+        display(sweep, has_files=not call.is_cluster) as watch,
+    ):
+        drive = Driver(sweep, executor, watch)
         code = drive.run()
     say(f"after {duration(time.monotonic() - started)}:")
     snapshot = drive.snapshot()
-    _summary(call, rows, snapshot)
+    _summary(call, sweep, snapshot)
     if code == AGAIN:
         say(show.PHRASES[call.backend_name].left)
-    return code, rows, snapshot
+    return code, sweep, snapshot
 
 
-def _refuse(rows: Roster, observations: Observations) -> int:
+def _refuse(sweep: Sweep, observations: Observations) -> int:
     """Print which points depend on something that changed, and both ways out; 42."""
-    lines = [*show.drifted(rows, observations), f"nothing was started: {WAYS_OUT}"]
+    lines = [*show.drifted(sweep, observations), f"nothing was started: {WAYS_OUT}"]
     say("ContractError: " + "\n".join(lines), file=sys.stderr)
     return MISTAKE
 
@@ -209,41 +208,41 @@ def _options(call: Call) -> list[str]:
     return points + (["--code=new"] if call.is_new_code else [])
 
 
-def _costs(call: Call, only: Sweep, snapshot: Snapshot) -> dict[str, cost.Cost]:
+def _costs(call: Call, sweep: Sweep, snapshot: Snapshot) -> dict[str, cost.Cost]:
     """What each point that is still to be trained would take, by its id."""
-    left = show.still_to_train(only, snapshot.observations)
+    left = show.still_to_train(sweep, snapshot.observations)
     records = snapshot.records
-    jobs = None if records is None else cost.measured_jobs(only.points, records)
+    jobs = None if records is None else cost.measured_jobs(sweep.points, records)
     return cost.estimate(left, call.runs, jobs) if left else {}
 
 
-def _forecast(call: Call, only: Sweep, costs: Mapping[str, cost.Cost]) -> list[str]:
+def _forecast(call: Call, sweep: Sweep, costs: Mapping[str, cost.Cost]) -> list[str]:
     """Time and price of what is still to be trained, in lines."""
     if call.is_cluster:
-        return cost.estimate_lines(only.points, costs, only.site)
-    return show.estimate(only, costs)
+        return cost.estimate_lines(sweep.points, costs, sweep.site)
+    return show.estimate(sweep, costs)
 
 
-def _spent(call: Call, rows: Roster, snapshot: Snapshot) -> spending.Spent:
+def _spent(call: Call, sweep: Sweep, snapshot: Snapshot) -> spending.Spent:
     """What these points cost so far, and on what it was spent."""
-    return spending.spent(rows, snapshot.records or {}, call.site if call.is_cluster else None)
+    return spending.spent(sweep, snapshot.records or {}, call.site if call.is_cluster else None)
 
 
-def _summary(call: Call, rows: Roster, snapshot: Snapshot) -> int:
+def _summary(call: Call, sweep: Sweep, snapshot: Snapshot) -> int:
     """Say how a sweep stands and what to do about it; 1 where something failed."""
     observations = snapshot.observations
     has_failed = any(seen.state in FAILED for seen in observations.values())
-    say(show.headline(rows, observations))
-    _print(show.failures(rows, observations))
+    say(show.headline(sweep, observations))
+    _print(show.failures(sweep, observations))
     _print([f"failed: {what}: {cause}" for what, cause in snapshot.failures.items()])
     if has_failed:
         say(
-            f"`{call.command('logs', rows.name)} --point ID` shows what a point printed;"
-            f" `{call.command('retry', rows.name)}`, then run, tries again"
+            f"`{call.command('logs', sweep.name)} --point ID` shows what a point printed;"
+            f" `{call.command('retry', sweep.name)}`, then run, tries again"
         )
     if any(seen.is_trained for seen in observations.values()):
-        first = f"`{call.command('collect', rows.name)}`, then " if call.is_cluster else ""
-        say(f"{first}`stillhouse report {rows.name}` shows the results")
+        first = f"`{call.command('collect', sweep.name)}`, then " if call.is_cluster else ""
+        say(f"{first}`stillhouse report {sweep.name}` shows the results")
     return _code(snapshot)
 
 
@@ -251,23 +250,23 @@ def status(call: Call) -> int:
     """Print the state of a sweep, or without a target of every sweep."""
     if call.is_about_all:
         return _overview(call)
-    backend, rows = call.backend, call.find()
-    snapshot = backend.look(rows)
+    backend, sweep = call.backend, call.find()
+    snapshot = backend.look(sweep)
     observations, code = snapshot.observations, _code(snapshot)
-    notes = backend.describe(rows)
-    spent = _spent(call, rows, snapshot) if call.shows_cost else None
+    notes = backend.describe(sweep)
+    spent = _spent(call, sweep, snapshot) if call.shows_cost else None
     if call.is_json:
         cost = {"cost": spent.as_json()} if spent else {}
         notes = [line.strip() for line in notes]
-        _print_json(show.as_json(rows, observations) | cost | {"remarks": notes})
+        _print_json(show.as_json(sweep, observations) | cost | {"remarks": notes})
         return code
-    say(show.headline(rows, observations))
-    if call.shows_all or len(rows.rows) == 1:
-        _print(show.every(rows, observations))
+    say(show.headline(sweep, observations))
+    if call.shows_all or len(sweep.points) == 1:
+        _print(show.every(sweep, observations))
     else:
-        if len(rows.rows) > show.MANY:
-            _print(show.by_axis(rows, observations, {}, show.FEW))
-        _print(show.reasons(rows, observations))
+        if len(sweep.points) > show.MANY:
+            _print(show.by_axis(sweep, observations, {}, show.FEW))
+        _print(show.reasons(sweep, observations))
     _print([f"  failed   {what}: {cause}" for what, cause in snapshot.failures.items()])
     _print(notes)
     _print(spent.lines() if spent else ())
@@ -280,16 +279,16 @@ def _overview(call: Call) -> int:
     codes, said, unreadable = [DONE], list[Json](), dict[str, str]()
     for name in names:
         try:
-            rows = backend.find(name)
+            sweep = backend.find(name)
         except ContractError as error:  # one bad record is one line
             unreadable[name] = str(error)
             continue
-        snapshot = backend.look(rows)
-        said.append(show.as_json(rows, snapshot.observations) | {"points": []})
+        snapshot = backend.look(sweep)
+        said.append(show.as_json(sweep, snapshot.observations) | {"points": []})
         codes.append(_code(snapshot))
         if not call.is_json:
-            say(show.headline(rows, snapshot.observations))
-            _print(_unreadable_lines(rows, snapshot.observations))
+            say(show.headline(sweep, snapshot.observations))
+            _print(_unreadable_lines(sweep, snapshot.observations))
     codes += [MISTAKE] * bool(unreadable)
     notes = backend.describe(None)
     if call.is_json:
@@ -307,13 +306,13 @@ def _overview(call: Call) -> int:
 
 def logs(call: Call) -> int:
     """Show logs: one point's whole log, or the end of each point that runs or failed."""
-    backend, rows = call.backend, call.find()
-    observations = backend.look(rows).observations
+    backend, sweep = call.backend, call.find()
+    observations = backend.look(sweep).observations
     if call.is_json:
         with contextlib.redirect_stdout(sys.stderr):
-            texts = backend.log_texts(rows, observations)
-        return _print_json(show.as_json(rows, observations) | {"logs": texts})
-    if not backend.show_logs(rows, observations, call.follows):
+            texts = backend.log_texts(sweep, observations)
+        return _print_json(show.as_json(sweep, observations) | {"logs": texts})
+    if not backend.show_logs(sweep, observations, call.follows):
         is_done = all(seen.state == "done" for seen in observations.values())
         one = "all is done; with --point P you see what one point printed"
         say(one if is_done else "nothing was printed yet", file=sys.stderr)
@@ -324,22 +323,23 @@ def retry(call: Call) -> int:
     """Let failed points start again, from their checkpoints; the next `run` does."""
     condition = Condition(call.where) if call.where is not None else None
     cause = check_cause(call.cause) if call.cause is not None else None
-    backend, rows = call.backend, call.find()
-    observations = backend.look(rows).observations
-    failed = [row for row in rows.rows if observations[row.id].state == "failed"]
+    backend, sweep = call.backend, call.find()
+    observations = backend.look(sweep).observations
+    failed = [point for point in sweep.points if observations[point.id].state == "failed"]
     if condition is not None:
-        failed = [row for row in failed if condition.holds(call.knobs(row))]
+        failed = [point for point in failed if condition.holds(knobs_of(point))]
     if cause is not None:
-        failed = [row for row in failed if is_caused_by(observations[row.id], cause)]
-    is_whole = condition is None and cause is None and not call.points
-    count = backend.forget(dataclasses.replace(rows, rows=tuple(failed)), is_whole) + len(failed)
+        failed = [point for point in failed if is_caused_by(observations[point.id], cause)]
+    is_whole = sweep.is_whole and condition is None and cause is None
+    meant = dataclasses.replace(sweep, points=tuple(failed), is_whole=is_whole)
+    count = backend.forget(meant) + len(failed)
     if call.is_json:
-        return _print_json(show.as_json(rows, backend.look(rows).observations))
+        return _print_json(show.as_json(sweep, backend.look(sweep).observations))
     if not count:
         which = "" if condition is None and cause is None else " that is meant"
-        say(f"{rows.name}: nothing to retry: no point of it{which} failed")
+        say(f"{sweep.name}: nothing to retry: no point of it{which} failed")
         return DONE
-    shown = [f"  waiting  {row}" for row in failed[: show.SHOWN]]
+    shown = [f"  waiting  {point}" for point in failed[: show.SHOWN]]
     more = len(failed) - show.SHOWN
     _print([*shown, *([f"  and {more} more"] if more > 0 else [])])
     say(f"{count} wait: {show.PHRASES[call.backend_name].again} starts them")
@@ -348,16 +348,15 @@ def retry(call: Call) -> int:
 
 def cancel(call: Call) -> int:
     """Ask running points to checkpoint and stop, and a `run` that is under way to end."""
-    backend, rows = call.backend, call.find()
-    is_whole = not call.points and (call.is_file or call.target == rows.name)
-    asked = backend.cancel(rows, is_whole)
-    observations = backend.look(rows).observations
+    backend, sweep = call.backend, call.find()
+    asked = backend.cancel(sweep)
+    observations = backend.look(sweep).observations
     if call.is_json:
-        return _print_json(show.as_json(rows, observations))
+        return _print_json(show.as_json(sweep, observations))
     _print([f"  {line}" for line in asked])
     phrases = show.PHRASES[call.backend_name]
     if not asked:
-        say(f"{rows.name}: no point of it is running {phrases.there}")
+        say(f"{sweep.name}: no point of it is running {phrases.there}")
     if any(seen.state != "done" for seen in observations.values()):
         say(f"{phrases.again} goes on from there")
     return DONE
@@ -365,18 +364,18 @@ def cancel(call: Call) -> int:
 
 def collect(call: Call) -> int:
     """Fetch the results of a sweep from a cluster's volume."""
-    cluster, rows = call.cluster, call.find()
+    cluster, sweep = call.cluster, call.find()
     tell: Callable[[str], None] = lambda text: say(text, file=sys.stderr, flush=True)  # noqa: E731
-    fetched = cluster.collect(rows, call.adapters, tell)
-    observations = cluster.look(rows).observations
-    trained = {rows.by_id[id_].directory for id_, seen in observations.items() if seen.is_trained}
+    fetched = cluster.collect(sweep, call.adapters, tell)
+    observations = cluster.look(sweep).observations
+    trained = {sweep.by_id[id_].directory for id_, seen in observations.items() if seen.is_trained}
     is_short = bool(fetched.kept) or bool(trained & {*fetched.missing})
     if call.is_json:
-        said = show.as_json(rows, observations)
+        said = show.as_json(sweep, observations)
         _print_json(said | {"collected": fetched.as_json()})
     else:
-        _print(fetched.lines(rows))
-        say(f"`stillhouse report {rows.name}` shows the results")
+        _print(fetched.lines(sweep))
+        say(f"`stillhouse report {sweep.name}` shows the results")
     return SOME_FAILED if is_short else DONE
 
 
@@ -395,9 +394,9 @@ def doctor(call: Call) -> int:
 # ------------------------------------------------------------------------------------ helpers
 
 
-def _unreadable_lines(rows: Roster, observations: Observations) -> list[str]:
-    odd = [row for row in rows.rows if observations[row.id].state == "unreadable"]
-    return show.failures(dataclasses.replace(rows, rows=tuple(odd)), observations)
+def _unreadable_lines(sweep: Sweep, observations: Observations) -> list[str]:
+    odd = {id_ for id_ in sweep.by_id if observations[id_].state == "unreadable"}
+    return show.failures(sweep.only(odd), observations)
 
 
 def _code(snapshot: Snapshot) -> int:
@@ -412,12 +411,6 @@ def _begun_by_other_code(snapshot: Snapshot) -> str:
     ids = snapshot.of_other_code
     who = ", ".join(id_[:6] for id_ in ids[:3]) + (" …" if len(ids) > 3 else "")
     return f"{len(ids)} unfinished point(s) were begun by other code ({who})"
-
-
-def _only(sweep: Sweep, rows: Roster) -> Sweep:
-    """The sweep, narrowed to these points."""
-    points = tuple(point for point in sweep.points if point.id in rows.by_id)
-    return dataclasses.replace(sweep, points=points)
 
 
 def _check_fit(sweep: Sweep, observations: Observations) -> None:

@@ -27,9 +27,10 @@ from stillhouse.sweep.cluster.jobs import JobExecutor
 from stillhouse.sweep.cluster.ledger import write_sweep
 from stillhouse.sweep.cluster.watch import Watcher
 from stillhouse.sweep.driver import Driver
-from stillhouse.sweep.grid import Sweep, load_sweep
+from stillhouse.sweep.grid import load_sweep
+from stillhouse.sweep.points import Sweep
 from stillhouse.sweep.progress import Lines
-from stillhouse.sweep.registry import record_of, roster_of
+from stillhouse.sweep.registry import record_of
 from tests.fakes.fake_api import FakeApi
 from tests.fakes.faults import Faults
 
@@ -70,7 +71,7 @@ def backend_of(cluster: Cluster, sweep: Sweep, **how: float) -> Iterator[JobExec
     """A backend of it, as `run` makes one."""
     write_sweep(cluster, record_of(sweep))
     watcher = Watcher(cluster, sweep.site.runs_claim)
-    backend = JobExecutor(sweep, roster_of(sweep), watcher)
+    backend = JobExecutor(sweep, watcher)
     for name, seconds in how.items():  # keep_s, write_s, retry_s, blocked_s
         setattr(backend, name, seconds)
     with contextlib.closing(backend):
@@ -80,7 +81,7 @@ def backend_of(cluster: Cluster, sweep: Sweep, **how: float) -> Iterator[JobExec
 def drive(cluster: Cluster, sweep: Sweep, **how: float) -> int:
     """The loop, to its end."""
     with backend_of(cluster, sweep, **how) as backend:
-        return Driver(sweep, backend, Lines(roster_of(sweep), [].append)).run()
+        return Driver(sweep, backend, Lines(sweep, [].append)).run()
 
 
 class World:

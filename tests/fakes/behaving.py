@@ -33,9 +33,8 @@ from stillhouse.rundir import RunDir, Runs, eval_file, new_record, now, read_jso
 from stillhouse.sources import sources_of
 from stillhouse.spec import EvalSpec, PairSpec, QuantSpec, TrainSpec
 from stillhouse.stop import StopFlag
-from stillhouse.sweep.grid import Sweep
 from stillhouse.sweep.local.workers import WorkerPool
-from stillhouse.sweep.registry import Roster, roster_of
+from stillhouse.sweep.points import Sweep
 from stillhouse.sweep.snapshot import Snapshot, on_disk
 from stillhouse.sweep.verbs import Call, run
 
@@ -51,12 +50,9 @@ ENDS = {
 }  # fmt: skip
 
 
-def executor_for(
-    sweep: Sweep, rows: Roster | None = None, first: Snapshot | None = None
-) -> WorkerPool:
+def executor_for(sweep: Sweep, first: Snapshot | None = None) -> WorkerPool:
     """The real workers, with the work of this module."""
-    rows = rows or roster_of(sweep)
-    return WorkerPool(sweep, rows, first or on_disk(rows, sweep), WORK, PRELOAD)
+    return WorkerPool(sweep, first or on_disk(sweep, is_to_run=True), WORK, PRELOAD)
 
 
 def launch(runs: str, *words: str) -> None:

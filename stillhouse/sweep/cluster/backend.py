@@ -37,8 +37,7 @@ from stillhouse.sweep.cluster.objects import JobView
 from stillhouse.sweep.cluster.render import every_step, prepares_of
 from stillhouse.sweep.cluster.run_names import Names
 from stillhouse.sweep.cluster.watch import Watcher
-from stillhouse.sweep.grid import Sweep
-from stillhouse.sweep.registry import Roster, Row
+from stillhouse.sweep.points import Point, Sweep, point_of
 from stillhouse.sweep.site import away_words
 from stillhouse.sweep.snapshot import Observations, Snapshot
 from stillhouse.sweep.state import FAILED, Observation
@@ -71,21 +70,21 @@ class ClusterBackend:
     def names(self) -> list[str]:
         return [mark.name for mark in sweeps(self.cluster)]
 
-    def find(self, word: str) -> Roster:
+    def find(self, word: str) -> Sweep:
         return find.find(self.cluster, word, self.runs, away_words(self.site))
 
     # -------------------------------------------------------------------------------- looking
 
-    def look(self, rows: Roster, sweep: Sweep | None = None) -> Snapshot:
-        self.cache.code = code_identity()["digest"] if sweep else None
-        observations = self._observe(rows)
-        baselines = baselines_seen(self.cache, sweep) if sweep else ()
+    def look(self, sweep: Sweep, is_to_run: bool = False) -> Snapshot:
+        self.cache.code = code_identity()["digest"] if is_to_run else None
+        observations = self._observe(sweep)
+        baselines = baselines_seen(self.cache, sweep) if is_to_run else ()
         records = self.watcher.ledger.records()
-        return Snapshot(observations, baselines, self._failures(rows), records=records)
+        return Snapshot(observations, baselines, self._failures(sweep), records=records)
 
-    def _observe(self, rows: Roster) -> dict[str, Observation]:
-        scores = suite_key(rows.suite) if rows.suite else None
-        return self.watcher.observe_rows(rows.rows, scores)
+    def _observe(self, sweep: Sweep) -> dict[str, Observation]:
+        scores = suite_key(sweep.suite) if sweep.suite else None
+        return self.watcher.observe_points(sweep.points, scores)
 
     def pinned(self, sweep: Sweep, begins: bool = False) -> Sweep:
         # Which commit a volume holds, nobody here sees: pods are told one, and fetch that.
@@ -93,14 +92,14 @@ class ClusterBackend:
         find = commits.of_hub if begins else commits.unasked
         return commits.pinned(sweep, record.get("commits") or {}, find)
 
-    def _failures(self, rows: Roster) -> dict[str, str]:
+    def _failures(self, sweep: Sweep) -> dict[str, str]:
         found: dict[str, str] = {}
-        scores = suite_key(rows.suite) if rows.suite else None
-        for directory in rows.baselines if scores else ():
-            seen = observed(self.cache.facts(directory.name, scores, is_baseline=True))
+        scores = suite_key(sweep.suite) if sweep.suite else None
+        for name in (row.directory.name for row in sweep.meant_baselines if scores):
+            seen = observed(self.cache.facts(name, scores, is_baseline=True))
             if seen.state in FAILED:
-                found[f"baseline {directory.name}"] = seen.cause or f"exit code {seen.exit_code}"
-        for job in self._preparing(rows):
+                found[f"baseline {name}"] = seen.cause or f"exit code {seen.exit_code}"
+        for job in self._preparing(sweep):
             if job.state == "failed":
                 (key,) = keys_of(job)
                 record = self.watcher.ledger.get(key)
@@ -108,41 +107,41 @@ class ClusterBackend:
                 found[f"preparing ({job.name})"] = cause or "nobody said why"
         return found
 
-    def _preparing(self, rows: Roster) -> list[JobView]:
-        return [job for job in self._jobs_of(rows) if job.kind == "prepare"]
+    def _preparing(self, sweep: Sweep) -> list[JobView]:
+        return [job for job in self._jobs_of(sweep) if job.kind == "prepare"]
 
-    def _jobs_for(self, rows: Roster) -> list[JobView]:
+    def _jobs_for(self, sweep: Sweep) -> list[JobView]:
         """The Jobs that this sweep waits for, also where another sweep of the same pair sent it."""
-        record = read_sweep(self.cluster, rows.name) or {}
+        record = read_sweep(self.cluster, sweep.name) or {}
         prepares: Any = record.get("prepares")
         known = cast("list[Any]", prepares) if isinstance(prepares, list) else []
         names = {*map(str, known)}
-        mine = {job.name: job for job in self._jobs_of(rows)}
+        mine = {job.name: job for job in self._jobs_of(sweep)}
         return [job for job in self.cache.jobs() if job.name in mine or job.name in names]
 
-    def _jobs_of(self, rows: Roster) -> list[JobView]:
+    def _jobs_of(self, sweep: Sweep) -> list[JobView]:
         """The Jobs that were made for this sweep."""
-        label = label_value(rows.name)
+        label = label_value(sweep.name)
         return [job for job in self.cache.jobs() if job.sweep == label]
 
-    def _jobs_about(self, row: Row) -> list[JobView]:
-        """The Jobs about a point; or the Job that a row stands for."""
-        job = self.cache.job(row.directory)
-        others = self.cache.jobs_about(row.id)
+    def _jobs_about(self, point: Point) -> list[JobView]:
+        """The Jobs about a point; or the Job that it stands for."""
+        job = self.cache.job(point.directory)
+        others = self.cache.jobs_about(point.id)
         return others if job is None or job in others else [job, *others]
 
-    def describe(self, rows: Roster | None) -> list[str]:
-        if rows is None:
+    def describe(self, sweep: Sweep | None) -> list[str]:
+        if sweep is None:
             others = [job for job in self.cache.jobs() if job.kind in ("collect", "push")]
             said = said_of_others(others, self.cache)
             return [*self._said_of_lines(), *said, *self._odd()]
-        lines = said_of_others(self._jobs_for(rows), self.cache) + self._odd()
-        if len(rows.rows) != 1:
+        lines = said_of_others(self._jobs_for(sweep), self.cache) + self._odd()
+        if len(sweep.points) != 1:
             return lines
-        (row,) = rows.rows
-        scores = [score_of(row.id, suite_key(rows.suite))] if rows.suite else []
-        records = {key: self.watcher.ledger.get(key) for key in (row.id, *scores)}
-        jobs = self._jobs_about(row)
+        (point,) = sweep.points
+        scores = [score_of(point.id, suite_key(sweep.suite))] if sweep.suite else []
+        records = {key: self.watcher.ledger.get(key) for key in (point.id, *scores)}
+        jobs = self._jobs_about(point)
         for job in jobs:  # a look at a sweep reads the pods only where it needs them
             for pod in pod_logs.pods(self.cluster, job.name):
                 self.cache.learn("pods", pod)
@@ -161,25 +160,25 @@ class ClusterBackend:
         ]
         if not single:
             return []
-        rows = tuple(find.row(job.name, next(iter(job.names), None)) for job in single)
-        lines = Roster("single Jobs", self.runs, rows, None, ())
+        points = tuple(point_of(job.name, next(iter(job.names), None)) for job in single)
+        lines = Sweep("single Jobs", self.runs, points)
         observations = self._observe(lines)
         return [show.headline(lines, observations), *show.reasons(lines, observations)]
 
-    def show_logs(self, rows: Roster, observations: Observations, follows: bool) -> bool:
-        return pod_logs.show(self._sources(rows, observations), follows)
+    def show_logs(self, sweep: Sweep, observations: Observations, follows: bool) -> bool:
+        return pod_logs.show(self._sources(sweep, observations), follows)
 
-    def log_texts(self, rows: Roster, observations: Observations) -> dict[str, str]:
-        return pod_logs.texts(self._sources(rows, observations))
+    def log_texts(self, sweep: Sweep, observations: Observations) -> dict[str, str]:
+        return pod_logs.texts(self._sources(sweep, observations))
 
-    def _sources(self, rows: Roster, observations: Observations) -> pod_logs.Sources:
+    def _sources(self, sweep: Sweep, observations: Observations) -> pod_logs.Sources:
         return pod_logs.Sources(
             self.cluster,
             self.site,
-            rows,
+            sweep,
             observations,
-            {row.id: self._jobs_about(row) for row in rows.rows},
-            [job for job in self._jobs_of(rows) if job.kind in ("prepare", "eval", "drive")],
+            {point.id: self._jobs_about(point) for point in sweep.points},
+            [job for job in self._jobs_of(sweep) if job.kind in ("prepare", "eval", "drive")],
             self.watcher.ledger,
         )
 
@@ -193,11 +192,11 @@ class ClusterBackend:
 
     # ---------------------------------------------------------------------------------- doing
 
-    def require(self, sweep: Sweep, rows: Roster, is_detached: bool = False) -> None:
+    def require(self, sweep: Sweep, is_detached: bool = False) -> None:
         # What a pod's account may do is asked in the pod; who sends one needs as much.
         is_driver = is_detached or "STILLHOUSE_IN_POD" in os.environ
         role = DRIVER if is_driver else doctor.LAUNCHER
-        steps = every_step(sweep, rows)
+        steps = every_step(sweep)
         refuse_secrets(steps, sweep.site)
         for step in {step.kind: step for step in steps}.values():
             render(
@@ -225,19 +224,18 @@ class ClusterBackend:
         write_sweep(self.cluster, record)
         registry.write_record(self.runs, record)
 
-    def adopt(self, rows: Roster, snapshot: Snapshot) -> list[str]:
+    def adopt(self, sweep: Sweep, snapshot: Snapshot) -> list[str]:
         # What lies on the volume, its pods put aside (place.sources).
-        drifted = [rows.by_id[id_] for id_ in snapshot.of_other_code]
-        jobs = [job for row in drifted for job in self._jobs_about(row) if job.state == "live"]
+        drifted = [sweep.by_id[id_] for id_ in snapshot.of_other_code]
+        jobs = [job for point in drifted for job in self._jobs_about(point)]
+        jobs = [job for job in jobs if job.state == "live"]
         delete_jobs.refuse_others(jobs, self.site.owner)
         delete_jobs.delete(self.cluster, jobs)  # none runs: the loop makes them anew, with our code
         self.look_again()
         return []
 
     @contextlib.contextmanager
-    def executor(
-        self, sweep: Sweep, rows: Roster, snapshot: Snapshot
-    ) -> Generator[Executor, None, None]:
+    def executor(self, sweep: Sweep, snapshot: Snapshot) -> Generator[Executor, None, None]:
         """Goes on from the last look, without listing the namespace again.
 
         The connection ends with it, and with that whatever still waits for an answer.
@@ -246,26 +244,27 @@ class ClusterBackend:
 
         with (
             contextlib.closing(self.cluster),
-            contextlib.closing(JobExecutor(sweep, rows, self.watcher)) as executor,
+            contextlib.closing(JobExecutor(sweep, self.watcher)) as executor,
         ):
             yield executor
 
     def detach(self, sweep: Sweep, options: Sequence[str]) -> list[str]:
-        before = [job for job in self._jobs_of(registry.roster_of(sweep)) if job.kind == "drive"]
+        before = [job for job in self._jobs_of(sweep) if job.kind == "drive"]
         said = detach.detach(self.cluster, self.cache, sweep, options)
         # One that was there already may wait, and for what is better said now.
         waits = [job for job in before if job.state == "live" and job.name in said[0]]
         return [*said, *said_of_others(waits, self.cache)]
 
-    def forget(self, rows: Roster, is_whole: bool) -> int:
-        scores = suite_key(rows.suite) if rows.suite else None
-        jobs = [job for row in rows.rows for job in self._jobs_about(row)]
-        keys = [key for row in rows.rows for key in _keys(row.id, scores)]
+    def forget(self, sweep: Sweep) -> int:
+        scores = suite_key(sweep.suite) if sweep.suite else None
+        jobs = [job for point in sweep.points for job in self._jobs_about(point)]
+        keys = [key for point in sweep.points for key in _keys(point.id, scores)]
         count = 0
-        if is_whole:
-            failures = self._failures(rows)
-            failed = [d.name for d in rows.baselines if f"baseline {d.name}" in failures]
-            preparing = [job for job in self._preparing(rows) if job.state == "failed"]
+        if sweep.is_whole:
+            failures = self._failures(sweep)
+            names = [row.directory.name for row in sweep.baselines]
+            failed = [name for name in names if f"baseline {name}" in failures]
+            preparing = [job for job in self._preparing(sweep) if job.state == "failed"]
             jobs += [job for name in failed for job in self.cache.jobs_about(name)] + preparing
             keys += [key for name in failed for key in _keys(name, scores)[1:]]
             keys += [key for job in preparing for key in keys_of(job)]
@@ -276,44 +275,43 @@ class ClusterBackend:
         self.look_again()
         return count
 
-    def cancel(self, rows: Roster, is_whole: bool) -> list[str]:
+    def cancel(self, sweep: Sweep) -> list[str]:
         asked: dict[str, JobView] = {}
-        jobs = self._to_cancel(rows, is_whole, asked)
+        jobs = self._to_cancel(sweep, asked)
         delete_jobs.refuse_others(jobs, self.site.owner)
-        if is_whole:
-            cancel_sweep(self.cluster, rows.name)  # before the Jobs, so that nothing follows them
+        if sweep.is_whole:
+            cancel_sweep(self.cluster, sweep.name)  # before the Jobs, so that nothing follows them
         while jobs:
             delete_jobs.stop(self.cluster, self.watcher.ledger, jobs, self.site.owner)
             asked |= {job.uid: job for job in jobs}
             self.look_again()  # a driver that had not heard of it may just have sent another
-            jobs = self._to_cancel(rows, is_whole, asked)
-        names = {row.directory: str(row) for row in rows.rows}
+            jobs = self._to_cancel(sweep, asked)
+        names = {point.directory: str(point) for point in sweep.points}
         said = [
             f"asked to save and stop: {names.get(job.name, job.name)}" for job in asked.values()
         ]
         more = len(said) - show.SHOWN
         return said[: show.SHOWN] + ([f"and {more} more"] if more > 0 else [])
 
-    def _to_cancel(
-        self, rows: Roster, is_whole: bool, asked: Mapping[str, JobView]
-    ) -> list[JobView]:
+    def _to_cancel(self, sweep: Sweep, asked: Mapping[str, JobView]) -> list[JobView]:
         """The live Jobs of these points, and of a whole sweep also those that no point has."""
-        jobs = [job for row in rows.rows for job in self._jobs_about(row)]
-        jobs += [job for job in self._jobs_of(rows) if is_whole and job.kind != "collect"]
+        jobs = [job for point in sweep.points for job in self._jobs_about(point)]
+        others = self._jobs_of(sweep) if sweep.is_whole else []
+        jobs += [job for job in others if job.kind != "collect"]
         live = {job.name: job for job in jobs if job.state == "live" and not job.is_deleting}
         return [job for job in live.values() if job.uid not in asked]
 
     def collect(
-        self, rows: Roster, adapters: bool, say: Callable[[str], None]
+        self, sweep: Sweep, adapters: bool, say: Callable[[str], None]
     ) -> collect.Collected:
         """Fetch what is not here yet of these points, and write their sweep down here.
 
         Raises:
             ConfigError, Interrupted: as `collect.collect`.
         """
-        found = collect.collect(self.cluster, self.site, rows, self.runs, adapters, say)
-        record = read_sweep(self.cluster, rows.name)
-        if record is not None and not Runs(self.runs).sweep_file(rows.name).exists():
+        found = collect.collect(self.cluster, self.site, sweep, self.runs, adapters, say)
+        record = read_sweep(self.cluster, sweep.name)
+        if record is not None and not Runs(self.runs).sweep_file(sweep.name).exists():
             registry.write_record(self.runs, record)
         return found
 

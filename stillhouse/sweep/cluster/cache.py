@@ -8,6 +8,7 @@ known of a point in a few lookups; it makes no request.
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -30,10 +31,8 @@ from stillhouse.sweep.cluster.objects import (
     viewed,
 )
 from stillhouse.sweep.cluster.reasons import End, Reason, how_it_failed, is_lost, why_waiting
-from stillhouse.sweep.grid import Sweep
 from stillhouse.sweep.outcome import Record
-from stillhouse.sweep.plan import Baseline, groups_of
-from stillhouse.sweep.registry import baseline_rows
+from stillhouse.sweep.points import Baseline, Sweep
 from stillhouse.sweep.state import FAILED, Observation
 
 VIEWS: dict[str, Callable[[Json], Any]] = {
@@ -410,21 +409,12 @@ def _scores(job: JobView, scores: str) -> bool:
 
 
 def baselines_seen(cache: NamespaceCache, sweep: Sweep) -> tuple[Baseline, ...]:
-    """The rows of a sweep's table that no run trains, and how they stand."""
-    groups = groups_of(sweep)
+    """The baselines of a sweep, and how they stand."""
     found: list[Baseline] = []
-    for row in baseline_rows(sweep) if sweep.suite else ():
+    for row in sweep.baselines if sweep.suite else ():
         assert sweep.suite is not None
         facts = cache.facts(row.directory.name, suite_key(sweep.suite), is_baseline=True)
         seen = observed(facts)
-        has_ended = seen.state in FAILED
-        found.append(
-            Baseline(
-                directory=row.directory,
-                label=row.label,
-                groups=frozenset(groups[id_] for id_ in row.points),
-                is_scored=seen.state == "done",
-                cause=(seen.cause or f"exit code {seen.exit_code}") if has_ended else None,
-            )
-        )
+        cause = (seen.cause or f"exit code {seen.exit_code}") if seen.state in FAILED else None
+        found.append(dataclasses.replace(row, is_scored=seen.state == "done", cause=cause))
     return tuple(found)

@@ -34,7 +34,7 @@ from stillhouse.rundir import (
 from stillhouse.spec import SiteSpec
 from stillhouse.sweep.cluster.connect import Cluster
 from stillhouse.sweep.cluster.volume_pod import Say, VolumePod
-from stillhouse.sweep.registry import Roster
+from stillhouse.sweep.points import Sweep
 from stillhouse.transfer import state
 
 # What a report, a status and a cost are made of; the contract says that an adapter lies there.
@@ -64,9 +64,9 @@ class Collected:
     kept: dict[str, str] = field(default_factory=dict[str, str])  # left alone here, and why
     verdicts: int = 0  # of preflights, that are new here or newer
 
-    def lines(self, roster: Roster) -> list[str]:
+    def lines(self, sweep: Sweep) -> list[str]:
         """The same as a person reads it."""
-        names = {row.directory: str(row) for row in roster.rows}
+        names = {point.directory: str(point) for point in sweep.points}
 
         def some(directories: Sequence[str]) -> str:
             more = ["…"] if len(directories) > SHOWN else []
@@ -92,18 +92,18 @@ class Collected:
 
 
 def collect(
-    cluster: Cluster, site: SiteSpec, roster: Roster, runs: Path, adapters: bool, say: Say
+    cluster: Cluster, site: SiteSpec, sweep: Sweep, runs: Path, adapters: bool, say: Say
 ) -> Collected:
-    """Fetch what the runs and baselines of a roster left on the volume into `runs`.
+    """Fetch what the runs and baselines of a sweep left on the volume into `runs`.
 
     Raises:
         ConfigError: a right is missing, the pod cannot start, another collect is at work here.
         Interrupted: asked to stop, or the pod was lost again and again; what came stays.
     """
     runs.mkdir(parents=True, exist_ok=True)
-    directories = [row.directory for row in roster.rows]
-    directories += [f"baselines/{path.name}" for path in roster.baselines]
-    with _alone(runs), VolumePod(cluster, site, roster.name, say) as volume_pod:
+    directories = [point.directory for point in sweep.points]
+    directories += [f"baselines/{row.directory.name}" for row in sweep.meant_baselines]
+    with _alone(runs), VolumePod(cluster, site, sweep.name, say) as volume_pod:
         home = _Home(runs, f"{cluster.server} {cluster.namespace}/{site.runs_claim}", volume_pod)
         home.fetch_small(directories)
         home.fetch_verdicts()

@@ -25,10 +25,9 @@ from stillhouse.sweep.cluster.ledger import Ledger
 from stillhouse.sweep.cluster.manifest import render
 from stillhouse.sweep.cluster.objects import JobView
 from stillhouse.sweep.cluster.ownership import create, have_config_map, ours
-from stillhouse.sweep.grid import Sweep
 from stillhouse.sweep.outcome import Record
-from stillhouse.sweep.plan import Action, groups_of
-from stillhouse.sweep.registry import Roster, baseline_rows
+from stillhouse.sweep.plan import Action
+from stillhouse.sweep.points import Sweep
 
 LOOK_VALID_S = 5.0
 KEEP_S = 15.0
@@ -157,21 +156,21 @@ def _is_to_be_replaced(job: JobView, order: Order) -> bool:
 
 
 class JobOwner:
-    """Maps Jobs, whoever created them, to actions for the points of a roster."""
+    """Maps Jobs, whoever created them, to actions for the points of a sweep."""
 
-    def __init__(self, sweep: Sweep, rows: Roster, steps: JobSpecs) -> None:
-        self.rows, self.groups = rows, groups_of(sweep)
+    def __init__(self, sweep: Sweep, steps: JobSpecs) -> None:
+        self.groups = sweep.groups
         self.scores = suite_key(sweep.suite) if sweep.suite else None
-        groups = dict.fromkeys(self.groups[id_] for id_ in rows.by_id)
+        groups = dict.fromkeys(self.groups.values())
         self.prepares = {steps.of(Action("prepare", group)).name: group for group in groups}
-        self.baselines = {row.directory.name: row for row in baseline_rows(sweep)}
+        self.baselines = {row.directory.name: row for row in sweep.baselines}
 
     def action(self, job: JobView) -> Action | None:
         """What a Job does for our points; None where it does nothing for them."""
         if job.kind == "prepare":
             group = self.prepares.get(job.name)
             return Action("prepare", group) if group else None
-        points = tuple(id_ for id_ in job.points if id_ in self.rows.by_id)
+        points = tuple(id_ for id_ in job.points if id_ in self.groups)
         if job.kind == "train":
             return Action("train", self.groups[points[0]], points) if points else None
         if job.kind != "eval" or job.scores != self.scores:
@@ -179,5 +178,5 @@ class JobOwner:
         rows = [self.baselines[name] for name in job.baselines if name in self.baselines]
         if not points and not rows:
             return None
-        group = self.groups[points[0] if points else rows[0].points[0]]
+        group = self.groups[points[0]] if points else min(rows[0].groups)
         return Action("eval", group, points, tuple(row.directory for row in rows))

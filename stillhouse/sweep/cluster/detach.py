@@ -14,7 +14,7 @@ from stillhouse.sweep.cluster.describe import how_to_follow
 from stillhouse.sweep.cluster.jobspec import drive_step
 from stillhouse.sweep.cluster.ownership import have_config_map, refuse_drift
 from stillhouse.sweep.cluster.refusals import why_not_made
-from stillhouse.sweep.grid import Sweep
+from stillhouse.sweep.points import Sweep
 
 
 def detach(

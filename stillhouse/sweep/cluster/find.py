@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from pathlib import Path
 
 from stillhouse.errors import ConfigError, nearest
@@ -20,10 +19,10 @@ from stillhouse.sweep.cluster.connect import Cluster
 from stillhouse.sweep.cluster.ledger import read_sweep, sweeps
 from stillhouse.sweep.cluster.manifest import SELECTOR
 from stillhouse.sweep.cluster.run_names import Names
-from stillhouse.sweep.registry import Roster, Row
+from stillhouse.sweep.points import Sweep, point_of
 
 
-def find(cluster: Cluster, word: str, runs: Path, there: str) -> Roster:
+def find(cluster: Cluster, word: str, runs: Path, there: str) -> Sweep:
     """What a word means; `there`: the words that lead a command to this cluster.
 
     Raises:
@@ -31,19 +30,19 @@ def find(cluster: Cluster, word: str, runs: Path, there: str) -> Roster:
     """
     record = read_sweep(cluster, word)
     if record is not None:
-        return _roster(cluster, record, runs)
+        return _sweep(cluster, record, runs)
     names = Names(cluster).read()
     if word in names:
-        return _one(cluster, names[word], word, runs)
+        return registry.alone(point_of(names[word], word), runs, _sweeps(cluster, runs))
     called = _called(cluster)
     labelled = [job for job, others in called.items() if word in others]
     if labelled:
-        return Roster(word, runs, tuple(row(job, None) for job in sorted(labelled)), None, ())
+        return Sweep(word, runs, tuple(map(point_of, sorted(labelled))), is_whole=False)
     found = {name for name in (*called, *names.values()) if _is_meant(name, word)}
     known = [] if found else list(_sweeps(cluster, runs))
-    found |= {r.directory for s in known for r in s.rows if _is_meant(r.directory, word)}
+    found |= {p.directory for s in known for p in s.points if _is_meant(p.directory, word)}
     if len(found) == 1:
-        return _one(cluster, found.pop(), None, runs)
+        return registry.alone(point_of(found.pop()), runs, _sweeps(cluster, runs))
     if found:
         raise ConfigError(
             f'"{word}" means {len(found)} Jobs ({", ".join(sorted(found)[:4])} …); give more digits'
@@ -52,12 +51,6 @@ def find(cluster: Cluster, word: str, runs: Path, there: str) -> Roster:
         f'no sweep, run or Job "{word}" in namespace {cluster.namespace} (`stillhouse status'
         f" {there}` lists the sweeps).{nearest(word, [*names, *(sweep.name for sweep in known)])}"
     )
-
-
-def row(directory: str, name: str | None) -> Row:
-    """A point, or any Job, of which only its directory's, or its own, name is known."""
-    slug, _, id_ = directory.rpartition("-")
-    return Row(id_, slug, name, {})
 
 
 def _is_meant(name: str, word: str) -> bool:
@@ -74,22 +67,13 @@ def _called(cluster: Cluster) -> dict[str, list[str]]:
     return found
 
 
-def _sweeps(cluster: Cluster, runs: Path) -> Iterator[Roster]:
+def _sweeps(cluster: Cluster, runs: Path) -> Iterator[Sweep]:
     for mark in sweeps(cluster):
         record = read_sweep(cluster, mark.name)
         if record is not None:
-            yield _roster(cluster, record, runs)
+            yield _sweep(cluster, record, runs)
 
 
-def _roster(cluster: Cluster, record: Json, runs: Path) -> Roster:
+def _sweep(cluster: Cluster, record: Json, runs: Path) -> Sweep:
     where = f"sweep {record.get('name')} in namespace {cluster.namespace}"
     return registry.of_record(record, runs, where)
-
-
-def _one(cluster: Cluster, directory: str, name: str | None, runs: Path) -> Roster:
-    """One run, with the suite of a sweep it belongs to: what makes it done."""
-    this = row(directory, name)
-    for sweep in _sweeps(cluster, runs):
-        if this.id in sweep.by_id:
-            return replace(sweep, rows=(sweep.by_id[this.id],), baselines=())
-    return Roster(directory, runs, (this,), None, ())

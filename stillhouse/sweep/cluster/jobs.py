@@ -39,10 +39,9 @@ from stillhouse.sweep.cluster.reasons import (
 from stillhouse.sweep.cluster.refusals import why_not_made
 from stillhouse.sweep.cluster.replace import carried_attempts, is_better_made_anew, of_other_site
 from stillhouse.sweep.cluster.watch import Watcher
-from stillhouse.sweep.grid import Sweep
 from stillhouse.sweep.outcome import Record
-from stillhouse.sweep.plan import Action, Baseline
-from stillhouse.sweep.registry import Roster
+from stillhouse.sweep.plan import Action
+from stillhouse.sweep.points import Baseline, Sweep
 from stillhouse.sweep.snapshot import Snapshot
 from stillhouse.sweep.state import Observation
 
@@ -72,9 +71,9 @@ class JobExecutor:
 
     has_fixed_packs = True
 
-    def __init__(self, sweep: Sweep, rows: Roster, watcher: Watcher) -> None:
+    def __init__(self, sweep: Sweep, watcher: Watcher) -> None:
         """`watcher`: what it has listed of the namespace is not listed again."""
-        self.sweep, self.rows, self.site = sweep, rows, sweep.site
+        self.sweep, self.site = sweep, sweep.site
         self.watcher, self.cluster = watcher, watcher.cluster
         self.scores = suite_key(sweep.suite) if sweep.suite else None
         self.code = bundle(sweep.suite)
@@ -83,8 +82,8 @@ class JobExecutor:
         self.creator = JobCreator(self.site, self.cluster, self.ledger, self.code)
         self.steps = JobSpecs(sweep)
         self.keep_s, self.retry_s, self.blocked_s = KEEP_S, RETRY_S, BLOCKED_S
-        self.write_s = WRITE_S if len(rows.rows) > LARGE else 0.0
-        self.job_owner = JobOwner(sweep, rows, self.steps)
+        self.write_s = WRITE_S if len(sweep.points) > LARGE else 0.0
+        self.job_owner = JobOwner(sweep, self.steps)
         self._pool = ThreadPoolExecutor(WRITERS, thread_name_prefix="jobs")
         self._live: dict[str, Work] = {}  # name of the Job -> what it does
         self._settled: set[str] = set()  # uids of Jobs whose ends are in the ledger
@@ -115,7 +114,7 @@ class JobExecutor:
 
     def snapshot(self) -> Snapshot:
         """How points, baselines and pairs stand, as the cluster last told us."""
-        observations = {row.id: self.look(row.id) for row in self.rows.rows}
+        observations = {id_: self.look(id_) for id_ in self.sweep.by_id}
         return Snapshot(observations, self.baselines(), prepared=self._prepared())
 
     def look(self, id_: str) -> Observation:
@@ -206,7 +205,7 @@ class JobExecutor:
         """The tasks that ended, as soon as one does; none when the time is over."""
         if self._is_stopping:
             return []
-        if len(self.rows.rows) > LARGE:
+        if len(self.sweep.points) > LARGE:
             time.sleep(max(0.0, self._turned_at + PACE_S - time.monotonic()))
         self.watcher.wait(timeout_s)
         return self._turn()
@@ -215,7 +214,7 @@ class JobExecutor:
         """Process all news: record ends, delete what is due, and return the tasks that ended."""
         self._turned_at = time.monotonic()
         touched = self.cache.touched()
-        self._changed |= {id_ for ids in touched.values() for id_ in ids} & self.rows.by_id.keys()
+        self._changed |= {id_ for ids in touched.values() for id_ in ids} & self.sweep.by_id.keys()
         names = touched.keys() | {name for name, _ in self._stuck.values()}
         self._run_errands()
         self._reread_failures()
@@ -397,11 +396,11 @@ class JobExecutor:
         if time.monotonic() - self._reread_at < self.retry_s:
             return
         self._reread_at = time.monotonic()
-        whats = [*self.rows.by_id, *self.job_owner.baselines]
+        whats = [*self.sweep.by_id, *self.job_owner.baselines]
         keys = {*whats, *(score_of(what, self.scores) for what in whats if self.scores)}
         failed = [key for key in keys if _has_failed(self.ledger.get(key))]
         changed = self.ledger.refresh(failed, self.retry_s / 2)
-        self._changed |= {key.partition(".")[0] for key in changed} & self.rows.by_id.keys()
+        self._changed |= {key.partition(".")[0] for key in changed} & self.sweep.by_id.keys()
 
     def _run_errands(self) -> None:
         """Delete what is due; raise what went wrong with a request that nobody waited for."""

@@ -45,8 +45,8 @@ from stillhouse.spec import (
     SuiteSpec,
     TrainSpec,
 )
-from stillhouse.sweep.grid import Point, Sweep
-from stillhouse.sweep.plan import Action, groups_of
+from stillhouse.sweep.plan import Action
+from stillhouse.sweep.points import Point, Sweep
 from stillhouse.tasks import IN_BUNDLE
 
 Kind = Literal["prepare", "train", "eval", "preflight", "drive", "collect", "push"]
@@ -245,15 +245,13 @@ class JobSpecs:
 
     def __init__(self, sweep: Sweep) -> None:
         self.sweep = sweep
-        self.points = {point.id: point for point in sweep.points}
-        groups = groups_of(sweep)
-        self.first = {group: self.points[id_] for id_, group in reversed(groups.items())}
+        self.first = {point.group: point for point in reversed(sweep.points)}
 
     def of(self, action: Action) -> JobSpec:
         """The step that an action stands for."""
         if action.kind == "prepare":
             return prepare_step(self.first[action.group], self.sweep.suite, self.sweep)
-        points = [self.points[id_] for id_ in action.points]
+        points = [self.sweep.by_id[id_] for id_ in action.points]
         if action.kind == "train":
             return train_step(points[0], self.sweep)
         return eval_step(points, [directory.name for directory in action.baselines], self.sweep)

@@ -19,7 +19,7 @@ from stillhouse.sweep.cluster.connect import ApiError, Cluster
 from stillhouse.sweep.cluster.ledger import Ledger
 from stillhouse.sweep.cluster.objects import JobView, PodView, job_view, pod_view, viewed
 from stillhouse.sweep.cluster.reasons import by_age
-from stillhouse.sweep.registry import Roster, Row
+from stillhouse.sweep.points import Point, Sweep
 from stillhouse.sweep.show import SHOWN, TAIL_LINES
 from stillhouse.sweep.state import FAILED, Observation
 from stillhouse.text import say
@@ -33,7 +33,7 @@ class Sources:
 
     cluster: Cluster
     site: SiteSpec
-    rows: Roster
+    sweep: Sweep
     observations: Mapping[str, Observation]
     jobs: Mapping[str, Sequence[JobView]]  # by point's id: those about it
     others: Sequence[JobView]  # that prepare, score or drive
@@ -42,10 +42,10 @@ class Sources:
 
 def show(sources: Sources, follows: bool) -> bool:
     """Print the log of one point, or the ends of those at work or failed; whether any was there."""
-    rows = sources.rows.rows
-    if len(rows) == 1:
-        return _show_one(sources, rows[0], follows)
-    tails = {str(row): _tail(sources, row) for row in _of_interest(sources)}
+    points = sources.sweep.points
+    if len(points) == 1:
+        return _show_one(sources, points[0], follows)
+    tails = {str(point): _tail(sources, point) for point in _of_interest(sources)}
     others = [job for job in sources.others if job.state != "complete"]
     tails |= {job.name: _tail_of(sources.cluster, job) for job in others[-SHOWN:]}
     found = {title: tail for title, tail in tails.items() if tail}
@@ -58,24 +58,24 @@ def show(sources: Sources, follows: bool) -> bool:
 
 def texts(sources: Sources) -> dict[str, str]:
     """The logs by point's id: whole where it is one point, else the ends."""
-    rows = sources.rows.rows
-    if len(rows) == 1:
-        text = b"".join(_whole(sources, rows[0])).decode(errors="replace")
-        return {rows[0].id: text} if text else {}
-    found = {row.id: _tail(sources, row) for row in _of_interest(sources)}
+    points = sources.sweep.points
+    if len(points) == 1:
+        text = b"".join(_whole(sources, points[0])).decode(errors="replace")
+        return {points[0].id: text} if text else {}
+    found = {point.id: _tail(sources, point) for point in _of_interest(sources)}
     return {id_: text for id_, text in found.items() if text}
 
 
-def _of_interest(sources: Sources) -> list[Row]:
+def _of_interest(sources: Sources) -> list[Point]:
     states = ("running", *FAILED)
-    rows = sources.rows.rows
-    return [row for row in rows if sources.observations[row.id].state in states][-SHOWN:]
+    points = sources.sweep.points
+    return [point for point in points if sources.observations[point.id].state in states][-SHOWN:]
 
 
-def _show_one(sources: Sources, row: Row, follows: bool) -> bool:
+def _show_one(sources: Sources, point: Point, follows: bool) -> bool:
     found = False
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")  # pieces end anywhere
-    for piece in _followed(sources, row) if follows else _whole(sources, row):
+    for piece in _followed(sources, point) if follows else _whole(sources, point):
         found = True
         text = decoder.decode(piece).replace("\r\n", "\n").replace("\r", "\n")
         sys.stdout.write(visible(text))
@@ -83,35 +83,35 @@ def _show_one(sources: Sources, row: Row, follows: bool) -> bool:
     return found
 
 
-def _whole(sources: Sources, row: Row) -> Iterator[bytes]:
+def _whole(sources: Sources, point: Point) -> Iterator[bytes]:
     """All that a point printed, as far as it can be had."""
-    job = _job(sources, row)
+    job = _job(sources, point)
     for pod in reversed(_pods(sources.cluster, job.name)) if job else ():
         try:
             yield from sources.cluster.log(pod.name)
             return
         except ApiError as error:  # it has not begun, or its node forgot it
             _raise_unless_missing(error)
-    here = sources.rows.run(row.id).log_file
+    here = sources.sweep.run(point.id).log_file
     if here.is_file():
         _say(f"(as collected: {here})")
         yield here.read_bytes()
         return
-    if sources.observations[row.id].state == "new":
+    if sources.observations[point.id].state == "new":
         return
-    file = f"{row.directory}/log.txt"
+    file = f"{point.directory}/log.txt"
     if job is not None and job.kind != "train":  # pods that are about no one point
         file = f"sweeps/{job.sweep}.{job.name}.log" if job.sweep else f"sweeps/{job.name}.log"
-    text = fetch_log(sources.cluster, sources.site, sources.rows.name, file, _say)
+    text = fetch_log(sources.cluster, sources.site, sources.sweep.name, file, _say)
     if text is not None:
         yield text
 
 
-def _followed(sources: Sources, row: Row) -> Iterator[bytes]:
+def _followed(sources: Sources, point: Point) -> Iterator[bytes]:
     """What a point prints, attempt after attempt, until its Job ends."""
-    job = _job(sources, row)
+    job = _job(sources, point)
     if job is None or job.state != "live":
-        yield from _whole(sources, row)
+        yield from _whole(sources, point)
         return
     seen: set[str] = set()
     said = ""
@@ -124,18 +124,18 @@ def _followed(sources: Sources, row: Row) -> Iterator[bytes]:
         if live is None or viewed(job_view, live).state != "live":
             return
         if not fresh:
-            cause = sources.observations[row.id].cause
+            cause = sources.observations[point.id].cause
             if not seen and cause and cause != said:
                 said = cause
                 _say(f"waits: {cause}")
             sources.cluster.stop.wait(FOLLOW_S)
 
 
-def _tail(sources: Sources, row: Row) -> str | None:
+def _tail(sources: Sources, point: Point) -> str | None:
     """The last lines of a point's log: of a pod, or what the ledger kept of one that failed."""
-    job = _job(sources, row)
+    job = _job(sources, point)
     tail = _tail_of(sources.cluster, job) if job else None
-    record = sources.ledger.get(row.id) if tail is None else None
+    record = sources.ledger.get(point.id) if tail is None else None
     return record.tail if record else tail
 
 
@@ -150,10 +150,10 @@ def _tail_of(cluster: Cluster, job: JobView) -> str | None:
     return None
 
 
-def _job(sources: Sources, row: Row) -> JobView | None:
+def _job(sources: Sources, point: Point) -> JobView | None:
     """The most informative Job of a point: one that runs, else one that failed, else the last."""
     order = {"live": 2, "failed": 1, "complete": 0}
-    jobs = sources.jobs[row.id]
+    jobs = sources.jobs[point.id]
     return max(jobs, key=lambda job: (order[job.state], job.created), default=None)
 
 

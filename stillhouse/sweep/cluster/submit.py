@@ -18,7 +18,6 @@ from stillhouse.sweep.cluster import doctor
 from stillhouse.sweep.cluster.connect import connect
 from stillhouse.sweep.cluster.create import JobCreator
 from stillhouse.sweep.cluster.describe import how_to_follow
-from stillhouse.sweep.cluster.find import row
 from stillhouse.sweep.cluster.jobspec import RUNS
 from stillhouse.sweep.cluster.manifest import image_problem, to_yaml
 from stillhouse.sweep.cluster.objects import JobView
@@ -30,7 +29,7 @@ from stillhouse.sweep.cluster.site_difference import differing
 from stillhouse.sweep.cluster.submit_args import Kind, Line, read
 from stillhouse.sweep.cluster.watch import Watcher
 from stillhouse.sweep.driver import SOME_FAILED
-from stillhouse.sweep.registry import Roster
+from stillhouse.sweep.points import Sweep, point_of
 from stillhouse.sweep.show import as_json
 from stillhouse.sweep.site import away_words
 from stillhouse.sweep.state import FAILED, Observation
@@ -67,8 +66,8 @@ def send(
         say(said)
     was_sent, seen = _Sender(line, say).send()
     if is_json:
-        rows = (row(line.step.name, line.name),)
-        said = as_json(Roster(line.name, Path("runs"), rows, None, ()), {line.step.id: seen})
+        alone = Sweep(line.name, Path("runs"), (point_of(line.step.name, line.name),))
+        said = as_json(alone, {line.step.id: seen})
         print(json.dumps(said | {"job": line.step.name, "sent": was_sent}))
     return SOME_FAILED if seen.state in FAILED else DONE
 
@@ -130,8 +129,8 @@ class _Sender:
         return job, self._observe(self.step.name)
 
     def _observe(self, directory: str) -> Observation:
-        one = row(directory, None)
-        return self.watcher.observe_rows([one], None)[one.id]
+        one = point_of(directory)
+        return self.watcher.observe_points([one], None)[one.id]
 
     def _refuse_other_meaning(self, known: dict[str, str]) -> None:
         there = known.get(self.line.name)

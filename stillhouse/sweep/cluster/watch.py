@@ -21,7 +21,7 @@ from stillhouse.sweep.cluster.kueue import OF_JOBS, QueueView, queue_view
 from stillhouse.sweep.cluster.ledger import Ledger
 from stillhouse.sweep.cluster.manifest import SELECTOR
 from stillhouse.sweep.cluster.objects import JobView, Note, View, job_view, note, pod_view
-from stillhouse.sweep.registry import Row
+from stillhouse.sweep.points import Point
 from stillhouse.sweep.state import Observation
 
 DICE = random.Random()  # not the process's own: its state is others' business
@@ -53,17 +53,17 @@ class Watcher:
         """The state of many points."""
         return {id_: self.cache.look(id_, scores) for id_ in ids}
 
-    def observe_rows(self, rows: Sequence[Row], scores: str | None) -> dict[str, Observation]:
-        """The state of points, and of rows that stand for another Job than a point's."""
-        ids = [row.id for row in rows]
+    def observe_points(self, points: Sequence[Point], scores: str | None) -> dict[str, Observation]:
+        """The state of points, and of those that stand for another Job than a point's."""
+        ids = [point.id for point in points]
         found = self.observe(ids, scores)
         if any(seen.state in ("new", "failed", "waiting") for seen in found.values()):
             self.look_for_orphans()
             found = self.observe(ids, scores)
-        for row in rows:
-            job = self.cache.job(row.directory)
+        for point in points:
+            job = self.cache.job(point.directory)
             if job is not None and job.kind != "train":
-                found[row.id] = self.cache.look_at(job)
+                found[point.id] = self.cache.look_at(job)
         return found
 
     # ------------------------------------------------------------------------ one look around

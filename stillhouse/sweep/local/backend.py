@@ -14,10 +14,9 @@ from stillhouse.local_models import require_torch
 from stillhouse.rundir import RunDir, code_identity, write_json
 from stillhouse.sweep import commits, registry
 from stillhouse.sweep.backend import Executor
-from stillhouse.sweep.grid import Sweep
 from stillhouse.sweep.local import logs
 from stillhouse.sweep.local.outcomes import forget_failures
-from stillhouse.sweep.registry import Roster
+from stillhouse.sweep.points import Point, Sweep
 from stillhouse.sweep.snapshot import Observations, Snapshot, observe, on_disk
 from stillhouse.sweep.state import Observation
 from stillhouse.text import say
@@ -32,60 +31,59 @@ class LocalBackend:
     def names(self) -> list[str]:
         return registry.names(self.runs)
 
-    def find(self, word: str) -> Roster:
+    def find(self, word: str) -> Sweep:
         return registry.find(word, self.runs)
 
     def pinned(self, sweep: Sweep, begins: bool = False) -> Sweep:
         # What lies here is what a run would take, so a plan says what it would say.
         return commits.pinned(sweep, registry.recorded_commits(self.runs, sweep.name), commits.here)
 
-    def look(self, rows: Roster, sweep: Sweep | None = None) -> Snapshot:
-        return on_disk(rows, sweep)
+    def look(self, sweep: Sweep, is_to_run: bool = False) -> Snapshot:
+        return on_disk(sweep, is_to_run)
 
-    def describe(self, rows: Roster | None) -> list[str]:
+    def describe(self, sweep: Sweep | None) -> list[str]:
         return []
 
-    def show_logs(self, rows: Roster, observations: Observations, follows: bool) -> bool:
-        return logs.show(rows, observations, follows)
+    def show_logs(self, sweep: Sweep, observations: Observations, follows: bool) -> bool:
+        return logs.show(sweep, observations, follows)
 
-    def log_texts(self, rows: Roster, observations: Observations) -> dict[str, str]:
-        return logs.texts(rows, observations)
+    def log_texts(self, sweep: Sweep, observations: Observations) -> dict[str, str]:
+        return logs.texts(sweep, observations)
 
-    def require(self, sweep: Sweep, rows: Roster) -> None:
+    def require(self, sweep: Sweep) -> None:
         require_torch()
 
     def save(self, sweep: Sweep) -> None:
         registry.write(sweep)
 
-    def adopt(self, rows: Roster, snapshot: Snapshot) -> list[str]:
+    def adopt(self, sweep: Sweep, snapshot: Snapshot) -> list[str]:
         for id_ in snapshot.of_other_code:
-            _adopt_code(rows.run(id_))
+            _adopt_code(sweep.run(id_))
         said: list[str] = []
         for id_ in snapshot.to_begin_anew:
-            run = rows.run(id_)
+            run = sweep.run(id_)
             with run.lock():
-                said.append(f"{rows.by_id[id_]} begins anew; before: {run.set_aside()}")
+                said.append(f"{sweep.by_id[id_]} begins anew; before: {run.set_aside()}")
         return said
 
-    def executor(
-        self, sweep: Sweep, rows: Roster, snapshot: Snapshot
-    ) -> AbstractContextManager[Executor]:
+    def executor(self, sweep: Sweep, snapshot: Snapshot) -> AbstractContextManager[Executor]:
         from stillhouse.sweep.local.workers import WorkerPool
 
-        return nullcontext(WorkerPool(sweep, rows, snapshot))
+        return nullcontext(WorkerPool(sweep, snapshot))
 
-    def forget(self, rows: Roster, is_whole: bool) -> int:
-        given_up = [RunDir(d) for d in rows.baselines if is_whole and _has_given_up(RunDir(d))]
-        for run in [*(rows.run(row.id) for row in rows.rows), *given_up]:
+    def forget(self, sweep: Sweep) -> int:
+        baselines = [RunDir(baseline.directory) for baseline in sweep.meant_baselines]
+        given_up = [run for run in baselines if _has_given_up(run)]
+        for run in [*map(sweep.run, sweep.by_id), *given_up]:
             forget_failures(run)
         return len(given_up)
 
-    def cancel(self, rows: Roster, is_whole: bool) -> list[str]:
-        if is_whole:
-            registry.cancel(self.runs, rows.name)  # before the points, so that nothing follows them
-        observations = observe(rows)
-        asked = [row for row in rows.rows if _ask_to_stop(row, observations[row.id])]
-        return [f"asked to save and stop: {row}" for row in asked]
+    def cancel(self, sweep: Sweep) -> list[str]:
+        if sweep.is_whole:
+            registry.cancel(self.runs, sweep.name)  # before the points: nothing follows them
+        observations = observe(sweep)
+        asked = [point for point in sweep.points if _ask_to_stop(point, observations[point.id])]
+        return [f"asked to save and stop: {point}" for point in asked]
 
 
 def _adopt_code(run: RunDir) -> None:
@@ -105,12 +103,12 @@ def _has_given_up(run: RunDir) -> bool:
     return False
 
 
-def _ask_to_stop(row: registry.Row, seen: Observation) -> bool:
+def _ask_to_stop(point: Point, seen: Observation) -> bool:
     if seen.state != "running" or seen.pid is None:
         return False
     try:
         os.kill(seen.pid, signal.SIGTERM)
     except (ProcessLookupError, PermissionError) as error:
-        say(f"  cannot stop {row}, process {seen.pid}: {error}", file=sys.stderr)
+        say(f"  cannot stop {point}, process {seen.pid}: {error}", file=sys.stderr)
         return False
     return True

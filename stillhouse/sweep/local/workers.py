@@ -36,11 +36,11 @@ from stillhouse.errors import AGAIN, DONE, StillhouseError
 from stillhouse.rundir import RunDir, code_identity, now
 from stillhouse.spec import EvalSpec, TrainSpec
 from stillhouse.sweep.backend import Finished, Task
-from stillhouse.sweep.grid import Sweep
 from stillhouse.sweep.local.outcomes import Ending, check_promise, write_ending
-from stillhouse.sweep.plan import Action, Baseline, groups_of
-from stillhouse.sweep.registry import Roster, cancel_mark, log_file
-from stillhouse.sweep.snapshot import Snapshot, baselines_of, look
+from stillhouse.sweep.plan import Action
+from stillhouse.sweep.points import Baseline, Sweep
+from stillhouse.sweep.registry import cancel_mark, log_file
+from stillhouse.sweep.snapshot import Snapshot, baselines_on_disk, look
 from stillhouse.sweep.state import Observation
 
 # Named, not imported: the launcher imports no torch, and `entrypoints` is a layer above this one.
@@ -70,20 +70,19 @@ class WorkerPool:
     def __init__(
         self,
         sweep: Sweep,
-        rows: Roster,
         first: Snapshot,
         work: Mapping[str, str] = WORK,
         preload: Sequence[str] | None = None,
     ) -> None:
         """`first`: the look at these points from which the loop begins."""
-        self.sweep, self.rows, self.first, self.work = sweep, rows, first, work
+        self.sweep, self.first, self.work = sweep, first, work
         self.threads = max(1, _cores() // sweep.site.max_parallel)
         # id -> mark of a stop, and when we saw it
         self._stops: dict[str, tuple[float | None, float | None]] = {
             id_: (seen.stop_mark, None) for id_, seen in first.observations.items()
         }
         self._first_mark = cancel_mark(sweep.runs, sweep.name)
-        self._beneath = rows.beneath()
+        self._beneath = sweep.beneath()
         self._elsewhere = {  # points that some other process has at work
             id_ for id_, seen in first.observations.items() if seen.state == "running"
         }
@@ -115,7 +114,7 @@ class WorkerPool:
 
     def look(self, id_: str) -> Observation:
         """The state of one point, from its files."""
-        seen = self._in_order(id_, look(self.rows.run(id_), self.rows.suite, self._beneath))
+        seen = self._in_order(id_, look(self.sweep.run(id_), self.sweep.suite, self._beneath))
         if seen.state == "running" and not any(id_ in action.points for action in self.live()):
             self._elsewhere.add(id_)
         else:
@@ -139,7 +138,7 @@ class WorkerPool:
 
     def baselines(self) -> tuple[Baseline, ...]:
         """The rows that no run trains, from their files."""
-        return baselines_of(self.sweep, groups_of(self.sweep))
+        return baselines_on_disk(self.sweep)
 
     def is_cancelled(self) -> bool:
         """Whether `stillhouse cancel` was called since this was made."""
@@ -207,7 +206,7 @@ class WorkerPool:
         connection.wait(sentinels, timeout_s)
         ended = [w for w in self._workers if w.process.exitcode is not None]
         if ended:  # who worked for a while may have made a pair, and somebody may have changed one
-            self._beneath = self.rows.beneath()
+            self._beneath = self.sweep.beneath()
         self._workers = [w for w in self._workers if w not in ended]
         return [self._reap(worker) for worker in ended]
 
