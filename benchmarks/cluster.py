@@ -35,9 +35,9 @@ from stillhouse.sweep.cluster.jobspec import JobSpecs
 from stillhouse.sweep.cluster.ledger import Ledger, prepare_of
 from stillhouse.sweep.cluster.manifest import render
 from stillhouse.sweep.grid import load_sweep
-from stillhouse.sweep.outcome import Record
 from stillhouse.sweep.plan import Action
 from stillhouse.sweep.points import Sweep
+from stillhouse.sweep.state import Record
 from tests.cluster import binaries
 from tests.cluster.api import PATHS
 from tests.cluster.cluster import Json, Kubernetes, until

@@ -38,17 +38,17 @@ from stillhouse.sweep import registry
 from stillhouse.sweep.cluster.cache import NamespaceCache, baselines_seen
 from stillhouse.sweep.cluster.describe import particulars, said_of_others
 from stillhouse.sweep.cluster.facts import keys_of
+from stillhouse.sweep.cluster.find import Names
 from stillhouse.sweep.cluster.job_outcomes import attempts_patch, records_of
 from stillhouse.sweep.cluster.jobspec import JobSpecs
 from stillhouse.sweep.cluster.kueue import queue_view
 from stillhouse.sweep.cluster.ledger import Ledger, read_sweep, sweeps
 from stillhouse.sweep.cluster.manifest import render
 from stillhouse.sweep.cluster.replace import carried_attempts, is_better_made_anew
-from stillhouse.sweep.cluster.run_names import Names
 from stillhouse.sweep.grid import load_sweep
-from stillhouse.sweep.outcome import Record
 from stillhouse.sweep.plan import Action
 from stillhouse.sweep.points import Sweep
+from stillhouse.sweep.state import Record
 from tests.builders.sample_runs import Sample, write_sample
 
 # --------------------------------------------------------------------------------- bending

@@ -11,10 +11,9 @@ import pytest
 
 from stillhouse.errors import ConfigError
 from stillhouse.sweep.cluster import doctor
-from stillhouse.sweep.cluster.access import rules
 from stillhouse.sweep.cluster.code_bundle import bundle
 from stillhouse.sweep.cluster.connect import Cluster
-from stillhouse.sweep.cluster.doctor import Finding, findings, job_findings, refuse
+from stillhouse.sweep.cluster.doctor import Finding, findings, job_findings, refuse, rules
 from stillhouse.sweep.cluster.jobspec import train_step
 from stillhouse.sweep.cluster.manifest import render
 from stillhouse.sweep.cluster.watch import Watcher

@@ -20,19 +20,19 @@ from stillhouse.errors import AGAIN, CANNOT_START, ConfigError, ContractError, I
 from stillhouse.identity import suite_key
 from stillhouse.sweep import driver as loop
 from stillhouse.sweep.backend import Finished, Task
+from stillhouse.sweep.cluster.backend import forget_failures
 from stillhouse.sweep.cluster.code_bundle import bundle
 from stillhouse.sweep.cluster.connect import Cluster
-from stillhouse.sweep.cluster.delete_jobs import forget_failures
 from stillhouse.sweep.cluster.jobs import JobExecutor
 from stillhouse.sweep.cluster.jobspec import JobSpec, JobSpecs
 from stillhouse.sweep.cluster.ledger import Ledger, cancel_sweep, score_of
 from stillhouse.sweep.cluster.manifest import render
 from stillhouse.sweep.cluster.objects import job_view
 from stillhouse.sweep.driver import Driver
-from stillhouse.sweep.outcome import Record, record_of
 from stillhouse.sweep.plan import Action
 from stillhouse.sweep.points import Sweep
 from stillhouse.sweep.progress import Lines
+from stillhouse.sweep.state import Record, record_of
 from tests.builders.driving import (
     POISON,
     World,

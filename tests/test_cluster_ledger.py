@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from stillhouse.errors import ConfigError
 from stillhouse.sweep.cluster.connect import Cluster
+from stillhouse.sweep.cluster.find import Names
 from stillhouse.sweep.cluster.ledger import (
     DIGITS,
     Ledger,
@@ -25,10 +26,9 @@ from stillhouse.sweep.cluster.ledger import (
     sweeps,
     write_sweep,
 )
-from stillhouse.sweep.cluster.run_names import Names
-from stillhouse.sweep.outcome import Record, record_of
 from stillhouse.sweep.registry import of_record
 from stillhouse.sweep.registry import record_of as record_of_sweep
+from stillhouse.sweep.state import Record, record_of
 from tests.builders.driving import cluster_of, sweep_of
 from tests.fakes.fake_api import FakeApi
 from tests.fakes.faults import Faults

@@ -26,7 +26,7 @@ from stillhouse.identity import eval_id, point_id, suite_key
 from stillhouse.rundir import Json, directory_name
 from stillhouse.spec import EvalSpec, SiteSpec, TrainSpec
 from stillhouse.sweep.cluster import secrets
-from stillhouse.sweep.cluster.access import Rule, rules
+from stillhouse.sweep.cluster.doctor import Rule, rules
 from stillhouse.sweep.cluster.jobspec import (
     JobSpec,
     JobSpecs,

@@ -15,13 +15,13 @@ from stillhouse.errors import ConfigError, ContractError
 from stillhouse.rundir import Json
 from stillhouse.sweep.cluster.code_bundle import bundle
 from stillhouse.sweep.cluster.create import JobCreator
+from stillhouse.sweep.cluster.find import Names
 from stillhouse.sweep.cluster.jobspec import collect_step
 from stillhouse.sweep.cluster.ledger import Ledger, sweeps, write_sweep
 from stillhouse.sweep.cluster.ownership import have_config_map
-from stillhouse.sweep.cluster.run_names import Names
 from stillhouse.sweep.grid import load_sweep
-from stillhouse.sweep.outcome import Record
 from stillhouse.sweep.registry import record_of
+from stillhouse.sweep.state import Record
 from tests.builders.driving import cluster_of, sweep_of
 from tests.builders.lab import SITE
 from tests.fakes.fake_api import FakeApi

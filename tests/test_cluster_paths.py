@@ -10,7 +10,7 @@ import pytest
 
 from stillhouse.cli import main
 from stillhouse.rundir import write_json
-from stillhouse.sweep.cluster import pod_paths
+from stillhouse.sweep.cluster import submit_args
 from tests.builders.lab import SITE
 from tests.builders.sample_runs import Sample, write_sample
 
@@ -95,7 +95,7 @@ def test_this_machine_takes_any_path(say: Callable[..., str]) -> None:
     ],
 )  # fmt: skip
 def test_a_name_is_a_path_by_its_form_or_because_it_is_here(name: str, is_one: bool) -> None:
-    assert pod_paths.is_path(name) is is_one
+    assert submit_args.is_path(name) is is_one
 
 
 @pytest.mark.parametrize(
@@ -107,7 +107,7 @@ def test_a_name_is_a_path_by_its_form_or_because_it_is_here(name: str, is_one: b
     ],
 )  # fmt: skip
 def test_only_what_is_below_a_volume_is_in_a_pod(path: str, is_below: bool) -> None:
-    assert pod_paths.is_mounted(path) is is_below
+    assert submit_args.is_mounted(path) is is_below
 
 
 def test_adapters_of_a_line_are_runs_or_lie_on_a_volume(say: Callable[..., str]) -> None:

@@ -19,8 +19,8 @@ import yaml
 from stillhouse.cli import main
 from stillhouse.rundir import Json, Runs
 from stillhouse.sweep import registry
+from stillhouse.sweep.cluster.find import Names
 from stillhouse.sweep.cluster.ledger import read_sweep, sweeps
-from stillhouse.sweep.cluster.run_names import Names
 from stillhouse.sweep.grid import load_sweep
 from stillhouse.sweep.points import Sweep
 from tests.builders.lab import IMAGE, SITE, said

@@ -26,8 +26,7 @@ from stillhouse.sweep.cluster.objects import job_view, last_words, pod_view
 from stillhouse.sweep.cluster.reasons import End, Reason, how_it_failed
 from stillhouse.sweep.cluster.refusals import quantity
 from stillhouse.sweep.cluster.watch import Watcher
-from stillhouse.sweep.outcome import Record
-from stillhouse.sweep.state import Observation
+from stillhouse.sweep.state import Observation, Record
 from tests.builders.driving import POISON, cluster_of, ids, sweep_of
 from tests.fakes.fake_api import FakeApi
 

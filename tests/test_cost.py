@@ -20,9 +20,9 @@ from stillhouse.sweep.cost import (
     totals,
 )
 from stillhouse.sweep.grid import load_sweep
-from stillhouse.sweep.outcome import Record
 from stillhouse.sweep.points import Point, Sweep
 from stillhouse.sweep.spending import Spent, spent
+from stillhouse.sweep.state import Record
 
 PRODUCT = "NVIDIA-H100-80GB-HBM3"
 

@@ -16,7 +16,7 @@ from stillhouse.errors import ConfigError, nearest
 from stillhouse.spec import SiteSpec, TrainSpec
 from stillhouse.sweep import registry
 from stillhouse.sweep.backend import Backend
-from stillhouse.sweep.cluster import pod_paths
+from stillhouse.sweep.cluster import submit_args
 from stillhouse.sweep.cluster.backend import ClusterBackend
 from stillhouse.sweep.grid import load_sweep
 from stillhouse.sweep.local.backend import LocalBackend
@@ -92,7 +92,7 @@ class Call:
             ConfigError: as `sweep`; in a cluster, a path that no pod would have.
         """
         if self.is_cluster:
-            pod_paths.refuse(point.spec for point in self.sweep().points)
+            submit_args.refuse_paths(point.spec for point in self.sweep().points)
         return self.sweep()
 
     @functools.cached_property

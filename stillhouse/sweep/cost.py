@@ -24,8 +24,8 @@ from stillhouse.identity import to_plain
 from stillhouse.methods import value_at
 from stillhouse.rundir import RunDir, Runs
 from stillhouse.spec import NonNegative, SiteSpec, TrainSpec
-from stillhouse.sweep.outcome import Record
 from stillhouse.sweep.points import Point
+from stillhouse.sweep.state import Record
 from stillhouse.sweep.sweep_file import text
 
 # Seconds of a generated pair's step, per sequence. A step of 32 at λ = 1 with int4 took 0.20 s on

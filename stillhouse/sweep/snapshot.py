@@ -17,9 +17,8 @@ from stillhouse.identity import score_key
 from stillhouse.rundir import Json, RunDir, code_identity, now, read_score
 from stillhouse.spec import SuiteSpec
 from stillhouse.sweep.dependencies import Below, Beneath
-from stillhouse.sweep.outcome import Record
 from stillhouse.sweep.points import Baseline, Sweep
-from stillhouse.sweep.state import Facts, Observation, judge
+from stillhouse.sweep.state import Facts, Observation, Record, judge
 
 Observations = Mapping[str, Observation]
 

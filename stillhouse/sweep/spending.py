@@ -20,8 +20,8 @@ from stillhouse.errors import DIVERGED, ContractError
 from stillhouse.rundir import Json, RunDir
 from stillhouse.spec import SiteSpec
 from stillhouse.sweep.cost import Price, no_price, prices
-from stillhouse.sweep.outcome import Record
 from stillhouse.sweep.points import Sweep
+from stillhouse.sweep.state import Record
 
 KINDS = ("queued", "starting", "running", "lost")
 PHASES = ("load", "rollout", "teacher", "train", "eval", "save")  # of cost.json, in this order

@@ -22,11 +22,11 @@ from stillhouse.rundir import Json
 from stillhouse.sweep import commits, cost, registry, show, spending
 from stillhouse.sweep.backend import Executor
 from stillhouse.sweep.call import Call
-from stillhouse.sweep.cluster.push_plan import push
+from stillhouse.sweep.cluster.push import push
 from stillhouse.sweep.driver import SOME_FAILED, Driver
 from stillhouse.sweep.filters import Condition, check_cause, is_caused_by, knobs_of
 from stillhouse.sweep.points import Sweep
-from stillhouse.sweep.preflight_lines import verdict_lines, verdicts
+from stillhouse.sweep.show import verdict_lines, verdicts
 from stillhouse.sweep.snapshot import Observations, Snapshot, collected
 from stillhouse.sweep.state import FAILED, STATES, Observation
 from stillhouse.text import duration, say

@@ -10,22 +10,26 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, cast
 
+from stillhouse.errors import AGAIN, ConfigError
 from stillhouse.identity import suite_key
-from stillhouse.rundir import Json, Runs, code_identity
+from stillhouse.rundir import Json, Runs, code_identity, now
 from stillhouse.spec import SiteSpec
 from stillhouse.sweep import commits, registry, show
 from stillhouse.sweep.backend import Executor
-from stillhouse.sweep.cluster import collect, delete_jobs, detach, doctor, find, pod_logs, secrets
+from stillhouse.sweep.cluster import collect, doctor, find, pod_logs, secrets, submit
 from stillhouse.sweep.cluster.cache import NamespaceCache, baselines_seen, keys_of
 from stillhouse.sweep.cluster.code_bundle import bundle
 from stillhouse.sweep.cluster.connect import Cluster, connect
 from stillhouse.sweep.cluster.describe import particulars, said_of_others
 from stillhouse.sweep.cluster.facts import observed
+from stillhouse.sweep.cluster.find import Names
 from stillhouse.sweep.cluster.ledger import (
+    Ledger,
     cancel_sweep,
     read_sweep,
     score_of,
@@ -35,12 +39,11 @@ from stillhouse.sweep.cluster.ledger import (
 from stillhouse.sweep.cluster.manifest import label_value, refuse_secrets, render
 from stillhouse.sweep.cluster.objects import JobView
 from stillhouse.sweep.cluster.render import every_step, prepares_of
-from stillhouse.sweep.cluster.run_names import Names
 from stillhouse.sweep.cluster.watch import Watcher
 from stillhouse.sweep.points import Point, Sweep, point_of
 from stillhouse.sweep.site import away_words
 from stillhouse.sweep.snapshot import Observations, Snapshot
-from stillhouse.sweep.state import FAILED, Observation
+from stillhouse.sweep.state import FAILED, Observation, Record
 
 DRIVER, COLLECTOR = "stillhouse-driver", "stillhouse-collector"  # Roles of k8s/access.yaml
 
@@ -229,8 +232,8 @@ class ClusterBackend:
         drifted = [sweep.by_id[id_] for id_ in snapshot.of_other_code]
         jobs = [job for point in drifted for job in self._jobs_about(point)]
         jobs = [job for job in jobs if job.state == "live"]
-        delete_jobs.refuse_others(jobs, self.site.owner)
-        delete_jobs.delete(self.cluster, jobs)  # none runs: the loop makes them anew, with our code
+        refuse_others(jobs, self.site.owner)
+        delete_jobs(self.cluster, jobs)  # none runs: the loop makes them anew, with our code
         self.look_again()
         return []
 
@@ -250,7 +253,7 @@ class ClusterBackend:
 
     def detach(self, sweep: Sweep, options: Sequence[str]) -> list[str]:
         before = [job for job in self._jobs_of(sweep) if job.kind == "drive"]
-        said = detach.detach(self.cluster, self.cache, sweep, options)
+        said = submit.detach(self.cluster, self.cache, sweep, options)
         # One that was there already may wait, and for what is better said now.
         waits = [job for job in before if job.state == "live" and job.name in said[0]]
         return [*said, *said_of_others(waits, self.cache)]
@@ -270,19 +273,19 @@ class ClusterBackend:
             keys += [key for job in preparing for key in keys_of(job)]
             count = len(failed) + len(preparing)
         jobs = [job for job in {job.name: job for job in jobs}.values() if job.state == "failed"]
-        delete_jobs.refuse_others(jobs, self.site.owner)
-        delete_jobs.forget_failures(self.cluster, self.watcher.ledger, jobs, keys)
+        refuse_others(jobs, self.site.owner)
+        forget_failures(self.cluster, self.watcher.ledger, jobs, keys)
         self.look_again()
         return count
 
     def cancel(self, sweep: Sweep) -> list[str]:
         asked: dict[str, JobView] = {}
         jobs = self._to_cancel(sweep, asked)
-        delete_jobs.refuse_others(jobs, self.site.owner)
+        refuse_others(jobs, self.site.owner)
         if sweep.is_whole:
             cancel_sweep(self.cluster, sweep.name)  # before the Jobs, so that nothing follows them
         while jobs:
-            delete_jobs.stop(self.cluster, self.watcher.ledger, jobs, self.site.owner)
+            stop_jobs(self.cluster, self.watcher.ledger, jobs, self.site.owner)
             asked |= {job.uid: job for job in jobs}
             self.look_again()  # a driver that had not heard of it may just have sent another
             jobs = self._to_cancel(sweep, asked)
@@ -318,3 +321,52 @@ class ClusterBackend:
 
 def _keys(what: str, scores: str | None) -> list[str]:
     return [what, *([score_of(what, scores)] if scores else [])]
+
+
+# --------------------------------------------------------------------------------------- deleting
+
+
+AT_ONCE = 16  # requests
+
+
+def refuse_others(jobs: Iterable[JobView], owner: str) -> None:
+    """Refuse Jobs whose label names another owner.
+
+    Raises:
+        ConfigError: some of these Jobs are another's.
+    """
+    others = [job for job in jobs if job.owner != label_value(owner)]
+    if others:
+        whose = others[0].owner
+        raise ConfigError(
+            f"{len(others)} of these Jobs are {whose}'s (label stillhouse/owner), you are {owner}:"
+            f" {others[0].name} …; nothing was done. Say owner={whose} if they are yours to handle"
+        )
+
+
+def forget_failures(
+    cluster: Cluster, ledger: Ledger, jobs: Sequence[JobView], keys: Iterable[str]
+) -> None:
+    """Let what failed start again: delete these Jobs, and the failures in these ledger keys."""
+    # First: as long as they are there, a driver writes down how they ended.
+    delete_jobs(cluster, jobs)
+    records = {key: ledger.get(key) for key in keys}
+    again = ("failed", "alone", "unreadable")
+    ledger.write({key: None for key, record in records.items() if record and record.state in again})
+
+
+def stop_jobs(cluster: Cluster, ledger: Ledger, jobs: Sequence[JobView], owner: str) -> None:
+    """Ask running Jobs to checkpoint and stop; the ledger first records that it was requested."""
+    mark = Record("cancelled", AGAIN, f"cancelled by {owner}", at=now())
+    ledger.write({key: mark for job in jobs for key in keys_of(job)})
+    delete_jobs(cluster, jobs)
+
+
+def delete_jobs(cluster: Cluster, jobs: Iterable[JobView]) -> None:
+    """Delete Jobs; one whose pod still saves is there until it has."""
+
+    def one(job: JobView) -> bool:
+        return cluster.delete("jobs", job.name, job.uid, foreground=job.state == "live")
+
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        list(pool.map(one, jobs))

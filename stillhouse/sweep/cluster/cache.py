@@ -31,9 +31,8 @@ from stillhouse.sweep.cluster.objects import (
     viewed,
 )
 from stillhouse.sweep.cluster.reasons import End, Reason, how_it_failed, is_lost, why_waiting
-from stillhouse.sweep.outcome import Record
 from stillhouse.sweep.points import Baseline, Sweep
-from stillhouse.sweep.state import FAILED, Observation
+from stillhouse.sweep.state import FAILED, Observation, Record
 
 VIEWS: dict[str, Callable[[Json], Any]] = {
     "jobs": job_view, "pods": pod_view, "events": note,

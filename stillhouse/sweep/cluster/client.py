@@ -14,7 +14,7 @@ import random
 import threading
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 from urllib.parse import urlencode
 
@@ -23,20 +23,6 @@ from stillhouse.sweep.cluster import errors
 from stillhouse.sweep.cluster.errors import ApiError, Json, Watched
 from stillhouse.sweep.cluster.exec import run
 from stillhouse.sweep.cluster.login import Login
-from stillhouse.sweep.cluster.request import (
-    API,
-    JSON,
-    KUEUE,
-    MERGE_PATCH,
-    NOT_IN_A_NAMESPACE,
-    PARTIAL,
-    PENDING,
-    QUEUES,
-    VISIBILITY,
-    Ask,
-    never,
-    query,
-)  # fmt: skip
 
 CONNECT_S = 10.0
 DICE = random.Random()  # not the process's own: its state is others' business
@@ -350,3 +336,46 @@ class Cluster:
     def _stream(self, ask: Ask) -> Generator[Iterator[bytes], None, None]:
         with self._streams.kept(self._send(ask)) as answer:
             yield errors.chunks(answer)
+
+
+ANSWER_S = 70.0  # a server gives up a request after 60 s by itself
+JSON = "application/json"
+MERGE_PATCH = "application/merge-patch+json"
+PARTIAL = "application/json;as=PartialObjectMetadataList;g=meta.k8s.io;v=v1"
+KUEUE, VISIBILITY = "kueue.x-k8s.io", "visibility.kueue.x-k8s.io"
+QUEUES, PENDING = ("workloads", "localqueues"), "pendingworkloads"
+API = {
+    "jobs": "/apis/batch/v1",
+    "selfsubjectaccessreviews": "/apis/authorization.k8s.io/v1",
+    "selfsubjectreviews": "/apis/authentication.k8s.io/v1",
+} | dict.fromkeys(
+    ("pods", "configmaps", "events", "persistentvolumeclaims", "serviceaccounts", "namespaces",
+     "resourcequotas"), "/api/v1"
+)  # fmt: skip
+NOT_IN_A_NAMESPACE = ("namespaces", "selfsubjectaccessreviews", "selfsubjectreviews")
+
+
+def never(no: ApiError) -> bool:
+    return False
+
+
+@dataclass(frozen=True)
+class Ask:
+    """One request, and how its answer is handled."""
+
+    method: str
+    path: str
+    query: Json = field(default_factory=dict[str, Any])
+    body: Json | None = None
+    kind: str = JSON
+    accept: str = JSON
+    is_patient: bool = True  # 429 and 5xx are waited out
+    retry: Callable[[ApiError], bool] = never  # and these too
+    still: Callable[[], bool] | None = None  # whether it is still wanted, asked after a wait
+    read_s: float | None = ANSWER_S
+    is_stream: bool = False
+
+
+def query(**words: object) -> Json:
+    """The query's parameters without empty values."""
+    return {key: value for key, value in words.items() if value != ""}

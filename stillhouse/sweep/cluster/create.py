@@ -25,9 +25,9 @@ from stillhouse.sweep.cluster.ledger import Ledger
 from stillhouse.sweep.cluster.manifest import render
 from stillhouse.sweep.cluster.objects import JobView
 from stillhouse.sweep.cluster.ownership import create, have_config_map, ours
-from stillhouse.sweep.outcome import Record
 from stillhouse.sweep.plan import Action
 from stillhouse.sweep.points import Sweep
+from stillhouse.sweep.state import Record
 
 LOOK_VALID_S = 5.0
 KEEP_S = 15.0

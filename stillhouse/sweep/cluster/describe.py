@@ -11,8 +11,8 @@ from stillhouse.sweep.cluster.cache import NamespaceCache
 from stillhouse.sweep.cluster.job_outcomes import attempts
 from stillhouse.sweep.cluster.objects import JobView, PodView
 from stillhouse.sweep.cluster.reasons import by_age, end_of_pod
-from stillhouse.sweep.outcome import Record
 from stillhouse.sweep.site import away_words
+from stillhouse.sweep.state import Record
 from stillhouse.text import duration
 
 CALLED = {

@@ -8,8 +8,7 @@ from stillhouse.sweep.cluster.jobspec import JobSpec
 from stillhouse.sweep.cluster.ledger import prepare_of, score_of
 from stillhouse.sweep.cluster.objects import JobView, PodView
 from stillhouse.sweep.cluster.reasons import End, Reason, is_lost, why_orphan
-from stillhouse.sweep.outcome import Record
-from stillhouse.sweep.state import FAILED, Facts, Observation, judge
+from stillhouse.sweep.state import FAILED, Facts, Observation, Record, judge
 
 DELETED = "its Job was deleted"
 

@@ -19,7 +19,7 @@ from stillhouse.sweep.cluster.objects import ATTEMPTS, JobView, PodView
 from stillhouse.sweep.cluster.objects import told_attempts as attempts
 from stillhouse.sweep.cluster.reasons import End, by_age, end_of_pod
 from stillhouse.sweep.cluster.refusals import SHORT, short
-from stillhouse.sweep.outcome import Record
+from stillhouse.sweep.state import Record
 
 KEPT_ATTEMPTS = 5  # on a Job; its annotations may hold 256 KiB in all
 SAVED = (DONE, AGAIN)  # codes of attempts whose time was not lost

@@ -39,11 +39,10 @@ from stillhouse.sweep.cluster.reasons import (
 from stillhouse.sweep.cluster.refusals import why_not_made
 from stillhouse.sweep.cluster.replace import carried_attempts, is_better_made_anew, of_other_site
 from stillhouse.sweep.cluster.watch import Watcher
-from stillhouse.sweep.outcome import Record
 from stillhouse.sweep.plan import Action
 from stillhouse.sweep.points import Baseline, Sweep
 from stillhouse.sweep.snapshot import Snapshot
-from stillhouse.sweep.state import Observation
+from stillhouse.sweep.state import Observation, Record
 
 WRITERS = 16  # requests at once; more do not make an API server quicker
 LEFT_S = 300  # what a driver leaves behind is deleted so long after its end, by the cluster

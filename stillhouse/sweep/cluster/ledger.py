@@ -27,7 +27,7 @@ from stillhouse.sweep.cluster.connect import Cluster
 from stillhouse.sweep.cluster.manifest import SELECTOR, config_map, label_value
 from stillhouse.sweep.cluster.objects import seconds
 from stillhouse.sweep.cluster.ownership import KIND, create_or_read, refuse_stranger
-from stillhouse.sweep.outcome import Record, record_of
+from stillhouse.sweep.state import Record, record_of
 
 DIGITS = "0123456789abcdef"
 ROOM = 900 * 1024  # bytes of one ConfigMap that we fill; the API takes 1 MiB

@@ -8,25 +8,35 @@ holds a key.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
+import shlex
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
-from stillhouse.errors import ConfigError, Interrupted
+from stillhouse.compose import Overrides, compose
+from stillhouse.errors import DONE, ConfigError, Interrupted
 from stillhouse.fingerprints import of_file
+from stillhouse.local_models import SUFFIXES
 from stillhouse.receive import FORMAT, MOST_LIST, is_plain, name_of
 from stillhouse.rundir import Json
-from stillhouse.spec import SiteSpec
+from stillhouse.spec import SiteSpec, TrainSpec
 from stillhouse.sweep.cluster import secrets
 from stillhouse.sweep.cluster.collect import size
-from stillhouse.sweep.cluster.connect import ApiError, Cluster
+from stillhouse.sweep.cluster.connect import ApiError, Cluster, connect
 from stillhouse.sweep.cluster.jobspec import CACHE, push_step
+from stillhouse.sweep.cluster.manifest import image_problem
 from stillhouse.sweep.cluster.volume_pod import TRIES, Say, VolumePod
+from stillhouse.text import say
+
+if TYPE_CHECKING:
+    from stillhouse.sweep.call import Call
 
 PUSHED = f"{CACHE}/pushed"
 LIMIT_BYTES = 20 << 30  # all of it passes through the API server, which others need, too
@@ -172,7 +182,7 @@ def list_of(load: Load, memory: Path) -> Json:
     }
 
 
-def push(cluster: Cluster, site: SiteSpec, load: Load, files: Json, say: Say) -> int:
+def send(cluster: Cluster, site: SiteSpec, load: Load, files: Json, say: Say) -> int:
     """Bring what is not there yet to the volume; how many bytes were sent now.
 
     Raises:
@@ -318,3 +328,70 @@ def _cut(data: bytes) -> Iterator[bytes]:
 def _opened(file: Path) -> BinaryIO:
     """A file, and not what a link in its place leads to."""
     return os.fdopen(os.open(file, os.O_RDONLY | os.O_NOFOLLOW), "rb")
+
+
+# --------------------------------------------------------------------------------------- the verb
+
+
+def push(call: Call) -> int:
+    """Bring weights, rows or tasks to the cache volume of a cluster."""
+    if call.target is None:
+        raise ConfigError("push what? `stillhouse push PATH`: a model's directory, or rows")
+    if not call.is_cluster:
+        raise ConfigError("that is done in a cluster: say --backend cluster")
+    try:
+        return _push(call, load(Path(call.target).expanduser()))
+    except OSError as error:  # what this machine does not let us read
+        raise ConfigError(f"{error.filename or call.target}: {error.strerror or error}") from error
+
+
+def _push(call: Call, load: Load) -> int:
+    site = call.only_site
+    with contextlib.redirect_stdout(sys.stderr if call.is_json else sys.stdout):
+        _print(load.lines())
+        if not call.is_sure:
+            refuse_large(load)
+        problem = image_problem(site)
+        if problem:
+            raise ConfigError(problem)
+        refuse_keys(load)
+        with contextlib.closing(connect(site.kube_context, site.namespace)) as cluster:
+            memory = Path(compose(Overrides({}, {}), TrainSpec).place.cache_dir).expanduser()
+            files = list_of(load, memory)
+            sent = send(cluster, site, load, files, _say)
+    there = f"{PUSHED}/{name_of(load.label, files)}"
+    if load.path.is_file():
+        there = f"{there}/{load.path.name}"
+    words, more = words_for(load, there)
+    if call.is_json:
+        said = {"path": there, "words": words, "files": len(files), "bytes": load.bytes}
+        print(json.dumps(said | {"sent": sent}))
+        return DONE
+    say(f"{size(sent)} were sent; pods find it at {there}" if sent else f"{there} was there")
+    say(f"  {words}{f'   ({more})' if more else ''}")
+    return DONE
+
+
+def words_for(load: Load, there: str) -> tuple[str, str]:
+    """How a pushed path is said on a command line, and what else it may be."""
+    if load.path.is_file():
+        return f"data=local data_path={there}", "or rescue's other_file="
+    if "adapter_config.json" in load.files:
+        return f"lora_paths=[{there}]", "of k8s/eval.sh"
+    if "config.json" in load.files:
+        return f"student={there}", f"or teacher={there}"
+    if any(name.endswith(SUFFIXES) for name in load.files):
+        return f"data=local data_path={there}", "data_split=train"
+    if any(name.endswith((".yaml", ".yml")) for name in load.files):
+        here = shlex.quote(str(load.path))
+        return f"include_path={here}", "tasks travel with a sweep as they are, also without a push"
+    return there, ""
+
+
+def _print(lines: list[str]) -> None:
+    for line in lines:
+        say(line)
+
+
+def _say(text: str) -> None:
+    say(text, file=sys.stderr, flush=True)

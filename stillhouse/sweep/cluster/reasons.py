@@ -22,8 +22,7 @@ from stillhouse.sweep.cluster.objects import (
     rows_told,
     told_attempts,
 )
-from stillhouse.sweep.cluster.refusals import refused, short
-from stillhouse.sweep.cluster.site_difference import demands
+from stillhouse.sweep.cluster.refusals import demands, refused, short
 
 DEFAULT_QUEUE = "default"  # the LocalQueue that takes Jobs without a queue (Kueue 0.17)
 # What the Job controller waits before the second attempt, and at most before a later one.

@@ -1,4 +1,5 @@
-"""Translate the cluster's refusals of a pod or a Job into reasons a person can act on.
+"""Translate the cluster's refusals of a pod or a Job into reasons a person can act on; tell how the
+words of two Jobs differ.
 
 Pure. Each names the object at fault (a quota, a LimitRange, a label of the namespace) and how to
 see it.
@@ -7,6 +8,7 @@ see it.
 from __future__ import annotations
 
 import re
+import shlex
 
 SHORT = 240  # characters of the cluster's own words in one of our lines
 
@@ -76,3 +78,26 @@ def short(text: str | None) -> str:
     """One line of at most SHORT characters."""
     line = " ".join((text or "").split())
     return line if len(line) <= SHORT else line[: SHORT - 1] + "…"
+
+
+def demands(asks: str | None) -> dict[str, str]:
+    """What a Job says its site asks for, by knob; {} where it says nothing that can be read."""
+    try:
+        words = shlex.split(asks or "")
+    except ValueError:  # somebody edited it
+        return {}
+    return dict(
+        (knob, value) for knob, is_set, value in (w.partition("=") for w in words) if is_set
+    )
+
+
+def differing(there: str | None, here: str, unset: str = "null") -> str:
+    """How a Job's words differ from ours, by knob; "" where they do not, or are unknown."""
+    was, is_ = demands(there), demands(here)
+    if not was:
+        return ""
+    return ", ".join(
+        f"{knob} is {short(was.get(knob, unset))} there and {short(is_.get(knob, unset))} here"
+        for knob in sorted({*was, *is_})
+        if was.get(knob) != is_.get(knob)
+    )

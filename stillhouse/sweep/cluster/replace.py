@@ -24,7 +24,7 @@ from stillhouse.sweep.cluster.objects import (
     told_attempts,
 )
 from stillhouse.sweep.cluster.reasons import by_age
-from stillhouse.sweep.cluster.site_difference import differing
+from stillhouse.sweep.cluster.refusals import differing
 
 SLOW = 2  # attempts after which the pause is longer than that before a new Job's second
 

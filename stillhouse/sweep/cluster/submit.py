@@ -15,17 +15,18 @@ from pathlib import Path
 
 from stillhouse.errors import DONE, ConfigError
 from stillhouse.sweep.cluster import doctor
-from stillhouse.sweep.cluster.connect import connect
+from stillhouse.sweep.cluster.cache import NamespaceCache
+from stillhouse.sweep.cluster.code_bundle import bundle, sweep_file
+from stillhouse.sweep.cluster.connect import Cluster, connect
 from stillhouse.sweep.cluster.create import JobCreator
 from stillhouse.sweep.cluster.describe import how_to_follow
-from stillhouse.sweep.cluster.jobspec import RUNS
+from stillhouse.sweep.cluster.find import Names
+from stillhouse.sweep.cluster.jobspec import RUNS, drive_step
 from stillhouse.sweep.cluster.manifest import image_problem, to_yaml
 from stillhouse.sweep.cluster.objects import JobView
-from stillhouse.sweep.cluster.ownership import refuse_drift
-from stillhouse.sweep.cluster.refusals import why_not_made
+from stillhouse.sweep.cluster.ownership import have_config_map, refuse_drift
+from stillhouse.sweep.cluster.refusals import differing, why_not_made
 from stillhouse.sweep.cluster.replace import of_other_site
-from stillhouse.sweep.cluster.run_names import Names
-from stillhouse.sweep.cluster.site_difference import differing
 from stillhouse.sweep.cluster.submit_args import Kind, Line, read
 from stillhouse.sweep.cluster.watch import Watcher
 from stillhouse.sweep.driver import SOME_FAILED
@@ -191,3 +192,42 @@ class _Sender:
             self.say(f"run directory: {RUNS}/{self.step.name} of volume {self.site.runs_claim}")
         for said in how_to_follow(self._target, self._target, self.site, is_collected=is_run):
             self.say(said)
+
+
+# --------------------------------------------------------------------------------------- a driver
+
+
+def detach(
+    cluster: Cluster, cache: NamespaceCache, sweep: Sweep, options: Sequence[str]
+) -> list[str]:
+    """Send the driver of a sweep, or find the one that is at work; what there is to say about it.
+
+    Raises:
+        ConfigError: the sweep's file cannot travel, something else has a name that is needed, or
+            there is no room for a Job.
+        ContractError: the Job there is about something else.
+    """
+    content = Path(sweep.file).read_bytes() if sweep.file else None
+    step = drive_step(sweep, content, options)
+    there = cache.job(step.name)
+    if there is not None:
+        refuse_drift(there, step)
+    said = "is at work already"
+    if there is None or there.state != "live" or there.is_deleting:
+        creator = JobCreator(sweep.site, cluster, cache.ledger, bundle(sweep.suite))
+        creator.send_code()
+        if content is not None and step.sweep_file is not None and sweep.file is not None:
+            file = sweep_file(step.sweep_file, sweep.name, Path(sweep.file).name, content)
+            have_config_map(cluster, file)
+        order = creator.order(step)
+        made = creator.make(order)
+        if made.blocked_by is not None:
+            raise ConfigError(f"driver {step.name}: {why_not_made(made.blocked_by)}; run it again")
+        for job in order.replaced.values():
+            said = f"sent again (the last one ended: {job.state})"
+        if made.is_new and not order.replaced:
+            said = "sent"
+    return [
+        f"driver {step.name}: {said}; this machine is not needed any more",
+        *how_to_follow(step.name, sweep.name, sweep.site),
+    ]

@@ -10,19 +10,22 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os.path
 import re
-from collections.abc import Mapping, Sequence
+import shlex
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 from stillhouse.compose import Overrides, as_command_line, compose, from_command_line
 from stillhouse.errors import ConfigError
+from stillhouse.local_models import SUFFIXES
 from stillhouse.rundir import Json
 from stillhouse.spec import NAME, EvalJobSpec, EvalSpec, SiteSpec, TrainSpec
-from stillhouse.sweep.cluster import pod_paths
 from stillhouse.sweep.cluster.code_bundle import Bundle, bundle
 from stillhouse.sweep.cluster.jobspec import (
+    CACHE,
     RUNS,
     JobSpec,
     eval_line_step,
@@ -123,7 +126,7 @@ def read(kind: Kind, name: str | None, words: Sequence[str], options: Sequence[s
     else:
         spec = compose(overrides, TrainSpec)
         step = preflight_step(name, overrides, options)
-    pod_paths.refuse([spec])
+    refuse_paths([spec])
     return Line(kind, name, step, site, _differs(overrides, type(spec)), spec)
 
 
@@ -169,3 +172,63 @@ def _composed(groups: Mapping[str, str], values: Mapping[str, Any], spec_type: A
         return compose(Overrides(groups, values), spec_type)
     except ConfigError:
         return None
+
+
+# ------------------------------------------------------------------------------------------ paths
+
+
+MOUNTS = (RUNS, CACHE)
+
+
+def refuse_paths(specs: Iterable[TrainSpec | EvalSpec]) -> None:
+    """Refuse weights and rows that lie where no pod would find them.
+
+    Raises:
+        ConfigError: one of them does; the message says which, and how a pod gets it.
+    """
+    seen: set[tuple[str, str]] = set()
+    for spec in specs:
+        for knob, name in _named(spec):
+            if (knob, name) in seen:
+                continue
+            seen.add((knob, name))
+            # What is always a path has no form of a hub id.
+            if (knob == "other_file" or is_path(name)) and not is_mounted(name):
+                raise ConfigError(_why(knob, name))
+
+
+def is_path(name: str) -> bool:
+    """Whether a name is of a place, here or in a pod, and not of a repository on the hub."""
+    is_written_so = name.startswith(("/", "~", ".")) or name.count("/") > 1
+    return is_written_so or name.endswith(SUFFIXES) or Path(name).exists()
+
+
+def is_mounted(path: str) -> bool:
+    """Whether a path is below one of the volumes that every pod has."""
+    parts = PurePosixPath(os.path.normpath(path)).parts
+    return any(PurePosixPath(mount).parts == parts[:2] and len(parts) > 2 for mount in MOUNTS)
+
+
+def _named(spec: TrainSpec | EvalSpec) -> Iterator[tuple[str, str]]:
+    """Every name of weights or rows, with its knob."""
+    if spec.pair.pair_source == "hub":
+        yield "student", spec.pair.student
+        yield "teacher", spec.pair.teacher
+    if spec.data.data_source != "generated" and spec.data.data_path is not None:
+        yield "data_path", spec.data.data_path
+    if isinstance(spec, TrainSpec):
+        if spec.rescue.other_file is not None:
+            yield "other_file", spec.rescue.other_file
+        return
+    for adapter in spec.evaluation.lora_paths:
+        if adapter.startswith(("/", "~", ".")):  # NAME and dump/NAME are runs, found on the volume
+            yield "lora_paths", adapter
+
+
+def _why(knob: str, name: str) -> str:
+    return (
+        f"{knob}={name}: no pod has this path; of paths, a pod sees what is below"
+        f" {' and '.join(MOUNTS)}. `stillhouse push {shlex.quote(name)}` puts it on the cache"
+        " volume and prints what to say instead. What is on the hub is said as OWNER/NAME"
+        " (hf_secret, where it is private)"
+    )

@@ -6,6 +6,7 @@ import contextlib
 import os
 import signal
 import sys
+import time
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
@@ -14,11 +15,12 @@ from stillhouse.local_models import require_torch
 from stillhouse.rundir import RunDir, code_identity, write_json
 from stillhouse.sweep import commits, registry
 from stillhouse.sweep.backend import Executor
-from stillhouse.sweep.local import logs
 from stillhouse.sweep.local.outcomes import forget_failures
 from stillhouse.sweep.points import Point, Sweep
+from stillhouse.sweep.registry import log_file
+from stillhouse.sweep.show import SHOWN, TAIL_LINES
 from stillhouse.sweep.snapshot import Observations, Snapshot, observe, on_disk
-from stillhouse.sweep.state import Observation
+from stillhouse.sweep.state import FAILED, Observation
 from stillhouse.text import say
 
 
@@ -45,10 +47,25 @@ class LocalBackend:
         return []
 
     def show_logs(self, sweep: Sweep, observations: Observations, follows: bool) -> bool:
-        return logs.show(sweep, observations, follows)
+        shown: dict[Path, int] = {}
+        while True:
+            for title, path in _of_interest(sweep, observations):
+                _show_new(title, path, shown, len(sweep.points) == 1)
+            states = {seen.state for seen in observations.values()}
+            if not follows or not states & {"new", "waiting", "running"}:
+                return bool(shown)
+            time.sleep(FOLLOW_S)
+            observations = observe(sweep)
 
     def log_texts(self, sweep: Sweep, observations: Observations) -> dict[str, str]:
-        return logs.texts(sweep, observations)
+        ids = {sweep.run(point.id).log_file: point.id for point in sweep.points}
+        found: dict[str, str] = {}
+        for _, path in _of_interest(sweep, observations):
+            if path in ids and path.is_file():
+                lines = path.read_text(errors="replace").splitlines()
+                lines = lines if len(sweep.points) == 1 else lines[-TAIL_LINES:]
+                found[ids[path]] = "\n".join(lines)
+        return found
 
     def require(self, sweep: Sweep) -> None:
         require_torch()
@@ -112,3 +129,34 @@ def _ask_to_stop(point: Point, seen: Observation) -> bool:
         say(f"  cannot stop {point}, process {seen.pid}: {error}", file=sys.stderr)
         return False
     return True
+
+
+# ------------------------------------------------------------------------------------------- logs
+
+
+FOLLOW_S = 0.3  # how often a followed log is looked at
+
+
+def _of_interest(sweep: Sweep, observations: Observations) -> list[tuple[str, Path]]:
+    if len(sweep.points) == 1:
+        return [(str(sweep.points[0]), sweep.run(sweep.points[0].id).log_file)]
+    at_work = [
+        point for point in sweep.points if observations[point.id].state in ("running", *FAILED)
+    ]
+    found = [(str(point), sweep.run(point.id).log_file) for point in at_work[-SHOWN:]]
+    return [*found, (f"{sweep.name}: pairs and scores", log_file(sweep.runs, sweep.name))]
+
+
+def _show_new(title: str, path: Path, shown: dict[Path, int], is_single: bool) -> None:
+    """Print what a log has that was not shown yet, under its name where there are several."""
+    if not path.is_file() or path.stat().st_size == shown.get(path, 0):
+        return
+    with path.open("rb") as file:
+        file.seek(shown.get(path, 0))
+        new = file.read()
+    lines = new.decode(errors="replace").splitlines()
+    if not is_single:
+        say(f"==> {title} <==")
+        lines = lines if path in shown else lines[-TAIL_LINES:]
+    say("\n".join(lines), flush=True)
+    shown[path] = shown.get(path, 0) + len(new)
