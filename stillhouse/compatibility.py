@@ -51,8 +51,8 @@ SHOWN = 3  # tokens that a sentence names
 # ------------------------------------------------------------------------- what does not fit
 
 
-def misfits(checkpoint: Checkpoint, asked: str = "") -> Iterator[str]:
-    """Faults that no knob can fix, one sentence each; `asked`: text of the data, or ''."""
+def misfits(checkpoint: Checkpoint, data_text: str = "") -> Iterator[str]:
+    """Faults that no knob can fix, one sentence each; `data_text`: text of the data, or ''."""
     config, text, rows = checkpoint.config, checkpoint.text, checkpoint.rows
     yield from _of_another_kind(config, checkpoint.strange)
     vocabulary, width = count(text, "vocab_size"), count(text, "hidden_size")
@@ -73,7 +73,7 @@ def misfits(checkpoint: Checkpoint, asked: str = "") -> Iterator[str]:
             f" ({HEADS[0]}), which would be random numbers; get the missing weights, or say true"
             " if embedding and head are the same"
         )
-    yield from _beyond(checkpoint, asked)
+    yield from _beyond(checkpoint, data_text)
     if checkpoint.ends is False:
         yield (
             "nothing says where an answer ends: no eos_token_id in config.json or"
@@ -109,14 +109,14 @@ def _has_projection(text: Json) -> bool:
     return any(text.get(key) for key in ("word_embed_proj_dim", "embedding_size"))
 
 
-def _beyond(checkpoint: Checkpoint, asked: str) -> Iterator[str]:
+def _beyond(checkpoint: Checkpoint, data_text: str) -> Iterator[str]:
     """Faults from tokens that have no embedding and will be read. An added token that is never used
     does no harm: Gemma 3's text models have one for images, which they cannot read."""
     tokens = checkpoint.tokens
     used = [
         token
         for token in sorted(tokens, key=lambda t: tokens[t])
-        if token in checkpoint.named or token in checkpoint.template or token in asked
+        if token in checkpoint.named or token in checkpoint.template or token in data_text
     ]
     if not used and not checkpoint.base_tokens:
         return
@@ -230,8 +230,8 @@ def _check_one(spec: TrainSpec | EvalSpec) -> None:
             checkpoint = read(found.path)
         except ContractError as error:
             raise ContractError(f"{who}: {error}") from error
-        asked = _asked(spec) if checkpoint.tokens else ""
-        if said := next(misfits(checkpoint, asked), None):
+        data_text = _data_text(spec) if checkpoint.tokens else ""
+        if said := next(misfits(checkpoint, data_text), None):
             raise ContractError(f"{who}: {said}")
         largest = _noted(spec) if checkpoint.tokens else None
         if largest is not None:
@@ -241,7 +241,7 @@ def _check_one(spec: TrainSpec | EvalSpec) -> None:
             raise ConfigError(f"{who}: {said}")
 
 
-def _asked(spec: TrainSpec | EvalSpec) -> str:
+def _data_text(spec: TrainSpec | EvalSpec) -> str:
     """The text of a local data file, for tokens that only some of its rows may hold."""
     path = Path(spec.data.data_path or "").expanduser()
     is_text = spec.data.data_path and path.suffix in (".jsonl", ".json") and path.is_file()
@@ -261,7 +261,8 @@ def note_largest_id(spec: TrainSpec | EvalSpec, largest: int) -> None:
 def _noted(spec: TrainSpec | EvalSpec) -> int | None:
     with contextlib.suppress(ContractError, OSError):
         file = _note_file(spec)
-        return None if file is None else (read_json(file) or {}).get("largest_token_id")
+        found = None if file is None else (read_json(file) or {}).get("largest_token_id")
+        return found if isinstance(found, int) else None
     return None
 
 

@@ -37,6 +37,7 @@ from stillhouse.errors import (
     StillhouseError,
     exit_code_of,
 )
+from stillhouse.files import check_directory
 from stillhouse.identity import eval_id, point_id
 from stillhouse.local_models import require_torch
 from stillhouse.pod import tell
@@ -45,8 +46,8 @@ from stillhouse.rundir import (
     Runs,
     code_identity,
     link_path,
+    make_directory,
     now,
-    read_json,
     sweep_leftovers,
     write_json,
 )
@@ -74,7 +75,7 @@ def train_main(argv: list[str]) -> int:
             _fetch(spec)
         return train(spec)
 
-    return _door(work)
+    return _reported(work)
 
 
 def eval_main(argv: list[str]) -> int:
@@ -86,9 +87,11 @@ def eval_main(argv: list[str]) -> int:
     def work() -> int:
         spec = compose(from_command_line(argv, EvalSpec), EvalSpec)
         _check_made_for(eval_id(spec))
+        if not _is_in_pod():
+            _refuse_without_adapters(spec)
         return evaluate(spec)
 
-    return _door(work)
+    return _reported(work)
 
 
 def prepare_main(argv: list[str]) -> int:
@@ -101,7 +104,7 @@ def prepare_main(argv: list[str]) -> int:
         _check_made_for(None)
         return prepare(spec, fetches="--fetch" in argv, scores="--no-scores" not in argv)
 
-    return _door(work)
+    return _reported(work)
 
 
 def preflight_main(argv: list[str]) -> int:
@@ -139,7 +142,7 @@ def preflight_main(argv: list[str]) -> int:
         # In a pod a verdict is what the Job was for, whatever it is: nothing to be retried.
         return DONE if _is_in_pod() else preflight_rules.EXIT_CODES[found["verdict"]]
 
-    return _door(work)
+    return _reported(work)
 
 
 def _count(word: str) -> int:
@@ -170,17 +173,17 @@ def look(spec: TrainSpec, prompts: int, pilot: int | None, prefixes: tuple[int, 
     """
     rules = preflight_rules.rules_of(data_file("preflight"), "conf/preflight.yaml")
     cache_dir = Path(spec.place.cache_dir)
-    file = Runs(Path(spec.place.runs)).verdict_file(
-        spec.pair.pair_name, preflight_rules.key_of(spec)
-    )
+    runs = _runs_of(spec)
+    file = runs.verdict_file(spec.pair.pair_name, preflight_rules.key_of(spec))
     how = {"prompts": prompts, "pilot": pilot, "code": code_identity()["digest"]}
     how |= {"prefixes": list(prefixes)} if prefixes else {}
-    before = read_json(file)
-    is_known = before is not None and before["measured"] == how and "sources" in before
+    before = runs.verdict(spec.pair.pair_name, preflight_rules.key_of(spec))
+    is_known = before is not None and before.get("measured") == how and "sources" in before
     if before and is_known and not differences(before["sources"], sources_of(spec, cache_dir)):
         found: Json = {key: before[key] for key in ("numbers", "facts", "sources", "created")}
     else:
         _look_first(spec)
+        make_directory(runs.root, "--runs")
         stop = _stop()
         with contextlib.redirect_stdout(sys.stderr):  # stdout is the answer's
             _say_what_takes_long()
@@ -202,8 +205,8 @@ def look(spec: TrainSpec, prompts: int, pilot: int | None, prefixes: tuple[int, 
     return whole
 
 
-def _door(work: Callable[[], int]) -> int:
-    """The exit code of `work`; also written for pod.py with the cause, as torchrun hides both."""
+def _reported(work: Callable[[], int]) -> int:
+    """The exit code of `work`; reported to pod.py with the cause, as torchrun hides both."""
 
     def told() -> int:
         try:
@@ -236,6 +239,12 @@ def _check_made_for(found: str | None) -> None:
         )
 
 
+def _runs_of(spec: TrainSpec | EvalSpec) -> Runs:
+    """The directory of runs; raises ConfigError where none can be."""
+    check_directory(Path(spec.place.runs), "--runs")
+    return Runs(Path(spec.place.runs))
+
+
 def _rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
@@ -247,7 +256,7 @@ def _is_in_pod() -> bool:
 def _fetch(spec: TrainSpec) -> None:
     from stillhouse.distill.hub import fetch, stay_offline
 
-    if spec.place.sources == "new" or not Runs(Path(spec.place.runs)).of(spec).is_trained():
+    if spec.place.sources == "new" or not _runs_of(spec).of(spec).is_trained():
         fetch(spec.pair, spec.data, Path(spec.place.cache_dir), spec.place.commits)
     stay_offline()
 
@@ -261,7 +270,7 @@ def train(spec: TrainSpec) -> int:
         ContractError: what lies there rests on other weights or rows than are here now.
     """
     rank = _rank()
-    runs = Runs(Path(spec.place.runs))
+    runs = _runs_of(spec)
     run = runs.of(spec)
     # Refuses a directory of another version or content before anything is written.
     found = drift(run, spec, sources_of(spec, Path(spec.place.cache_dir)))
@@ -270,11 +279,12 @@ def train(spec: TrainSpec) -> int:
     is_done = run.is_trained() and not found
     if not is_done:
         _look_first(spec)
+        make_directory(runs.root, "--runs")
     if rank == 0:
         if spec.place.name:
             runs.link_name(spec.place.name, run)
         if spec.place.output_dir:
-            link_path(Path(spec.place.output_dir), run)
+            link_path(Path(spec.place.output_dir), run.path)
     if is_done:
         if rank == 0:
             print(f"{run.path}: done already; nothing to do", flush=True)
@@ -387,13 +397,24 @@ def evaluate(spec: EvalSpec) -> int:
     """Score what the spec asks for and print the table; finished scores are not computed again."""
     from stillhouse.evals import find
 
-    find.typed(spec.evaluation.lora_paths, Runs(Path(spec.place.runs)))
+    runs = _runs_of(spec)
+    find.typed(spec.evaluation.lora_paths, runs)
     _look_first(spec)
+    make_directory(runs.root, "--runs")
     stop = _stop()  # before the imports: they take ten seconds, in which a stop may be requested
     _say_what_takes_long()
     from stillhouse.evals.harness import run_suite
 
     return run_suite(spec, stop)
+
+
+def _refuse_without_adapters(spec: EvalSpec) -> None:
+    """Tell a person at once that none of these runs has an adapter, before baselines are scored."""
+    from stillhouse.evals import find
+
+    found, _, gone = find.typed(spec.evaluation.lora_paths, _runs_of(spec))
+    if gone and not found:
+        raise ConfigError("; ".join(gone.values()))
 
 
 def prepare(spec: EvalSpec, fetches: bool, scores: bool) -> int:
@@ -404,10 +425,11 @@ def prepare(spec: EvalSpec, fetches: bool, scores: bool) -> int:
         ConnectionError: the hub cannot be reached; try again.
     """
     compatibility.check([spec])
+    cache_dir = Path(spec.place.cache_dir)
+    make_directory(cache_dir, "--cache-dir")
     from stillhouse.distill import hub, pairs, prompts
     from stillhouse.distill.loading import tokenizer
 
-    cache_dir = Path(spec.place.cache_dir)
     if fetches:
         hub.fetch(spec.pair, spec.data, cache_dir, spec.place.commits)
         compatibility.check([spec])

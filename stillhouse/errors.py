@@ -2,6 +2,7 @@
 
     StillhouseError            42   a mistake in the request: never retried
     ├── ConfigError            42   a key, a flag, a value, a sweep file
+    │   └── Unwritable         42   a place that takes no files
     ├── DataError              42   a data file, a row, a prompt set
     ├── ContractError          42   an adapter, base or run that cannot be what it claims to be
     ├── Diverged               43   NaN, an exploding loss, a rollout gap beyond its bound
@@ -45,6 +46,10 @@ class StillhouseError(Exception):
 
 class ConfigError(StillhouseError):
     """A key, flag, value or sweep file that cannot be right."""
+
+
+class Unwritable(ConfigError):
+    """A path at which nothing can be written."""
 
 
 class DataError(StillhouseError):

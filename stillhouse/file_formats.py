@@ -248,6 +248,36 @@ class _WholeSweep(_Sweep):
     created: float
 
 
+@with_config(_LENIENT)
+class _Measured(TypedDict):
+    value: float | None
+    low: float | None
+    high: float | None
+    n: int
+
+
+class _Verdict(TypedDict):
+    """What is relied on in a preflight's result."""
+
+    numbers: dict[str, _Measured]
+    measured: NotRequired[dict[str, Any]]
+    facts: NotRequired[dict[str, Any]]
+    sources: NotRequired[dict[str, dict[str, Any]]]
+
+
+@with_config(_LENIENT)
+class _Made(TypedDict):
+    """What is relied on in made.json: a directory of the cache, and what was found when made."""
+
+    facts: dict[str, Any]
+    files: dict[str, int]
+
+
+@with_config(_LENIENT)
+class _Saved(_File):
+    sha256: str
+
+
 RECORD: Any = TypeAdapter(with_config(_LENIENT)(_Record))
 ROW: Any = TypeAdapter(with_config(_LENIENT)(_Row))
 STATUS: Any = TypeAdapter(with_config(_LENIENT)(_Status))
@@ -255,6 +285,9 @@ CONTRACT: Any = TypeAdapter(with_config(_LENIENT)(_Contract))
 SCORE: Any = TypeAdapter(with_config(_LENIENT)(_Score))
 WHOLE_SCORE: Any = TypeAdapter(with_config(_LENIENT)(_WholeScore))
 EVAL_NOTE: Any = TypeAdapter(with_config(_LENIENT)(_EvalNote))
+VERDICT: Any = TypeAdapter(with_config(_LENIENT)(_Verdict))
+MADE: Any = TypeAdapter(_Made)
+SAVED: Any = TypeAdapter(dict[str, _Saved])
 COST: Any = TypeAdapter(with_config(_LENIENT)(_Cost))
 SWEEP: Any = TypeAdapter(with_config(_LENIENT)(_Sweep))
 WHOLE_SWEEP: Any = TypeAdapter(with_config(_LENIENT)(_WholeSweep))

@@ -7,6 +7,7 @@ a reader always finds one complete file. What a killed writer left is removed la
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -14,30 +15,91 @@ import re
 import secrets
 import shutil
 import tempfile
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any, cast
 
-from stillhouse.errors import ContractError
+from stillhouse.errors import ConfigError, ContractError, NodeFault, Unwritable
 
 Json = dict[str, Any]
 
 LEFT_S = 3600.0  # a temporary file of this age has no writer any more
 _LEFTOVER = re.compile(r"\..+\.(\d+|[0-9a-f]{16})\.tmp")
+# Errors of a path itself. A full disk or a lost file server is another matter: those may pass.
+_OF_THE_PATH = frozenset({
+    errno.EACCES, errno.EEXIST, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ENOENT,
+    errno.ENOTDIR, errno.EPERM, errno.EROFS,
+})  # fmt: skip
+
+
+@contextlib.contextmanager
+def explained_writing(path: Path, option: str = "") -> Generator[None, None, None]:
+    """Turn an error that is the path's fault into the user's; `option` is what named the path.
+
+    Raises:
+        Unwritable: nothing can be written at the path.
+        NodeFault: in a pod, its file system is read-only, as after an error of its node.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _OF_THE_PATH:
+            raise
+        why = error.strerror
+        if error.errno == errno.EEXIST:
+            why = f"{error.filename} is a file, or a link that leads nowhere"
+        is_of_node = error.errno == errno.EROFS and os.environ.get("STILLHOUSE_IN_POD")
+        raise (NodeFault if is_of_node else Unwritable)(
+            f"{option} {path}: cannot be written ({why}); mend that, or name another place"
+            " (--runs, --cache-dir, --output-dir)".lstrip()
+        ) from error
+
+
+def make_directory(path: Path, option: str = "") -> None:
+    """Make a directory to write into, unless it is there; raises as `explained_writing`."""
+    with explained_writing(path, option):
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+
+
+def check_directory(path: Path, option: str) -> None:
+    """Refuse a path at which no directory is, and none can be made.
+
+    Raises:
+        ConfigError: it, or what is above it, is a file or a link that leads nowhere, or no name.
+    """
+    try:
+        path.stat()
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        raise ConfigError(f"{option} {path}: {error.strerror}; name a directory") from error
+    there = next(p for p in (path, *path.absolute().parents) if os.path.lexists(p))
+    if not there.is_dir():
+        raise ConfigError(
+            f"{option} {path}: {there} is a file, or a link that leads nowhere; name a directory"
+        )
 
 
 def write_atomic(path: Path, data: bytes) -> None:
-    """Write `data` so that a reader, or a crash, sees the old file or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Write `data` so that a reader, or a crash, sees the old file or the new one.
+
+    Raises:
+        Unwritable, NodeFault: as `explained_writing`.
+    """
     temporary = temporary_name(path)
-    try:
-        with temporary.open("xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    with explained_writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with temporary.open("xb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
 
 
 def temporary_name(path: Path) -> Path:
@@ -74,6 +136,31 @@ def _last_written(entry: Path) -> float:
     return max(path.lstat().st_mtime for path in (entry, *inside))
 
 
+def link_path(link: Path, run: Path) -> None:
+    """Make a path lead to a run's directory; atomic, and a no-op if it does already.
+
+    Raises:
+        ContractError: something else is at that path, or it leads to another run.
+        Unwritable, NodeFault: as `explained_writing`.
+    """
+    with explained_writing(link):
+        if link.is_symlink():
+            there = os.path.basename(os.readlink(link))
+            if there == run.name:
+                return
+            raise ContractError(
+                f"{link} already means {there}, this is {run.name}: another configuration."
+                " Choose another name, or remove the link"
+            )
+        if link.exists():
+            raise ContractError(f"{link} exists and is not a link to a run; choose another path")
+        target = os.path.relpath(run.absolute(), link.parent.absolute())
+        temporary = temporary_name(link)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        temporary.symlink_to(target)
+        temporary.replace(link)
+
+
 def write_json(path: Path, content: Any) -> None:
     """Write JSON-able content atomically; NaN is not JSON and is refused."""
     write_atomic(path, (json.dumps(content, indent=1, allow_nan=False) + "\n").encode())
@@ -89,8 +176,9 @@ def read_json(path: Path) -> Json | None:
         content = json.loads(path.read_bytes())
     except FileNotFoundError:
         return None
-    # A directory in its place, or no permission to read. Other errors may pass by themselves.
-    except (IsADirectoryError, NotADirectoryError, PermissionError) as error:
+    except OSError as error:
+        if error.errno not in _OF_THE_PATH:
+            raise
         raise ContractError(f"{path}: cannot be read ({error.strerror}); mend that") from error
     except (ValueError, RecursionError) as error:
         raise ContractError(f"{path}: not JSON ({error}); move it away and run again") from error

@@ -22,7 +22,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
-from stillhouse.errors import ContractError
+from stillhouse.errors import ContractError, Unwritable
 from stillhouse.identity import digest
 from stillhouse.rundir import Json, file_digest, read_json, sweep_leftovers, write_json
 
@@ -87,7 +87,8 @@ def of_file(file: Path, cache_dir: Path, samples: bool = False) -> str:
     found = f"sampled-{_sample(file)}" if is_sampled else file_digest(file)
     is_settled = max(file.stat().st_mtime, file.stat().st_ctime) < time.time() - SETTLED_S
     if is_settled and _identity(file) == before:
-        with contextlib.suppress(OSError):  # a cache that cannot be written is no cache
+        # A cache that cannot be written is no cache.
+        with contextlib.suppress(OSError, Unwritable):
             sweep_leftovers(memory.parent)
             write_json(memory, {"identity": before, "digest": found})
     return found

@@ -138,16 +138,16 @@ def download_command(repo: str, revision: str | None, repo_type: str) -> str:
 
 def model(pair: PairSpec, role: str, cache_dir: Path, commits: Mapping[str, str]) -> AtHand | None:
     """The student or the teacher of a pair, if all of its files are on this machine."""
-    name, revision = asked(pair, role)
+    name, revision = source_of(pair, role)
     if pair.pair_source == "hub":
         found = at_hand(name, revision, "model", commits)
     else:
         lies = prepared(pair, cache_dir).get(role)
-        found = AtHand(cache_dir / lies, None) if lies else None
+        found = AtHand(cache_dir / lies, None) if isinstance(lies, str) else None
     return found if found and missing_file(found.path) is None else None
 
 
-def asked(pair: PairSpec, role: str) -> tuple[str, str | None]:
+def source_of(pair: PairSpec, role: str) -> tuple[str, str | None]:
     """The name and the revision of the student, or of the teacher."""
     if role == "student":
         return pair.student, pair.student_revision

@@ -229,13 +229,16 @@ def message(code: int, cause: str, tail: bytes, rows: Json | None = None) -> byt
         if len(encoded) <= MESSAGE_BYTES:
             return encoded
         # The beginning of the tail goes first, then the ends of causes; names only if they must. A
-        # row that is not named is tried again, and found done.
+        # row that is not named is tried again, and found done, or named by the next pod: where
+        # some failures are named, no reader takes the other rows for failed.
         if text:
             text = text[len(text) // 8 + 1 :]
         elif failed and length:
             length //= 2
-        elif rows:
-            rows.pop("done" if "done" in rows else "failed")
+        elif "done" in rows:
+            rows.pop("done")
+        elif len(failed) > 1:
+            rows["failed"] = dict(list(failed.items())[: len(failed) * 7 // 8])
         else:
             cause = cause[: len(cause) // 2]
 

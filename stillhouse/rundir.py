@@ -40,12 +40,15 @@ from stillhouse.file_formats import (
     ROW,
     SCORE,
     STATUS,
+    VERDICT,
     WHOLE_SCORE,
     checked,
 )
 from stillhouse.files import (
     Json,
     file_digest,
+    link_path,
+    make_directory,
     publish,
     read_json,
     sweep_leftovers,
@@ -59,8 +62,9 @@ from stillhouse.spec import TrainSpec
 # Code that works on run directories needs files.py too, and imports it from here.
 __all__ = [
     "FORMAT", "Json", "RunDir", "Runs", "code_identity", "directory_name", "eval_file", "eval_note",
-    "file_digest", "link_path", "new_record", "now", "publish", "read_baseline", "read_eval_note",
-    "read_json", "read_score", "sweep_leftovers", "temporary_name", "write_atomic", "write_json",
+    "file_digest", "link_path", "make_directory", "new_record", "now", "publish", "read_baseline",
+    "read_eval_note", "read_json", "read_score", "sweep_leftovers", "temporary_name",
+    "write_atomic", "write_json",
 ]  # fmt: skip
 
 FORMAT = 1  # of a run directory; another number is refused, never guessed at
@@ -164,7 +168,7 @@ class RunDir:
 
     def lock(self) -> FileLock:
         """Held by whoever trains this run, so that no two processes ever do."""
-        self.path.mkdir(parents=True, exist_ok=True)
+        make_directory(self.path)
         # It waits one second, because `is_locked` holds the lock for an instant.
         return FileLock(self.path / "run.lock", timeout=1)
 
@@ -396,6 +400,17 @@ class Runs:
         """What a preflight found of a pair; `verdict.key_of` gives the key."""
         return self.verdicts / f"{pair_name}-{key}.json"
 
+    def verdict(self, pair_name: str, key: str) -> Json | None:
+        """The content of that file, None where there is none.
+
+        Raises:
+            ContractError: it is there, and is not what a preflight writes.
+        """
+        file = self.verdict_file(pair_name, key)
+        found = read_json(file)
+        cure = "move it away, and `stillhouse preflight` measures anew"
+        return None if found is None else checked(found, VERDICT, file, cure)
+
     def report(self, name: str) -> Path:
         return self.root / "reports" / name
 
@@ -405,30 +420,7 @@ class Runs:
         Raises:
             ContractError: the name already means another configuration.
         """
-        link_path(self.names / name, run)
-
-
-def link_path(link: Path, run: RunDir) -> None:
-    """Make a path lead to a run's directory; atomic, and a no-op if it does already.
-
-    Raises:
-        ContractError: something else is at that path, or it leads to another run.
-    """
-    if link.is_symlink():
-        there = os.path.basename(os.readlink(link))
-        if there == run.path.name:
-            return
-        raise ContractError(
-            f"{link} already means {there}, this is {run.path.name}: another configuration."
-            " Choose another name, or remove the link"
-        )
-    if link.exists():
-        raise ContractError(f"{link} exists and is not a link to a run; choose another path")
-    link.parent.mkdir(parents=True, exist_ok=True)
-    target = os.path.relpath(run.path.absolute(), link.parent.absolute())
-    temporary = temporary_name(link)
-    temporary.symlink_to(target)
-    temporary.replace(link)
+        link_path(self.names / name, run.path)
 
 
 def new_record(spec: TrainSpec, versions: Json) -> Json:

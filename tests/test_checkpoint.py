@@ -40,7 +40,10 @@ def test_what_is_restored_goes_on_to_the_same_bits(tmp_path):
     )
 
 
-@pytest.mark.parametrize("damage", ["truncate", "remove", "flip", "no manifest", "manifest cut"])
+@pytest.mark.parametrize(
+    "damage",
+    ["truncate", "remove", "flip", "no manifest", "manifest cut", "manifest edited"],
+)
 def test_a_torn_checkpoint_is_skipped_and_said(tmp_path, damage):
     run, said = RunDir(tmp_path), []
     for step in (1, 2):
@@ -55,6 +58,8 @@ def test_a_torn_checkpoint_is_skipped_and_said(tmp_path, damage):
         victim.write_bytes(bytes(data))
     elif damage == "remove":
         victim.unlink()
+    elif damage == "manifest edited":
+        (newest / "manifest.json").write_text('{"state.json": 5}')
     elif damage == "manifest cut":
         (newest / "manifest.json").write_text('{"adapter')
     else:

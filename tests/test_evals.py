@@ -636,7 +636,7 @@ def test_paths_of_every_kind_lead_to_each_adapter_once(place, tmp_path):
     bare_run(place, runs.root, "seed=3", adapter=False)
     write_json(one.path / ".adapter.123.tmp" / find.MARK, {})  # its writer was killed
     shelf = tmp_path / "shelf"
-    link_path(shelf / "deep" / "best", one)
+    link_path(shelf / "deep" / "best", one.path)
     (shelf / "deep" / "round").symlink_to(shelf)  # a circle
     write_json(shelf / "foreign" / find.MARK, {})
 
@@ -688,9 +688,18 @@ def test_a_run_of_a_pack_that_is_gone_does_not_end_the_others(place, tmp_path):
     torn.spec_file.write_text("{")
     found, _, gone = find.typed((str(here.path), str(torn.path)), runs)
     assert [f.home for f in found] == [here.path] and gone.keys() == {torn.path}
-    for words in ((str(lost),), (str(lost), str(lost)), (str(here.path), str(tmp_path / "typo"))):
-        with pytest.raises(ConfigError, match="no such directory"):
-            find.typed(words, runs)
+    found, _, gone = find.typed((str(lost),), runs)
+    assert not found and gone.keys() == {lost}, "baselines may be asked for besides"
+    with pytest.raises(ConfigError, match="no such directory"):
+        find.typed((str(here.path), str(tmp_path / "typo")), runs)
+
+
+def test_a_torn_run_is_left_out_and_named_where_every_run_of_a_pair_is_meant(place, tmp_path):
+    runs = Runs(tmp_path / "runs")
+    torn = bare_run(place, runs.root)
+    (torn.adapter / "stillhouse.json").write_text("{")
+    found, _, gone = find.trained(point(place, tmp_path).pair, runs)
+    assert not found and gone.keys() == {torn.path} and "not JSON" in gone[torn.path]
 
 
 def test_a_label_is_cut_to_the_column_but_keeps_the_id():

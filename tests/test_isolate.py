@@ -142,3 +142,39 @@ def test_on_a_machine_whose_launcher_counts_a_row_is_a_suspect_for_ever(
     with isolation.scoring(home):
         pass
     assert not isolation.is_suspect(home)
+
+
+def test_a_row_whose_directory_takes_no_notes_fails_alone_and_in_words(
+    tmp_path: Path, told: Path
+) -> None:
+    """/proc/self is a directory in which nobody can make a file, root included."""
+    home, other = tmp_path / "tiny-gkd-0123456789", tmp_path / "tiny-gkd-9876543210"
+    home.symlink_to("/proc/self")
+    isolation = Isolation()
+    with isolation.scoring(home):
+        raise ContractError("NaN")
+    with isolation.scoring(other):
+        pass
+    assert isolation.failed.keys() == {home}
+    assert states(told)[-1] == ("9876543210", "done")
+    with pytest.raises(ContractError, match="NaN"):
+        isolation.check()
+
+
+@pytest.mark.parametrize("kind", ["begun", "error"])
+def test_a_note_that_cannot_be_replaced_fails_its_row(home: Path, kind: Any) -> None:
+    (eval_note(home, kind) / "x").mkdir(parents=True)
+    isolation = Isolation()
+    isolation.forget(home)
+    with isolation.scoring(home):
+        pass
+    ((code, cause),) = isolation.failed.values()
+    assert code == 42 and cause.startswith("Unwritable: ") and "cannot be written" in cause
+
+
+def test_what_several_rows_rest_on_fails_all_of_them_and_no_other(tmp_path: Path) -> None:
+    homes = [tmp_path / f"tiny-gkd-{number:010}" for number in range(3)]
+    isolation = Isolation()
+    with isolation.guard(*homes[:2]):
+        raise ContractError("their base cannot be loaded")
+    assert isolation.failed.keys() == {*homes[:2]}

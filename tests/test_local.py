@@ -122,6 +122,35 @@ def test_a_worker_that_promises_success_and_leaves_no_score_has_failed(
     assert run.status()["eval_infra_failures"] == 1
 
 
+def test_a_torn_score_is_one_unreadable_row_and_the_others_are_scored(
+    sweep: Sweep, backend: WorkerPool
+) -> None:
+    one, other = (roster_of(sweep).run(point.id) for point in sweep.points[:2])
+    for place in range(2):
+        train(sweep, backend, place)
+        wait(backend)
+    behaving.misbehave(sweep.runs, other.id, eval_forgets=True)
+    behaving.misbehave(sweep.runs, one.id, eval_tears=True)
+    backend.start(the_task(sweep, backend, Action("eval", "tiny/int4", (one.id, other.id))))
+    finished = wait(backend)
+    assert finished.cause == f"it ended with exit code 0 and left no scores in {other.path.name}"
+    assert backend.look(one.id).state == "unreadable"
+    assert backend.look(other.id).state == "waiting"
+
+
+def test_a_run_directory_that_takes_no_files_is_one_unreadable_row(
+    sweep: Sweep, backend: WorkerPool
+) -> None:
+    """/proc/self is a directory in which nobody can make a file, root included."""
+    run = roster_of(sweep).run(sweep.points[0].id)
+    run.path.symlink_to("/proc/self")
+    train(sweep, backend)
+    assert wait(backend).exit_code != 0
+    seen = backend.look(run.id)
+    assert seen.state == "unreadable"
+    assert f"{run.status_file}: cannot be written" in (seen.cause or "")
+
+
 def test_a_run_that_is_at_work_elsewhere_is_left_alone(sweep: Sweep, backend: WorkerPool) -> None:
     run = RunDir(sweep.run(sweep.points[0].id).path)
     run.update_status(phase="training", pid=os.getpid())

@@ -318,6 +318,9 @@ def test_a_cache_that_lost_a_file_is_an_error_that_says_what_to_do(tmp_path: Pat
     (tmp_path / "home" / "weights").write_text("who")
     with pytest.raises(ContractError, match=r"weights is missing or was changed; remove .*home"):
         made_once(tmp_path / "home", print, make)
+    (tmp_path / "home" / "made.json").write_text('{"files": []}')
+    with pytest.raises(ContractError, match=r"made.json: .*; remove .*home and run again"):
+        made_once(tmp_path / "home", print, make)
 
 
 def test_a_fact_is_computed_once_per_content(tmp_path: Path) -> None:
@@ -330,6 +333,8 @@ def test_a_fact_is_computed_once_per_content(tmp_path: Path) -> None:
     assert remembered(tmp_path, ["a", 1], compute) == {"n": 1}
     assert remembered(tmp_path, ["a", 1], compute) == {"n": 1}
     assert remembered(tmp_path, ["a", 2], compute) == {"n": 2}
+    with pytest.raises(ContractError, match="n: no float; remove it and run again"):
+        remembered(tmp_path, ["a", 1], compute, n=float)
 
 
 # ---------------------------------------------------------------- weights that lie elsewhere

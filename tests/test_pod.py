@@ -23,6 +23,8 @@ import pytest
 from stillhouse import entrypoints, pod
 from stillhouse.identity import point_id
 from stillhouse.rundir import Runs, code_identity
+from stillhouse.sweep.cluster.objects import last_words
+from stillhouse.sweep.cluster.reasons import End
 from tests.builders.cheap import cheap, words
 
 REPOSITORY = Path(__file__).parent.parent
@@ -195,7 +197,19 @@ def test_a_message_names_rows_before_it_gives_causes() -> None:
     assert said["failed"].keys() == rows.keys() and said["done"] == done
     many = {f"{number:010x}": [42, "no"] for number in range(1000)}
     encoded = pod.message(42, "c" * 500, b"", {"failed": many, "done": done})
-    assert json.loads(encoded) == {"exit_code": 42, "cause": "c" * 500, "tail": ""}
+    said = json.loads(encoded)
+    assert len(encoded) <= 4096 and "done" not in said and said["cause"] == "c" * 500
+    assert [*said["failed"]] == [*many][: len(said["failed"])] and len(said["failed"]) > 100
+
+
+def test_a_row_that_a_message_has_no_room_for_has_neither_failed_nor_ended() -> None:
+    many = {f"{number:010x}": [42, "no"] for number in range(1000)}
+    done = f"{1000:010x}"
+    said = last_words(pod.message(42, "c" * 500, b"", {"failed": many, "done": done}).decode())
+    end = End(42, "c", None, said.done, said.failed)
+    named = [row for row in many if end.of(row, [*many, done])]
+    assert len(named) > 100 and end.of(done, [*many, done]) is None and not end.done
+    assert end.of(f"{999:010x}", [*many, done]) is None
 
 
 def test_a_log_that_cannot_be_written_is_said_and_ends_nothing(tmp_path: Path) -> None:

@@ -202,6 +202,19 @@ def test_verdicts_are_not_held_against_runs_that_they_do_not_speak_of(tmp_path: 
         assert cases(load(name, tmp_path), Runs(tmp_path), rules()) == []
 
 
+def test_a_torn_verdict_is_left_out_of_the_cases_and_named(tmp_path: Path) -> None:
+    made = write_sample(tmp_path, Sample(name="sample", seeds=1))
+    plain = (made[0].record() or {})["spec"]
+    file = Runs(tmp_path).verdict_file("tiny", key_of_plain(plain))
+    file.parent.mkdir()
+    file.write_text("{")
+    frame = load("sample", tmp_path)
+    assert any(
+        note.startswith(f"{file}: not JSON") for note in analysis.excluded(frame, Runs(tmp_path))
+    )
+    assert all(case.point != made[0].id for case in cases(frame, Runs(tmp_path), rules()))
+
+
 def test_a_report_shows_verdicts_where_pairs_were_preflighted(runs: Path) -> None:
     page = write_report("sample", runs)
     text = page.read_text()

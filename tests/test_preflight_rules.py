@@ -187,3 +187,14 @@ def test_a_plan_shows_the_verdicts_that_are_known_and_how_to_get_the_others(
         (0, None),
         (1, "unlikely"),
     ]
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"numbers": {"x": 1}}', "\0"])
+def test_a_torn_verdict_is_one_line_of_a_plan(
+    content: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = Runs(tmp_path).verdict_file("tiny", preflight_rules.key_of(spec_of("pair=tiny beta=1")))
+    file.parent.mkdir()
+    file.write_text(content)
+    said = planned(tmp_path, capsys)
+    assert f"  unreadable {file}: " in said and "not asked of tiny" in said

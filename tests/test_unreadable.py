@@ -184,7 +184,7 @@ def test_a_killed_writers_leftover_stops_nobody_and_is_swept_up_when_it_is_old(
     os.utime(tmp_path / ".mine.17.tmp", (hours_ago, hours_ago), follow_symlinks=False)
     run = RunDir(tmp_path / "x-0123456789")
     run.path.mkdir()
-    link_path(tmp_path / "mine", run)
+    link_path(tmp_path / "mine", run.path)
     write_json(tmp_path / "a.json", {})
     sweep_leftovers(tmp_path)
     left = {file.name for file in tmp_path.iterdir()}

@@ -102,7 +102,7 @@ def ranking(spec: TrainSpec, loaded: Loaded) -> list[int]:
         means_P = row_means(values_N, rows_N, len(asked))
         return {"rows": means_P.argsort(descending=True, stable=True).tolist()}
 
-    return remembered(Path(spec.place.cache_dir), content, rank)["rows"]
+    return remembered(Path(spec.place.cache_dir), content, rank, rows=list)["rows"]
 
 
 def _log_prob(logits_nV: Tensor, target_n: Tensor, temperature: float) -> Tensor:

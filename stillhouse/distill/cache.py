@@ -15,9 +15,11 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from stillhouse.errors import ContractError
+from stillhouse.file_formats import MADE, checked
 from stillhouse.identity import digest
 from stillhouse.rundir import (
     Json,
+    make_directory,
     publish,
     read_json,
     sweep_leftovers,
@@ -61,7 +63,7 @@ def made_once(home: Path, say: Say, make: Callable[[Path], Json]) -> Json:
 @contextlib.contextmanager
 def alone(lock_file: Path, say: Say) -> Iterator[None]:
     """Hold a lock; a process that has to wait for it logs that."""
-    lock_file.parent.mkdir(parents=True, exist_ok=True)
+    make_directory(lock_file.parent)
     lock = FileLock(lock_file)
     try:
         lock.acquire(timeout=0)
@@ -78,6 +80,7 @@ def _whole(home: Path) -> Json | None:
     made = read_json(home / "made.json")
     if made is None:
         return None
+    checked(made, MADE, home / "made.json", f"remove {home} and run again")
     for name, size in made["files"].items():
         if not (home / name).is_file() or (home / name).stat().st_size != size:
             raise ContractError(
@@ -86,14 +89,23 @@ def _whole(home: Path) -> Json | None:
     return made["facts"]
 
 
-def remembered(cache_dir: Path, content: Any, compute: Callable[[], Json]) -> Json:
-    """What `compute` returned for this content, now or in an earlier process; kept as JSON."""
+def remembered(
+    cache_dir: Path, content: Any, compute: Callable[[], Json], **kinds: type[Any]
+) -> Json:
+    """What `compute` returned for this content, now or in an earlier process; kept as JSON.
+
+    Raises:
+        ContractError: what was kept has not these fields of these `kinds`.
+    """
     file = cache_dir / "facts" / f"{digest(content)[:16]}.json"
     facts = read_json(file)
     if facts is None:
         facts = compute()
         sweep_leftovers(file.parent)
         write_json(file, facts)
+    for name, kind in kinds.items():
+        if not isinstance(facts.get(name), kind):
+            raise ContractError(f"{file}: {name}: no {kind.__name__}; remove it and run again")
     return facts
 
 

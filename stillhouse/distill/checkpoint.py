@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from stillhouse.errors import ContractError
+from stillhouse.file_formats import SAVED, checked
 from stillhouse.rundir import (
     Json,
     RunDir,
@@ -129,10 +130,11 @@ def _torn(directory: Path) -> str | None:
     """What is wrong with a checkpoint, or None."""
     try:
         manifest = read_json(directory / "manifest.json")
+        if manifest is None:
+            return "no manifest"
+        checked(manifest, SAVED, directory / "manifest.json", "somebody edited it")
     except ContractError as error:
         return str(error)
-    if manifest is None:
-        return "no manifest"
     for name, entry in manifest.items():
         path = directory / name
         if not path.is_file() or path.stat().st_size != entry["size"]:

@@ -397,7 +397,7 @@ def _quantization_error(
             model = loading.causal_lm(weights.directory, None, getattr(torch, pair.student_dtype))
         return {"quantization_error": quantization_error(model, quant)}
 
-    error = remembered(cache_dir, content, measure)["quantization_error"]
+    error = remembered(cache_dir, content, measure, quantization_error=float)["quantization_error"]
     if not error >= LEAST_QUANTIZATION_ERROR:
         raise ConfigError(
             f"pair {pair.pair_name}: quant_type {quant.quant_type} (group"

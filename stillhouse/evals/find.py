@@ -40,7 +40,7 @@ def typed(words: tuple[str, ...], runs: Runs) -> tuple[list[Found], int, dict[Pa
     """Every adapter at or below these paths in their order, and how many unfinished runs lay there.
 
     A launcher names the runs of a pack by their directories: one that is gone, or has no adapter,
-    does not end the evaluation of the others, and is returned with the reason.
+    ends neither the evaluation of the others nor the baselines', and is returned with the reason.
 
     Raises:
         ConfigError: a path that does not exist, or with no adapter at or below it.
@@ -55,15 +55,13 @@ def typed(words: tuple[str, ...], runs: Runs) -> tuple[list[Found], int, dict[Pa
             adapters, unfinished = _adapters_of(word, runs)
             described = [(adapter.resolve(), _described(adapter, names)) for adapter in adapters]
         except (ConfigError, ContractError) as error:
-            if len(words) == 1 or not _is_run_path(Path(word), runs):
+            if not _is_run_path(Path(word), runs):
                 raise
             gone[Path(word)] = str(error)
             continue
         for real, one in described:
             found.setdefault(real, one)
         untrained |= unfinished
-    if gone and not found:
-        raise ConfigError("; ".join(gone.values()))
     return list(found.values()), len(untrained), gone
 
 
@@ -83,15 +81,19 @@ def _adapters_of(word: str, runs: Runs) -> tuple[list[Path], set[Path]]:
     return adapters, unfinished
 
 
-def trained(pair: PairSpec, runs: Runs) -> list[Found]:
-    """Every run of exactly this pair whose adapter is there and whole."""
+def trained(pair: PairSpec, runs: Runs) -> tuple[list[Found], int, dict[Path, str]]:
+    """As `typed`: every run of exactly this pair whose adapter is whole, 0, and unreadable runs."""
     names = _names(runs)
     wanted = as_before("pair", TypeAdapter(PairSpec).dump_python(pair, mode="json"))
-    return [
-        _described(run.adapter, names)
-        for run in runs.all()
-        if run.is_trained() and as_before("pair", (run.contract() or {})["pair"]) == wanted
-    ]
+    found: list[Found] = []
+    torn: dict[Path, str] = {}
+    for run in runs.all():
+        try:
+            if run.is_trained() and as_before("pair", (run.contract() or {})["pair"]) == wanted:
+                found.append(_described(run.adapter, names))
+        except ContractError as error:
+            torn[run.path] = str(error)
+    return found, 0, torn
 
 
 def _place(word: str, runs: Runs) -> Path:

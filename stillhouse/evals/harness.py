@@ -31,9 +31,10 @@ from stillhouse.rundir import (
     Json,
     Runs,
     eval_file,
-    eval_note,
+    make_directory,
     now,
     read_json,
+    read_score,
     sweep_leftovers,
     write_json,
 )
@@ -82,7 +83,7 @@ class Row:
     def drift(self, suite: SuiteSpec, task: TaskSpec) -> list[str]:
         """Why the score on disk is no longer valid though it answers this question; [] if it is
         valid, or there is none."""
-        score = read_json(eval_file(self.home, task.task)) or {}
+        score = read_score(self.home, task.task) or {}
         if score.get("key") != self.key(suite, task):
             return []
         found = scores.changes(
@@ -94,7 +95,7 @@ class Row:
 
     def finished(self, suite: SuiteSpec, task: TaskSpec) -> Json | None:
         """The score on disk, if it answers this question about exactly these weights."""
-        score = read_json(eval_file(self.home, task.task)) or {}
+        score = read_score(self.home, task.task) or {}
         asked = (self.key(suite, task), self.adapter_digest)
         is_asked = (score.get("key"), score.get("adapter_digest")) == asked
         return score if is_asked and not self.drift(suite, task) else None
@@ -117,9 +118,7 @@ def run_suite(spec: EvalSpec, stop: Stop) -> int:
         return 0
     runs, suite = Runs(Path(spec.place.runs)), spec.suite
     words = spec.evaluation.lora_paths
-    found, untrained, gone = (
-        find.typed(words, runs) if words else (find.trained(spec.pair, runs), 0, {})
-    )
+    found, untrained, gone = find.typed(words, runs) if words else find.trained(spec.pair, runs)
     if untrained:
         _say(f"eval: {untrained} runs found there are not trained yet and are left out")
     _stay_offline()
@@ -129,9 +128,9 @@ def run_suite(spec: EvalSpec, stop: Stop) -> int:
     sources = sources_of(spec, cache_dir)
     isolation = Isolation()
     for home, why in gone.items():
-        isolation.fail(home, MISTAKE, f"ConfigError: {why}")
+        isolation.fail(home, MISTAKE, f"ContractError: {why}")
     rows = [
-        *_baselines(spec, prepared, sources, runs),
+        *_baselines(spec, prepared, sources, runs, isolation),
         *_adapters(spec, prepared, sources, found, isolation),
     ]
     missing: set[tuple[Row, TaskSpec]] = set()
@@ -139,9 +138,11 @@ def run_suite(spec: EvalSpec, stop: Stop) -> int:
         isolation.forget(row.home)
         with isolation.guard(row.home):
             open_tasks = {(row, t) for t in suite.tasks if row.finished(suite, t) is None}
-            missing |= open_tasks
-            if not open_tasks:
-                eval_note(row.home, "begun").unlink(missing_ok=True)  # it died after the last score
+            if open_tasks:
+                make_directory(row.home)
+                missing |= open_tasks
+            else:
+                isolation.forget_begun(row.home)  # it died after the last score
                 isolation.done(row.home)
     rows = [row for row in rows if row.home not in isolation.failed]
     todo = f"{len(missing)} of {len(rows) * len(suite.tasks)} scores to find"
@@ -190,14 +191,15 @@ def _say_what_drifted(rows: list[Row], suite: SuiteSpec) -> None:
 
 
 def _baselines(
-    spec: EvalSpec, prepared: models.PreparedPair, sources: Json, runs: Runs
+    spec: EvalSpec, prepared: models.PreparedPair, sources: Json, runs: Runs, isolation: Isolation
 ) -> list[Row]:
-    pair, asked = spec.pair, spec.evaluation
+    """The rows that no run trained, but for those whose directory is no baseline's."""
+    pair, wants, cache_dir = spec.pair, spec.evaluation, Path(spec.place.cache_dir)
     teacher = Base(prepared.teacher, prepared.teacher_revision, pair.teacher_dtype, None)
     student = Base(prepared.student, prepared.student_revision, pair.student_dtype, None)
-    wanted = [("teacher", "teacher", teacher)] if asked.eval_teacher else []
-    wanted += [("student", "student", student)] if asked.eval_student else []
-    if asked.eval_ptq and spec.quant.quant_type != "none":  # with none it is the student's row
+    wanted = [("teacher", "teacher", teacher)] if wants.eval_teacher else []
+    wanted += [("student", "student", student)] if wants.eval_student else []
+    if wants.eval_ptq and spec.quant.quant_type != "none":  # with none it is the student's row
         quantised = replace(student, quant=spec.quant)
         wanted += [("ptq", f"ptq_{spec.quant.quant_type}", quantised)]
     rows = []
@@ -211,11 +213,13 @@ def _baselines(
         }
         if (chat := chat_settings(_plain(spec.data))) != chat_settings({}):
             about["chat"] = chat
-        if read_json(home / "baseline.json") != about:
-            write_json(home / "baseline.json", about)
         examples = pair.teacher_few_shot if kind == "teacher" else 0
-        cache_dir = Path(spec.place.cache_dir)
-        rows.append(Row(label, kind, home, base, None, None, pair, cache_dir, sources, examples))
+        with isolation.guard(home):
+            if read_json(home / "baseline.json") != about:
+                write_json(home / "baseline.json", about)
+            rows.append(
+                Row(label, kind, home, base, None, None, pair, cache_dir, sources, examples)
+            )
     return rows
 
 
@@ -354,7 +358,10 @@ def _score_base(
     of_base: dict[tuple[str, str, int], Json] = {}
     for number, row in enumerate(rows):
         if model is None:
-            model = models.load_base(base.path, base.revision, base.dtype, base.quant, device)
+            with isolation.guard(*(row.home for row in rows[number:])):
+                model = models.load_base(base.path, base.revision, base.dtype, base.quant, device)
+            if model is None:
+                return
         wanted = [task for task in tasks if (row, task.spec) in missing]
         with isolation.scoring(row.home):
             if row.adapter is None:

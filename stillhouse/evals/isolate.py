@@ -17,9 +17,25 @@ import traceback
 from collections.abc import Generator
 from pathlib import Path
 
-from stillhouse.errors import MISTAKE, POISON, UNKNOWN, ContractError, NotScored, StillhouseError
+from stillhouse.errors import (
+    MISTAKE,
+    POISON,
+    UNKNOWN,
+    ContractError,
+    NotScored,
+    StillhouseError,
+    Unwritable,
+)
+from stillhouse.files import explained_writing
 from stillhouse.pod import tell
-from stillhouse.rundir import RunDir, eval_note, now, read_eval_note, sweep_leftovers, write_json
+from stillhouse.rundir import (
+    RunDir,
+    eval_note,
+    now,
+    read_eval_note,
+    sweep_leftovers,
+    write_json,
+)
 
 DEATHS = 2  # of one Job's pods at the same row: a single one may be its node's fault
 TRACE = 4000  # characters of a traceback that are kept
@@ -34,8 +50,9 @@ class Isolation:
 
     def forget(self, home: Path) -> None:
         """Forget why a row could not be scored before."""
-        sweep_leftovers(home)
-        eval_note(home, "error").unlink(missing_ok=True)
+        with self.guard(home), explained_writing(home):
+            sweep_leftovers(home)
+            eval_note(home, "error").unlink(missing_ok=True)
 
     def is_suspect(self, home: Path) -> bool:
         """Whether a process died at this row; it has failed where that were DEATHS of our Job's."""
@@ -46,7 +63,7 @@ class Isolation:
                 f"{deaths} processes in a row died while they scored it: killed, out of memory or"
                 " crashed",
             )  # fmt: skip
-            eval_note(home, "begun").unlink(missing_ok=True)
+            self.forget_begun(home)
         return bool(read_eval_note(home, "begun"))
 
     def _deaths(self, home: Path) -> int:
@@ -56,43 +73,51 @@ class Isolation:
         return note.get("deaths", 0) + 1 if is_counted else 0
 
     @contextlib.contextmanager
-    def guard(self, home: Path) -> Generator[None, None, None]:
-        """Note what a row does wrong in this context, and leave it; other rows go on.
+    def guard(self, *homes: Path) -> Generator[None, None, None]:
+        """Note what goes wrong with these rows in this context, and leave it; other rows go on.
 
         Raises what is wrong with the whole evaluation, a stop, and memory that was too small.
         """
         try:
             yield
-        except ContractError as error:
+        except (ContractError, Unwritable) as error:
             if _is_no_memory(error):
                 raise
-            self.fail(home, error.exit_code, f"{type(error).__name__}: {error}")
+            for home in homes:
+                self.fail(home, error.exit_code, f"{type(error).__name__}: {error}")
         except StillhouseError:
             raise
         except Exception as error:
             if _is_no_memory(error) or _is_broken(error):
                 raise
             last = traceback.format_exception_only(error)[-1].strip()
-            self.fail(home, UNKNOWN, last, traceback.format_exc()[-TRACE:])
+            for home in homes:
+                self.fail(home, UNKNOWN, last, traceback.format_exc()[-TRACE:])
 
     @contextlib.contextmanager
     def scoring(self, home: Path) -> Generator[None, None, None]:
         """The same, and a note says that this row is at work; it stays if the process dies."""
         begun, row = eval_note(home, "begun"), _name(home)
         note = {"format": 1, "pid": os.getpid(), "job": self.job, "at": now()}
-        write_json(begun, note | {"deaths": self._deaths(home)})
+        with self.guard(home):
+            write_json(begun, note | {"deaths": self._deaths(home)})
         tell(row=row, state="begun")
         try:
             with self.guard(home):
                 yield
         except BaseException as error:
             if not _is_broken(error):
-                begun.unlink(missing_ok=True)
+                self.forget_begun(home)
                 tell(row=row, state="open")
             raise
-        begun.unlink(missing_ok=True)
+        self.forget_begun(home)
         if home not in self.failed:
             self.done(home)
+
+    def forget_begun(self, home: Path) -> None:
+        """Remove the note that a row is at work: its process did not die."""
+        with self.guard(home), explained_writing(home):
+            eval_note(home, "begun").unlink(missing_ok=True)
 
     def done(self, home: Path) -> None:
         """Tell that a row has all its scores."""
@@ -119,7 +144,8 @@ class Isolation:
         if home.is_dir() or home.parent.name == "baselines":
             note = {"format": 1, "pid": os.getpid(), "job": self.job, "at": now()}
             note |= {"code": code, "cause": cause, "traceback": trace}
-            write_json(eval_note(home, "error"), note)
+            with contextlib.suppress(Unwritable, OSError):  # it is printed and told all the same
+                write_json(eval_note(home, "error"), note)
         print(f"eval: {home.name} could not be scored: {cause}\n{trace}".rstrip(), flush=True)
         tell(row=_name(home), state="failed", code=code, cause=cause)
 

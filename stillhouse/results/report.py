@@ -30,8 +30,8 @@ from stillhouse.results.format import (
 )  # fmt: skip
 from stillhouse.results.provenance import Frame
 from stillhouse.results.section import Evidence, Section
-from stillhouse.results.summary import remarks, summary, wide
-from stillhouse.rundir import Json, Runs, sweep_leftovers, write_atomic
+from stillhouse.results.summary import notes, summary, wide
+from stillhouse.rundir import Json, Runs, make_directory, sweep_leftovers, write_atomic
 
 MEANING = {
     MISTAKE: "user mistake",
@@ -62,7 +62,7 @@ def write_report(sweep_name: str, runs: Path) -> Path:
     place = Runs(runs)
     frame: Frame = table.load(sweep_name, runs)
     directory = place.report(sweep_name)
-    directory.mkdir(parents=True, exist_ok=True)
+    make_directory(directory)
     sweep_leftovers(directory)
     evidence = Evidence(frame, place, answer(frame), read_runs(frame, place))
     sections = [analyze(evidence) for analyze in ANALYSES]
@@ -87,7 +87,7 @@ def _content(evidence: Evidence, sections: list[Section]) -> Json:
         "sweep": sweep,
         "text": alone or found.text,
         "context": " ".join(filter(None, (found.context, *(s.context for s in sections)))),
-        "remarks": [*remarks(frame), *(remark for s in sections for remark in s.remarks)],
+        "notes": [*notes(frame), *(note for s in sections for note in s.notes)],
         "scores": wide(summary(frame)),
         "note": NOTE,
         "sections": sections,
@@ -150,7 +150,7 @@ def _markdown(content: Mapping[str, Any]) -> str:
     sweep, sections = content["sweep"], content["sections"]
     parts = [f"# {sweep['question'] or sweep['name']}", content["text"], content["context"]]
     parts += [as_markdown(content["scores"]).rstrip(), NOTE]
-    parts += [f"- {remark}" for remark in content["remarks"]]
+    parts += [f"- {note}" for note in content["notes"]]
     for section in [section for section in sections if section.exhibits]:
         parts += [f"## {section.title}", section.text]
         for exhibit in section.exhibits:

@@ -15,8 +15,9 @@ from typing import Any
 
 from stillhouse import preflight_rules
 from stillhouse.compose import data_file
+from stillhouse.errors import ContractError
 from stillhouse.methods import drawn
-from stillhouse.rundir import Json, Runs, read_json
+from stillhouse.rundir import Json, Runs
 from stillhouse.sources import differences, rests_on, sources_of
 from stillhouse.sweep import cost
 from stillhouse.sweep.commits import placed
@@ -316,8 +317,11 @@ def _one(
     point: Point, sweep: Sweep, runs: Path, rules: preflight_rules.Rules, here: dict[Any, Json]
 ) -> Json:
     """`here`: what was looked at already, by what decides it."""
-    spec, drifted = point.spec, list[str]()
-    found = read_json(Runs(runs).verdict_file(spec.pair.pair_name, preflight_rules.key_of(spec)))
+    spec, drifted, unreadable = point.spec, list[str](), None
+    try:
+        found = Runs(runs).verdict(spec.pair.pair_name, preflight_rules.key_of(spec))
+    except ContractError as error:
+        found, unreadable = None, str(error)
     if found is not None and "sources" in found:
         spec = placed(spec, sweep)
         key = rests_on(spec)
@@ -339,7 +343,7 @@ def _one(
         "max_steps": spec.training.max_steps,
         "max_new_tokens": spec.rollout.max_new_tokens,
         "verdict": found and found["verdict"],
-        "reason": found and found["reasons"][0],
+        "reason": found["reasons"][0] if found else unreadable,
         "drifted": drifted,
         "command": shlex.join(["stillhouse", "preflight", *words, *where]),
     }
@@ -353,11 +357,16 @@ def verdict_lines(found: Sequence[Json]) -> list[str]:
         asked.append(f"  and {len(known) - PAIRS} more; --json has each")
     for one in [one for one in found if one["drifted"]][:PAIRS]:
         asked.append(f"  drifted  {_named(one)}: {'; '.join(one['drifted'])}; ask again")
-    others = [one for one in found if not one["verdict"]]
+    asked += [f"  unreadable {one['reason']}" for one in found if _is_unreadable(one)][:PAIRS]
+    others = [one for one in found if not one["verdict"] and not _is_unreadable(one)]
     if others:
         more = f" and of {len(others) - 1} more" if len(others) > 1 else ""
         asked.append(f"  not asked of {_named(others[0])}{more}: {others[0]['command']}")
     return ["will these pairs distil (preflight)?", *asked]
+
+
+def _is_unreadable(one: Json) -> bool:
+    return one["verdict"] is None and one["reason"] is not None
 
 
 def _named(one: Json) -> str:

@@ -18,7 +18,7 @@ from contextlib import nullcontext
 
 from stillhouse import compatibility, rollout_memory
 from stillhouse.errors import AGAIN, DONE, MISTAKE, ConfigError, ContractError
-from stillhouse.rundir import Json
+from stillhouse.rundir import Json, make_directory
 from stillhouse.sweep import commits, cost, registry, show, spending
 from stillhouse.sweep.backend import Executor
 from stillhouse.sweep.call import Call
@@ -142,6 +142,7 @@ def run(call: Call, executor_for: Callable[..., Executor] | None = None) -> int:
 def _run(call: Call, executor_for: Callable[..., Executor] | None) -> tuple[int, Sweep, Snapshot]:
     """The exit code, the points that were meant, and how they stood when it ended."""
     asked, backend = call.asked(), call.backend
+    make_directory(call.runs, "--runs")
     asked = backend.pinned(asked, begins=True)
     sweep = registry.narrowed(asked, call.points)
     snapshot = backend.look(sweep, is_to_run=True)

@@ -29,7 +29,16 @@ from stillhouse.errors import (
 )
 from stillhouse.evals.isolate import Isolation
 from stillhouse.identity import baseline_key, score_key
-from stillhouse.rundir import RunDir, Runs, eval_file, new_record, now, read_json, write_json
+from stillhouse.rundir import (
+    RunDir,
+    Runs,
+    eval_file,
+    make_directory,
+    new_record,
+    now,
+    read_json,
+    write_json,
+)
 from stillhouse.sources import sources_of
 from stillhouse.spec import EvalSpec, PairSpec, QuantSpec, TrainSpec
 from stillhouse.stop import StopFlag
@@ -196,6 +205,10 @@ def evaluate(spec: EvalSpec) -> int:
     rows = list(zip([*ids, *labels], directories, strict=True))
     for name, directory in sorted(rows, key=lambda row: isolation.is_suspect(row[1])):
         isolation.forget(directory)
+        with isolation.guard(directory):
+            make_directory(directory)
+        if directory in isolation.failed:
+            continue
         how = _behaviour(runs, name)
         with isolation.scoring(directory):
             time.sleep(how.get("eval_s", 0))
@@ -206,6 +219,8 @@ def evaluate(spec: EvalSpec) -> int:
                 os.kill(os.getpid(), getattr(signal, how["eval_kill"]))
             if not how.get("eval_forgets"):
                 _score(spec, directory)
+            if how.get("eval_tears"):
+                eval_file(directory, spec.suite.tasks[0].task).write_text("{")
     isolation.check()
     return 0
 

@@ -21,6 +21,7 @@ import numpy as np
 
 from stillhouse import preflight_rules
 from stillhouse.compose import data_file
+from stillhouse.errors import ContractError
 from stillhouse.preflight_rules import Measured, Rules
 from stillhouse.results import plots
 from stillhouse.results.answer import LEAST_GAP
@@ -109,7 +110,7 @@ def analyze(evidence: Evidence) -> Section:
         ],
         note=NOTE,
         answer=summary_text(found),
-        remarks=excluded(evidence.frame, evidence.runs),
+        notes=excluded(evidence.frame, evidence.runs),
         figures=[partial(outcomes, found), partial(continuations, reached)],
         files={"predictions.csv": as_records(found)},
     )
@@ -130,7 +131,10 @@ def cases(frame: Frame, runs: Runs, rules: Rules) -> list[Case]:
         if any(row["pair_key"] not in part.index for part in baselines.values()):
             continue
         student, teacher = (part.loc[row["pair_key"]] for part in baselines.values())
-        record, preflight = _preflight(row, runs)
+        try:
+            record, preflight = _preflight(row, runs)
+        except ContractError:  # `excluded` names it
+            continue
         if preflight is None or _is_of_others(preflight, record) or not _is_plain(record["spec"]):
             continue
         spec, numbers = record["spec"], preflight_rules.numbers_of(preflight)
@@ -159,25 +163,35 @@ def cases(frame: Frame, runs: Runs, rules: Rules) -> list[Case]:
 
 
 def excluded(frame: Frame, runs: Runs) -> list[str]:
-    """How many runs have a preflight of their pair that measured other weights or rows."""
+    """Which preflights are unreadable, and how many measured other weights or rows than runs."""
     points = points_of(frame).dropna(subset=["pair_name"]).to_dict("records")
-    found = [_preflight(row, runs) for row in points]
-    count = sum(_is_of_others(told, record) for record, told in found if told is not None)
+    count, unreadable = 0, dict[str, None]()
+    for row in points:
+        try:
+            record, told = _preflight(row, runs)
+            count += told is not None and _is_of_others(told, record)
+        except ContractError as error:
+            unreadable[str(error)] = None
     if not count:
-        return []
+        return [*unreadable]
     return [
+        *unreadable,
         f"The preflights of {count} runs measured other weights or rows than these were trained on"
-        " and are left out."
+        " and are left out.",
     ]
 
 
 def _preflight(row: Json, runs: Runs) -> tuple[Json, Json | None]:
-    """A point's record, and the preflight of its pair if there is one."""
+    """A point's record, and the preflight of its pair if there is one.
+
+    Raises:
+        ContractError: it is there, and is not what a preflight writes.
+    """
     record = RunDir(runs.root / row["directory"]).record()
     if record is None:
         return {}, None
     key = preflight_rules.key_of_plain(record["spec"])
-    return record, read_json(runs.verdict_file(row["pair_name"], key))
+    return record, runs.verdict(row["pair_name"], key)
 
 
 def _is_of_others(preflight: Json, record: Json) -> bool:

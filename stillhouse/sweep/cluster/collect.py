@@ -25,6 +25,7 @@ from stillhouse.rundir import (
     Json,
     RunDir,
     Runs,
+    make_directory,
     now,
     publish,
     read_json,
@@ -100,7 +101,7 @@ def collect(
         ConfigError: a right is missing, the pod cannot start, another collect is at work here.
         Interrupted: asked to stop, or the pod was lost again and again; what came stays.
     """
-    runs.mkdir(parents=True, exist_ok=True)
+    make_directory(runs, "--runs")
     directories = [point.directory for point in sweep.points]
     directories += [f"baselines/{row.directory.name}" for row in sweep.meant_baselines]
     with _alone(runs), VolumePod(cluster, site, sweep.name, say) as volume_pod:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from stillhouse.errors import ContractError
 from stillhouse.local_models import require_torch
-from stillhouse.rundir import RunDir, code_identity, write_json
+from stillhouse.rundir import RunDir, code_identity, make_directory, write_json
 from stillhouse.sweep import commits, registry
 from stillhouse.sweep.backend import Executor
 from stillhouse.sweep.local.outcomes import forget_failures
@@ -69,6 +69,9 @@ class LocalBackend:
 
     def require(self, sweep: Sweep) -> None:
         require_torch()
+        cache_dir = Path(sweep.points[0].spec.place.cache_dir)
+        if not cache_dir.is_dir():  # one that is full of prepared pairs may be read-only
+            make_directory(cache_dir, "--cache-dir")
 
     def save(self, sweep: Sweep) -> None:
         registry.write(sweep)

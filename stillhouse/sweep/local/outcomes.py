@@ -7,10 +7,11 @@ not score it, and that there were more deaths than the site's `infra_retries` al
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from stillhouse.errors import AGAIN, DONE, POISON, STOPPED
+from stillhouse.errors import AGAIN, DONE, POISON, STOPPED, ContractError, Unwritable
 from stillhouse.rundir import Json, RunDir, now, read_eval_note
 from stillhouse.sweep.backend import Task
 from stillhouse.sweep.dependencies import Beneath
@@ -63,34 +64,51 @@ def _without_scores(task: Task) -> list[Path]:
     directories = [*(run.path for run in task.runs), *task.action.baselines]
     place = task.suite_spec.place
     beneath = Beneath(Path(place.cache_dir), place.commits)
-    return [d for d in directories if unscored(d, task.suite_spec.suite, beneath.under(d))]
+    found: list[Path] = []
+    for directory in directories:
+        with contextlib.suppress(ContractError):  # a torn file: whoever looks finds it unreadable
+            if unscored(directory, task.suite_spec.suite, beneath.under(directory)):
+                found.append(directory)
+    return found
 
 
-def write_ending(task: Task, ending: Ending) -> None:
-    """Write into the task's run directories how it ended, unless it succeeded."""
-    if ending.code == DONE:
-        return
+def write_ending(task: Task, ending: Ending) -> dict[Path, str]:
+    """Write into the task's run directories how it ended, unless it succeeded.
+
+    Returns the directories in which nothing can be written, each with why.
+    """
+    unwritable: dict[Path, str] = {}
+    for directory, own in _to_blame(task, ending).items():
+        try:
+            _write(RunDir(directory), own, is_training=task.action.kind == "train")
+        except ContractError:  # a torn status.json: whoever looks finds it unreadable
+            continue
+        except Unwritable as error:
+            unwritable[directory] = f"{own.cause or f'exit code {own.code}'}; {error}"
+    return unwritable
+
+
+def _to_blame(task: Task, ending: Ending) -> dict[Path, Ending]:
+    """The directories that are to say how a task ended, and how it ended for each."""
+    if ending.code == DONE or task.action.kind == "prepare":
+        return {}
     if task.action.kind == "train":
-        _write_train_ending(task.runs[0], ending)
-    elif task.action.kind == "eval":
-        _write_eval_ending(task, ending)
+        return {task.runs[0].path: ending}
+    # Those that lack a score and are to blame, or all that lack one if none is; without blame, a
+    # row is scored by the next evaluation.
+    ends = {directory: _own_ending(directory, ending) for directory in _without_scores(task)}
+    is_for_all = not any(ends.values()) or ending.is_nobodys_failure
+    return {d: own or ending for d, own in ends.items() if own or is_for_all}
 
 
-def _write_train_ending(run: RunDir, ending: Ending) -> None:
-    said = ending.fields(run.status().get("infra_failures", 0))
+def _write(run: RunDir, ending: Ending, is_training: bool) -> None:
+    status = run.status()
+    if not is_training:
+        run.update_status(**ending.fields(status.get("eval_infra_failures", 0), "eval_"))
+        return
+    said = ending.fields(status.get("infra_failures", 0))
     is_final = ending.code in (STOPPED, *POISON) or "gave_up" in said
     run.update_status(phase="failed" if is_final else "waiting", **said)
-
-
-def _write_eval_ending(task: Task, ending: Ending) -> None:
-    """Write the cause into each directory that lacks a score and is to blame, or all if none is."""
-    ends = {directory: _own_ending(directory, ending) for directory in _without_scores(task)}
-    for directory, own in ends.items():
-        if own is None and any(ends.values()) and not ending.is_nobodys_failure:
-            continue  # it is scored by the next evaluation
-        run = RunDir(directory)
-        failures = run.status().get("eval_infra_failures", 0)
-        run.update_status(**(own or ending).fields(failures, "eval_"))
 
 
 def _own_ending(directory: Path, ending: Ending) -> Ending | None:

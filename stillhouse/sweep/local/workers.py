@@ -32,8 +32,8 @@ from typing import Any, cast
 
 from filelock import Timeout
 
-from stillhouse.errors import AGAIN, DONE, StillhouseError
-from stillhouse.rundir import RunDir, code_identity, now
+from stillhouse.errors import AGAIN, DONE, StillhouseError, Unwritable
+from stillhouse.rundir import RunDir, code_identity, make_directory, now
 from stillhouse.spec import EvalSpec, TrainSpec
 from stillhouse.sweep.backend import Finished, Task
 from stillhouse.sweep.local.outcomes import Ending, check_promise, write_ending
@@ -90,6 +90,7 @@ class WorkerPool:
         self._workers: list[_Worker] = []
         self._queue: list[Task] = []  # asked for while the server still imports
         self._left_behind: list[ForkServerProcess] = []
+        self._unwritable: dict[Path, str] = {}  # run directories that cannot say how they ended
         self._is_stopping = False
         if preload is None:
             preload = PRELOAD if CUDA_DEVICE.exists() else PRELOAD_WITHOUT_CUDA
@@ -114,6 +115,8 @@ class WorkerPool:
 
     def look(self, id_: str) -> Observation:
         """The state of one point, from its files."""
+        if why := self._unwritable.get(self.sweep.run(id_).path):
+            return Observation("unreadable", why)
         seen = self._in_order(id_, look(self.sweep.run(id_), self.sweep.suite, self._beneath))
         if seen.state == "running" and not any(id_ in action.points for action in self.live()):
             self._elsewhere.add(id_)
@@ -138,7 +141,11 @@ class WorkerPool:
 
     def baselines(self) -> tuple[Baseline, ...]:
         """The rows that no run trains, from their files."""
-        return baselines_on_disk(self.sweep)
+        why = self._unwritable
+        return tuple(
+            dataclasses.replace(row, cause=why.get(row.directory, row.cause))
+            for row in baselines_on_disk(self.sweep)
+        )
 
     def is_cancelled(self) -> bool:
         """Whether `stillhouse cancel` was called since this was made."""
@@ -244,7 +251,8 @@ class WorkerPool:
             worker.process.close()
         if cause != ELSEWHERE:
             retries = self.sweep.site.infra_retries
-            write_ending(task, Ending(code, cause, retries, self._is_stopping, pid))
+            ending = Ending(code, cause, retries, self._is_stopping, pid)
+            self._unwritable |= write_ending(task, ending)
         seconds = time.perf_counter() - worker.started
         return Finished(task.action, code, cause, seconds)
 
@@ -284,7 +292,7 @@ def _start_server(log: Path, threads: int) -> None:
     # Read once, when the libraries are imported: nothing is downloaded behind anybody's back.
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
-    log.parent.mkdir(parents=True, exist_ok=True)
+    make_directory(log.parent)
     sys.stdout.flush()
     sys.stderr.flush()
     with log.open("ab") as file:
@@ -325,7 +333,7 @@ def _work(
 
 
 def _print_into(log: Path) -> None:
-    log.parent.mkdir(parents=True, exist_ok=True)
+    make_directory(log.parent)
     handle = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
     os.dup2(handle, 1)
     os.dup2(handle, 2)
@@ -366,7 +374,8 @@ def _held(runs: tuple[RunDir, ...]) -> Generator[None, None, None]:
     """Hold these runs' locks and say so: nobody scores, or counts as idle, what is being scored."""
     with contextlib.ExitStack() as stack:
         for run in runs:
-            stack.enter_context(run.lock().acquire(timeout=LOCK_WAIT_S, blocking=True))
-            run.update_status(scoring=True, pid=os.getpid())
-            stack.callback(run.update_status, scoring=False)
+            with contextlib.suppress(Unwritable):  # the evaluation fails this row, and it alone
+                stack.enter_context(run.lock().acquire(timeout=LOCK_WAIT_S, blocking=True))
+                run.update_status(scoring=True, pid=os.getpid())
+                stack.callback(run.update_status, scoring=False)
         yield
