@@ -8,14 +8,19 @@ loads torch.
 from __future__ import annotations
 
 import argparse
+import difflib
 import os
+import re
 import signal
 import sys
 import traceback
+from importlib import metadata
+from itertools import pairwise
 from pathlib import Path
 from typing import NoReturn
 
 from stillhouse.errors import AGAIN, DONE, MISTAKE, ConfigError, exit_code_of, nearest
+from stillhouse.files import check_directory
 from stillhouse.text import say
 
 VERBS = {
@@ -31,18 +36,26 @@ VERBS = {
     "doctor": "check that a cluster's namespace has everything a sweep needs",
 }
 # Commands that start one run each. They are not verbs, because they do not act on a sweep.
-DOORS = {
+COMMANDS = {
     "train": "send one point to a cluster: k8s/train.sh NAME FLAGS ... [--dry-run] [--json]",
     "eval": "score runs on a cluster: k8s/eval.sh LABEL --lora-paths dump/NAME ... [--dry-run]",
     "prepare": "put a pair, and what it is scored on, into this machine's cache (--fetch)",
     "preflight": "will this pair distil? asks before anything is trained (--pilot 50 tries it)",
 }
 MORE = {
+    "run": "--sources=new begins points anew whose weights or rows have changed since",
     "train": "--dry-run prints the Job as it would be sent, and asks no cluster",
     "eval": "--dry-run prints the Job as it would be sent, and asks no cluster",
     "prepare": "--fetch downloads what is missing, --no-scores leaves out what is scored on",
     "preflight": "exit codes: 0 likely, 3 unlikely, 4 unsure; the verdict is of this pair with this"
     " loss and this number of steps",
+}
+USAGES = {
+    "train": "k8s/train.sh NAME [--knob VALUE | knob=VALUE ...] [--dry-run] [--json]",
+    "eval": "k8s/eval.sh LABEL [--knob VALUE | knob=VALUE ...] [--dry-run] [--json]",
+    "prepare": "stillhouse prepare [--knob VALUE | knob=VALUE ...] [--fetch] [--no-scores]",
+    "preflight": "stillhouse preflight [--knob VALUE | knob=VALUE ...] [--prompts N]"
+    " [--pilot STEPS] [--prefixes N,N] [--json] [--backend cluster [--dry-run]]",
 }
 CRASHED = 70  # a driver's pod that ends with Python's own 1 would look done, and not restart
 CLUSTER_VERBS = ("collect", "push", "doctor")  # they have no meaning on this machine
@@ -79,6 +92,8 @@ examples:
   stillhouse retry lmbda_beta --where 'learning_rate > 1e-5' --cause oom --backend cluster
   stillhouse push models/small
   k8s/train.sh lmbda0_lr5e6 --lmbda 0 --learning-rate 5e-6
+
+`stillhouse --version` says what is installed
 
 exit codes: 0 success, 1 some points failed or stopped, 42 a mistake in the command or its files,
 85 interrupted, run it again
@@ -118,34 +133,70 @@ def _code_of(words: list[str]) -> int:
 
 def _dispatch(words: list[str]) -> int:
     if not words or words[0] in ("-h", "--help", "help"):
-        said = [f"  {verb:<9} {what}" for verb, what in (VERBS | DOORS).items()]
+        said = [f"  {verb:<9} {what}" for verb, what in (VERBS | COMMANDS).items()]
         said.insert(len(VERBS), "")
         verbs = "\n".join(said)
         print(f"usage: {USAGE}\n\n{verbs}\n\n{HELP}\n{EXAMPLES}", end="")
         return DONE if words else MISTAKE
     verb, *rest = words
-    if verb in DOORS and {"-h", "--help"} & {*rest}:
-        return _help_of_door(verb)
-    if verb == "prepare":
-        from stillhouse.entrypoints import prepare_main
-
-        return prepare_main(rest)
+    if verb == "--version":
+        print(_version())
+        return DONE
+    if verb in COMMANDS and {"-h", "--help"} & {*rest}:
+        return _help_of_command(verb)
     if verb in REPLACED:
         raise ConfigError(
             f"`stillhouse {verb}` is now `stillhouse {REPLACED[verb]}`; the rest stays"
         )
-    if verb not in VERBS | DOORS:
-        known = [*VERBS, *DOORS]
+    if verb not in VERBS | COMMANDS:
+        known = [*VERBS, *COMMANDS]
         raise ConfigError(
             f'no verb "{verb}" ({", ".join(known)}).{nearest(verb, known)} `stillhouse --help`'
         )
-    do = _preflight if verb == "preflight" else _send if verb in DOORS else _do
+    _refuse_mistyped(verb, rest)
+    if verb == "prepare":
+        from stillhouse.entrypoints import prepare_main
+
+        return prepare_main(rest)
+    do = _preflight if verb == "preflight" else _send if verb in COMMANDS else _do
     from stillhouse.sweep.cluster.connect import ApiError
 
     try:
         return do(verb, rest)
     except ApiError as error:
         raise ConfigError(f"the cluster says no: {error}{_cure(error.status)}") from error
+
+
+def _version() -> str:
+    """What is installed, and the digest of the code, which runs and Jobs name."""
+    from stillhouse.rundir import code_identity
+
+    try:
+        version = metadata.version("stillhouse")
+    except metadata.PackageNotFoundError:
+        version = "not installed"
+    return f"stillhouse {version}, code {code_identity()['digest']}"
+
+
+def _refuse_mistyped(verb: str, words: list[str]) -> None:
+    """Raises ConfigError for a flag that is no knob, and nearly an option of this verb."""
+    text = _parser(verb).format_help() if verb in VERBS else USAGES[verb]
+    options = {"--help", *re.findall(r"--[a-z-]+", text)}
+    unknown = [flag for word in words if (flag := word.partition("=")[0]) not in options]
+    if not any(flag.startswith("--") for flag in unknown):
+        return
+    from stillhouse.compose import vocabulary
+    from stillhouse.spec import EvalJobSpec, TrainSpec
+
+    knobs = vocabulary(EvalJobSpec if verb in ("eval", "prepare") else TrainSpec)
+    flags = {f"--{name.replace('_', '-')}" for name in (*knobs.leaves, *knobs.groups)}
+    for flag in unknown:
+        plain = flag.replace("_", "-").replace("--no-", "--")
+        if not flag.startswith("--") or plain in flags or "." in flag:
+            continue
+        close = difflib.get_close_matches(flag, [*options, *flags], n=1)
+        if close and close[0] in options - flags:
+            raise ConfigError(f'{verb}: no option "{flag}". Did you mean "{close[0]}"?')
 
 
 def _cure(status: int) -> str:
@@ -185,26 +236,19 @@ def _send(kind: str, words: list[str]) -> int:
     parser.add_argument("-h", action="store_true", dest="help")
     options, rest = parser.parse_known_args(words)
     if options.help:
-        return _help_of_door(kind)
+        return _help_of_command(kind)
     from stillhouse.sweep.cluster.submit import send
 
     return send("train" if kind == "train" else "eval", rest, options.dry_run, options.json)
 
 
-def _help_of_door(kind: str) -> int:
+def _help_of_command(kind: str) -> int:
     from stillhouse.compose import help_text
     from stillhouse.spec import EvalSpec, TrainSpec
 
-    usage = {
-        "train": "k8s/train.sh NAME [--knob VALUE | knob=VALUE ...] [--dry-run] [--json]",
-        "eval": "k8s/eval.sh LABEL [--knob VALUE | knob=VALUE ...] [--dry-run] [--json]",
-        "prepare": "stillhouse prepare [--knob VALUE | knob=VALUE ...] [--fetch] [--no-scores]",
-        "preflight": "stillhouse preflight [--knob VALUE | knob=VALUE ...] [--prompts N]"
-        " [--pilot STEPS] [--prefixes N,N] [--json] [--backend cluster [--dry-run]]",
-    }
     spec_type = TrainSpec if kind in ("train", "preflight") else EvalSpec
     knobs = help_text(kind, spec_type).partition("\n\n")[2]
-    print(f"usage: {usage[kind]}\n\n{DOORS[kind]}\n{MORE[kind]}\n\n{knobs}")
+    print(f"usage: {USAGES[kind]}\n\n{COMMANDS[kind]}\n{MORE[kind]}\n\n{knobs}")
     return DONE
 
 
@@ -213,7 +257,7 @@ def _parser(verb: str) -> Parser:
         prog=f"stillhouse {verb}",
         usage=USAGE.replace("VERB", verb),
         description=VERBS[verb],
-        epilog=f"{HELP}\n{EXAMPLES}",
+        epilog="\n".join(filter(None, (HELP + MORE.get(verb, ""), EXAMPLES))),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
@@ -251,6 +295,9 @@ def _target(words: list[str]) -> tuple[str | None, list[str]]:
     if not words or words[0].startswith("-"):
         return None, words
     is_target = "=" not in words[0] or words[0].endswith((".yaml", ".yml"))
+    for before, word in pairwise(words):
+        if word.endswith((".yaml", ".yml")) and "=" not in word and not before.startswith("--"):
+            raise ConfigError(f"{words[0]} and {word}: one target at a time; run each by itself")
     return (words[0], words[1:]) if is_target else (None, words)
 
 
@@ -264,7 +311,9 @@ def _runs(option: str | None, words: list[str]) -> tuple[Path, list[str]]:
             said.append(value)
     if len(set(said)) > 1:
         raise ConfigError(f"two directories of runs are named: {', '.join(said)}; give one")
-    return Path(said[0] if said else "runs"), words
+    runs = Path(said[0] if said else "runs")
+    check_directory(runs, "--runs")
+    return runs, words
 
 
 def _report(call: object) -> int:

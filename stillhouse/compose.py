@@ -261,7 +261,7 @@ def help_text(script: str, spec_type: type[Any]) -> str:
 
 
 def as_command_line(overrides: Overrides) -> list[str]:
-    """The overrides as words that any door of this project takes: what a person can paste."""
+    """The overrides as words that any command of this project takes: what a person can paste."""
     words = [f"{group}={option}" for group, option in overrides.groups.items()]
     return words + [f"{path.split('.')[-1]}={_text(v)}" for path, v in overrides.values.items()]
 

@@ -124,7 +124,7 @@ def _model(
 ) -> Json:
     entry: Json = {"what": name, "kind": "model"}
     if there.commit is not None:
-        _, revision = local_models.asked(pair, role)
+        _, revision = local_models.source_of(pair, role)
         return entry | _commit(there.commit, name, revision, "model")
     settings = [file for name in SETTINGS if (file := there.path / name).is_file()]
     entry["digest"] = fingerprints.of_weights(there.path, cache_dir)

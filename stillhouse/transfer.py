@@ -179,11 +179,11 @@ def _add(tar: tarfile.TarFile, name: str, file: io.BufferedIOBase) -> Json:
 # ---------------------------------------------------------------- on the laptop
 
 
-def receive(chunks: Iterable[bytes], into: Path, asked: Json) -> Json:
+def receive(chunks: Iterable[bytes], into: Path, request: Json) -> Json:
     """Unpack what `send` wrote into an empty directory, and return its manifest.
 
     The stream is not trusted: anyone who can write to the volume, or pose as the pod, decides what
-    is in it. So each name must match the request `asked` and be made of plain letters, and counts
+    is in it. So each name must match `request` and be made of plain letters, and counts
     and sizes have limits; all are checked before a file is written.
 
     Raises:
@@ -192,7 +192,7 @@ def receive(chunks: Iterable[bytes], into: Path, asked: Json) -> Json:
     """
     into.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=into) as file:  # /tmp may be memory, and adapters are large
-        most = _most(asked) + MOST_MANIFEST
+        most = _most(request) + MOST_MANIFEST
         for chunk in chunks:
             if file.tell() + len(chunk) > most:
                 raise ValueError(f"more than {most:,} bytes came; nothing asks for so much")
@@ -203,12 +203,12 @@ def receive(chunks: Iterable[bytes], into: Path, asked: Json) -> Json:
                 _Bounded(fileobj=cast("Any", file), mode="rb") as plain,
                 tarfile.open(fileobj=plain, mode="r:") as tar,
             ):
-                found = _extract(tar, into, asked)
+                found = _extract(tar, into, request)
         except (OSError, EOFError, zlib.error, tarfile.TarError) as error:
             raise ValueError(f"the stream was cut: {error}") from error
     if MANIFEST not in found:
         raise ValueError("the stream was cut: it has no manifest")
-    manifest = _manifest((into / MANIFEST).read_bytes(), asked)
+    manifest = _manifest((into / MANIFEST).read_bytes(), request)
     (into / MANIFEST).unlink()
     del found[MANIFEST]
     if manifest["files"] != found:
@@ -219,8 +219,8 @@ def receive(chunks: Iterable[bytes], into: Path, asked: Json) -> Json:
     return manifest
 
 
-def _most(asked: Json) -> int:
-    return min(asked.get("most", MOST_BYTES), MOST_BYTES)
+def _most(request: Json) -> int:
+    return min(request.get("most", MOST_BYTES), MOST_BYTES)
 
 
 class _Bounded(gzip.GzipFile):
@@ -232,7 +232,7 @@ class _Bounded(gzip.GzipFile):
         return super().read(size)
 
 
-def _manifest(data: bytes, asked: Json) -> Json:
+def _manifest(data: bytes, request: Json) -> Json:
     """A manifest, of which every name was checked."""
     try:
         manifest: Any = json.loads(data)
@@ -244,7 +244,7 @@ def _manifest(data: bytes, asked: Json) -> Json:
         raise ValueError(f"its manifest is no object of {', '.join(shape)}")
     if found["format"] != FORMAT:
         raise ValueError(f"its manifest has format {found['format']}, this version reads {FORMAT}")
-    directories = asked["directories"]
+    directories = request["directories"]
     for name in (*found["unchanged"], *found["missing"], *found["names"].values()):
         if name not in directories:
             raise ValueError(f"directory {name!r} was not asked for")
@@ -254,33 +254,33 @@ def _manifest(data: bytes, asked: Json) -> Json:
     return found
 
 
-def _is_asked(name: str, asked: Json) -> bool:
+def _is_requested(name: str, request: Json) -> bool:
     """Whether a member is a plain file of a directory and a pattern that were asked for."""
-    for directory in asked["directories"]:
+    for directory in request["directories"]:
         if not name.startswith(f"{directory}/"):
             continue
         parts = name[len(directory) + 1 :].split("/")
-        for pattern in asked["files"]:
+        for pattern in request["files"]:
             wanted = pattern.split("/")
             if len(wanted) == len(parts) and all(map(fnmatch.fnmatchcase, parts, wanted)):
                 return all(map(PART.fullmatch, parts))
     return False
 
 
-def _extract(tar: tarfile.TarFile, into: Path, asked: Json) -> Json:
+def _extract(tar: tarfile.TarFile, into: Path, request: Json) -> Json:
     found: Json = {}
     size = 0
     for member in tar:
         name = member.name
         is_plain = member.isfile() and not member.issparse() and name not in found
-        if not is_plain or not (name == MANIFEST or _is_asked(name, asked)):
+        if not is_plain or not (name == MANIFEST or _is_requested(name, request)):
             raise ValueError(f"{name[:200]!r}: not a plain file that was asked for")
-        largest = MOST_MANIFEST if name == MANIFEST else asked.get("largest", MOST_BYTES)
+        largest = MOST_MANIFEST if name == MANIFEST else request.get("largest", MOST_BYTES)
         size += member.size if name != MANIFEST else 0
-        if member.size > largest or size > _most(asked) or len(found) >= MOST_FILES:
+        if member.size > largest or size > _most(request) or len(found) >= MOST_FILES:
             raise ValueError(
                 f"{name!r}: more than {MOST_FILES:,} files, {largest:,} bytes of this or"
-                f" {_most(asked):,} of all; nothing asks for so much"
+                f" {_most(request):,} of all; nothing asks for so much"
             )
         path = into / name
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -36,7 +36,7 @@ from stillhouse.rundir import Json, RunDir
 from stillhouse.spec import EvalSpec, TrainSpec
 from stillhouse.sweep import registry
 from stillhouse.sweep.cluster.cache import NamespaceCache, baselines_seen
-from stillhouse.sweep.cluster.describe import particulars, said_of_others
+from stillhouse.sweep.cluster.describe import job_details, said_of_others
 from stillhouse.sweep.cluster.facts import keys_of
 from stillhouse.sweep.cluster.find import Names
 from stillhouse.sweep.cluster.job_outcomes import attempts_patch, records_of
@@ -372,11 +372,11 @@ def job_object(draw: Any) -> None:
         records = dict(records_of(job, cache, 1e9))
         ledger.write(records)
         ledger.refresh(keys_of(job), 0.0)
-        particulars([job], cache, records)
+        job_details([job], cache, records)
         said_of_others([job], cache)
         is_better_made_anew(job, cache.pods_of(job), sweep.site, was_there=True)
         carried_attempts(job, cache.pods_of(job))
-    ledger.remarks()
+    ledger.notes()
 
 
 def config_map(draw: Any) -> None:
@@ -415,7 +415,7 @@ def config_map(draw: Any) -> None:
     cluster: Any = Kept(maps)
     ledger = Ledger(cluster, "stillhouse-runs")
     ledger.read()
-    ledger.remarks()
+    ledger.notes()
     ledger.records()
     cache = NamespaceCache(ledger)
     suite = asked().suite

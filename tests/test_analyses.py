@@ -28,7 +28,7 @@ from stillhouse.results.curves import Run, read_runs
 from stillhouse.results.report import write_report
 from stillhouse.results.section import Evidence
 from stillhouse.results.stats import compare, detectable_difference, holm
-from stillhouse.results.summary import remarks, summary, wide
+from stillhouse.results.summary import notes, summary, wide
 from stillhouse.results.table import load, points_of
 from stillhouse.rundir import RunDir, Runs, read_json, write_atomic, write_json
 from tests.builders.cliff_runs import SMALL, write_cliff
@@ -102,7 +102,7 @@ def test_what_the_compared_field_determines_is_compared_with_it_and_said(tmp_pat
     frame: Any = load("cliff", tmp_path)
     assert frame.attrs["follows"] == {"learning_rate": "loss", "loss": "method"}
     assert [(c.arm, c.setting) for c in answer(frame).main] == [("method = sft", "")]
-    (said,) = [remark for remark in remarks(frame) if "follows from" in remark]
+    (said,) = [note for note in notes(frame) if "follows from" in note]
     assert said == "loss follows from method, so a difference between values of method is of both."
 
 
@@ -178,7 +178,7 @@ def test_a_sweep_that_measured_nothing_in_training_has_only_comparisons(finished
     seen = evidence("sample", finished)
     assert titles(seen) == ["Comparisons on tiny_gen/exact_match"]
     made = [analyze(seen) for analyze in ANALYSES]
-    assert not any(section.arms or section.remarks or section.context for section in made)
+    assert not any(section.arms or section.notes or section.context for section in made)
     assert all(draw() is None for section in made for draw in section.figures)
 
 

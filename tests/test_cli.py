@@ -7,13 +7,14 @@ import os
 import subprocess
 import sys
 import time
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from stillhouse.cli import DOORS, VERBS, main
-from stillhouse.rundir import RunDir, Runs
+from stillhouse.cli import COMMANDS, VERBS, main
+from stillhouse.rundir import RunDir, Runs, code_identity
 from stillhouse.sweep import verbs
 from stillhouse.sweep.grid import load_sweep
 from stillhouse.sweep.points import Sweep
@@ -51,7 +52,7 @@ def test_help_names_every_verb_and_loads_nothing_heavy() -> None:
         [sys.executable, "-c", program], capture_output=True, text=True, check=True
     )
     assert done.stdout.endswith("[]\n")
-    assert all(f"  {verb} " in done.stdout for verb in VERBS | DOORS)
+    assert all(f"  {verb} " in done.stdout for verb in VERBS | COMMANDS)
 
 
 def test_planning_loads_no_torch() -> None:
@@ -66,7 +67,7 @@ def test_planning_loads_no_torch() -> None:
     assert done.stdout.endswith("[]\n")
 
 
-def test_the_module_and_the_script_are_one_door() -> None:
+def test_the_module_and_the_script_are_one_command() -> None:
     words = [sys.executable, "-m", "stillhouse", "statsu"]
     done = subprocess.run(words, capture_output=True, text=True, check=False)
     assert done.returncode == 42
@@ -84,6 +85,20 @@ def test_ctrl_c_after_the_end_leaves_the_exit_code_as_it_was() -> None:
     )
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.endswith("taken down\n")
+
+
+def test_version_names_the_package_and_the_code(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    said = f"stillhouse {metadata.version('stillhouse')}, code {code_identity()['digest']}\n"
+    assert capsys.readouterr().out == said
+
+
+def test_the_help_of_run_has_the_option_that_its_refusal_names(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit):
+        main(["run", "--help"])
+    assert "--sources=new" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("verb", VERBS)
@@ -111,6 +126,19 @@ def test_every_verb_has_a_help_of_its_own(verb: str, capsys: pytest.CaptureFixtu
         (["run", "pair=tiny", "--code=old"], "--code"),
         (["plan", "pair=tiny", "--point"], "expected one argument"),
         (["plan", "pair=tiny", "lmbda=0,1", "--point", "zz"], "no point of tiny-lmbda"),
+        (["plan", "pair=tiny", "seeds=2", "--point", "zz"], "with this name or id. There is "),
+        (["plan", "one.yaml", "two.yaml"], "one.yaml and two.yaml: one target at a time"),
+        (["run", "pair=tiny", "--detatch"], 'no option "--detatch". Did you mean "--detach"?'),
+        (["status", "--al"], 'Did you mean "--all"'),
+        (
+            ["train", "x", "--dry-rum"],
+            'train: no option "--dry-rum". Did you mean "--dry-run"',
+        ),
+        (["prepare", "--fech"], 'Did you mean "--fetch"'),
+        (["preflight", "--pair=tiny", "--pilots=5"], 'Did you mean "--pilot"'),
+        (["plan", "--learning-rat=1e-5"], 'Did you mean "learning_rate"'),
+        (["eval", "--lora-paths", "x"], "k8s/eval.sh: a name comes first: k8s/eval.sh LABEL"),
+        (["run", "pair=tiny", "--detach"], "this needs a cluster"),
         (["plan", "pair=tiny", "runs=a", "--runs", "b"], "two directories"),
         (["status", "nothing"], 'no sweep and no run "nothing"'),
         (["logs"], "which sweep?"),

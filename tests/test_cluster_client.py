@@ -445,12 +445,29 @@ def test_an_unknown_context_is_answered_with_those_there_are(tmp_path, monkeypat
     assert "has no current context; it has lab." in refused()
 
 
-@pytest.mark.parametrize("text", ["", "clusters: [", "just words", "contexts: 5\nclusters: 6"])
-def test_a_file_that_is_no_kubeconfig_is_named(text: str, tmp_path, monkeypatch):
+CONTEXT = "current-context: x\ncontexts: [{name: x, context: {cluster: c, user: u}}]\n"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "", "clusters: [", "hello", "7", "true", "- a\n- b", "contexts: 5\nclusters: 6",
+        "current-context: x\ncontexts: [1]",
+        "current-context: x\ncontexts: [{name: x, context: 5}]",
+        f"{CONTEXT}clusters: hello", f"{CONTEXT}clusters: []\nusers: 4",
+        f"{CONTEXT}clusters: [{{name: c, cluster: {{server: 7}}}}]",
+        f"{CONTEXT}clusters: [{{name: c, cluster: {{server: 'http://x'}}}}]\n"
+        "users: [{name: u, user: {exec: hello}}]",
+        "\0", "a: !!python/object:os.system x",
+    ],
+)  # fmt: skip
+def test_a_file_that_is_no_kubeconfig_is_named_in_words(text: str, tmp_path, monkeypatch):
     path = tmp_path / "kubeconfig"
     path.write_text(text)
     monkeypatch.setenv("KUBECONFIG", str(path))
-    assert f"{path} is no way to log in: " in refused()
+    said = refused()
+    assert f"{path} is no way to log in: " in said and "`kubectl config view`" in said
+    assert not re.search(r"object|indices|subscriptable|iterable|attribute|NoneType", said)
 
 
 def test_a_server_that_does_not_answer_is_given_up(fake, tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 import subprocess
@@ -170,6 +171,16 @@ def test_a_script_works_from_anywhere_and_through_a_link(
         job = yaml.safe_load(done.stdout)
         assert job["metadata"]["name"] == printed["metadata"]["name"]
         assert job["metadata"]["annotations"] == printed["metadata"]["annotations"]
+
+
+def test_a_dry_run_with_json_is_one_object_with_the_job_in_it(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    manifest = dry_run(PUBLISHED[0], capsys)
+    assert main(["train", *PUBLISHED[0].split()[1:], "--dry-run", "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert [yaml.safe_load(text) for text in said["manifests"]] == [manifest]
+    assert said["totals"]["new"] == 1 and said["points"][0]["state"] == "new"
 
 
 def test_a_dry_run_loads_no_client_and_says_what_else_would_be_sent(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from stillhouse.errors import ConfigError
 from stillhouse.identity import point_id
 from stillhouse.rundir import Json, code_identity
 from stillhouse.spec import TrainSpec
-from stillhouse.sweep.cluster.code_bundle import DOORS, bundle, sweep_file
+from stillhouse.sweep.cluster.code_bundle import SCRIPTS, bundle, sweep_file
 
 ROOT = Path(__file__).parent.parent
 SAYS = "from stillhouse.sweep.cluster.code_bundle import bundle; print(bundle().key)"
@@ -140,7 +140,7 @@ def test_the_config_map_is_immutable_named_by_its_content_and_small(sent: Json):
 
 
 def test_the_doors_that_travel_are_those_of_the_checkout():
-    for name, text in DOORS.items():
+    for name, text in SCRIPTS.items():
         assert (ROOT / name).read_text() == text
 
 

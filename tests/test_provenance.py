@@ -13,7 +13,7 @@ from stillhouse.results.analyses import preflight
 from stillhouse.results.answer import answer
 from stillhouse.results.provenance import as_facts, mixtures
 from stillhouse.results.report import write_report
-from stillhouse.results.summary import remarks
+from stillhouse.results.summary import notes
 from stillhouse.results.table import load
 from stillhouse.rundir import RunDir, Runs, read_json, write_json
 from tests.builders.sample_runs import Sample, write_sample
@@ -83,7 +83,7 @@ def test_two_data_or_two_processors_are_said(
     runs: list[RunDir], change: dict[str, Any], says: str
 ) -> None:
     rest(runs[1], **change)
-    assert any(remark.startswith(says) for remark in remarks(load("sample", runs[0].path.parent)))
+    assert any(note.startswith(says) for note in notes(load("sample", runs[0].path.parent)))
 
 
 def test_two_devices_are_said(runs: list[RunDir]) -> None:

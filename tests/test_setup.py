@@ -333,7 +333,7 @@ def test_training_and_scoring_without_torch_are_a_sentence(light: Path, tmp_path
 # Who may import whom ------------------------------------------------------------------------------
 
 PLANTED = {
-    "Doors open rooms": ("stillhouse/rundir.py", "stillhouse.sweep"),
+    "Entry points open rooms": ("stillhouse/rundir.py", "stillhouse.sweep"),
     "Rooms do not import": ("stillhouse/sweep/planted.py", "stillhouse.results.planted"),
     "Results go from": ("stillhouse/results/stats.py", "stillhouse.results.report"),
     "The launcher's core": ("stillhouse/sweep/plan.py", "stillhouse.sweep.cluster.jobs"),
@@ -381,4 +381,4 @@ def test_every_import_contract_breaks_on_an_import_planted_in_a_function(tmp_pat
 def test_a_new_hallway_file_must_be_given_its_place_in_the_layers(tmp_path: Path) -> None:
     copy = package_copy(tmp_path)
     (copy / "stillhouse" / "unplaced.py").write_text("")
-    assert lint_imports(copy)["Doors open rooms"] == "BROKEN"
+    assert lint_imports(copy)["Entry points open rooms"] == "BROKEN"

@@ -17,7 +17,7 @@ from stillhouse.errors import ConfigError, ContractError
 from stillhouse.results.answer import answer
 from stillhouse.results.format import as_markdown, comparison_tables
 from stillhouse.results.report import write_report
-from stillhouse.results.summary import remarks, summary, wide
+from stillhouse.results.summary import notes, summary, wide
 from stillhouse.results.table import arm_name, format_value, is_unscored, load, points_of
 from stillhouse.rundir import Runs, read_json, write_json
 from tests.builders.sample_runs import DOCUMENTS, SUITE, Sample, write_sample
@@ -109,7 +109,7 @@ def test_a_sweep_that_is_half_done_says_how_much_is_missing(finished: Path) -> N
     frame = load("grid", finished)
     assert len(points_of(frame)) == 12
     assert points_of(frame[is_unscored(frame)])["phase"].isna().sum() == 1
-    said = remarks(frame)
+    said = notes(frame)
     assert said[0] == "2 of 12 points are not fully scored: 1 not started, 1 failed."
     row = rows(summary(frame), arm="lmbda = 0, beta = 1", task="tiny_gen").iloc[0]
     assert (row["n"], row["missing"]) == (2, 1)
@@ -122,19 +122,19 @@ def test_a_sweep_that_has_not_begun_gives_a_table_without_numbers_and_says_nothi
     frame = load("sample", tmp_path)
     assert frame["value"].isna().all() and not frame["trained"].any()
     assert set(summary(frame)["shown"]) == {"not scored yet"}
-    assert remarks(frame) == ["9 of 9 points are not fully scored: 9 not started."]
+    assert notes(frame) == ["9 of 9 points are not fully scored: 9 not started."]
     assert answer(frame).text == "There are no scores yet, so nothing can be said."
 
 
 def test_mixed_code_and_versions_are_named(finished: Path, tmp_path: Path) -> None:
     assert any(
-        remark.startswith("Mixed code: 9 with c0ffee0123456789, 2 with 0ddc0de012345678")
-        for remark in remarks(load("grid", finished))
+        note.startswith("Mixed code: 9 with c0ffee0123456789, 2 with 0ddc0de012345678")
+        for note in notes(load("grid", finished))
     )
-    assert remarks(load("sample", finished)) == []
+    assert notes(load("sample", finished)) == []
     made = write_sample(tmp_path)
     change(made[0].eval_file("tiny_mc"), versions={"lm_eval": "0.4.14"})
-    said = remarks(load("sample", tmp_path))
+    said = notes(load("sample", tmp_path))
     assert len(said) == 1 and said[0].startswith("Mixed lm_eval in scoring: 11 with 0.4.13, 1 with")
 
 
@@ -144,7 +144,7 @@ def test_a_score_of_other_settings_is_left_out_and_said(tmp_path: Path) -> None:
     change(file, suite=(read_json(file) or {})["suite"] | {"limit": 9})
     frame = load("sample", tmp_path)
     assert frame["value"].isna().all() and frame["scored_otherwise"].all()
-    assert any("24 scores were made with other settings" in said for said in remarks(frame))
+    assert any("24 scores were made with other settings" in said for said in notes(frame))
 
 
 def test_a_sweep_without_comparison_or_suite_shows_what_was_scored(tmp_path: Path) -> None:

@@ -99,7 +99,7 @@ def _against_untrained(scored: Frame, higher: bool, documents: Documents) -> lis
         keys = ["pair_key"] + (["quant_key"] if student["kind"] == "ptq" else [])
         for part in arms:
             first = part.iloc[0]
-            # The same name with other weights is another student: `remarks` says so.
+            # The same name with other weights is another student: `notes` says so.
             is_its_own = same_sources(student, first.to_dict(), "student", "tokenizer")
             if is_its_own and all(student[key] == first[key] for key in keys):
                 cell = {row["seed"]: cell_entry(row) for row in part.to_dict("records")}

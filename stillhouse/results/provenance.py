@@ -67,25 +67,25 @@ def _key(content: Any) -> str:
 
 
 def mixtures(frame: Frame) -> list[str]:
-    """A remark for each name whose rows depend on two or more versions."""
-    remarks: list[str] = []
+    """A note for each name whose rows depend on two or more versions."""
+    notes: list[str] = []
     for source, text in SOURCES.items():
         for suffix, counts in _contents(frame, source):
-            remarks += mixture(f"{text}{suffix}", counts.elements())
+            notes += mixture(f"{text}{suffix}", counts.elements())
     points = frame[frame["kind"] == "point"].drop_duplicates("id")
-    remarks += mixture("device in training", points["device"])
+    notes += mixture("device in training", points["device"])
     for column in ("cpu_capability", "threads"):
         if column in frame:
             name = column.replace("_", " ").replace("cpu", "CPU")
-            remarks += mixture(f"{name} in training", points[points["device"].eq("cpu")][column])
+            notes += mixture(f"{name} in training", points[points["device"].eq("cpu")][column])
     scored = frame[frame["value"].notna()]
     if "eval_cpu_capability" in frame:
         on_cpu = scored[scored["eval_gpu"].isna()] if "eval_gpu" in frame else scored
         for _, part in on_cpu.groupby("task"):
-            remarks += mixture("CPU capability in scoring", part["eval_cpu_capability"])
+            notes += mixture("CPU capability in scoring", part["eval_cpu_capability"])
     if "eval_gpu" in frame:
-        remarks += mixture("GPU in scoring", scored["eval_gpu"])
-    return list(dict.fromkeys(remarks))
+        notes += mixture("GPU in scoring", scored["eval_gpu"])
+    return list(dict.fromkeys(notes))
 
 
 def _contents(frame: Frame, source: str) -> Iterator[tuple[str, Counter[str]]]:
@@ -109,7 +109,7 @@ def _contents(frame: Frame, source: str) -> Iterator[tuple[str, Counter[str]]]:
 
 
 def mixture(what: str, values: Iterable[Any]) -> list[str]:
-    """The remark, if there are two or more values; missing ones (None, NaN) do not count."""
+    """The note, if there are two or more values; missing ones (None, NaN) do not count."""
     counts = Counter(value for value in values if value is not None and value == value)
     if len(counts) < 2:
         return []

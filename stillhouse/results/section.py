@@ -46,7 +46,7 @@ class Section:
     note: str
     context: str = ""  # a sentence for the top of the page
     answer: str = ""  # the top of the page if the sweep compares nothing
-    remarks: Sequence[str] = ()
+    notes: Sequence[str] = ()
     figures: Sequence[Figure] = ()  # drawn when the page is written
     families: Mapping[str, list[Comparison]] = field(default_factory=dict[str, list[Comparison]])
     arms: Mapping[str, Json] = field(default_factory=dict[str, Json])  # arm -> columns of arms.csv

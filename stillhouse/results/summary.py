@@ -1,4 +1,4 @@
-"""Summarize a frame: the table of arms, and remarks on what is missing or not comparable."""
+"""Summarize a frame: the table of arms, and notes on what is missing or not comparable."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from stillhouse.results.table import is_set, is_unscored, points_of
 from stillhouse.rundir import Json
 from stillhouse.spec import REQUANTISED
 
-WARNED = 6  # arms that a remark about a watch rule names
+WARNED = 6  # arms that a note about a watch rule names
 KINDS = ("teacher", "student", "ptq", "point")  # in the order in which a table shows them
 
 
-def remarks(frame: Frame) -> list[str]:
+def notes(frame: Frame) -> list[str]:
     """What to know before comparing rows: what is missing, and what was not made alike."""
     points = points_of(frame)
     late = set(frame[(frame["kind"] == "point") & is_unscored(frame)]["id"])

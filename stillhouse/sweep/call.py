@@ -124,7 +124,7 @@ class Call:
             ConfigError: this machine is meant; or as `backend`.
         """
         if not isinstance(self.backend, ClusterBackend):
-            raise ConfigError("that is done in a cluster: say --backend cluster")
+            raise ConfigError("this needs a cluster, not this machine: say --backend cluster")
         return self.backend
 
     def find(self) -> Sweep:

@@ -239,9 +239,10 @@ def narrowed(sweep: Sweep, words: Sequence[str]) -> Sweep:
         if len(found) != 1:
             known = [point.name or point.id for point in sweep.points]
             reason = "no point" if not found else f"{len(found)} points"
+            more = f" and {len(known) - 6} more" if len(known) > 6 else ""
             raise ConfigError(
                 f"--point {word}: {reason} of {sweep.name} with this name or id."
-                f"{nearest(word, known)} `stillhouse status {sweep.name} --all` lists them"
+                f"{nearest(word, known)} There is {', '.join(known[:6])}{more}"
             )
         chosen.add(found[0].id)
     return sweep.only(chosen)

@@ -25,7 +25,7 @@ from stillhouse.sweep.cluster import collect, doctor, find, pod_logs, secrets, s
 from stillhouse.sweep.cluster.cache import NamespaceCache, baselines_seen, keys_of
 from stillhouse.sweep.cluster.code_bundle import bundle
 from stillhouse.sweep.cluster.connect import Cluster, connect
-from stillhouse.sweep.cluster.describe import particulars, said_of_others
+from stillhouse.sweep.cluster.describe import job_details, said_of_others
 from stillhouse.sweep.cluster.facts import observed
 from stillhouse.sweep.cluster.find import Names
 from stillhouse.sweep.cluster.ledger import (
@@ -148,11 +148,11 @@ class ClusterBackend:
         for job in jobs:  # a look at a sweep reads the pods only where it needs them
             for pod in pod_logs.pods(self.cluster, job.name):
                 self.cache.learn("pods", pod)
-        return [*particulars(jobs, self.cache, records), *self._odd()]
+        return [*job_details(jobs, self.cache, records), *self._odd()]
 
     def _odd(self) -> list[str]:
         """What stands there and is not what we make of its kind."""
-        return [*self.watcher.ledger.remarks(), *sorted(self.cache.odd)]
+        return [*self.watcher.ledger.notes(), *sorted(self.cache.odd)]
 
     def _said_of_lines(self) -> list[str]:
         """Jobs that belong to no sweep: lines of k8s/train.sh and k8s/eval.sh, and preflights."""

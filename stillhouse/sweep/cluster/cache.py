@@ -53,7 +53,7 @@ class NamespaceCache:
         self.lock = threading.RLock()
         self.news = threading.Condition(self.lock)
         self.is_followed = False  # whether what vanishes is told at once
-        self.odd: set[str] = set()  # remarks on objects that are malformed
+        self.odd: set[str] = set()  # a sentence on each malformed object
         self._jobs: dict[str, JobView] = {}
         self._pods: dict[str, dict[str, PodView]] = {}  # uid of the Job -> uid -> pod
         self._orphans: dict[str, PodView] = {}  # uid -> a pod that goes on without its Job
@@ -224,7 +224,7 @@ class NamespaceCache:
             self.news.notify_all()
 
     def viewed(self, view: Callable[[Json], View], item: Json) -> View | None:
-        """The view of an object; None, and a remark, where it is malformed."""
+        """The view of an object; None, and a sentence in `odd`, where it is malformed."""
         try:
             return viewed(view, item)
         except ContractError as error:

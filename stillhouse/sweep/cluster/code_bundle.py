@@ -42,7 +42,7 @@ MAX_TASKS = 64 * 2**20  # of tasks' files before they are packed: more is not ev
 SHOWN = 3  # of the largest files, where it is too much
 KEY_DIGITS = 8
 # The checkout's train.py and eval.py, which an installed package does not bring.
-_DOOR = '''"""{what}."""
+_SCRIPT = '''"""{what}."""
 
 import sys
 
@@ -60,9 +60,9 @@ _TRAINS = (
 _SCORES = (
     "Score adapters and baselines: `python eval.py --pair tiny --suite tiny --lora-paths runs/`"
 )
-DOORS = {
-    "train.py": _DOOR.format(what=_TRAINS, main="train_main"),
-    "eval.py": _DOOR.format(what=_SCORES, main="eval_main"),
+SCRIPTS = {
+    "train.py": _SCRIPT.format(what=_TRAINS, main="train_main"),
+    "eval.py": _SCRIPT.format(what=_SCORES, main="eval_main"),
 }
 
 
@@ -137,7 +137,7 @@ def _files() -> dict[str, bytes]:
     inside = [top for top in ("conf", "k8s") if (package / top).is_dir()]
     beside = [top for top in ("conf", "k8s") if top not in inside]
     found = project_files(package.parent, [package.name, *beside])
-    files = {name: text.encode() for name, text in DOORS.items()}
+    files = {name: text.encode() for name, text in SCRIPTS.items()}
     for path, file in found.items():
         if file.suffix in KINDS or file.name == "Dockerfile":
             is_inside = path.startswith(tuple(f"{package.name}/{top}/" for top in inside))

@@ -27,7 +27,11 @@ PATIENCE_S = 10.0  # for a person who waits
 PATIENCE_IN_POD_S = 300.0  # a driver in the cluster may start while its API server restarts
 CONNECTIONS = 64
 POD_IDENTITY = Path("/var/run/secrets/kubernetes.io/serviceaccount")
-BROKEN = (TypeError, ValueError, AttributeError)  # how the official client meets a broken file
+ODD = (
+    TypeError,
+    AttributeError,
+    LookupError,
+)  # how the official client meets YAML of another shape
 THIS_MACHINE = r"localhost$|127\.|::1$"
 
 
@@ -84,8 +88,12 @@ def _log_in(context: str | None) -> Login:
             return _from_kubeconfig(files, where, context)
         if "KUBERNETES_SERVICE_HOST" in os.environ and (POD_IDENTITY / "token").is_file():
             return _from_pod()
-    except (ConfigException, YAMLError, OSError, LookupError, *BROKEN) as error:
-        raise ConfigError(f"{where} is no way to log in: {in_words(error)}") from error
+    except (ConfigException, YAMLError, OSError, ValueError, *ODD) as error:
+        why = "it is YAML, but no kubeconfig" if isinstance(error, ODD) else in_words(error)
+        raise ConfigError(
+            f"{where} is no way to log in: {why}; `kubectl config view` says whether kubectl can"
+            " read it, and KUBECONFIG names another file"
+        ) from error
     raise ConfigError(
         f"no kubeconfig: {asked} is not there; ask whoever runs the cluster for one and put it"
         " there, or set KUBECONFIG to where it is"

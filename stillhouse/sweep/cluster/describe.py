@@ -24,7 +24,7 @@ CALLED = {
 }  # kinds of Jobs that no point's state tells of
 
 
-def particulars(
+def job_details(
     jobs: Sequence[JobView], cache: NamespaceCache, records: Mapping[str, Record | None]
 ) -> list[str]:
     """Jobs and pods of one point, and what the ledger kept of it."""

@@ -110,7 +110,7 @@ class Ledger:
         found = {key: record_of(text) for key, text in said}
         return {key: record for key, record in found.items() if record.state != "unreadable"}
 
-    def remarks(self) -> list[str]:
+    def notes(self) -> list[str]:
         """What stands there and is no part of it, a line each."""
         copies = "has the labels of the ledger and not its name: a copy? It is not read"
         lines = [f"ConfigMap {name} {copies}" for name in self.strangers]

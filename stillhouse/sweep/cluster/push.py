@@ -338,7 +338,7 @@ def push(call: Call) -> int:
     if call.target is None:
         raise ConfigError("push what? `stillhouse push PATH`: a model's directory, or rows")
     if not call.is_cluster:
-        raise ConfigError("that is done in a cluster: say --backend cluster")
+        raise ConfigError("push needs a cluster, not this machine: say --backend cluster")
     try:
         return _push(call, load(Path(call.target).expanduser()))
     except OSError as error:  # what this machine does not let us read

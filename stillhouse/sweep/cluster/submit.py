@@ -52,8 +52,11 @@ def send(
     line = read(kind, words[0] if words else None, words[1:], options)
     manifest = line.manifest  # whatever cannot be right in it is said before anybody is asked
     problem = image_problem(line.site)
+    of_line = Sweep(line.name, Path("runs"), (point_of(line.step.name, line.name),))
     if is_dry_run:
-        sys.stdout.write(to_yaml(manifest))
+        text = to_yaml(manifest)
+        said = as_json(of_line, {line.step.id: Observation("new")})
+        print(json.dumps(said | {"manifests": [text]}) if is_json else text, end="")
         if problem:
             show(f"not to be sent as it is: {problem}", sys.stderr)
         more = [f"ConfigMap stillhouse-code-{line.code.key} (the code)"]
@@ -67,8 +70,7 @@ def send(
         say(said)
     was_sent, seen = _Sender(line, say).send()
     if is_json:
-        alone = Sweep(line.name, Path("runs"), (point_of(line.step.name, line.name),))
-        said = as_json(alone, {line.step.id: seen})
+        said = as_json(of_line, {line.step.id: seen})
         print(json.dumps(said | {"job": line.step.name, "sent": was_sent}))
     return SOME_FAILED if seen.state in FAILED else DONE
 

@@ -39,7 +39,7 @@ from stillhouse.sweep.sweep_file import label
 from stillhouse.text import duration
 
 Kind = Literal["train", "eval", "preflight"]
-DOORS: dict[Kind, str] = {
+COMMANDS: dict[Kind, str] = {
     "train": "k8s/train.sh",
     "eval": "k8s/eval.sh",
     "preflight": "stillhouse preflight",
@@ -98,24 +98,26 @@ class Line:
 
 
 def read(kind: Kind, name: str | None, words: Sequence[str], options: Sequence[str] = ()) -> Line:
-    """The line of these words; `options` are those of the door in the pod.
+    """The line of these words; `options` are those of the command in the pod.
 
     Raises:
         ConfigError: no name, a word that is no flag or has no such value; a place of this machine.
     """
-    door = DOORS[kind]
+    command = COMMANDS[kind]
+    first = "LABEL" if kind == "eval" else "NAME"
     if name is None or name.startswith("-") or "=" in name:
         raise ConfigError(
-            f"{door}: a name comes first: {door} NAME --knob VALUE …; got {name or 'nothing'}"
+            f"{command}: a name comes first: {command} {first} --knob VALUE …; got"
+            f" {name or 'nothing'}"
         )
     if re.fullmatch(NAME, name) is None:
         raise ConfigError(
-            f"{door}: {name!r}: letters, digits, dot, dash and underscore make a name"
+            f"{command}: {name!r}: letters, digits, dot, dash and underscore make a name"
         )
     asked = from_command_line([*words], EvalJobSpec if kind == "eval" else TrainSpec)
     for key in POD_PLACES & asked.values.keys():
         raise ConfigError(
-            f"{door}: {label(key)} is a place of this machine; in a pod, runs are in {RUNS}"
+            f"{command}: {label(key)} is a place of this machine; in a pod, runs are in {RUNS}"
             " (site.runs_claim) and found by their NAME. Leave it out"
         )
     site, overrides = site_of(_part(asked, is_site=True)), _part(asked, is_site=False)
