@@ -33,7 +33,7 @@ from stillhouse.errors import ConfigError, ContractError, DataError, Interrupted
 from stillhouse.evals import find, harness
 from stillhouse.evals.lm import Lm
 from stillhouse.evals.suite import LoadedTask, Scorer, _set_every_field, _tiny_task, load_tasks
-from stillhouse.identity import score_key
+from stillhouse.identity import baseline_key, score_key
 from stillhouse.rundir import (
     RunDir,
     Runs,
@@ -692,6 +692,29 @@ def test_a_run_of_a_pack_that_is_gone_does_not_end_the_others(place, tmp_path):
     assert not found and gone.keys() == {lost}, "baselines may be asked for besides"
     with pytest.raises(ConfigError, match="no such directory"):
         find.typed((str(here.path), str(tmp_path / "typo")), runs)
+
+
+def test_a_base_that_cannot_be_loaded_and_a_directory_without_room_fail_their_rows_alone(
+    place, tmp_path
+):
+    """/proc/self is a directory in which nobody can make a file, root included."""
+    for role in ("student", "teacher"):
+        shutil.copytree(place / role, tmp_path / role)
+    weights = tmp_path / "teacher" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-8])
+    runs = Runs(tmp_path / "runs")
+    spec = asked(tmp_path, runs.root)
+    homes = {
+        kind: runs.baseline(kind, baseline_key(kind, spec.pair, spec.quant, spec.data))
+        for kind in ("teacher", "student", "ptq")
+    }
+    homes["ptq"].parent.mkdir(parents=True)
+    homes["ptq"].symlink_to("/proc/self")
+    with pytest.raises(ContractError, match=r"2 rows could not be scored") as error:
+        harness.run_suite(spec, Never())
+    assert "teacher cannot be loaded" in str(error.value)
+    assert f"{homes['ptq']}/baseline.json: cannot be written" in str(error.value)
+    assert {file.parent.parent for file in runs.root.rglob("eval/*.json")} == {homes["student"]}
 
 
 def test_a_torn_run_is_left_out_and_named_where_every_run_of_a_pair_is_meant(place, tmp_path):
