@@ -225,7 +225,7 @@ def test_a_pair_that_cannot_be_had_fails_no_point_and_is_tried_by_the_next_run(
         with backend_of(cluster, SWEEP) as backend:
             one = Driver(SWEEP, backend, Lines(SWEEP, [].append))
             assert one.run() == 1
-        assert one.given_up() == {f"the pair of {GROUP}": "ConfigError: no"}
+        assert one.failures() == {f"the pair of {GROUP}": "ConfigError: no"}
         assert states(cluster) == ["new"] * 4
         assert drive(cluster, SWEEP) == 0
     assert fake.created("jobs")[step_of(Action("prepare", GROUP)).name] == 2

@@ -138,7 +138,7 @@ def test_a_baseline_that_cannot_be_scored_fails_alone(tmp_path: Path) -> None:
     loop = Driver(sweep, backend, lines)
     assert loop.run() == 1
     assert states(sweep) == ["done", "done"]
-    (what,) = loop.given_up()
+    (what,) = loop.failures()
     assert what.startswith("baseline teacher-")
 
 
@@ -148,7 +148,7 @@ def test_a_pair_that_cannot_be_had_fails_no_point(tmp_path: Path) -> None:
     loop = Driver(sweep, behaving.executor_for(sweep), Lines(sweep, [].append))
     assert loop.run() == 1
     cause = "ConfigError: pair tiny: its weights are not at hand; fetch them"
-    assert loop.given_up() == {"the pair of tiny/int4": cause}
+    assert loop.failures() == {"the pair of tiny/int4": cause}
     assert states(sweep) == ["new", "new"]
     (tmp_path / "no-weights").unlink()
     assert drive(sweep) == 0

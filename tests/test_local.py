@@ -125,7 +125,7 @@ def test_a_worker_that_promises_success_and_leaves_no_score_has_failed(
 def test_a_torn_score_is_one_unreadable_row_and_the_others_are_scored(
     sweep: Sweep, backend: WorkerPool
 ) -> None:
-    one, other = (roster_of(sweep).run(point.id) for point in sweep.points[:2])
+    one, other = (sweep.run(point.id) for point in sweep.points[:2])
     for place in range(2):
         train(sweep, backend, place)
         wait(backend)
@@ -142,7 +142,7 @@ def test_a_run_directory_that_takes_no_files_is_one_unreadable_row(
     sweep: Sweep, backend: WorkerPool
 ) -> None:
     """/proc/self is a directory in which nobody can make a file, root included."""
-    run = roster_of(sweep).run(sweep.points[0].id)
+    run = sweep.run(sweep.points[0].id)
     run.path.symlink_to("/proc/self")
     train(sweep, backend)
     assert wait(backend).exit_code != 0

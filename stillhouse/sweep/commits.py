@@ -107,7 +107,7 @@ def of_hub(one: Open) -> str | None:
     return commit if isinstance(commit, str) and COMMIT.fullmatch(commit) else here(one)
 
 
-def remarks(sweep: Sweep) -> list[str]:
+def notes(sweep: Sweep) -> list[str]:
     """Which of its branches have moved on this machine since it first ran."""
     said: list[str] = []
     for one in _opens(sweep):

@@ -204,15 +204,15 @@ class Driver:
 
     def _exit_code(self) -> int:
         states = {seen.state for seen in self.observations.values()}
-        if self.given_up() or states & {*FAILED, "drifted", "unreadable"}:
+        if self.failures() or states & {*FAILED, "drifted", "unreadable"}:
             return SOME_FAILED
         return DONE if states <= {"done"} else AGAIN
 
     def snapshot(self) -> Snapshot:
         """How the points and baselines stand."""
-        return Snapshot(self.observations, self.baselines, self.given_up(), self.prepared)
+        return Snapshot(self.observations, self.baselines, self.failures(), self.prepared)
 
-    def given_up(self) -> dict[str, str]:
+    def failures(self) -> dict[str, str]:
         """Failures that no run shows, of preparing pairs and scoring baselines, with causes."""
         pairs = {f"the pair of {group}": cause for group, cause in self.blocked.items()}
         return pairs | {f"baseline {b.directory.name}": b.cause for b in self.baselines if b.cause}

@@ -74,7 +74,7 @@ def plan(call: Call) -> int:
     _print(_forecast(call, sweep, costs))
     _print(show.failures(sweep, observations))
     _print(show.drifted(sweep, observations))
-    _print([*show.drifted_baselines(snapshot.baselines), *commits.remarks(sweep)])
+    _print([*show.drifted_baselines(snapshot.baselines), *commits.notes(sweep)])
     if snapshot.to_begin_anew:
         say(f"run: {WAYS_OUT}")
     if snapshot.of_other_code:
@@ -142,7 +142,6 @@ def run(call: Call, executor_for: Callable[..., Executor] | None = None) -> int:
 def _run(call: Call, executor_for: Callable[..., Executor] | None) -> tuple[int, Sweep, Snapshot]:
     """The exit code, the points that were meant, and how they stood when it ended."""
     asked, backend = call.asked(), call.backend
-    make_directory(call.runs, "--runs")
     asked = backend.pinned(asked, begins=True)
     sweep = registry.narrowed(asked, call.points)
     snapshot = backend.look(sweep, is_to_run=True)
@@ -155,13 +154,14 @@ def _run(call: Call, executor_for: Callable[..., Executor] | None) -> tuple[int,
         )
         return SOME_FAILED, sweep, snapshot
     _check_fit(sweep, snapshot.observations)
+    make_directory(call.runs, "--runs")
     is_idle = snapshot.is_settled
     if not is_idle and call.is_detached:
         call.cluster.require(sweep, is_detached=True)
     elif not is_idle:
         backend.require(sweep)
     backend.save(asked)
-    _print([*show.drifted_baselines(snapshot.baselines), *commits.remarks(asked)])
+    _print([*show.drifted_baselines(snapshot.baselines), *commits.notes(asked)])
     _print(
         f"{name}: nobody here knows its commit; each point uses what its pod finds, and records it"
         for name in commits.unknown(asked)

@@ -93,10 +93,10 @@ class LocalBackend:
 
     def forget(self, sweep: Sweep) -> int:
         baselines = [RunDir(baseline.directory) for baseline in sweep.meant_baselines]
-        given_up = [run for run in baselines if _has_given_up(run)]
-        for run in [*map(sweep.run, sweep.by_id), *given_up]:
+        failed = [run for run in baselines if _has_given_up(run)]
+        for run in [*map(sweep.run, sweep.by_id), *failed]:
             forget_failures(run)
-        return len(given_up)
+        return len(failed)
 
     def cancel(self, sweep: Sweep) -> list[str]:
         if sweep.is_whole:
