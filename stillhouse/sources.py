@@ -21,8 +21,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
-from stillhouse import fingerprints, local_models
-from stillhouse.errors import ContractError, DataError
+from stillhouse import fingerprints, local_models, packaged_prompts
+from stillhouse.errors import ConfigError, ContractError, DataError
 from stillhouse.rundir import Json, RunDir
 from stillhouse.spec import DataSpec, EvalSpec, PairSpec, RescueSpec, TrainSpec
 
@@ -161,6 +161,11 @@ def rows_of(spec: TrainSpec | EvalSpec, cache_dir: Path) -> Json | None:
         digest = fingerprints.of_rows(files, cache_dir) if files else None
         return _entry("generated problems", digest) if digest else None
     if data.data_path is None:
+        return None
+    if data.data_source == "packaged":
+        with contextlib.suppress(ConfigError):
+            file = packaged_prompts.prompts_file(data.data_path, cache_dir)
+            return _entry(data.data_path, fingerprints.of_rows([file], cache_dir))
         return None
     if data.data_source == "local" and not Path(data.data_path).expanduser().exists():
         return None

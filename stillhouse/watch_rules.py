@@ -61,7 +61,7 @@ _OVERLAP = [
     "student_entropy",
     "teacher_entropy",
 ]
-_HELD_OUT = ("eval/loss", "eval/nll", "eval/avg_score")
+_HELD_OUT = ("eval/loss", "eval/nll", "eval/forward_kl", "eval/reverse_kl", "eval/avg_score")
 
 
 @dataclass(frozen=True)

@@ -76,6 +76,17 @@ def test_every_command_of_the_readme_is_one(line, checkout, monkeypatch, capsys)
         assert is_answered, capsys.readouterr().err
 
 
+@pytest.mark.parametrize("line", commands((ROOT / "docs" / "real.md").read_text()))
+def test_every_command_of_the_page_on_real_weights_is_one(line):
+    words = shlex.split(line.removeprefix("uv run "))
+    if words[1] == "train.py":
+        compose(from_command_line(words[2:], TrainSpec), TrainSpec)
+    elif words[1] == "eval.py":
+        compose(from_command_line(words[2:], EvalSpec), EvalSpec)
+    else:
+        assert words[:2] == ["uv", "pip"] or words[1] in cli.VERBS | cli.COMMANDS
+
+
 def test_the_readme_shows_at_least_a_dozen_commands():
     assert len(commands(README)) >= 12
 

@@ -49,7 +49,8 @@ def test_monitoring_measures_and_changes_nothing_that_is_trained(tmp_path):
     assert scored == [1, 3, 5] and evaluated == [2, 5]
     last = b.metrics()[-1]
     assert 0 <= last["train/score"] <= 1 and 0 <= last["eval/avg_score"] <= 1
-    assert last["eval/loss"] > 0 and last["eval/nll"] > 0
+    names = ("eval/loss", "eval/nll", "eval/forward_kl", "eval/reverse_kl")
+    assert all(last[name] > 0 for name in names)
 
 
 def test_a_stop_while_measuring_loses_no_update_and_no_measurement(tmp_path):

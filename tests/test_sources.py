@@ -351,12 +351,12 @@ def test_rows_of_the_hub_are_those_of_the_commit_that_is_meant(hub: Path, tmp_pa
     from stillhouse.distill.prompts import rows_at_hand
 
     data = of_the_hub(tmp_path).data
-    assert rows_at_hand(data, {}).name == A
-    assert rows_at_hand(data, {"datasets/some/rows": B, "some/rows": A}).name == B
+    assert rows_at_hand(data, tmp_path, {}).name == A
+    assert rows_at_hand(data, tmp_path, {"datasets/some/rows": B, "some/rows": A}).name == B
     with pytest.raises(
         ConfigError, match=f"hf download some/rows --repo-type dataset .* {'c' * 40}"
     ):
-        rows_at_hand(data, {"datasets/some/rows": "c" * 40})
+        rows_at_hand(data, tmp_path, {"datasets/some/rows": "c" * 40})
 
 
 def test_a_download_is_of_the_commit_that_is_meant(

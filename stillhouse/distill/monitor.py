@@ -114,8 +114,8 @@ class Monitor:
 
     @torch.no_grad()
     def _held_out_loss(self) -> dict[str, float]:
-        """JSD(beta) and the NLL on the dataset's own completions of held-out rows."""
-        loop, sums = self.loop, torch.zeros(3, dtype=torch.float64)
+        """JSD(beta), both KLs and the NLL, on the dataset's own completions of held-out rows."""
+        loop, sums = self.loop, torch.zeros(5, dtype=torch.float64)
         was_training = loop.student.training
         loop.student.eval()
         head = head_of(loop.student)
@@ -134,8 +134,12 @@ class Monitor:
                 objective=Jsd(self.spec.loss.beta), temperature=self.spec.loss.loss_temperature,
                 chunk=self.spec.loss.loss_chunk,
             )  # fmt: skip
-            numbers = [loss.item(), stats.nll.sum().item(), float(len(target_N))]
+            per_token = [
+                each.sum().item() for each in (stats.nll, stats.forward_kl, stats.reverse_kl)
+            ]
+            numbers = [loss.item(), *per_token, float(len(target_N))]
             sums += torch.tensor(numbers, dtype=torch.float64)
         loop.student.train(was_training)
-        loss, nll, tokens = sums.tolist()
-        return {"eval/loss": loss / tokens, "eval/nll": nll / tokens}
+        *means, _ = (sums / sums[-1]).tolist()
+        names = ("eval/loss", "eval/nll", "eval/forward_kl", "eval/reverse_kl")
+        return dict(zip(names, means, strict=True))

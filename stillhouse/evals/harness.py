@@ -19,12 +19,13 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from stillhouse import scores
+from stillhouse import packaged_prompts, scores
 from stillhouse.distill import models
 from stillhouse.distill.chat import chat_of
 from stillhouse.errors import MISTAKE, ContractError, OutOfMemory
 from stillhouse.evals import find
 from stillhouse.evals.isolate import Isolation
+from stillhouse.evals.sample import shown
 from stillhouse.evals.suite import LoadedTask, Scorer, Stop, clear_torch_cache, load_tasks
 from stillhouse.identity import baseline_key, chat_settings, digest, score_key
 from stillhouse.rundir import (
@@ -155,7 +156,7 @@ def run_suite(spec: EvalSpec, stop: Stop) -> int:
     return 0
 
 
-def load_suite(suite: SuiteSpec, data_dir: Path, fetches: bool) -> None:
+def load_suite(suite: SuiteSpec, data_dir: Path, cache_dir: Path, fetches: bool) -> None:
     """Load every task of a suite with its data once, downloading it if `fetches`.
 
     Raises:
@@ -164,7 +165,7 @@ def load_suite(suite: SuiteSpec, data_dir: Path, fetches: bool) -> None:
     """
     if not fetches:
         _stay_offline()
-    load_tasks(suite, suite.tasks, data_dir)
+    load_tasks(suite, suite.tasks, data_dir, cache_dir=cache_dir)
 
 
 def _say(text: str) -> None:
@@ -233,6 +234,7 @@ def _adapters(
     for each in found:
         with isolation.guard(each.home):
             contract = models.read_contract(each.adapter)
+            packaged_prompts.check_apart(contract["data"], spec.suite, str(each.adapter))
             quant = _quant(contract, each.adapter)
             # Many adapters, one base: its weights are hashed once, not once per adapter.
             promise = digest([contract["base"], contract["quant"], contract["numerics"]])
@@ -292,14 +294,11 @@ def _label(quant_type: str, found: find.Found) -> str:
 
 
 def table(rows: list[Row], suite: SuiteSpec) -> str:
-    """The seeds' table: one line per row, one column per task, blank where there is no score."""
+    """The seeds' table, blank where there is no score; one of a sample has its standard error."""
     # If cut, the two columns of a requantized task would have the same title.
     titles = [task.task if task.is_requantised else task.task[:SCORE_WIDTH] for task in suite.tasks]
-    widths = [max(SCORE_WIDTH, len(title)) for title in titles]
-    body = [titles]
-    for row in rows:
-        scores = (row.finished(suite, task) for task in suite.tasks)
-        body.append(["" if score is None else f"{score['value']:.4f}" for score in scores])
+    body = [titles, *([shown(row.finished(suite, t)) for t in suite.tasks] for row in rows)]
+    widths = [max(SCORE_WIDTH, *map(len, column)) for column in zip(*body, strict=True)]
     labels = ["model", *(row.label[:NAME_WIDTH] for row in rows)]
     return "\n".join(
         " | ".join([label.ljust(NAME_WIDTH), *map(str.rjust, cells, widths)])
@@ -319,7 +318,7 @@ def _score_all(
     isolation: Isolation,
 ) -> None:
     wanted = [task for task in spec.suite.tasks if any(t == task for _, t in missing)]
-    tasks = load_tasks(spec.suite, wanted, prepared.data_dir)
+    tasks = load_tasks(spec.suite, wanted, prepared.data_dir, cache_dir=Path(spec.place.cache_dir))
     tokenizer = models.load_tokenizer(prepared.student, prepared.student_revision)
     chat = chat_of(prepared, tokenizer, spec.data)
     scorer = Scorer(spec.suite, chat, spec.evaluation.eval_batch_size, stop)
@@ -445,6 +444,6 @@ def _write(row: Row, task: TaskSpec, suite: SuiteSpec, score: Json) -> None:
     sweep_leftovers(file.parent)
     write_json(file, score)
     _say(
-        f"  {row.label} {task.task}: {score['metric']} {score['value']:.4f}"
+        f"  {row.label} {task.task}: {score['metric']} {shown(score)}"
         f" ({score['n']} documents, {score['seconds']:.1f} s)"
     )

