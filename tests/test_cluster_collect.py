@@ -8,8 +8,6 @@ import hashlib
 import io
 import json
 import shutil
-import subprocess
-import sys
 import tarfile
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -35,7 +33,6 @@ from stillhouse.sweep.snapshot import observe
 from tests.builders.sample_runs import Sample, write_sample
 from tests.fakes.fake_api import FakeApi
 
-POD = Path(transfer.__file__).with_name("pod.py")
 IMAGE = f"stillhouse@sha256:{'1' * 64}"
 Answer = tuple[Iterable[bytes], bytes, int]
 
@@ -53,21 +50,17 @@ class Lab:
         fake.execs = self.answer
 
     def answer(self, pod: str, command: list[str]) -> Answer:
-        """What `exec` does: the real sender, with the volume where the pod would have it."""
+        """What `exec` does: the sender (tests/test_transfer.py has it as a process), with the
+        volume where the pod would have it."""
         assert command[:4] == ["python", "/bundle/pod.py", "send", "--"]
         request = transfer.unpack(command[4])
         assert request["runs"] == "/runs"
         self.asked.append(request)
-        word = transfer.pack(request | {"runs": str(self.volume)})
-        root = self.home.with_name("pod-root")
-        done = subprocess.run(
-            [sys.executable, str(POD), "send", "--", word],
-            capture_output=True,
-            env={"STILLHOUSE_POD_ROOT": str(root), "PATH": "/usr/bin:/bin"},
-        )
-        stream = self.spoil(len(self.asked), done.stdout)
+        out = io.BytesIO()
+        code = transfer.send(request | {"runs": str(self.volume)}, out)
+        stream = self.spoil(len(self.asked), out.getvalue())
         half = len(stream) // 2
-        return [stream[:half], stream[half:]], done.stderr, done.returncode
+        return [stream[:half], stream[half:]], b"", code
 
     @property
     def site(self) -> SiteSpec:
