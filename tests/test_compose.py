@@ -238,7 +238,7 @@ def spelt(value: Any) -> str:
     return f"[{','.join(map(spelt, value))}]" if isinstance(value, list) else str(value)
 
 
-@settings(max_examples=15, deadline=None, derandomize=True)
+@settings(max_examples=10, deadline=None, derandomize=True)
 @given(asked(TrainSpec))
 def test_the_fast_path_equals_hydra_composing_the_whole_of_a_training_point(
     asked: tuple[dict[str, str], dict[str, Any]],
@@ -256,6 +256,8 @@ def test_the_fast_path_equals_hydra_composing_the_whole_of_an_evaluation(
 
 def test_every_pair_method_and_quantiser_equal_hydras_composition():
     pairs, methods, quantisers = map(options_of, ("pair", "method", "quant"))
+    # The zoo's are files of one kind; tests/test_styles.py has each of them.
+    pairs = [pair for pair in pairs if not pair.startswith("zoo_") or pair == "zoo_brief"]
     # Each option at least once, in changing company; all combinations would take a minute.
     for i in range(max(len(pairs), len(methods), len(quantisers))):
         groups = {

@@ -2,7 +2,6 @@
 
 import dataclasses
 import itertools
-import re
 import subprocess
 import sys
 import time
@@ -10,48 +9,16 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stillhouse.cli import main
-from stillhouse.compose import compose, from_command_line, options_of
+from stillhouse.compose import compose, from_command_line
 from stillhouse.errors import ConfigError
 from stillhouse.identity import point_id, to_plain
 from stillhouse.spec import EvalSpec, TrainSpec
 from stillhouse.sweep.cluster.jobspec import _subject as subject
 from stillhouse.sweep.grid import load_sweep
 from stillhouse.sweep.points import Sweep
-from stillhouse.sweep.sweep_file import Compare
-from tests.builders.published import CLIFF, TRAIN, flags_of, lines, name_of
-
-SWEEPS = Path(__file__).parent.parent / "sweeps"
-GOLDEN = {  # points of each file: values of the axes × seeds
-    "quickstart": 3 * 5,
-    "lr_lmbda0": 5 * 3,
-    "lr_lmbda1": 5 * 3,
-    "beta": 3 * 3,
-    "batch": 4 * 3,
-    "weight_decay": 2 * 3,
-    "lr_batch": 5 * 3,
-    "warmup": 3 * 3,
-    "rollout_length": 2 * 3,
-    "lmbda_beta": 3 * 3 * 5,
-    "lr_beta_lmbda": 5 * 3 * 3 * 3,
-    "lora_rank": 5 * 3,
-    "quantiser": 3 * 2 * 3,
-    "cliff": (2 * 10 + 2) * 8,
-    "cliff_rate": (2 * 2 + 2) * 4 * 3,
-    "context": 3 * 8,
-    "context_rate": 3 * 3 * 3,
-    "null": 3 * 3 * 8,
-    "null_beta": 3 * 3 * 8,
-    "null_rate": 2 * 2 * 4 * 3,
-    "zoo": 19 * 2 * 2,
-    "zoo_again": 6 * 2 * 2,
-    "rescue": (3 * 8 + 2) * 5,
-    "horizon": 6 * 4,
-}
 
 
 def load(content: str | bytes, tmp_path: Path, *words: str) -> Sweep:
@@ -70,148 +37,6 @@ def ids(sweep: Sweep) -> set[str]:
 
 def id_of(line: str) -> str:
     return point_id(compose(from_command_line(line.split(), TrainSpec), TrainSpec))
-
-
-# ---- the files
-
-
-def test_every_sweep_file_is_known_to_the_golden_counts():
-    assert {path.stem for path in SWEEPS.glob("*")} == set(GOLDEN)
-
-
-@pytest.mark.parametrize("name", GOLDEN)
-def test_a_sweep_file_has_its_golden_number_of_points_and_can_be_answered(name: str):
-    file = SWEEPS / f"{name}.yaml"
-    sweep = load_sweep(str(file), [], Path("runs"))
-    assert sweep.name == name
-    assert len(sweep.points) == len(ids(sweep)) == GOLDEN[name]
-    assert file.read_text().startswith("# ")
-    assert sweep.question and sweep.question.endswith("?")
-    if name.startswith("zoo"):  # a pair is one observation there, and preflights are compared
-        assert len({(p.spec.pair.pair_name, p.spec.pair.pair_seed) for p in sweep.points}) >= 12
-        return
-    assert len({point.overrides["seed"] for point in sweep.points}) >= 3
-    if sweep.suite is None:  # it chooses something, so it must not see the test problems
-        assert all(point.spec.monitor.accuracy_steps for point in sweep.points)
-        return
-    assert sweep.compare is not None
-    assert len(sweep.axes[sweep.compare.by]) > 1
-
-
-def test_the_null_sweep_asked_about_beta_has_the_same_points():
-    by_lmbda, by_beta = (
-        load_sweep(str(SWEEPS / f"{name}.yaml"), [], Path("runs")) for name in ("null", "null_beta")
-    )
-    assert ids(by_lmbda) == ids(by_beta)
-    assert by_lmbda.suite == by_beta.suite
-
-
-def test_the_cliff_compares_each_method_within_each_family_at_its_rate():
-    sweep = load_sweep(str(SWEEPS / "cliff.yaml"), [], Path("runs"))
-    methods = {
-        family: [p.overrides["method"] for p in sweep.points if p.overrides["loss"] == family]
-        for family in ("ce_pg", "jsd")
-    }
-    everywhere = set(options_of("method")) - {"gkd", "off_policy", "sft"}
-    assert set(methods["ce_pg"]) == everywhere | {"sft"}
-    assert set(methods["jsd"]) == everywhere | {"off_policy"}
-    assert {len(points) for points in methods.values()} == {11 * 8}
-    rates = {(p.overrides["loss"], p.spec.optim.learning_rate) for p in sweep.points}
-    assert rates == {("ce_pg", 2e-3), ("jsd", 2e-3)}, "as sweeps/cliff_rate.yaml found"
-    assert sweep.compare == Compare("method", "tiny_gen/exact_match", "on_policy_gkd")
-
-
-def test_the_cliff_on_the_published_pairs_has_their_one_rate_and_their_problems():
-    words = ["pair=qwen3_4b_30b,llama_8b_70b", "seeds=1"]
-    sweep = load_sweep(str(SWEEPS / "cliff.yaml"), words, Path("runs"))
-    assert len(sweep.points) == 2 * 22
-    assert {p.spec.optim.learning_rate for p in sweep.points} == {5e-5}
-    assert set(sweep.axes) == {"pair", "loss", "method"}
-    assert {p.spec.data.data_name for p in sweep.points} == {"gsm8k"}
-    assert sweep.compare == Compare("method", "gsm8k/exact_match", "on_policy_gkd")
-
-
-def test_the_cliff_renders_for_a_published_pair(capsys: pytest.CaptureFixture[str]):
-    words = ["pair=llama_8b_70b", "seeds=1", "--backend", "cluster", "--dry-run"]
-    assert main(["run", str(SWEEPS / "cliff.yaml"), *words]) == 0
-    jobs = [*yaml.safe_load_all(capsys.readouterr().out)]
-    kinds = [job["metadata"]["labels"]["app.kubernetes.io/component"] for job in jobs]
-    assert kinds.count("train") == 22
-
-
-def test_the_cliffs_published_lines_are_lines_of_the_sweep_as_the_findings_say():
-    findings = (SWEEPS.parent / "docs" / "findings.md").read_text()
-    words_of = dict(re.findall(r"^\| `(--[^`]+)` \| `([^`]+)` \|$", findings, re.M))
-    asked = {
-        line: [words_of[f"--{flag.strip()}"] for flag in line.split(" --")[1:]]
-        for line in lines(CLIFF)
-    }
-    sweeps = [
-        load_sweep(str(SWEEPS / "cliff.yaml"), words, Path("runs")) for words in asked.values()
-    ]
-    found = [
-        (
-            {p.spec.pair.pair_name for p in sweep.points},
-            {p.overrides["seed"] for p in sweep.points},
-            len(sweep.axes["method"]),
-        )
-        for sweep in sweeps
-    ]
-    assert found == [
-        ({"qwen3_4b_30b"}, {*range(10)}, 12),
-        ({"llama_8b_70b"}, {*range(10)}, 12),
-        ({"tiny"}, {*range(3)}, 12),
-        ({"tiny"}, {*range(8)}, 2),
-    ]
-    assert sweeps[3].axes["method"] == ("teacher_seeded", "on_policy_gkd")
-    assert sweeps[3].compare is not None
-
-
-def test_the_published_runs_are_points_of_the_sweeps_with_their_tags():
-    points = {
-        (sweep.name, point.id): point
-        for sweep in (load_sweep(str(path), [], Path("runs")) for path in SWEEPS.glob("*.yaml"))
-        for point in sweep.points
-    }
-    sweep_of = {
-        "lmbda_1_int4": "quantiser",
-        "lmbda_0_int4": "quantiser",
-        "lmbda_1_bnb_fp4": "quantiser",
-        "lmbda_0_bnb_fp4": "quantiser",
-        "lmbda0_lr5e6": "lr_lmbda0",
-        "lmbda0_lr1e5": "lr_lmbda0",
-        "lmbda0_lr2e5": "lr_lmbda0",
-        "lmbda0_lr5e5": "lr_lmbda0",
-        "lmbda0_beta0": "beta",
-        "lmbda0_bs16": "batch",
-        "lmbda0_bs32": "batch",
-        "lmbda0_wd01": "weight_decay",
-        "lmbda0_bs16_lr2e5": "lr_batch",
-        "lmbda0_bs16_lr5e5": "lr_batch",
-        "lmbda0_bs32_lr5e5": "lr_batch",
-        "lmbda0_warmup05": "warmup",
-        "lmbda0_warmup10": "warmup",
-        "lmbda1_tok256": "rollout_length",
-        "lmbda1_tok512": "rollout_length",
-        "lmbda1_bs16": "batch",
-        "lmbda1_bs32": "batch",
-    }
-    run_of = {name_of(line): line for line in lines(TRAIN) if line.startswith("k8s/")}
-    for name, sweep in sweep_of.items():
-        spec = compose(from_command_line(flags_of(run_of[name]), TrainSpec), TrainSpec)
-        point = points[sweep, point_id(spec)]
-        assert point.tags == spec.place.tags
-    # In no grid: λ = 0.5 stands alone, and two β runs were laid out as 2 × 4 to fit a memory.
-    assert set(run_of) - set(sweep_of) == {"lmbda_05_int4", "lmbda0_beta05", "lmbda1_beta05"}
-
-
-def test_two_files_that_share_a_point_train_it_once():
-    batch = load_sweep(str(SWEEPS / "batch.yaml"), [], Path("runs"))
-    crossed = load_sweep(str(SWEEPS / "lr_batch.yaml"), [], Path("runs"))
-    shared = [point for point in batch.points if point.id in ids(crossed)]
-    assert {point.name for point in shared} == {
-        f"lmbda0_bs{batch}-s{seed}" for batch in (16, 32) for seed in (42, 43, 44)
-    }
 
 
 # ---- the grammar
