@@ -37,7 +37,8 @@ WORDS = ["pair=smollm2_self", "quant=none", "data=packaged", "threads=1"]
 
 def trained(runs: Path) -> tuple[RunDir, str]:
     """A run of two steps, and the student's weights."""
-    line = [*WORDS, "max_steps=2", "warmup_ratio=0", f"runs={runs}"]
+    # A student that is not quantized is its teacher, from whom it would learn nothing.
+    line = [*WORDS, "method=sft", "max_steps=2", "warmup_ratio=0", f"runs={runs}"]
     spec = compose(from_command_line(line, TrainSpec), TrainSpec)
     run = Runs(runs).of(spec)
     train_run(spec, run, StopFlag())
