@@ -22,6 +22,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from stillhouse import flags, tasks, watch_rules
 from stillhouse.errors import ConfigError, nearest
+from stillhouse.identity import to_plain
 from stillhouse.spec import EvalJobSpec, EvalSpec, TrainSpec
 
 Spec = TypeVar("Spec", TrainSpec, EvalSpec)
@@ -301,3 +302,32 @@ def _is_plain_word(text: str) -> bool:
     if re.fullmatch(r"[A-Za-z_][\w./:@-]*|[/.][\w./:@-]*", text, re.ASCII) is None:
         return False
     return text.lower() not in ("null", "true", "false", "nan", "inf")
+
+
+def as_json(spec: TrainSpec | EvalSpec) -> str:
+    """A resolved spec as JSON, a line for each section; without the site, which is no pod's."""
+    sections = {name: leaves for name, leaves in to_plain(spec).items() if name != "site"}
+    lines = (f"{json.dumps(name)}: {_compact(leaves)}" for name, leaves in sections.items())
+    return "{" + ",\n".join(lines) + "}"
+
+
+def _compact(leaves: Any) -> str:
+    return json.dumps(leaves, separators=(",", ":"), ensure_ascii=False)
+
+
+def from_json(text: str, spec_type: type[Spec], where: str = "--spec") -> Spec:
+    """The checked spec in such a text; its site is the default one.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    try:
+        plain: Any = json.loads(text)
+    except ValueError as error:
+        raise ConfigError(f"{where}: not JSON ({error}); a launcher writes it") from error
+    if not isinstance(plain, dict):
+        raise ConfigError(f"{where}: not an object of sections ({', '.join(_sections(spec_type))})")
+    sections = cast("dict[str, Any]", plain)
+    if "site" in _sections(spec_type):
+        sections = {"site": _composed(FILE_OF[spec_type], (), where)["site"], **sections}
+    return check(sections, spec_type, where)

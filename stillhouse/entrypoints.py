@@ -4,10 +4,11 @@ Everything that can be checked without torch is checked first: a run that is alr
 0 before the heavy imports. The cause that ends a run is written to its status.json, so that no run
 ends without a record.
 
-In a pod (pod.py), environment variables say more. STILLHOUSE_IN_POD: this is a pod. STILLHOUSE_ID
-and STILLHOUSE_CODE: the configuration and the code that it was made for. STILLHOUSE_EXIT_FILE: the
-file to which each process appends how it ended, and an evaluation what became of its rows.
-STILLHOUSE_FETCH: training, or a preflight, may download what it needs before it begins.
+In a pod (pod.py), `--spec JSON` stands in place of words, and environment variables say more.
+STILLHOUSE_IN_POD: this is a pod. STILLHOUSE_ID and STILLHOUSE_CODE: the configuration and the code
+that it was made for. STILLHOUSE_EXIT_FILE: the file to which each process appends how it ended, and
+an evaluation what became of its rows. STILLHOUSE_FETCH: training, or a preflight, may download what
+it needs before it begins.
 """
 
 from __future__ import annotations
@@ -25,7 +26,14 @@ from typing import Any, NoReturn
 from filelock import Timeout
 
 from stillhouse import compatibility, packaged_prompts, preflight_rules
-from stillhouse.compose import compose, data_file, from_command_line, help_text
+from stillhouse.compose import (
+    Spec,
+    compose,
+    data_file,
+    from_command_line,
+    from_json,
+    help_text,
+)
 from stillhouse.errors import (
     AGAIN,
     DONE,
@@ -69,7 +77,7 @@ def train_main(argv: list[str]) -> int:
         return 0
 
     def work() -> int:
-        spec = compose(from_command_line(argv, TrainSpec), TrainSpec)
+        spec = _asked(argv, TrainSpec)
         _check_made_for(point_id(spec))
         if os.environ.get("STILLHOUSE_FETCH"):
             _fetch(spec)
@@ -85,7 +93,7 @@ def eval_main(argv: list[str]) -> int:
         return 0
 
     def work() -> int:
-        spec = compose(from_command_line(argv, EvalSpec), EvalSpec)
+        spec = _asked(argv, EvalSpec)
         _check_made_for(eval_id(spec))
         if not _is_in_pod():
             _refuse_without_adapters(spec)
@@ -100,7 +108,7 @@ def prepare_main(argv: list[str]) -> int:
     words = [word for word in argv if word not in options]
 
     def work() -> int:
-        spec = compose(from_command_line(words, EvalSpec), EvalSpec)
+        spec = _asked(words, EvalSpec)
         _check_made_for(None)
         return prepare(spec, fetches="--fetch" in argv, scores="--no-scores" not in argv)
 
@@ -119,7 +127,7 @@ def preflight_main(argv: list[str]) -> int:
 
     def work() -> int:
         options, words = _parsed(parser, argv)
-        spec = compose(from_command_line(words, TrainSpec), TrainSpec)
+        spec = _asked(words, TrainSpec)
         if options.backend == "cluster":
             from stillhouse.sweep.cluster.submit import send
 
@@ -222,6 +230,13 @@ def _reported(work: Callable[[], int]) -> int:
         return code
 
     return exit_code_of(told)
+
+
+def _asked(words: list[str], spec_type: type[Spec]) -> Spec:
+    """What to work on: as a person says it, or `--spec JSON`, as a launcher resolved it."""
+    if words[:1] == ["--spec"] and len(words) == 2:
+        return from_json(words[1], spec_type)
+    return compose(from_command_line(words, spec_type), spec_type)
 
 
 def _check_made_for(found: str | None) -> None:

@@ -4,7 +4,8 @@
     pod.py [--code=D] [--id=I] [--log=FILE] [--processes=N] KIND -- WORDS…
 
     train eval prepare preflight drive
-                               starts train.py, eval.py or `python -m stillhouse` with these words
+                               starts train.py, eval.py or `python -m stillhouse` with these words;
+                               what a launcher resolved, they are given as `--spec JSON`
     collect -- SECONDS         transfer.py: waits for SECONDS without a send, or for a SIGTERM
     push -- SECONDS            the same, with the cache in place of the runs
     send -- REQUEST            transfer.py, by `exec` in a collect pod: files of runs to stdout

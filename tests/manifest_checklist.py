@@ -77,8 +77,8 @@ LINES: tuple[Line, ...] = (
         manifest_evidence.labels_its_pods,
     ),
     Line(
-        "annotation stillhouse/words, equal to the arguments after --",
-        "it is what a person reads, and what another launcher takes for the truth",
+        "the spec of --id as the last argument; annotation stillhouse/words, which compose to it",
+        "a pod does what its name says, and a person reads, and can type, the same",
         manifest_evidence.says_its_words,
     ),
     Line(

@@ -6,13 +6,16 @@ a part is missing: `checklist` takes that for a no.
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from dataclasses import dataclass
 from typing import Any, cast
 
+from stillhouse.compose import compose, from_command_line, from_json
+from stillhouse.identity import eval_id, point_id
 from stillhouse.rundir import Json
-from stillhouse.spec import ID_DIGITS
+from stillhouse.spec import ID_DIGITS, EvalSpec, TrainSpec
 from stillhouse.sweep.cluster import secrets
 from stillhouse.sweep.cluster.jobspec import Kind
 from stillhouse.sweep.cluster.manifest import (
@@ -99,6 +102,11 @@ class Job:
         return [word.replace("$$", "$") for word in args[args.index("--") + 1 :]]
 
     @property
+    def asked(self) -> str | None:
+        """The resolved spec, as JSON; None where the pod is given words."""
+        return self.words[-1] if self.words[-2:-1] == ["--spec"] else None
+
+    @property
     def volumes(self) -> dict[str, Json]:
         return {volume["name"]: volume for volume in self.pod["volumes"]}
 
@@ -147,10 +155,24 @@ def labels_its_pods(job: Job) -> bool:
 
 
 def says_its_words(job: Job) -> bool:
-    told = shlex.split(job.told["stillhouse/words"])
-    places = job.kind in ("collect", "push") or {"runs=/runs", "cache_dir=/cache"} <= {*told}
+    told = shlex.split(job.told.get("stillhouse/words", ""))
     size = sum(len(key) + len(text.encode()) for key, text in job.told.items())
+    if job.asked is not None:
+        place = json.loads(job.asked)["place"]
+        is_there = (place["runs"], place["cache_dir"]) == ("/runs", "/cache")
+        return is_there and _is_of(job, told) and size < ANNOTATIONS_BYTES
+    places = job.kind in ("collect", "push") or {"runs=/runs", "cache_dir=/cache"} <= {*told}
     return told == job.words and places and size < ANNOTATIONS_BYTES
+
+
+def _is_of(job: Job, typed: list[str]) -> bool:
+    """Whether the spec is of the id that its pod is told, and so are the words, where there are."""
+    assert job.asked is not None
+    own = job.options["id"]
+    if job.kind == "train":
+        spec = compose(from_command_line(typed, TrainSpec), TrainSpec)
+        return point_id(from_json(job.asked, TrainSpec)) == own == point_id(spec)
+    return job.kind != "eval" or eval_id(from_json(job.asked, EvalSpec)) == own
 
 
 def counts_its_devices(job: Job) -> bool:

@@ -20,7 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from kubernetes import client
 
-from stillhouse.compose import Overrides, compose, from_command_line, k8s_dir
+from stillhouse.compose import Overrides, compose, from_command_line, from_json, k8s_dir
 from stillhouse.errors import ConfigError
 from stillhouse.identity import eval_id, point_id, suite_key
 from stillhouse.rundir import Json, directory_name
@@ -91,6 +91,17 @@ def container(job: Json) -> Json:
     return main
 
 
+def unscored(sweep: Sweep) -> Sweep:
+    return dataclasses.replace(sweep, suite=None)
+
+
+def spec_in(job: Json) -> str:
+    """The spec as its pod reads it."""
+    *_, flag, text = container(job)["args"]
+    assert flag == "--spec"
+    return text.replace("$$", "$")
+
+
 def environment(job: Json) -> dict[str, Any]:
     return {e["name"]: e.get("value", e.get("valueFrom")) for e in container(job)["env"]}
 
@@ -107,6 +118,8 @@ def test_the_pattern_is_the_job_of_its_own_words():
     del job["metadata"]["annotations"]["stillhouse/asks"]  # who edits a file sends it from no site
     main = container(job)
     assert main["args"].pop(0).startswith("--code=")
+    main["args"][-2:] = step.typed  # a person types words, and they mean the same
+    assert point_id(compose(from_command_line([*step.typed], TrainSpec), TrainSpec)) == step.id
     assert main["command"] == ["python", "/bundle/pod.py"]
     main["command"] = ["python", "-m", "stillhouse.pod"]  # by itself it runs the image's code
     assert main["volumeMounts"].pop()["name"] == "bundle"
@@ -209,7 +222,7 @@ def golden_steps() -> dict[str, tuple[JobSpec, SiteSpec]]:
     return {
         "train": (train_step(point, sweep), sweep.site),
         "train_8gpu": (train_step(big.points[0], big, fetch=True), big.site),
-        "prepare": (prepare_step(point, sweep.suite, sweep), sweep.site),
+        "prepare": (prepare_step(point, sweep), sweep.site),
         "eval": (eval_step(scored, baselines, sweep), sweep.site),
         "preflight": (preflight_step("tiny", PREFLIGHT, ["--prompts=64"]), sweep.site),
         "drive": (drive_step(file, b"grid: {}\n", ["--point=a"]), sweep.site),
@@ -271,18 +284,18 @@ def test_all_27_lines_of_the_seeds_render_as_26_jobs(seeds: list[Json]):
     assert [job["metadata"]["name"] for job in seeds if check(job)] == []
 
 
-def test_the_words_of_a_seeds_line_compose_to_its_point_in_the_pod(seeds: list[Json]):
+def test_the_spec_in_a_seeds_job_is_its_point_in_the_pod(seeds: list[Json]):
     for line, job in zip([*TRAIN_SH, *EVAL_SH], seeds, strict=True):
         args = container(job)["args"]
-        words = args[args.index("--") + 1 :]
+        text = spec_in(job)
         own = job["metadata"]["name"].rpartition("-")[2]
         assert f"--id={own}" in args
         if "train" in args:
-            spec = compose(from_command_line(words, TrainSpec), TrainSpec)
+            spec = from_json(text, TrainSpec)
             assert point_id(spec) == own
             assert (spec.place.name, spec.place.runs) == (name_of(line), "/runs")
         else:
-            spec = compose(from_command_line(words, EvalSpec), EvalSpec)
+            spec = from_json(text, EvalSpec)
             assert eval_id(spec) == own
             assert all(path.startswith("dump/") for path in spec.evaluation.lora_paths)
         assert spec.place.cache_dir == "/cache"
@@ -317,11 +330,11 @@ def test_a_step_of_training_has_the_name_of_its_run_directory():
         "pair=tiny data=local data_path=/data/rows.jsonl limit=5",
     ],
 )
-def test_the_words_of_an_evaluation_compose_to_pair_quantiser_data_and_suite(line: str):
+def test_the_spec_of_an_evaluation_has_pair_quantiser_data_and_suite(line: str):
     sweep = typed(f"{line} suite=tiny")
     first = sweep.points[0]
     step = eval_step([first], ["student-0123456789"], sweep)
-    spec = compose(from_command_line(list(step.words), EvalSpec), EvalSpec)
+    spec = from_json(spec_in(rendered(step, sweep.site)), EvalSpec)
     assert (spec.pair, spec.quant, spec.data) == (
         first.spec.pair,
         first.spec.quant,
@@ -339,33 +352,41 @@ def test_the_words_of_an_evaluation_compose_to_pair_quantiser_data_and_suite(lin
     assert step.scores == suite_key(spec.suite)
 
 
-def test_what_no_word_can_say_is_refused_with_the_way_out():
+def test_a_text_that_no_word_can_say_reaches_the_pod_as_it_is():
     point, sweep = tiny()
-    data = dataclasses.replace(point.spec.data, prompt_template="{question} ${price}")
+    data = dataclasses.replace(point.spec.data, prompt_template="{question} ${price} $(HOME)\n'")
     odd = dataclasses.replace(point, resolved=dataclasses.replace(point.spec, data=data))
-    with pytest.raises(ConfigError, match="conf/data"):
-        eval_step([odd], [], sweep)
+    for step in (eval_step([odd], [], sweep), prepare_step(odd, sweep)):
+        assert from_json(spec_in(rendered(step, sweep.site)), EvalSpec).data == data
+    trained = rendered(train_step(odd, sweep), sweep.site)
+    assert from_json(spec_in(trained), TrainSpec).data == data
 
 
-def test_the_words_of_a_preparation_say_the_suite_where_there_is_one():
+@pytest.mark.parametrize("text", ["", "[]", "{}", "{'pair': 1}", '{"pair": {"pair_name": 1}}'])
+def test_what_is_no_spec_is_refused_by_what_is_wrong_with_it(text: str):
+    with pytest.raises(ConfigError, match="--spec: "):
+        from_json(text, TrainSpec)
+
+
+def test_the_spec_of_a_preparation_has_the_suite_where_there_is_one():
     point, sweep = tiny()
-    scored, trained = prepare_step(point, sweep.suite, sweep), prepare_step(point, None, sweep)
-    assert "suite=tiny" in scored.words
-    assert scored.words[-1] == "--fetch"
-    assert trained.words[-2:] == ("--fetch", "--no-scores")
-    assert not any(word.startswith("suite=") for word in trained.words)
+    scored = prepare_step(point, sweep)
+    trained = prepare_step(point, unscored(sweep))
+    assert isinstance(scored.spec, EvalSpec) and scored.spec.suite == sweep.suite
+    assert scored.words == ("--fetch",)
+    assert trained.words == ("--fetch", "--no-scores")
     assert scored.name != trained.name
 
 
 def test_points_of_one_group_are_prepared_once():
     sweep = typed("pair=tiny lmbda=0,1 seeds=2")
-    assert len({prepare_step(point, sweep.suite, sweep).name for point in sweep.points}) == 1
+    assert len({prepare_step(point, sweep).name for point in sweep.points}) == 1
 
 
 def test_the_label_of_an_eval_line_does_not_change_its_job():
     overrides = from_command_line(shlex.split("--pair tiny --lora-paths dump/a"), EvalSpec)
     one, two = eval_line_step("one", overrides), eval_line_step("two", overrides)
-    assert (one.name, one.hash, one.words) == (two.name, two.hash, two.words)
+    assert (one.name, one.hash, one.spec) == (two.name, two.hash, two.spec)
     assert (one.names, two.names) == (("one",), ("two",))
     assert one.baselines and all(
         name.startswith(("teacher-", "student-", "ptq-")) for name in one.baselines
@@ -375,7 +396,8 @@ def test_the_label_of_an_eval_line_does_not_change_its_job():
 def test_an_eval_line_leaves_out_where_things_lie_on_the_laptop():
     words = shlex.split("--pair tiny --lora-paths out/a --runs here --cache-dir there --name x")
     step = eval_line_step("x", from_command_line(words, EvalSpec))
-    assert step.words == ("pair=tiny", "lora_paths=[out/a]", "runs=/runs", "cache_dir=/cache")
+    assert step.typed == ("pair=tiny", "lora_paths=[out/a]", "runs=/runs", "cache_dir=/cache")
+    assert step.spec == compose(from_command_line([*step.typed], EvalSpec), EvalSpec)
 
 
 def test_a_driver_repeats_what_was_typed_and_says_whose_jobs_these_are():
@@ -422,7 +444,10 @@ def test_only_who_may_download_goes_online():
         env = environment(rendered(step, sweep.site))
         assert offline.items() <= env.items()
         assert "STILLHOUSE_FETCH" not in env
-    for step in (train_step(point, sweep, fetch=True), prepare_step(point, None, sweep)):
+    for step in (
+        train_step(point, sweep, fetch=True),
+        prepare_step(point, unscored(sweep)),
+    ):
         assert not offline.keys() & environment(rendered(step, sweep.site)).keys()
 
 
@@ -432,7 +457,7 @@ def test_secrets_go_by_reference_to_those_who_use_them():
     env = environment(rendered(train_step(point, sweep), sweep.site))
     assert env["WANDB_API_KEY"] == {"secretKeyRef": reference}
     assert "HF_TOKEN" not in env  # it works offline
-    env = environment(rendered(prepare_step(point, None, sweep), sweep.site))
+    env = environment(rendered(prepare_step(point, unscored(sweep)), sweep.site))
     assert env["HF_TOKEN"]["secretKeyRef"]["name"] == "hf-token"
     assert "WANDB_API_KEY" not in env
 
@@ -443,7 +468,7 @@ def test_who_asks_for_no_gpu_gets_none_and_may_run_beside_any():
         kind: rendered(step, sweep.site)["spec"]["template"]["spec"]
         for kind, step in {
             "train": train_step(point, sweep),
-            "prepare": prepare_step(point, None, sweep),
+            "prepare": prepare_step(point, unscored(sweep)),
             "drive": drive_step(sweep, None),
             "collect": collect_step("x", "y"),
         }.items()
@@ -461,7 +486,7 @@ def test_a_driver_and_a_collector_do_not_wait_in_the_queue():
     sweep = typed(LAB)
     point = sweep.points[0]
     queued = (train_step(point, sweep), eval_step([point], [], sweep))
-    for step in (*queued, prepare_step(point, None, sweep)):
+    for step in (*queued, prepare_step(point, unscored(sweep))):
         job = rendered(step, sweep.site)
         assert job["spec"]["suspend"] is True
         assert job["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == "stillhouse"
@@ -730,7 +755,7 @@ def test_the_kinds_of_jobs_that_go_online_are_those_that_the_network_lets_out():
     file = dataclasses.replace(sweep, file="sweeps/first.yaml")
     line = dataclasses.replace(train_step(point, sweep, fetch=True), sweep=None)
     steps = [
-        train_step(point, sweep), line, prepare_step(point, sweep.suite, sweep),
+        train_step(point, sweep), line, prepare_step(point, sweep),
         eval_step([point], ["teacher-0123456789"], sweep), eval_line_step("x", Overrides({}, {})),
         preflight_step("tiny", PREFLIGHT, []), drive_step(file, b"grid: {}\n"),
         collect_step("first", "a laptop"), push_step("small", "a laptop"),
@@ -811,7 +836,7 @@ def test_defaults_of_the_sites_render():
 
 def test_overrides_that_name_nothing_make_a_step_of_the_defaults():
     step = eval_line_step("eval", Overrides({}, {}))
-    assert step.words == ("runs=/runs", "cache_dir=/cache")
+    assert step.typed == ("runs=/runs", "cache_dir=/cache")
 
 
 def test_a_site_names_runtime_class_pull_secret_and_what_sidecars_read():
@@ -828,7 +853,7 @@ def test_a_site_names_runtime_class_pull_secret_and_what_sidecars_read():
     (main,) = template["spec"]["containers"]
     assert {"name": "STILLHOUSE_GPUS", "value": "1"} in main["env"]
     # A pod without a GPU needs no runtime class; all pods need the image.
-    prepare = rendered(prepare_step(sweep.points[0], None, sweep), sweep.site)
+    prepare = rendered(prepare_step(sweep.points[0], unscored(sweep)), sweep.site)
     assert "runtimeClassName" not in prepare["spec"]["template"]["spec"]
     assert prepare["spec"]["template"]["spec"]["imagePullSecrets"] == [{"name": "regcred"}]
 

@@ -14,6 +14,7 @@ from test_cluster_collect import kubelet
 
 from stillhouse import receive, transfer
 from stillhouse.cli import main
+from stillhouse.compose import _composed  # pyright: ignore[reportPrivateUsage]
 from stillhouse.errors import ConfigError
 from stillhouse.rundir import Json
 from stillhouse.sweep.cluster import push as pushing
@@ -93,8 +94,10 @@ def lab(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Generator[Lab, None,
         monkeypatch.setenv("KUBECONFIG", str(fake.kubeconfig(tmp_path / "kubeconfig")))
         monkeypatch.setenv("STILLHOUSE_CACHE", str(tmp_path / "memory"))
         monkeypatch.chdir(tmp_path)
+        _composed.cache_clear()  # it holds what the environment said
         with kubelet(fake, fake.run_pod):
             yield Lab(fake, tmp_path)
+        _composed.cache_clear()
 
 
 @pytest.fixture

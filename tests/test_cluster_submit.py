@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shlex
@@ -46,19 +47,24 @@ def test_the_published_lines_are_27_and_make_26_jobs(capsys: pytest.CaptureFixtu
 
 
 @pytest.mark.parametrize("text", PUBLISHED, ids=lambda text: text.split()[1])
-def test_the_words_in_a_job_compose_to_what_its_line_asks_for(text: str) -> None:
+def test_the_spec_in_a_job_is_what_its_line_asks_for(text: str) -> None:
     door, name, *typed = text.split()
     line = line_of(text)
     if door == "k8s/train.sh":
         asked = compose(from_command_line(typed, TrainSpec), TrainSpec)
-        sent = compose(from_command_line(list(line.step.words), TrainSpec), TrainSpec)
+        sent = line.step.spec
+        assert isinstance(sent, TrainSpec)
+        typed_again = compose(from_command_line([*line.step.typed], TrainSpec), TrainSpec)
+        assert sent == dataclasses.replace(typed_again, site=sent.site)
         assert point_id(sent) == point_id(asked) == line.step.id
         assert line.step.name == directory_name(slug(asked), line.step.id)
         assert (sent.place.name, sent.place.tags) == (name, asked.place.tags)
         assert sent.place.runs == "/runs"
     else:
         asked_eval = compose(from_command_line(typed, EvalSpec), EvalSpec)
-        sent_eval = compose(from_command_line(list(line.step.words), EvalSpec), EvalSpec)
+        sent_eval = line.step.spec
+        assert sent_eval == compose(from_command_line([*line.step.typed], EvalSpec), EvalSpec)
+        assert isinstance(sent_eval, EvalSpec)
         assert eval_id(sent_eval) == eval_id(asked_eval) == line.step.id
         assert sent_eval.evaluation.lora_paths == asked_eval.evaluation.lora_paths
 

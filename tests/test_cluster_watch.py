@@ -576,6 +576,6 @@ def test_ten_thousand_jobs_take_little_memory(lab: Lab) -> None:
 
 
 def test_a_pair_that_is_prepared_has_a_job_that_names_it() -> None:
-    step = prepare_step(POINT, SWEEP.suite, SWEEP)
+    step = prepare_step(POINT, SWEEP)
     assert step.name.rpartition("-")[2] == step.id
     assert ids(SWEEP)[0] == POINT.id

@@ -17,6 +17,7 @@ from stillhouse.sources import sources_of
 from stillhouse.spec import TrainSpec
 from stillhouse.sweep import commits, verbs
 from stillhouse.sweep.cluster.jobspec import eval_step, prepare_step, train_step
+from stillhouse.sweep.cluster.manifest import refuse_secrets
 from stillhouse.sweep.grid import load_sweep
 from stillhouse.sweep.points import Sweep
 from stillhouse.sweep.snapshot import observe
@@ -131,18 +132,18 @@ def test_every_pod_of_a_sweep_is_told_the_commits_and_a_tracked_one_its_sweep(
 ) -> None:
     open_ = sweep_of(tmp_path)
     sweep = commits.pinned(open_, {}, commits.here)
-    point, said = sweep.points[0], f"commits={{lab/one:'{FIRST}'}}"
-    assert said in train_step(point, sweep).words
-    assert said in prepare_step(point, sweep.suite, sweep).words
-    assert said in eval_step([point], [], sweep).words
+    point = sweep.points[0]
+    steps = (train_step(point, sweep), prepare_step(point, sweep), eval_step([point], [], sweep))
+    told = [step.spec.place for step in steps if step.spec]
+    assert [place.commits for place in told] == [{"lab/one": FIRST}] * 3
+    refuse_secrets(steps, sweep.site)  # forty digits that are a commit are no key
     assert train_step(point, sweep).name == train_step(point, open_).name
-    prepares = {prepare_step(point, s.suite, s).name for s in (sweep, open_)}
+    prepares = {prepare_step(point, s).name for s in (sweep, open_)}
     assert len(prepares) == 2  # what was prepared of one commit is not there of another
-    assert not any(word.startswith("sweep=") for word in train_step(point, sweep).words)
+    assert told[0].sweep is None
     tracked = sweep_of(tmp_path, "tracker=wandb")
-    assert f"sweep={tracked.name}" in train_step(tracked.points[0], tracked).words
-    spec = compose(from_command_line([*train_step(point, sweep).words], TrainSpec), TrainSpec)
-    assert spec.place.commits == {"lab/one": FIRST}
+    spec = train_step(tracked.points[0], tracked).spec
+    assert spec is not None and spec.place.sweep == tracked.name
     assert commits.placed(point.spec, sweep).place.sweep == sweep.name
 
 

@@ -1,6 +1,5 @@
 """Test sweep files, typed grids, and everything that can be wrong with them."""
 
-import dataclasses
 import itertools
 import subprocess
 import sys
@@ -12,11 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stillhouse.compose import compose, from_command_line
+from stillhouse.compose import as_json, compose, from_command_line, from_json
 from stillhouse.errors import ConfigError
 from stillhouse.identity import point_id, to_plain
-from stillhouse.spec import EvalSpec, TrainSpec
-from stillhouse.sweep.cluster.jobspec import _subject as subject
+from stillhouse.spec import TrainSpec
 from stillhouse.sweep.grid import load_sweep
 from stillhouse.sweep.points import Sweep
 
@@ -627,9 +625,4 @@ def test_a_pod_is_told_of_a_pair_that_no_file_of_conf_describes(tmp_path: Path):
     base = "{student: models/small, teacher: models/large, student_dtype: float32, vocab_size: 99}"
     point = load(f"base: {base}\n", tmp_path).points[0]
     assert id_of(" ".join(point.words)) == point.id
-    asked = compose(from_command_line(["suite=mcq5"], EvalSpec), EvalSpec)
-    spec = dataclasses.replace(
-        asked, pair=point.spec.pair, quant=point.spec.quant, data=point.spec.data
-    )
-    words = subject(spec.pair, spec.quant, spec.data, spec.suite)
-    assert compose(from_command_line(list(words), EvalSpec), EvalSpec).pair == spec.pair
+    assert from_json(as_json(point.spec), TrainSpec).pair == point.spec.pair

@@ -21,6 +21,7 @@ from typing import Any, ClassVar
 import pytest
 
 from stillhouse import entrypoints, pod
+from stillhouse.compose import as_json
 from stillhouse.identity import point_id
 from stillhouse.rundir import Runs, code_identity
 from stillhouse.sweep.cluster.objects import last_words
@@ -475,7 +476,8 @@ def test_two_ranks_save_and_their_pod_says_85_and_the_next_one_goes_on(tmp_path:
     runs = tmp_path / "runs"
     point = ["num_processes=2", "per_device_train_batch_size=2", "lmbda=0.5", "save_steps=1000"]
     run = Runs(runs).of(cheap(runs, *point, "max_steps=4000"))
-    line = ["--processes=2", "train", "--", *words(runs, *point, "max_steps=4000", CACHE)]
+    spec = as_json(cheap(runs, *point, "max_steps=4000", CACHE))
+    line = ["--processes=2", "train", "--", "--spec", spec]
     one = real(tmp_path, *line)
     one.wait_until(lambda: len(run.metrics()) >= 3)
     one.process.send_signal(signal.SIGTERM)

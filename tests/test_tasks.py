@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from stillhouse import tasks
-from stillhouse.compose import compose, from_command_line
+from stillhouse.compose import as_json, compose, from_command_line, from_json
 from stillhouse.errors import ConfigError
 from stillhouse.identity import eval_id, score_key, suite_key
 from stillhouse.spec import EvalSpec, SuiteSpec
@@ -213,22 +213,24 @@ def test_the_files_of_a_suites_tasks_travel_with_the_code_and_nothing_else_does(
     assert there == {"my_sums.yaml", "_base.yaml", "scoring.py", "data/rows.jsonl"}
 
 
-def test_the_words_for_a_pod_ask_the_same_there(
+def test_the_spec_for_a_pod_asks_the_same_there(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sweep = sweep_beside(folder, "{include_path: tasks, baselines: [teacher]}")
     assert sweep.suite is not None
     step = jobspec.eval_step(sweep.points, ["teacher-0123456789"], sweep)
-    prepared = jobspec.prepare_step(sweep.points[0], sweep.suite, sweep)
+    prepared = jobspec.prepare_step(sweep.points[0], sweep)
     line = read_line("eval", "mine", [*PAIR, f"include_path={folder}", "tasks=[my_sums]"])
     driver = jobspec.drive_step(sweep, b"")
     pod = unpacked(sweep.suite, tmp_path / "pod")
     monkeypatch.chdir(pod)
     for asked in (step, line.step):
-        spec = compose(from_command_line(list(asked.words), EvalSpec), EvalSpec)
+        assert isinstance(asked.spec, EvalSpec)
+        spec = from_json(as_json(asked.spec), EvalSpec)
         assert eval_id(spec) == asked.id and spec.suite.include_path == "tasks"
         assert set(tasks.chosen(spec.suite, "here")) == {t.asks for t in spec.suite.tasks}
-    assert "include_path=tasks" in prepared.words and "include_path=tasks" in driver.words
+    assert isinstance(prepared.spec, EvalSpec) and prepared.spec.suite.include_path == "tasks"
+    assert "include_path=tasks" in driver.words
     # A driver in the pod reads the same sweep, and names the same Jobs and the same code.
     there = load_sweep(str(folder.parent / "mine.yaml"), ["include_path=tasks"], Path("runs"))
     assert there.suite is not None

@@ -15,10 +15,11 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from stillhouse.compose import Overrides, as_command_line, from_command_line
+from stillhouse.compose import Overrides, as_command_line, from_command_line, from_json
 from stillhouse.errors import ConfigError
+from stillhouse.rundir import Json
 from stillhouse.spec import TrainSpec
-from stillhouse.sweep.cluster.jobspec import train_step
+from stillhouse.sweep.cluster.jobspec import drive_step, train_step
 from stillhouse.sweep.cluster.manifest import render
 from stillhouse.sweep.grid import load_sweep
 from stillhouse.sweep.points import Sweep
@@ -97,14 +98,26 @@ WORD |= st.sampled_from(["$(HOME)", "$$(HOME)", "$$", "a=$(OMP_NUM_THREADS)"])
 @settings(max_examples=60, deadline=None)
 @given(words=st.lists(WORD, max_size=3))
 def test_a_pod_is_given_the_words_that_the_launcher_has(sweep: Sweep, words: list[str]) -> None:
-    step = train_step(sweep.points[0], sweep)
+    step = drive_step(sweep, None)
     step = dataclasses.replace(step, words=(*words, *step.words))
     job = render(step, sweep.site, "0123456789abcdef-01234567")
     assert shlex.split(job["metadata"]["annotations"]["stillhouse/words"]) == [*step.words]
+    assert in_pod(job) == [*step.words]
+    assert [said for said in check(job) if "words" in said] == []
+    step = train_step(sweep.points[0], sweep)
+    assert step.spec is not None
+    spec = dataclasses.replace(
+        step.spec, place=dataclasses.replace(step.spec.place, tags=tuple(words))
+    )
+    job = render(dataclasses.replace(step, spec=spec), sweep.site, "0123456789abcdef-01234567")
+    assert from_json(in_pod(job)[-1], TrainSpec).place.tags == tuple(words)
+
+
+def in_pod(job: Json) -> list[str]:
+    """The arguments of the entry point, as a kubelet leaves them."""
     args: list[str] = job["spec"]["template"]["spec"]["containers"][0]["args"]
     given_ = [kubelets(word, {"HOME": "/home", "OMP_NUM_THREADS": "8"}) for word in args]
-    assert given_[given_.index("--") + 1 :] == [*step.words]
-    assert [said for said in check(job) if "words" in said] == []
+    return given_[given_.index("--") + 1 :]
 
 
 @pytest.mark.parametrize("where", ["question", "tag", "key", "name"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import re
 import shlex
 from collections.abc import Iterable
@@ -16,6 +17,7 @@ from test_cluster_push import Lab
 
 from stillhouse import transfer
 from stillhouse.cli import main
+from stillhouse.compose import _composed  # pyright: ignore[reportPrivateUsage]
 from tests.builders.lab import SITE, furnish
 from tests.fakes.fake_api import FakeApi
 
@@ -31,10 +33,15 @@ def test_the_way_is_pushed_planned_run_and_collected():
 
 
 def test_followed_on_a_cluster_every_command_does_what_the_page_says(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    request: pytest.FixtureRequest,
 ):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("STILLHOUSE_CACHE", str(tmp_path / "memory"))
+    _composed.cache_clear()  # it holds what the environment said
+    request.addfinalizer(_composed.cache_clear)
     for name, text in FILES.findall(PAGE):
         Path(name).parent.mkdir(exist_ok=True)
         Path(name).write_text(text)
@@ -82,7 +89,7 @@ def test_followed_on_a_cluster_every_command_does_what_the_page_says(
             assert "6 points: 6 new" in follow(plan)
             jobs = list(yaml.safe_load_all(follow(dry_run)))
             args = [job["spec"]["template"]["spec"]["containers"][0]["args"] for job in jobs]
-            assert all(f"student={paths[0]}" in words for words in args)
+            assert {json.loads(words[-1])["pair"]["student"] for words in args} == {paths[0]}
             assert yaml.safe_load(follow(preflight))["kind"] == "Job"
             assert "6 done" in follow(run)
             assert "6 done" in follow(status)

@@ -55,7 +55,8 @@ def pinned(sweep: Sweep, recorded: Mapping[str, str], find: Find) -> Sweep:
 
 def placed(spec: TrainSpec, sweep: Sweep) -> TrainSpec:
     """A point's spec that knows its sweep, and what open revisions mean in it."""
-    place = dataclasses.replace(spec.place, sweep=sweep.name, commits={**sweep.commits})
+    commits = {**spec.place.commits, **sweep.commits}
+    place = dataclasses.replace(spec.place, sweep=sweep.name, commits=commits)
     return dataclasses.replace(spec, place=place)
 
 

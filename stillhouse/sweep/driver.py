@@ -11,7 +11,7 @@ import contextlib
 import dataclasses
 import functools
 import signal
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Collection, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -22,7 +22,7 @@ from stillhouse.spec import EvalSpec
 from stillhouse.sweep.backend import Executor, Finished, Task
 from stillhouse.sweep.commits import placed
 from stillhouse.sweep.plan import Action, Situation, actions
-from stillhouse.sweep.points import Sweep
+from stillhouse.sweep.points import Point, Sweep
 from stillhouse.sweep.registry import log_file
 from stillhouse.sweep.snapshot import Snapshot
 from stillhouse.sweep.state import FAILED, Observation
@@ -226,35 +226,35 @@ class Driver:
             spec = placed(self.sweep.by_id[action.points[0]].spec, self.sweep)
             return Task(action, (spec,), runs, None, runs[0].log_file)
         if action.kind == "eval":
-            spec = self._eval_spec(action)
+            labels = {b.label for b in self.baselines if b.directory in action.baselines}
+            point = self.sweep.by_id[action.points[0]]
+            spec = eval_spec(self.sweep, point, labels, (str(run.path) for run in runs))
             return Task(action, (spec,), runs, spec, log)
         first = next(p for p in self.sweep.points if p.group == action.group).spec
         cache_dir = Path(first.place.cache_dir)
         subject = (first.pair, first.quant, cache_dir, {**self.sweep.commits})
         return Task(action, subject, (), None, log)
 
-    def _eval_spec(self, action: Action) -> EvalSpec:
-        point, defaults = self.sweep.by_id[action.points[0]].spec, self._eval_defaults
-        assert self.sweep.suite is not None
-        labels = {b.label for b in self.baselines if b.directory in action.baselines}
-        evaluation = dataclasses.replace(
-            defaults.evaluation,
-            lora_paths=tuple(str(self.sweep.run(id_).path) for id_ in action.points),
-            eval_teacher="teacher" in labels,
-            eval_student="student" in labels,
-            eval_ptq="ptq" in labels,
-        )
-        return EvalSpec(
-            pair=point.pair,
-            quant=point.quant,
-            data=point.data,
-            suite=self.sweep.suite,
-            evaluation=evaluation,
-            place=dataclasses.replace(
-                point.place, name=None, output_dir=None, tags=(), commits={**self.sweep.commits}
-            ),
-        )
 
-    @functools.cached_property
-    def _eval_defaults(self) -> EvalSpec:
-        return compose(Overrides({}, {}), EvalSpec)
+def eval_spec(
+    sweep: Sweep, point: Point, labels: Collection[str], lora_paths: Iterable[str]
+) -> EvalSpec:
+    """The evaluation of some runs of a point's group, and of the baselines with these labels."""
+    spec, defaults = point.spec, _eval_defaults()
+    suite = sweep.suite or defaults.suite
+    evaluation = dataclasses.replace(
+        defaults.evaluation,
+        lora_paths=tuple(lora_paths),
+        eval_teacher="teacher" in labels,
+        eval_student="student" in labels,
+        eval_ptq="ptq" in labels,
+    )
+    place = dataclasses.replace(
+        spec.place, name=None, output_dir=None, tags=(), commits={**sweep.commits}
+    )
+    return EvalSpec(spec.pair, spec.quant, spec.data, suite, evaluation, place)
+
+
+@functools.cache
+def _eval_defaults() -> EvalSpec:
+    return compose(Overrides({}, {}), EvalSpec)

@@ -107,8 +107,9 @@ def _dry_run(call: Call) -> int:
             "stillhouse run: --dry-run prints the Jobs of a sweep: with --backend cluster, without"
             " --detach. `stillhouse plan` shows what is left to do on this machine"
         )
-    from stillhouse.sweep.cluster.manifest import image_problem
-    from stillhouse.sweep.cluster.render import manifests
+    from stillhouse.sweep.cluster.code_bundle import bundle
+    from stillhouse.sweep.cluster.jobspec import JobSpecs
+    from stillhouse.sweep.cluster.manifest import image_problem, render, to_yaml
 
     sweep = _pinned_unasked(call, call.asked())
     problem = image_problem(sweep.site)
@@ -116,10 +117,12 @@ def _dry_run(call: Call) -> int:
         say(f"not to be sent as it is: {problem}", file=sys.stderr)
     for name in commits.unknown(sweep):
         say(f"{name}: `run` asks the hub for its commit, and tells every Job", file=sys.stderr)
+    code, steps = bundle(sweep.suite).key, JobSpecs(sweep).all()
+    manifests = (to_yaml(render(step, sweep.site, code)) for step in steps)
     if call.is_json:
         said = show.as_json(sweep, dict.fromkeys(sweep.by_id, Observation("new")))
-        return _print_json(said | {"manifests": [*manifests(sweep)]})
-    for place, manifest in enumerate(manifests(sweep)):
+        return _print_json(said | {"manifests": [*manifests]})
+    for place, manifest in enumerate(manifests):
         sys.stdout.write(("---\n" if place else "") + manifest)
     return DONE
 

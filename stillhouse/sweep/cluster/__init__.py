@@ -6,12 +6,12 @@ Reading order:
     reasons, refusals             why a Job waits, why it was refused, how it ended
     cache, watch                  a cache of the namespace; what fills it, once or by watches
     facts, job_outcomes, ledger   what decides a state; a Job's end; the record that outlives it
-    jobspec, manifest             a task's name and words; its Job
+    jobspec, manifest             a task's name and spec; its Job
     code_bundle, project_files, secrets    the code that travels with a Job, and what must not
     create, ownership, replace    make a Job once, or replace it
     jobs                          the executor: follow Jobs, record how each ended, delete them
     find                          sweeps, runs and Jobs found by what people call them
-    backend, render               a cluster for the verbs; Jobs without one
+    backend                       a cluster for the verbs
     submit_args, submit           one Job: a line of k8s/train.sh or k8s/eval.sh, or a driver
     doctor, describe, pod_logs    a namespace checked; what a person reads
     volume_pod, collect, push     copy files from and to the volumes

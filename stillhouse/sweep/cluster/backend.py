@@ -28,6 +28,7 @@ from stillhouse.sweep.cluster.connect import Cluster, connect
 from stillhouse.sweep.cluster.describe import job_details, said_of_others
 from stillhouse.sweep.cluster.facts import observed
 from stillhouse.sweep.cluster.find import Names
+from stillhouse.sweep.cluster.jobspec import JobSpecs
 from stillhouse.sweep.cluster.ledger import (
     Ledger,
     cancel_sweep,
@@ -38,7 +39,6 @@ from stillhouse.sweep.cluster.ledger import (
 )
 from stillhouse.sweep.cluster.manifest import label_value, refuse_secrets, render
 from stillhouse.sweep.cluster.objects import JobView
-from stillhouse.sweep.cluster.render import every_step, prepares_of
 from stillhouse.sweep.cluster.watch import Watcher
 from stillhouse.sweep.points import Point, Sweep, point_of
 from stillhouse.sweep.site import away_words
@@ -199,7 +199,7 @@ class ClusterBackend:
         # What a pod's account may do is asked in the pod; who sends one needs as much.
         is_driver = is_detached or "STILLHOUSE_IN_POD" in os.environ
         role = DRIVER if is_driver else doctor.LAUNCHER
-        steps = every_step(sweep)
+        steps = JobSpecs(sweep).all()
         refuse_secrets(steps, sweep.site)
         for step in {step.kind: step for step in steps}.values():
             render(
@@ -219,7 +219,7 @@ class ClusterBackend:
         secrets.refuse_texts([*told, sweep.name, sweep.question or ""], "the sweep")
         where = f"namespace {self.cluster.namespace}"
         registry.refuse_another_sweep(read_sweep(self.cluster, sweep.name), sweep, where)
-        record: Json = registry.record_of(sweep) | {"prepares": prepares_of(sweep)}
+        record: Json = registry.record_of(sweep) | {"prepares": [*JobSpecs(sweep).prepares()]}
         named = {row["name"]: f"{row['slug']}-{row['id']}" for row in record["points"]}
         named = {name: directory for name, directory in named.items() if name}
         if named:

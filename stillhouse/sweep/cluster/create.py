@@ -161,8 +161,7 @@ class JobOwner:
     def __init__(self, sweep: Sweep, steps: JobSpecs) -> None:
         self.groups = sweep.groups
         self.scores = suite_key(sweep.suite) if sweep.suite else None
-        groups = dict.fromkeys(self.groups.values())
-        self.prepares = {steps.of(Action("prepare", group)).name: group for group in groups}
+        self.prepares = steps.prepares()
         self.baselines = {row.directory.name: row for row in sweep.baselines}
 
     def action(self, job: JobView) -> Action | None:

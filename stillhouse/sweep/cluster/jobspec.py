@@ -1,27 +1,24 @@
-"""Describe one task for a cluster by its content: its name, its hash and its command line.
+"""Describe one task for a cluster by its content: its name, its hash, its words and its spec.
 
-A step is pure content: what is to be done (`words`, as the command line of the entry point that the
-pod runs), and what follows from that alone (`name`, `hash`). Two launchers that request the same
-task make the same step, so the second is told that its Job exists. Nothing here knows Kubernetes.
+A step is pure content: what is to be done (`words` and `spec`, for the entry point that the pod
+runs), and what follows from that alone (`name`, `hash`). Two launchers that request the same task
+make the same step, so the second is told that its Job exists. Nothing here knows Kubernetes.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import hashlib
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Literal, cast
 
 from stillhouse.compose import (
-    OWN_PAIR,
     Overrides,
+    Spec,
     as_command_line,
     compose,
-    from_command_line,
-    options_of,
 )
 from stillhouse.errors import ConfigError
 from stillhouse.identity import (
@@ -38,22 +35,20 @@ from stillhouse.rundir import RunDir, Runs, directory_name
 from stillhouse.spec import (
     ID_DIGITS,
     MAX_NAME,
-    DataSpec,
     EvalSpec,
-    PairSpec,
-    QuantSpec,
-    SuiteSpec,
     TrainSpec,
 )
-from stillhouse.sweep.plan import Action
+from stillhouse.sweep.commits import placed
+from stillhouse.sweep.driver import eval_spec
+from stillhouse.sweep.plan import Action, Situation, actions
 from stillhouse.sweep.points import Point, Sweep
+from stillhouse.sweep.state import Observation
 from stillhouse.tasks import IN_BUNDLE
 
 Kind = Literal["prepare", "train", "eval", "preflight", "drive", "collect", "push"]
 
 RUNS, CACHE, SWEEP = "/runs", "/cache", "/sweep"  # where a pod finds its volumes
 PLACES = (f"runs={RUNS}", f"cache_dir={CACHE}")
-BASELINES = ("teacher", "student", "ptq")
 COLLECT_S = 900  # how long a collector waits for the next request before it ends
 
 
@@ -64,9 +59,11 @@ class JobSpec:
     kind: Kind
     name: str  # a DNS label of at most 52 characters: <slug>-<the hash's first ten digits>
     hash: str  # sha256 in hex of what the step is about
-    words: tuple[str, ...]  # command line of the entry point in the pod
+    words: tuple[str, ...]  # arguments of the entry point in the pod, before the spec
     processes: int  # devices asked for
     points: tuple[str, ...]  # ids it is about
+    spec: TrainSpec | EvalSpec | None = None  # what the entry point works on, as it is in the pod
+    typed: tuple[str, ...] = ()  # words that compose to the spec, where somebody has typed some
     baselines: tuple[str, ...] = ()  # names of the baseline directories that an evaluation scores
     sweep: str | None = None
     names: tuple[str, ...] = ()  # what people call it
@@ -84,14 +81,18 @@ class JobSpec:
 
 def train_step(point: Point, sweep: Sweep, fetch: bool = False) -> JobSpec:
     """Train one point."""
-    name = directory_name(point.slug, point.id)
+    name, place = point.directory, placed(point.spec, sweep).place
+    if fetch or point.spec.tracking.tracker == "none":  # else its runs are a group there
+        place = dataclasses.replace(place, sweep=point.spec.place.sweep)
     return JobSpec(
         kind="train",
         name=name,
         hash=digest(versioned(point.spec)),
-        words=(*point.words, *_of_sweep(point.spec, sweep, not fetch), *PLACES),
+        words=(),
         processes=point.spec.training.num_processes,
         points=(point.id,),
+        spec=_in_pod(dataclasses.replace(point.spec, place=place)),
+        typed=(*point.words, *PLACES),
         sweep=sweep.name,
         names=(point.name,) if point.name else (),
         tags=point.tags,
@@ -100,39 +101,23 @@ def train_step(point: Point, sweep: Sweep, fetch: bool = False) -> JobSpec:
     )
 
 
-def _of_sweep(spec: TrainSpec, sweep: Sweep, is_grouped: bool) -> list[str]:
-    """What a point is told of its sweep: commits, and a group where its runs are tracked."""
-    is_grouped = is_grouped and spec.tracking.tracker != "none"
-    new = {"place.sweep": sweep.name} if is_grouped else {}
-    given = dict(spec.place.commits) == dict(sweep.commits)
-    return [*as_command_line(Overrides({}, new)), *(() if given else pinning(sweep))]
-
-
-def pinning(sweep: Sweep) -> list[str]:
-    """The words by which a pod takes the same commits as all others of the sweep."""
-    new = {"place.commits": {**sweep.commits}} if sweep.commits else {}
-    return as_command_line(Overrides({}, new))
-
-
-def prepare_step(point: Point, suite: SuiteSpec | None, sweep: Sweep) -> JobSpec:
+def prepare_step(point: Point, sweep: Sweep) -> JobSpec:
     """Put into the cache what the points of one group need: pair, prompts, and tasks to score.
 
-    `point`: any of the group. `suite`: None where nothing is scored.
+    `point`: any of the group.
     """
-    spec = point.spec
-    subject = _subject(spec.pair, spec.quant, spec.data, _in_pod(suite))
-    words = (*subject, *pinning(sweep), *PLACES, "--fetch")
-    plain = to_plain(spec)
+    plain, suite = to_plain(point.spec), sweep.suite
     parts = [as_before(name, plain[name]) for name in ("pair", "quant", "data")]
     # What was prepared of one commit is not there of another.
     commits = [dict(sorted(sweep.commits.items()))] if sweep.commits else []
     content = digest(["prepare", *parts, suite and suite_content(suite), *commits])
-    name = _name(f"prepare-{spec.pair.pair_name}", content)
+    name = _name(f"prepare-{point.spec.pair.pair_name}", content)
     return JobSpec(
         kind="prepare",
         name=name,
         hash=content,
-        words=words if suite else (*words, "--no-scores"),
+        words=("--fetch",) if suite else ("--fetch", "--no-scores"),
+        spec=_in_pod(eval_spec(sweep, point, (), ())),
         processes=0,
         points=(),
         sweep=sweep.name,
@@ -142,32 +127,13 @@ def prepare_step(point: Point, suite: SuiteSpec | None, sweep: Sweep) -> JobSpec
 
 def eval_step(points: Sequence[Point], baselines: Sequence[str], sweep: Sweep) -> JobSpec:
     """Score some points of one group, and the baselines whose directories are named."""
-    first, suite = points[0].spec, sweep.suite
-    assert suite is not None, "a sweep that scores nothing asks for no evaluation"
-    same = {(p.spec.pair, p.spec.quant, p.spec.data) for p in points}
-    assert same == {(first.pair, first.quant, first.data)}, "one evaluation, one group"
+    assert len({point.group for point in points}) == 1, "one evaluation, one group"
     labels = {name.rpartition("-")[0] for name in baselines}
-    directories = [f"{RUNS}/{directory_name(p.slug, p.id)}" for p in points]
-    asked = {f"evaluation.eval_{label}": label in labels for label in BASELINES}
-    values: dict[str, Any] = {"evaluation.lora_paths": directories, **asked}
-    if first.place.threads is not None:
-        values["place.threads"] = first.place.threads
-    words = _subject(first.pair, first.quant, first.data, _in_pod(suite))
-    spec = _composed(words)
-    evaluation = dataclasses.replace(
-        spec.evaluation,
-        lora_paths=tuple(directories),
-        eval_teacher="teacher" in labels,
-        eval_student="student" in labels,
-        eval_ptq="ptq" in labels,
-    )
-    step = _eval_step(
-        dataclasses.replace(spec, evaluation=evaluation),
-        (*words, *as_command_line(Overrides({}, values)), *pinning(sweep)),
-        sweep.name,
-    )
+    spec = eval_spec(sweep, points[0], labels, (f"{RUNS}/{point.directory}" for point in points))
     return dataclasses.replace(
-        step, points=tuple(point.id for point in points), baselines=tuple(baselines)
+        _eval_step(spec, sweep.name),
+        points=tuple(point.id for point in points),
+        baselines=tuple(baselines),
     )
 
 
@@ -183,10 +149,7 @@ def eval_line_step(name: str, overrides: Overrides) -> JobSpec:
     }
     overrides = Overrides(overrides.groups, kept)
     spec = compose(overrides, EvalSpec)
-    if spec.suite.include_path is not None:
-        kept |= {"suite.include_path": IN_BUNDLE, "suite.tasks": _tasks(spec.suite)}
-        overrides = Overrides(overrides.groups, kept)
-    step = _eval_step(spec, tuple(as_command_line(overrides)), None)
+    step = _eval_step(spec, None)
     evaluation, quant = spec.evaluation, spec.quant
     asked = {
         "teacher": evaluation.eval_teacher,
@@ -198,7 +161,8 @@ def eval_line_step(name: str, overrides: Overrides) -> JobSpec:
         for label, is_asked in asked.items()
         if is_asked
     )
-    return dataclasses.replace(step, names=(name,), baselines=tuple(baselines))
+    typed = (*as_command_line(overrides), *PLACES)
+    return dataclasses.replace(step, names=(name,), baselines=tuple(baselines), typed=typed)
 
 
 def preflight_step(name: str, overrides: Overrides, options: Sequence[str]) -> JobSpec:
@@ -215,25 +179,28 @@ def preflight_step(name: str, overrides: Overrides, options: Sequence[str]) -> J
         kind="preflight",
         name=named,
         hash=content,
-        words=(*as_command_line(overrides), *PLACES, *options),
+        words=tuple(options),
         processes=1,
         points=(),
+        spec=_in_pod(spec),
+        typed=(*as_command_line(overrides), *PLACES, *options),
         names=(name,),
         log=_log(None, named),
         fetch=True,
     )
 
 
-def _eval_step(spec: EvalSpec, words: Sequence[str], sweep: str | None) -> JobSpec:
+def _eval_step(spec: EvalSpec, sweep: str | None) -> JobSpec:
     content = eval_digest(spec)
     name = _name(f"eval-{spec.pair.pair_name}-{spec.quant.quant_type}", content)
     return JobSpec(
         kind="eval",
         name=name,
         hash=content,
-        words=(*words, *PLACES),
+        words=(),
         processes=1,
         points=(),
+        spec=_in_pod(spec),
         sweep=sweep,
         scores=suite_key(spec.suite),
         log=_log(sweep, name),
@@ -250,11 +217,47 @@ class JobSpecs:
     def of(self, action: Action) -> JobSpec:
         """The step that an action stands for."""
         if action.kind == "prepare":
-            return prepare_step(self.first[action.group], self.sweep.suite, self.sweep)
+            return prepare_step(self.first[action.group], self.sweep)
         points = [self.sweep.by_id[id_] for id_ in action.points]
         if action.kind == "train":
             return train_step(points[0], self.sweep)
         return eval_step(points, [directory.name for directory in action.baselines], self.sweep)
+
+    def prepares(self) -> dict[str, str]:
+        """Name of a Job that prepares a pair -> its group; sweeps of one pair share one."""
+        groups = dict.fromkeys(self.sweep.groups.values())
+        return {self.of(Action("prepare", group)).name: group for group in groups}
+
+    def all(self) -> list[JobSpec]:
+        """All that the sweep takes where nothing is done, in the order in which it starts.
+
+        Raises:
+            ConfigError: two of them would have one name.
+        """
+        groups = self.sweep.groups
+        found = [
+            *(self.of(Action("prepare", group)) for group in dict.fromkeys(groups.values())),
+            *(self.of(Action("train", group, (id_,))) for id_, group in groups.items()),
+            *(self.of(action) for action in self._evaluations()),
+        ]
+        refuse_collisions(found)
+        return found
+
+    def _evaluations(self) -> Sequence[Action]:
+        """The packs of the sweep when its points were all trained just now."""
+        sweep = self.sweep
+        if sweep.suite is None:
+            return ()
+        now = Situation(
+            groups=sweep.groups,
+            packs={point.id: point.pack for point in sweep.points},
+            observations=dict.fromkeys(sweep.groups, Observation("waiting", is_trained=True)),
+            baselines=sweep.baselines,
+            prepared=dict.fromkeys(sweep.groups.values(), True),
+            live=(),
+            since=0.0,
+        )
+        return actions(now, len(sweep.points) + len(sweep.baselines), sweep.pack)
 
 
 def drive_step(sweep: Sweep, file: bytes | None, options: Sequence[str] = ()) -> JobSpec:
@@ -325,8 +328,8 @@ def refuse_collisions(steps: Iterable[JobSpec]) -> None:
         other = seen.setdefault(step.name, step)
         if other.hash != step.hash:
             raise ConfigError(
-                f"two Jobs would be named {step.name}: {' '.join(other.words)}; and"
-                f" {' '.join(step.words)}. Change a knob of one of them, or run them one by one"
+                f"two Jobs would be named {step.name}: {' '.join(other.typed)}; and"
+                f" {' '.join(step.typed)}. Change a knob of one of them, or run them one by one"
             )
 
 
@@ -340,64 +343,11 @@ def _log(sweep: str | None, name: str) -> str:
     return str(Runs(Path()).sweep_log(f"{sweep}.{name}" if sweep else name))
 
 
-def _in_pod(suite: SuiteSpec | None) -> SuiteSpec | None:
-    """The suite, its own tasks where a pod finds their files."""
-    if suite is None or suite.include_path is None:
-        return suite
-    return dataclasses.replace(suite, include_path=IN_BUNDLE)
-
-
-def _tasks(suite: SuiteSpec) -> list[Any]:
-    """A suite's tasks in full, as words say them."""
-    return suite_content(suite)["tasks"]
-
-
-@functools.lru_cache(maxsize=256)
-def _subject(
-    pair: PairSpec, quant: QuantSpec, data: DataSpec, suite: SuiteSpec | None
-) -> tuple[str, ...]:
-    """Words that compose to exactly this pair, quantizer, data and suite.
-
-    Raises:
-        ConfigError: a value that no word can say.
-    """
-    wanted: dict[str, Any] = {"pair": pair, "quant": quant, "data": data}
-    if suite is not None:
-        wanted["suite"] = suite
-    options = {"pair": pair.pair_name, "quant": quant.quant_type, "data": data.data_name}
-    options |= {"suite": suite.suite_name} if suite else {}
-    groups = {group: name for group, name in options.items() if name in options_of(group)}
-    groups.setdefault("pair", OWN_PAIR)
-    # Neither has a value of its own there, so without one it does not compose.
-    values: dict[str, Any] = {}
-    if data.data_source == "local":
-        values["data.data_path"] = data.data_path
-    if groups["pair"] == OWN_PAIR:
-        values |= {"pair.student": pair.student, "pair.teacher": pair.teacher}
-    if suite is not None and suite.include_path is not None:
-        values |= {"suite.include_path": suite.include_path, "suite.tasks": _tasks(suite)}
-    plain = compose(Overrides(groups, values), EvalSpec)
-    for section, want in wanted.items():
-        for field in dataclasses.fields(want):
-            value = getattr(want, field.name)
-            if getattr(getattr(plain, section), field.name) != value:
-                if suite is not None and field.name == "tasks":
-                    value = _tasks(suite)
-                values[f"{section}.{field.name}"] = value
-    words = tuple(as_command_line(Overrides(groups, values)))
-    try:
-        composed = _composed(words)
-        unsaid = [name for name, want in wanted.items() if getattr(composed, name) != want]
-    except ConfigError:  # a text that the grammar of words cannot quote
-        unsaid = [key.partition(".")[0] for key in values]
-    if unsaid:
-        raise ConfigError(
-            f"no command line says this {unsaid[0]} ({' '.join(words)}); write it as a file of"
-            f" conf/{unsaid[0]} and choose that"
-        )
-    return words
-
-
-@functools.lru_cache(maxsize=256)
-def _composed(words: tuple[str, ...]) -> EvalSpec:
-    return compose(from_command_line(list(words), EvalSpec), EvalSpec)
+def _in_pod(spec: Spec) -> Spec:
+    """A spec whose places are a pod's: its volumes, and the code's directory of own tasks."""
+    place = dataclasses.replace(spec.place, runs=RUNS, cache_dir=CACHE)
+    moved = dataclasses.replace(spec, place=place)
+    if isinstance(moved, EvalSpec) and moved.suite.include_path is not None:
+        suite = dataclasses.replace(moved.suite, include_path=IN_BUNDLE)
+        moved = dataclasses.replace(moved, suite=suite)
+    return moved

@@ -17,7 +17,7 @@ import shlex
 from collections.abc import Iterable, Mapping
 from typing import Any, cast
 
-from stillhouse.compose import k8s_dir
+from stillhouse.compose import as_json, k8s_dir
 from stillhouse.errors import ConfigError
 from stillhouse.rundir import Json
 from stillhouse.spec import SiteSpec
@@ -126,7 +126,7 @@ def _dumper() -> Any:
         pass
 
     def text(dumper: Any, value: str) -> Any:
-        style = None if PLAIN.fullmatch(value) else '"'
+        style = None if PLAIN.fullmatch(value) else "|" if "\n" in value else '"'
         return dumper.represent_scalar("tag:yaml.org,2002:str", value, style)
 
     Dumper.add_representer(str, text)
@@ -172,7 +172,9 @@ def refuse_secrets(steps: Iterable[JobSpec], site: SiteSpec) -> None:
     }
     secrets.refuse_values({key: name for key, name in named.items() if name}, where)
     for step in steps:
-        secrets.refuse_words(step.words, "the command line")
+        secrets.refuse_words((*step.words, *step.typed), "the command line")
+        if step.spec is not None:
+            secrets.refuse_key(as_json(step.spec), f"the configuration of {step.name}")
         secrets.refuse_texts(step.tags, "tags")
         secrets.refuse_texts((*step.names, step.sweep or ""), "names")
 
@@ -229,7 +231,7 @@ def asked(kind: str, processes: int, site: SiteSpec) -> str:
 
 def _annotations(step: JobSpec, site: SiteSpec) -> Json:
     told = {
-        "words": shlex.join(step.words),
+        "words": shlex.join(step.typed if step.spec else step.words),
         "points": ",".join(step.points),
         "baselines": ",".join(step.baselines),
         "scores": step.scores or "",
@@ -301,8 +303,9 @@ def _args(step: JobSpec, code: str) -> list[str]:
         options.append(f"--log={RUNS}/{step.log}")
     if step.processes:
         options.append(f"--processes={step.processes}")
+    spec = ("--spec", as_json(step.spec)) if step.spec else ()
     # A kubelet fills in $(NAME) from the container's environment; to it, $$ is a $.
-    return [*options, step.kind, "--", *(word.replace("$", "$$") for word in step.words)]
+    return [*options, step.kind, "--", *(w.replace("$", "$$") for w in (*step.words, *spec))]
 
 
 def _env(pattern: list[Json], step: JobSpec, site: SiteSpec, gpus: int) -> list[Json]:

@@ -65,7 +65,7 @@ def find(text: str, name: str = "") -> str | None:
         return None
     for kind, pattern in _KINDS.items():
         # A commit of a model repository has forty digits too.
-        is_commit = kind == "a W&B key" and leaf.endswith("revision")
+        is_commit = kind == "a W&B key" and leaf.endswith(("revision", "commits"))
         if pattern.search(text) and not is_commit:
             return kind
     return None
@@ -79,6 +79,17 @@ def find_key(text: str) -> str | None:
     if _ANY_KEY.search(text) is None:
         return None
     return next((kind for kind, pattern in _KEYS.items() if pattern.search(text)), None)
+
+
+def refuse_key(text: str, place: str) -> None:
+    """Refuse a key in settings that nobody typed; `place` is where they are.
+
+    Raises:
+        ConfigError: there is one.
+    """
+    kind = find_key(text)
+    if kind is not None:
+        raise _refusal(place, kind)
 
 
 def refuse_words(words: Sequence[str], where: str) -> None:
@@ -123,8 +134,12 @@ def refuse_texts(texts: Sequence[str], where: str) -> None:
 def refuse(value: str, name: str, place: str) -> None:
     kind = find(value, name)
     if kind is not None:
-        raise ConfigError(
-            f"{place} looks like {kind}, and what a Job holds everybody can read. Put it into a"
-            " Secret (kubectl create secret generic NAME --from-literal=token=...) and name that:"
-            " wandb_secret=NAME or hf_secret=NAME"
-        )
+        raise _refusal(place, kind)
+
+
+def _refusal(place: str, kind: str) -> ConfigError:
+    return ConfigError(
+        f"{place} looks like {kind}, and what a Job holds everybody can read. Put it into a"
+        " Secret (kubectl create secret generic NAME --from-literal=token=...) and name that:"
+        " wandb_secret=NAME or hf_secret=NAME"
+    )

@@ -141,7 +141,7 @@ class _Sender:
             return
         job = self.cluster.read("jobs", there)
         notes: dict[str, str] = job["metadata"].get("annotations") or {} if job else {}
-        words = shlex.join(self.step.words)
+        words = shlex.join(self.step.typed)
         how = differing(notes.get("stillhouse/words"), words, unset="not set")
         how = how or "another configuration, whose Job is gone"
         raise ConfigError(
