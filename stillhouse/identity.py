@@ -70,6 +70,7 @@ AS_BEFORE: dict[str, Any] = {
 # that a record without them has.
 ADDED: dict[str, Any] = {
     "training.max_rollout_gap": None,
+    "monitor.eval_answers": "dataset",
     "place.commits": {},
     "place.sources": "same",
     "place.sweep": None,

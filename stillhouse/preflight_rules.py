@@ -122,6 +122,8 @@ def as_text(found: Mapping[str, Any]) -> str:
         lines.append(f"  worth trying: {found['recipe']}")
     lines.append(f"  rule {found['rule']}; thresholds: {found['calibrated_on']}")
     facts = found["facts"]
+    if (error := facts.get("quantization_error")) is not None:
+        lines.append(f"the quantiser changes the weights by {error:.2%} (||Q(W)-W||/||W||)")
     lines.append(f"of {facts['prompts']} prompts, {facts['with_answers']} with an answer:")
     if not facts["with_answers"]:
         lines.append("  capability: not measured, the data has no answers")

@@ -419,6 +419,7 @@ class MonitorSpec:
 
     do_eval: bool  # loss on held-out rows
     eval_steps: Count
+    eval_answers: Literal["dataset", "teacher"]  # whose answers to them; a teacher writes its own
     score_steps: Natural  # train/score needs a teacher sample, so every N steps; 0: never
     accuracy_steps: Natural  # held-out questions answered, every N steps; 0: never
     overlap_steps: Natural  # how student and teacher overlap on rollouts, every N steps; 0: never

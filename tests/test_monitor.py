@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from stillhouse import entrypoints
 from stillhouse.distill.monitor import score
 from stillhouse.distill.run import Run
-from stillhouse.errors import Interrupted
+from stillhouse.errors import ConfigError, Interrupted
 from stillhouse.rundir import Runs
 from stillhouse.stop import StopFlag
 from tests.builders.cheap import cheap
@@ -49,8 +49,25 @@ def test_monitoring_measures_and_changes_nothing_that_is_trained(tmp_path):
     assert scored == [1, 3, 5] and evaluated == [2, 5]
     last = b.metrics()[-1]
     assert 0 <= last["train/score"] <= 1 and 0 <= last["eval/avg_score"] <= 1
-    names = ("eval/loss", "eval/nll", "eval/forward_kl", "eval/reverse_kl")
-    assert all(last[name] > 0 for name in names)
+    assert last["eval/loss"] == pytest.approx(last["eval/reverse_kl"], rel=1e-4)  # beta is 1
+    assert last["eval/forward_kl"] > 0 and last["eval/nll"] > 0
+
+
+def test_held_out_prompts_without_answers_are_judged_on_the_teachers_if_asked(tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"prompt": f"{n} plus {n}"}) + "\n" for n in range(12)))
+    words = ["data=local", f"data_path={rows}", "held_out_rows=4", "min_completion=4"]
+    bare = cheap(tmp_path, "do_eval=true", *words)
+    with pytest.raises(ConfigError, match="no held-out row with a completion .*eval_answers=teach"):
+        Run(bare, Runs(tmp_path).of(bare), StopFlag())
+    spec = cheap(tmp_path, "do_eval=true", "eval_answers=teacher", *words)
+    one = Run(spec, Runs(tmp_path).of(spec), StopFlag())
+    last = spec.training.max_steps - 1
+    before, answers = one.monitor.measure(last), [e.completion_ids for e in one.monitor.held_out]
+    assert len(answers) == 4 and all(answers) and before["eval/forward_kl"] > 0
+    again = Run(spec, Runs(tmp_path).of(spec), StopFlag())  # as after a kill
+    assert again.monitor.measure(last) == before
+    assert [e.completion_ids for e in again.monitor.held_out] == answers
 
 
 def test_a_stop_while_measuring_loses_no_update_and_no_measurement(tmp_path):

@@ -152,6 +152,7 @@ def test_it_is_not_of_what_a_sweep_varies_besides(change: str) -> None:
 FOUND: dict[str, Any] = {
     "verdict": "likely", "rule": "gone", "recipe": None, "reasons": ["it was said so once"],
     "numbers": {name: m.as_json() for name, m in PAIRS["a long preamble"][0].items()},
+    "facts": {"quantization_error": 0.0823},
 }  # fmt: skip
 
 
@@ -165,18 +166,16 @@ def test_a_plan_shows_the_verdicts_that_are_known_and_how_to_get_the_others(
 ) -> None:
     said = planned(tmp_path, capsys)
     assert "will these pairs distil (preflight)?" in said
-    assert "not asked of tiny in int4 (jsd, beta 0, 100 steps of 32 tokens) and of 1 more: " in said
+    how = "100 steps of 32 tokens)"
+    assert f"not asked of tiny in int4 in groups of 32 (jsd, beta 0, {how} and of 1 more: " in said
     spec = spec_of("pair=tiny beta=1")
     write_json(Runs(tmp_path).verdict_file("tiny", preflight_rules.key_of(spec)), FOUND)
     said = planned(tmp_path, capsys)
-    assert (
-        "unlikely tiny in int4 (jsd, beta 1, 100 steps of 32 tokens): the teacher cannot go on"
-        in said
+    known = (
+        f"in groups of 32, weights changed by 8.2% (jsd, beta 1, {how}: the teacher cannot go on"
     )
-    assert (
-        "not asked of tiny in int4 (jsd, beta 0, 100 steps of 32 tokens): stillhouse preflight "
-        in said
-    )
+    assert f"unlikely tiny in int4 {known}" in said
+    assert f"not asked of tiny in int4 in groups of 32 (jsd, beta 0, {how}: stillhouse pre" in said
     (command,) = [line.partition(": ")[2] for line in said.splitlines() if "not asked" in line]
     words = command.split()[2:]
     assert words[-2:] == ["--runs", str(tmp_path)]

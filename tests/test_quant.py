@@ -377,16 +377,33 @@ def test_an_initialisation_that_would_rewrite_the_base_raises():
         get_peft_model(model, LoraConfig(target_modules=["q_proj"], init_lora_weights="pissa"))
 
 
-@pytest.mark.parametrize("kind", ["int4", "bnb_nf4"])
-def test_a_width_that_the_group_does_not_divide_is_refused_by_name(kind):
-    # bitsandbytes would take it, and on a CPU silently read the wrong scales.
+def test_bitsandbytes_refuses_by_name_a_width_that_the_group_does_not_divide():
+    # It would take it, and on a CPU silently read the wrong scales.
     model = llama(hidden_size=96)
-    quant = QuantSpec(quant_type=kind, quant_group_size=64, double_quant=False)
+    quant = QuantSpec(quant_type="bnb_nf4", quant_group_size=64, double_quant=False)
     with pytest.raises(ConfigError) as error:
         quantize_(model, quant)
     for part in ("layers.0.self_attn.q_proj", "in_features 96", "group_size 64", "(32, 64, 128"):
         assert part in str(error.value)
     assert "this layer fits (32,)" in str(error.value)
+
+
+def test_the_last_group_of_a_row_may_be_shorter_and_has_a_scale_of_its_own():
+    torch.manual_seed(0)
+    dense = nn.Linear(96, 5)
+    layer = PackedLinear(dense, 64)
+    first, last = nn.Linear(64, 5), nn.Linear(32, 5)
+    first.weight = nn.Parameter(dense.weight[:, :64].detach())
+    last.weight = nn.Parameter(dense.weight[:, 64:].detach())
+    parts = [
+        dequantized_weight(PackedLinear(first, 64)),
+        dequantized_weight(PackedLinear(last, 32)),
+    ]
+    assert torch.equal(dequantized_weight(layer), torch.cat(parts, 1))
+    x = torch.randn(3, 96, requires_grad=True)
+    packed = layer.packed, layer.scale, layer.zero
+    _PackedLinear.apply(x, *packed, layer.bias).sum().backward()  # what a GPU runs
+    torch.testing.assert_close(x.grad, dequantized_weight(layer).sum(0).expand(3, 96))
 
 
 def test_int4_refuses_a_group_it_has_no_layout_for():

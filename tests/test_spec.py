@@ -122,6 +122,7 @@ OTHER: dict[str, object] = {
     "micro_batch": 2,
     "save_steps": 10,
     "do_eval": True,
+    "eval_answers": "teacher",
     "eval_steps": 10,
     "score_steps": 10,
     "accuracy_steps": 10,

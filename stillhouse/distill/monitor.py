@@ -3,13 +3,16 @@
 `eval/accuracy` is the share of held-out questions that greedy answers get right, by the number
 after ####. `train/score` and `eval/avg_score` reproduce the monitor of the cliff experiments: how
 similar a student's answer is to one fresh teacher answer. They measure the similarity of texts, not
-correctness.
+correctness. `eval/forward_kl` and `eval/reverse_kl` are KL(teacher || student) and KL(student ||
+teacher) per token of answers to held-out prompts: the data's own, or the teacher's (eval_answers),
+drawn once and the same in every arm of a seed.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -27,6 +30,7 @@ from stillhouse.spec import TrainSpec
 SCORED_ROWS = 8  # each needs a teacher answer; enough for a curve, and still affordable
 EVAL_BATCH = 16
 ASKED_ROWS = 256  # the standard error of an accuracy is then at most 3 points
+BEYOND = 10**9  # a row, or a step, beyond all that are trained on: no training draw is used twice
 
 
 def score(student: str, teacher: str) -> float:
@@ -62,11 +66,14 @@ class Monitor:
         tokenizer: Any,
     ) -> None:
         self.spec, self.loop, self.tokenizer = spec, loop, tokenizer
-        self.held_out = [e for e in held_out if e.completion_ids]
+        asks_teacher = spec.monitor.eval_answers == "teacher"
+        self.held_out = [e for e in held_out if asks_teacher or e.completion_ids]
+        self.is_answered = not asks_teacher
         if spec.monitor.do_eval and not self.held_out:
             raise ConfigError(
                 f"do_eval: data {spec.data.data_name} has no held-out row with a completion"
-                f" (held_out_rows {spec.data.held_out_rows}); raise it, or leave do_eval out"
+                f" (held_out_rows {spec.data.held_out_rows}); raise it, take the teacher's answers"
+                " to the prompts (eval_answers=teacher), or leave do_eval out"
             )
         self.questions = [e for e in held_out if e.answer is not None][:ASKED_ROWS]
         if spec.monitor.accuracy_steps and not self.questions:
@@ -88,14 +95,15 @@ class Monitor:
             metrics["eval/accuracy"] = float(self.right().mean())
         if monitor.do_eval and (done % monitor.eval_steps == 0 or is_last):
             with self.loop.clock.phase("eval"):
+                if not self.is_answered:
+                    self.held_out, self.is_answered = self._answered(), True
                 metrics |= self._held_out_loss()
             metrics["eval/avg_score"] = self._score(self.held_out[:SCORED_ROWS], step)
         return metrics
 
     def _score(self, examples: Sequence[Example], step: int) -> float:
         """Mean score of fresh student answers against fresh teacher answers."""
-        # Row numbers beyond all training rows, so that no training draw is used twice.
-        rows = range(10**9, 10**9 + len(examples))
+        rows = range(BEYOND, BEYOND + len(examples))
         writers = [self.loop.sequences.writers[who] for who in ("student", "teacher")]
         with self.loop.clock.phase("eval"):
             written = [write(examples, step, rows).ids for write in writers]
@@ -112,9 +120,16 @@ class Monitor:
         right = [answer_in(text) == question.answer for text, question in asked]
         return torch.tensor(right, dtype=torch.float64)
 
+    def _answered(self) -> list[Example]:
+        """The held-out prompts with an answer of the teacher's to each."""
+        rows = range(BEYOND, BEYOND + len(self.held_out))
+        written = self.loop.sequences.writers["teacher"](self.held_out, BEYOND, rows).ids
+        both = zip(self.held_out, written, strict=True)
+        return [replace(e, completion_ids=tuple(ids)) for e, ids in both]
+
     @torch.no_grad()
     def _held_out_loss(self) -> dict[str, float]:
-        """JSD(beta), both KLs and the NLL, on the dataset's own completions of held-out rows."""
+        """JSD(beta), both KLs and the NLL per token of the held-out answers, in nats."""
         loop, sums = self.loop, torch.zeros(5, dtype=torch.float64)
         was_training = loop.student.training
         loop.student.eval()
@@ -134,12 +149,10 @@ class Monitor:
                 objective=Jsd(self.spec.loss.beta), temperature=self.spec.loss.loss_temperature,
                 chunk=self.spec.loss.loss_chunk,
             )  # fmt: skip
-            per_token = [
-                each.sum().item() for each in (stats.nll, stats.forward_kl, stats.reverse_kl)
-            ]
-            numbers = [loss.item(), *per_token, float(len(target_N))]
+            parts = loss, stats.nll.sum(), stats.forward_kl.sum(), stats.reverse_kl.sum()
+            numbers = [*(part.item() for part in parts), float(len(target_N))]
             sums += torch.tensor(numbers, dtype=torch.float64)
         loop.student.train(was_training)
-        *means, _ = (sums / sums[-1]).tolist()
-        names = ("eval/loss", "eval/nll", "eval/forward_kl", "eval/reverse_kl")
-        return dict(zip(names, means, strict=True))
+        *totals, tokens = sums.tolist()
+        names = "loss", "nll", "forward_kl", "reverse_kl"
+        return {f"eval/{name}": sum_ / tokens for name, sum_ in zip(names, totals, strict=True)}

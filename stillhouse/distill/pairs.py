@@ -16,6 +16,7 @@ measured.
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -108,6 +109,8 @@ def prepare(
     _say_where(pair, student, teacher, prepared, cache_dir)
     if prepared.is_self and quant.quant_type != "none":
         error = _quantization_error(pair, quant, student, cache_dir, say)
+        stored = f"{quant.quant_type} in groups of {quant.quant_group_size}"
+        say(f"{stored} changes its weights by {error:.2%} (||Q(W)-W||/||W||)")
         prepared.facts["quantization_error"] = error
     return prepared
 
@@ -217,8 +220,8 @@ def _trained(
     return weights, {f"{role}_{fact}": facts[fact] for fact in ("loss", "seconds")}
 
 
-def _package(pair: PairSpec, cache_dir: Path) -> tuple[str, Path]:
-    """The version of the package that brings a gguf pair's weights, and the file in it."""
+def _package(pair: PairSpec, cache_dir: Path) -> tuple[str, list[Path]]:
+    """The version of the package that brings a gguf pair's weights, and the file's parts."""
     if pair.student != pair.teacher:
         raise ConfigError(
             f"pair {pair.pair_name}: a gguf pair is one model against itself, got student"
@@ -231,23 +234,25 @@ def _package(pair: PairSpec, cache_dir: Path) -> tuple[str, Path]:
         raise ConfigError(
             f"pair {pair.pair_name}: its weights come in a package: {error}"
         ) from error
-    files = [file for file in found.values() if file.suffix == ".gguf"]
-    if len(files) != 1:
-        raise ConfigError(
-            f"pair {pair.pair_name}: package {name} holds {len(files)} gguf files, expected one"
-        )
-    return packages.PACKAGES[name].version, files[0]
+    return packages.PACKAGES[name].version, [f for f in found.values() if ".gguf" in f.name]
 
 
 def _from_package(pair: PairSpec, cache_dir: Path, say: Say) -> tuple[_Weights, _Weights, Json]:
-    version, file = _package(pair, cache_dir)
+    version, parts = _package(pair, cache_dir)
     packages.let_import("gguf", cache_dir)
-    content = [VERSION, pair.student, version, file.name, file.stat().st_size]
+    name = parts[0].name.removesuffix(".part00")
+    content = [VERSION, pair.student, version, name, sum(part.stat().st_size for part in parts)]
     home = cache_dir / "pairs" / f"{pair.student}-{digest(content)[:10]}"
 
     def make(into: Path) -> Json:
-        say(f"unpacking {file.name}, once")
-        _unpack_gguf(file, into / "model")
+        say(f"unpacking {name}, once")
+        if len(parts) == 1:
+            _unpack_gguf(parts[0], into / "model")
+            return {}
+        with tempfile.TemporaryDirectory(dir=into) as beside:
+            whole = Path(beside) / name
+            whole.write_bytes(b"".join(part.read_bytes() for part in parts))
+            _unpack_gguf(whole, into / "model")
         return {}
 
     facts = made_once(home, say, make)
@@ -257,17 +262,17 @@ def _from_package(pair: PairSpec, cache_dir: Path, say: Say) -> tuple[_Weights, 
 
 def _unpack_gguf(file: Path, into: Path) -> None:
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     with tiny.no_bars():
-        packed = AutoModelForCausalLM.from_pretrained(
+        packed: Any = AutoModelForCausalLM.from_pretrained(
             file.parent, gguf_file=file.name, dtype=torch.float32
         )
         # A model loaded from a gguf file cannot be saved; a new model with its tensors can.
-        config: Any = packed.config
+        config = packed.config
         if hasattr(config, "quantization_config"):
             del config.quantization_config
-        model = LlamaForCausalLM(config)
+        model = type(packed)(config)
         model.load_state_dict(packed.state_dict())
         model.save_pretrained(into)
         AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(into)

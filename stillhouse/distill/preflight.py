@@ -82,6 +82,7 @@ def preflight(
         },
         "teacher_writes": spec.pair.teacher_samples,
         "is_same_function": loaded.roles.is_same_function,
+        "quantization_error": prepared.facts.get("quantization_error"),
     }
     if pilot:
         numbers |= _pilot(spec, pilot, stop)

@@ -9,7 +9,8 @@ Q(W + B A) is another function, so nothing here lets an adapter be merged into p
 lm_head, everything tied to an embedding, the embeddings, the norms, and vision or audio towers keep
 their dense weights. A mixture whose experts would stay dense is refused (`layers.py` counts).
 
-Legend: N out_features, K in_features, G weights per group, J = K / G groups per row.
+Legend: N out_features, K in_features, G weights per group, J = K / G groups per row, rounded up:
+the last group of a row may be shorter.
 """
 
 from __future__ import annotations
@@ -85,7 +86,7 @@ def dequantized_weight(layer: nn.Module) -> Tensor:
     if isinstance(layer, PackedLinear):
         if layer._constant is not None and layer._constant.dtype == torch.float32:
             return layer._constant.clone()
-        return _unpack(layer.packed, layer.scale, layer.zero)
+        return _unpack(layer.packed, layer.scale, layer.zero, layer.in_features)
     if type(layer) is nn.Linear:
         return layer.weight.detach().to(torch.float32, copy=True)
     weight: Any = getattr(layer, "weight", None)
@@ -144,7 +145,7 @@ class PackedLinear(nn.Linear):
     A subclass of nn.Linear, so that PEFT wraps it as one.
     """
 
-    packed: Tensor  # [N, K / 2] uint8: even columns in the high half, odd columns in the low half
+    packed: Tensor  # [N, J G / 2] uint8: even columns in the high half, odd columns in the low half
     scale: Tensor  # [N, J] float32
     zero: Tensor  # [N, J] uint8
 
@@ -219,23 +220,27 @@ class _PackedLinear(torch.autograd.Function):
         ctx: Any, x: Tensor, packed: Tensor, scale: Tensor, zero: Tensor, bias: Tensor | None
     ) -> Tensor:
         ctx.save_for_backward(packed, scale, zero)
-        return F.linear(x, _unpack(packed, scale, zero).to(x.dtype), bias)
+        ctx.width = x.shape[-1]
+        return F.linear(x, _unpack(packed, scale, zero, ctx.width).to(x.dtype), bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         grad_x = grad_bias = None
         if ctx.needs_input_grad[0]:
-            grad_x = grad_y @ _unpack(*ctx.saved_tensors).to(grad_y.dtype)
+            packed, scale, zero = ctx.saved_tensors
+            grad_x = grad_y @ _unpack(packed, scale, zero, ctx.width).to(grad_y.dtype)
         if ctx.needs_input_grad[4]:
             grad_bias = grad_y.reshape(-1, grad_y.shape[-1]).sum(0)
         return grad_x, None, None, None, grad_bias
 
 
 def _pack(weight_NK: Tensor, group: int, bits: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(packed [N, K / 2], scale [N, J], zero [N, J]) of a dense weight, see PackedLinear."""
+    """(packed [N, J G / 2], scale [N, J], zero [N, J]) of a dense weight, see PackedLinear."""
     levels = 2**bits - 1  # steps between the values
-    weight_NJG = weight_NK.float().unflatten(1, (-1, group))
+    # A last group that is shorter is filled up with zeros, which change no group's range.
+    weight_NK = F.pad(weight_NK.float(), (0, -weight_NK.shape[1] % group))
+    weight_NJG = weight_NK.unflatten(1, (-1, group))
     # 0 belongs to every range: without it the zero point of a group of one sign would fall outside
     # the levels, and clipping it there moves the whole group (a constant 0.3 would become 0).
     low_NJ1 = weight_NJG.amin(-1, keepdim=True).clamp_max(0)
@@ -249,11 +254,11 @@ def _pack(weight_NK: Tensor, group: int, bits: int) -> tuple[Tensor, Tensor, Ten
     return packed, scale_NJ1.squeeze(-1), zero_NJ1.squeeze(-1).to(torch.uint8)
 
 
-def _unpack(packed: Tensor, scale_NJ: Tensor, zero_NJ: Tensor) -> Tensor:
-    """float32 Q(W) [N, K] of what _pack gave."""
+def _unpack(packed: Tensor, scale_NJ: Tensor, zero_NJ: Tensor, width: int) -> Tensor:
+    """float32 Q(W) [N, K] of what _pack gave; width: K."""
     q_NJG = torch.stack((packed >> 4, packed & 15), -1).view(*scale_NJ.shape, -1)
     steps_NJG = q_NJG.float() - zero_NJ.unsqueeze(-1)
-    return (steps_NJG * scale_NJ.unsqueeze(-1)).flatten(1)
+    return (steps_NJG * scale_NJ.unsqueeze(-1)).flatten(1)[:, :width]
 
 
 @functools.cache
@@ -314,9 +319,9 @@ def _bnb_linear(dense: nn.Linear, quant: QuantSpec) -> nn.Module:
 def _quantised(name: str, dense: nn.Linear, quant: QuantSpec) -> nn.Module:
     """A new quantized layer for the dense one called `name`; shares the bias, keeps the mode."""
     group = _group(quant)
-    # Ours has no other layout. bitsandbytes lets a block extend into the next row, but its CPU
-    # dequantizer (0.50.2) then silently reads the wrong scales: in_features 96 at 64 errs by 36 %.
-    if dense.in_features % group:
+    # bitsandbytes lets a block extend into the next row, but its CPU dequantizer (0.50.2) then
+    # silently reads the wrong scales: in_features 96 at 64 errs by 36 %.
+    if not _is_ours(quant) and dense.in_features % group:
         allowed = [size for size in _groups(quant) if dense.in_features % size == 0]
         raise ConfigError(
             f"{name}: in_features {dense.in_features} (out_features {dense.out_features}) is no "

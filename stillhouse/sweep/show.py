@@ -330,6 +330,7 @@ def _one(
         drifted = differences(found["sources"], here[key])
     if drifted:
         found = None
+    error = found and found["facts"].get("quantization_error")
     if found is not None:  # by the rules of now, whatever they were when it was asked
         asked = preflight_rules.asked_numbers(spec.loss.beta, spec.training.max_steps)
         found = preflight_rules.decide(rules, preflight_rules.numbers_of(found) | asked)
@@ -342,6 +343,8 @@ def _one(
         "beta": spec.loss.beta,
         "max_steps": spec.training.max_steps,
         "max_new_tokens": spec.rollout.max_new_tokens,
+        "quant_group_size": spec.quant.quant_group_size,
+        "quantization_error": error,
         "verdict": found and found["verdict"],
         "reason": found["reasons"][0] if found else unreadable,
         "drifted": drifted,
@@ -372,4 +375,7 @@ def _is_unreadable(one: Json) -> bool:
 def _named(one: Json) -> str:
     how = f"{one['loss']}, beta {one['beta']:g}, {one['max_steps']} steps"
     how += f" of {one['max_new_tokens']} tokens"
-    return f"{one['pair']} in {one['quant']} ({how})"
+    group = f" in groups of {one['quant_group_size']}" if one["quant_group_size"] else ""
+    error = one["quantization_error"]
+    changed = "" if error is None else f", weights changed by {error:.1%}"
+    return f"{one['pair']} in {one['quant']}{group}{changed} ({how})"
