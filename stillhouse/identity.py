@@ -37,6 +37,8 @@ NOT_VERSIONED: dict[str, str] = {
     "pair.teacher_samples": "says what the teacher is asked for, not what it answers",
     "pair.vocab_size": "a fact about the weights, for checks",
     "loss.loss_chunk": "splits a sum",
+    "scoring.teacher_at": "the same numbers, from elsewhere",
+    "scoring.teacher_cache_gib": "how many of the same numbers are kept",
     "training.micro_batch": "splits a sum",
     "training.save_steps": "a resumed run equals one that never stopped",
     "training.sanity_max_nll": "a check, not a computation",
@@ -50,6 +52,7 @@ ROLLOUT_ROWS = 64
 AS_BEFORE: dict[str, Any] = {
     "loss.position_weights": 1,
     "loss.ratio_cap": None,
+    "scoring.teacher_rows": "together",
     "rollout.horizon": 1,
     "rollout.rollout_rows": ROLLOUT_ROWS,
     "rescue.cold_start": 0,
@@ -71,6 +74,8 @@ AS_BEFORE: dict[str, Any] = {
 ADDED: dict[str, Any] = {
     "training.max_rollout_gap": None,
     "monitor.eval_answers": "dataset",
+    "scoring.teacher_at": "process",
+    "scoring.teacher_cache_gib": 50,
     "place.commits": {},
     "place.sources": "same",
     "place.sweep": None,

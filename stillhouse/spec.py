@@ -277,6 +277,17 @@ class LossSpec:
 
 
 @dataclass(frozen=True, config=_STRICT)
+class ScoringSpec:
+    """Where the teacher is that scores. Its numbers are the same wherever it is."""
+
+    # process: in the student's. cache: what it gave is read from disk (docs/teachers.md).
+    teacher_at: Literal["process", "cache"]
+    # alone: each row by itself, unpadded, as a cache keeps it; last digits differ from together.
+    teacher_rows: Literal["together", "alone"]
+    teacher_cache_gib: Positive  # cache: it writes no more rows beyond
+
+
+@dataclass(frozen=True, config=_STRICT)
 class QuantSpec:
     """How the student's frozen base is stored."""
 
@@ -539,6 +550,7 @@ class TrainSpec:
     method: MethodSpec
     rescue: RescueSpec
     loss: LossSpec
+    scoring: ScoringSpec
     quant: QuantSpec
     lora: LoraSpec
     data: DataSpec
@@ -567,6 +579,7 @@ class TrainSpec:
             )
         self._method_fits()
         self._rescue_fits()
+        self._scoring_fits()
         if d.min_completion >= d.max_length:
             raise ValueError(
                 f"min_completion {d.min_completion} must be below max_length {d.max_length}"
@@ -634,6 +647,25 @@ class TrainSpec:
                 f"other_prompts {rescue.other_prompts:g} of data {data.data_name}: other_file says"
                 " where they are; only generated data has its own"
             )
+
+    def _scoring_fits(self) -> None:
+        """What the teacher's place asks of the sequences."""
+        if self.scoring.teacher_at == "cache":
+            asks = {
+                f"lmbda {self.method.lmbda}": self.method.lmbda != 0,
+                f"kept_prompts {self.rescue.kept_prompts}": self.rescue.kept_prompts != 1,
+            }
+            wants = ", ".join(what for what, asked in asks.items() if asked)
+            if wants:
+                raise ValueError(
+                    f"teacher_at cache with {wants}: it scores what the student writes, which is"
+                    " another text at every step; use process, or lmbda=0"
+                )
+            if self.scoring.teacher_rows != "alone":
+                raise ValueError(
+                    "teacher_at cache keeps each row as it is scored alone: add teacher_rows=alone"
+                    " (another point than together, which differs in the last digits)"
+                )
 
     @property
     def cold_steps(self) -> int:

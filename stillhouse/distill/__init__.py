@@ -1,7 +1,9 @@
 """Train a LoRA student against a teacher: data, models, rollouts, losses, and the training loop.
 
 Reading order:
-    run, loaded, roles, teacher          one run from its spec to its adapter; what it loads
+    run, loaded, roles                   one run from its spec to its adapter; what it loads
+    teacher, teacher_places, teacher_cache, teacher_client, teacher_server
+                                         what is asked of a teacher, and where its model is
     models, loading, head, layers        base models; logits from hidden states; which weights count
     quant, adapters                      the quantized base, and the LoRA adapter with its contract
     pairs, hub, tokenizers_match, cache  where weights come from; whether the two halves fit
@@ -13,8 +15,9 @@ Reading order:
     checkpoint, monitor, tracking        what a resume needs; what is measured and logged on the way
     preflight, agreement, answers         a pair before it is trained; answers for an evaluation
 
-`entrypoints` imports `run`, `preflight`, `pairs`, `prompts`, `hub`, and `loading`; `evals` imports
-`models`, `chat`, `engine`, and `answers`; `sweep` names `pairs` and `run` as strings only.
+`entrypoints` imports `run`, `preflight`, `pairs`, `prompts`, `hub`, `loading`, `teacher_server`;
+`evals` imports `models`, `chat`, `engine`, and `answers`; `sweep` names `pairs`, `run`, and
+`teacher_server` as strings only.
 """
 
 import logging

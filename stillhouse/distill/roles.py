@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from accelerate import Accelerator
@@ -23,6 +24,7 @@ from stillhouse.distill.pairs import PreparedPair
 from stillhouse.distill.rollouts import Completions, uniforms, write
 from stillhouse.distill.sequences import Writer
 from stillhouse.distill.teacher import Draws, ModelTeacher, Teacher
+from stillhouse.distill.teacher_places import placed
 from stillhouse.spec import RolloutSpec, TrainSpec
 
 PromptOf = Callable[[Example], Sequence[int]]
@@ -59,12 +61,18 @@ class Roles:
         self.eos_ids, pad = chat.stop_ids, chat.tokenizer.pad_token_id
         self.pad_id = self.eos_ids[0] if pad is None else pad
         self.engine = Engine(self.student)
-        self.teacher: Teacher = self._of_model(self.student, self.engine)
-        if not is_shared:
-            model = models.load_base(
-                prepared.teacher, prepared.teacher_revision, pair.teacher_dtype, None, device
-            )
-            self.teacher = self._of_model(model, Engine(model))
+        load = partial(self._load_teacher, prepared, is_shared)
+        self.teacher, self.manifest = placed(spec, device, load)
+
+    def _load_teacher(self, prepared: PreparedPair, is_shared: bool) -> ModelTeacher:
+        """The teacher's model, in this process."""
+        if is_shared:
+            return self._of_model(self.student, self.engine)
+        model = models.load_base(
+            prepared.teacher, prepared.teacher_revision, self.spec.pair.teacher_dtype, None,
+            self.accelerator.device,
+        )  # fmt: skip
+        return self._of_model(model, Engine(model))
 
     def _of_model(self, model: nn.Module, engine: Engine) -> ModelTeacher:
         return ModelTeacher(
@@ -92,7 +100,8 @@ class Roles:
 
     def teacher_scorer(self) -> Scorer:
         """Scores with the teacher's logits; its prompts may begin with few-shot examples."""
-        return _scorer(self.teacher, lambda e: e.teacher_prompt_ids)
+        is_alone = self.spec.scoring.teacher_rows == "alone"
+        return _scorer(self.teacher, lambda e: e.teacher_prompt_ids, is_alone)
 
     def start_scorer(self) -> Scorer:
         """Scores with the student's logits before its first step: the adapter is disabled."""
@@ -142,7 +151,7 @@ class Roles:
         return self.teacher.write(prompts, draws, rollout, prefixes=prefixes, greedy=greedy)
 
 
-def _scorer(teacher: Teacher, prompt_of: PromptOf) -> Scorer:
+def _scorer(teacher: Teacher, prompt_of: PromptOf, alone: bool = False) -> Scorer:
 
     def score(
         examples: Sequence[Example],
@@ -150,7 +159,7 @@ def _scorer(teacher: Teacher, prompt_of: PromptOf) -> Scorer:
         forced: Sequence[int],
     ) -> Logits:
         prompts = [prompt_of(e) for e in examples]
-        hidden_NH = teacher.hidden(prompts, completions, forced, alone=False)
+        hidden_NH = teacher.hidden(prompts, completions, forced, alone=alone)
         head = teacher.head()
         return lambda rows: head.logits(hidden_NH[rows])
 

@@ -16,6 +16,7 @@ from stillhouse.distill.layers import coverage
 from stillhouse.distill.loaded import load
 from stillhouse.distill.loop import Loop, check_first_step
 from stillhouse.distill.monitor import Monitor
+from stillhouse.distill.teacher import difference
 from stillhouse.distill.tracking import Tracker, finite
 from stillhouse.errors import ContractError, Diverged, Interrupted, OutOfMemory, Stopped
 from stillhouse.rundir import Json, RunDir, new_record, now, write_json
@@ -43,6 +44,7 @@ class Run:
         self.accelerator, self.prepared = loaded.accelerator, loaded.prepared
         self.tokenizer, self.prompts = loaded.tokenizer, loaded.prompts
         self.is_main, self.roles = self.accelerator.is_main_process, loaded.roles
+        self._check_teacher()
         self.say(f"data: {self.prompts.summary()}")
         self.student = self.roles.student
         self.coverage = coverage(self.student)
@@ -70,6 +72,15 @@ class Run:
         """Print one line to the log, from the main process."""
         if self.is_main:
             print(text, flush=True)
+
+    def _check_teacher(self) -> None:
+        """Raise ContractError if the teacher is not the one that this run began with."""
+        before, here = (self.dir.record() or {}).get("teacher"), self.roles.manifest
+        if before and here and (other := difference(before, here)):
+            raise ContractError(
+                f"{self.dir.path}: the teacher is not the one this run began with: {other}."
+                " Restore that, or move the directory away and run again"
+            )
 
     def train(self) -> int:
         """Train from the newest complete checkpoint to the end, and save the adapter."""
@@ -206,6 +217,7 @@ class Run:
         if record is None:
             record = new_record(self.spec, where["versions"]) | where
             record["sources"] = self.sources
+            record["teacher"] = self.roles.manifest
             record["prepared"] = {"facts": self.prepared.facts, "rows": len(self.prompts.train)}
             record["coverage"] = self.coverage.as_json()
             record["skipped_rows"] = self.prompts.skipped
