@@ -63,6 +63,7 @@ def child(folder: Path, has_data: bool) -> None:
     from transformers import AutoTokenizer
 
     from stillhouse.distill.chat import Chat
+    from stillhouse.distill.encoder import Context
     from stillhouse.distill.pairs import PreparedPair
     from stillhouse.distill.prompts import load_prompts
     from stillhouse.spec import DataSpec
@@ -78,7 +79,7 @@ def child(folder: Path, has_data: bool) -> None:
     seconds, cpu, rows, tokens = 0.0, 0.0, 0, 0
     if has_data:
         begin, busy = time.perf_counter(), time.process_time()
-        found = load_prompts(data, nothing, chat, 0, folder / "cache")
+        found = load_prompts(data, nothing, chat, Context(), folder / "cache")
         seconds, cpu = time.perf_counter() - begin, time.process_time() - busy
         rows = len(found.train) + len(found.held_out)
         for example in found.train:  # an epoch reads them all

@@ -276,7 +276,8 @@ def _note_file(spec: TrainSpec | EvalSpec) -> Path | None:
         return None
     sides = [source.get("digest") or source.get("commit") for source in (written_by, rows)]
     limits = TypeAdapter(DataSpec).dump_python(spec.data, mode="json")
-    content = [sides, limits, spec.pair.teacher_few_shot]
+    told = [spec.pair.teacher_prompt] if spec.pair.teacher_prompt is not None else []
+    content = [sides, limits, spec.pair.teacher_few_shot, *told]
     return cache_dir / "largest_ids" / f"{digest(content)[:16]}.json"
 
 

@@ -50,6 +50,9 @@ NOT_VERSIONED: dict[str, str] = {
 # key is a section and its leaf; `task.LEAF` is a leaf of a suite's tasks.
 ROLLOUT_ROWS = 64
 AS_BEFORE: dict[str, Any] = {
+    "pair.teacher_prompt": None,
+    "loss.fixed_advantage": None,
+    "loss.ema_decay": None,
     "loss.position_weights": 1,
     "loss.ratio_cap": None,
     "scoring.teacher_rows": "together",

@@ -88,6 +88,8 @@ def drawn(spec: TrainSpec) -> str:
     learnt: list[str] = []
     if method.lmbda != 0:
         clip = f" (clip {_ends(loss.advantage_clip)})" if loss.on_loss == "pg" else ""
+        if loss.fixed_advantage is not None:
+            clip = f" (advantage {loss.fixed_advantage:g})"
         learnt.append(f"{loss.on_loss} on rollouts{clip}")
     if method.lmbda != 1 or method.replay_injection:
         learnt.append(f"{loss.off_loss} on {method.off_policy_source} sequences")
@@ -106,6 +108,9 @@ def drawn(spec: TrainSpec) -> str:
     if method.replay_size:
         rate = f"teacher sequences in {method.replay_injection:g} of them"
         parts.append(f"drawn from a buffer of {method.replay_size} steps, {rate}")
+    if loss.ema_decay is not None:
+        average = f"the student's average (decay {loss.ema_decay:g})"
+        parts.append(f"teacher: {average if loss.ema_decay else 'the student as it is'}")
     if method.anchor_weight != 0:
         parts.append(f"anchor {_ends(method.anchor_weight)}")
     parts.append(f"{spec.training.max_steps} steps")

@@ -25,7 +25,14 @@ from stillhouse.sources import differences
 from stillhouse.spec import PairSpec, TaskSpec
 
 # Versions of our own tasks: raise one whenever its questions or its scoring change.
-TASK_VERSIONS = {"tiny_gen": 1, "tiny_mc": 1}
+TASK_VERSIONS = {
+    "tiny_gen": 1,
+    "tiny_mc": 1,
+    "tiny_length": 1,
+    "tiny_distinct": 1,
+    "tiny_sampled_length": 1,
+    "tiny_sampled_distinct": 1,
+}
 NOT_RECORDED = (
     "it was made before a score recorded what it rests on, and its weights may have been others"
     " than are here"

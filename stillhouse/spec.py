@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import re
+import string
 from dataclasses import field
 from datetime import date
 from typing import Annotated, Any, Literal, cast
@@ -98,7 +99,10 @@ class PairSpec:
     teacher_revision: str | None
     student_dtype: Dtype  # of the frozen base and of its arithmetic
     teacher_dtype: Dtype
-    teacher_few_shot: Natural  # exemplars that only the teacher sees (context distillation)
+    # What only the teacher sees (context distillation): exemplars, and a template in place of the
+    # row's (last) question, with {question} and, say, {completion} or another field of the row.
+    teacher_few_shot: Natural
+    teacher_prompt: str | None
     teacher_samples: bool  # false: it only scores, as one that is too slow to write here
     vocab_size: Count | None  # tokens of the student's head; null: not known before it is loaded
     pair_seed: Natural | None  # generated pairs only: which teacher and student are made
@@ -123,6 +127,44 @@ class PairSpec:
             )
         is_text = isinstance(kwargs.get("student"), str)
         return {**kwargs, "pair_name": _named_after(kwargs["student"])} if is_text else values
+
+    @field_validator("teacher_prompt")
+    @classmethod
+    def _is_template(cls, value: str | None) -> str | None:
+        if value is not None and "question" not in template_fields(value):
+            raise ValueError("a teacher_prompt must contain {question}")
+        return value
+
+    @property
+    def has_context(self) -> bool:
+        """Whether the teacher reads something that the student does not."""
+        return self.teacher_few_shot > 0 or self.teacher_prompt is not None
+
+    @property
+    def is_self(self) -> bool:
+        """Whether the student's unquantised base is the teacher."""
+        one = (self.student, self.student_revision, self.student_dtype)
+        is_same = one == (self.teacher, self.teacher_revision, self.teacher_dtype)
+        return is_same and (self.pair_source != "generated" or self.student_steps is None)
+
+
+def template_fields(template: str) -> list[str]:
+    """The names of a template's fields, in order.
+
+    Raises:
+        ValueError: a brace without its other half, or a field that is more than a name.
+    """
+    try:
+        parts = list(string.Formatter().parse(template))
+    except ValueError as error:
+        raise ValueError(f"{error}; a brace that is meant as one is written twice") from error
+    for _, name, how, conversion in parts:
+        if name is not None and (not name.isidentifier() or how or conversion):
+            raise ValueError(
+                f"{{{name}}} is no field of a row: a field is a name in braces, and nothing more;"
+                " a brace that is meant as one is written twice"
+            )
+    return [name for _, name, _, _ in parts if name is not None]
 
 
 def _named_after(student: str) -> str:
@@ -258,6 +300,11 @@ class LossSpec:
     off_loss: Literal["jsd", "ce"]
     beta: Share  # of jsd, topk: 0 forward KL(teacher || student), 1 reverse KL(student || teacher)
     advantage_clip: Schedule  # of pg: |log q - log p| of a sampled token counts up to this, in nats
+    # Of pg: what every sampled token counts instead, a control that no teacher has a part in.
+    fixed_advantage: Annotated[float, _Number] | None
+    # Of a teacher whose weights are an exponential moving average of the student's: how much of it
+    # each update keeps (0: it is the student as it is now). null: the teacher is frozen.
+    ema_decay: BelowOne | None
     ratio_cap: AtLeastOne | None  # of pg: p / p_sample of a token counts up to this; null: no bound
     loss_top_k: Count  # of topk: tokens of a support; the rest is one bucket, exactly
     top_k_support: Literal["student", "teacher", "union", "intersection"]  # whose top k
@@ -272,6 +319,11 @@ class LossSpec:
             raise ValueError(
                 "off_loss ce is of the student's own distribution, at loss_temperature 1; got"
                 f" {self.loss_temperature:g}"
+            )
+        if self.fixed_advantage is not None and self.on_loss != "pg":
+            raise ValueError(
+                f"fixed_advantage {self.fixed_advantage:g} is of on_loss pg, and on_loss is"
+                f" {self.on_loss}; set one of them otherwise"
             )
         return self
 
@@ -578,6 +630,7 @@ class TrainSpec:
                 f" nats per token: every run would end; null means {rollout_gap_bound(self):g}"
             )
         self._method_fits()
+        self._average_fits()
         self._rescue_fits()
         self._scoring_fits()
         if d.min_completion >= d.max_length:
@@ -625,6 +678,30 @@ class TrainSpec:
                     " vocabulary; the top k are some of them (16 is the default)"
                 )
 
+    def _average_fits(self) -> None:
+        """What a teacher that follows the student asks of the pair and of the rescue."""
+        pair, decay = self.pair, self.loss.ema_decay
+        if decay is None:
+            return
+        if not pair.is_self:
+            raise ValueError(
+                f"ema_decay {decay:g}: the teacher would be an average of the student's weights,"
+                f" and the teacher of pair {pair.pair_name} is not the student ({pair.teacher} in"
+                f" {pair.teacher_dtype}, not {pair.student} in {pair.student_dtype}, or other"
+                " weights of that name); null leaves it frozen"
+            )
+        if decay == 0 and not pair.has_context and self.loss.fixed_advantage is None:
+            raise ValueError(
+                "ema_decay 0: the teacher is the student at every step and reads what it reads, so"
+                " there is nothing to learn; set teacher_prompt or teacher_few_shot, or a decay"
+                " above 0"
+            )
+        if self.rescue.cold_start:
+            raise ValueError(
+                f"cold_start with ema_decay {decay:g}: a cold start's answers are the teacher's,"
+                " written once, and this teacher changes with each step; leave one of them out"
+            )
+
     def _rescue_fits(self) -> None:
         """What a rescue asks of its data and of its run."""
         rescue, data, steps = self.rescue, self.data, self.training.max_steps
@@ -637,10 +714,11 @@ class TrainSpec:
                 f"cold_prompts {rescue.cold_prompts} are all of max_rows {data.max_rows}: what"
                 " follows the cold start needs prompts too"
             )
-        if rescue.other_prompts and self.pair.teacher_few_shot:
+        if rescue.other_prompts and self.pair.has_context:
+            shown = self.pair.teacher_few_shot > 0
+            what = "few_shot: exemplars are" if shown else "prompt: its fields are"
             raise ValueError(
-                "other_prompts with teacher_few_shot: exemplars are of the data's own kind; leave"
-                " one of them out"
+                f"other_prompts with teacher_{what} of the data's own kind; leave one of them out"
             )
         if rescue.other_prompts and rescue.other_file is None and data.data_source != "generated":
             raise ValueError(

@@ -14,6 +14,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from stillhouse.distill.chat import Chat, Skip, declared_stop_ids
+from stillhouse.distill.encoder import Context
 from stillhouse.distill.prompts import load_prompts
 from stillhouse.distill.toy import problems, tiny
 from stillhouse.errors import ConfigError, ContractError
@@ -52,7 +53,7 @@ def test_the_generated_problems_have_the_ids_they_always_had(tmp_path: Path) -> 
     generated = data(data_source="generated", held_out_rows=10, max_length=128)
     prepared = dataclasses.replace(NOWHERE, data_dir=tmp_path)
     found = load_prompts(
-        generated, prepared, Chat(tiny.tokenizer(), generated), 2, tmp_path / "cache"
+        generated, prepared, Chat(tiny.tokenizer(), generated), Context(2), tmp_path / "cache"
     )
     ids = [
         [e.prompt_ids, e.completion_ids, e.teacher_prompt_ids]

@@ -25,6 +25,7 @@ from stillhouse import pod
 from stillhouse.compose import compose, from_command_line
 from stillhouse.distill import models
 from stillhouse.distill.chat import Chat
+from stillhouse.distill.encoder import Context
 from stillhouse.distill.engine import Engine
 from stillhouse.distill.prompts import load_prompts
 from stillhouse.distill.quant import dequantized_weight, quantize_
@@ -766,7 +767,7 @@ def test_lm_eval_feeds_exactly_the_prompts_of_training(place, tmp_path, make_tok
     file.write_text("".join(json.dumps({"messages": t}) + "\n" for t in turns))
     spec = point(place, tmp_path, "data=local", f"data_path={file}", "held_out_rows=0")
     prepared = models.prepare(spec.pair, spec.quant, place / "cache")
-    asked = load_prompts(spec.data, prepared, Chat(text, spec.data), 0, place / "cache")
+    asked = load_prompts(spec.data, prepared, Chat(text, spec.data), Context(), place / "cache")
     training = {e.prompt_ids for e in asked.train}
     assert len(training) == LIMIT
 
@@ -804,7 +805,7 @@ def test_a_teacher_of_few_shots_is_asked_exactly_what_it_reads_in_training(place
     spec = point(place, tmp_path, f"held_out_rows={LIMIT}", "teacher_few_shot=4")
     prepared = models.prepare(spec.pair, spec.quant, place / "cache")
     prepared = dataclasses.replace(prepared, data_dir=tmp_path)
-    asked = load_prompts(spec.data, prepared, Chat(text, spec.data), 4, place / "cache")
+    asked = load_prompts(spec.data, prepared, Chat(text, spec.data), Context(4), place / "cache")
     read = {e.teacher_prompt_ids for e in asked.held_out}
     assert len(read) == LIMIT and all(len(ids) > 150 for ids in read)
 

@@ -21,6 +21,7 @@ from stillhouse.compose import compose, from_command_line
 from stillhouse.distill import encoder
 from stillhouse.distill.chat import Chat
 from stillhouse.distill.encoded import Example, Joined
+from stillhouse.distill.encoder import Context
 from stillhouse.distill.pairs import PreparedPair
 from stillhouse.distill.prompts import PromptSet, check_answers, load_others, load_prompts
 from stillhouse.distill.tables import open_table
@@ -29,6 +30,7 @@ from stillhouse.errors import ConfigError, DataError
 from stillhouse.spec import DataSpec, TrainSpec
 
 TEXT = tiny.tokenizer()
+NO_CONTEXT = Context()
 NOWHERE = PreparedPair("student", "teacher", None, None, Path("no-such-directory"), {})
 LOCAL = DataSpec(
     data_name="mine",
@@ -55,17 +57,24 @@ def lines(path: Path, *rows: dict[str, Any]) -> Path:
 
 
 def load(
-    path: Path | str | None, *, text: Any = TEXT, few_shot: int = 0, **changes: Any
+    path: Path | str | None,
+    *,
+    text: Any = TEXT,
+    few_shot: int = 0,
+    template: str | None = None,
+    **changes: Any,
 ) -> PromptSet:
     where = None if path is None else str(path)
     data = dataclasses.replace(LOCAL, data_path=where, **changes)
-    return encoded(data, NOWHERE, text, few_shot)
+    return encoded(data, NOWHERE, text, Context(few_shot, template))
 
 
-def encoded(data: DataSpec, prepared: PreparedPair, text: Any, few_shot: int = 0) -> PromptSet:
+def encoded(
+    data: DataSpec, prepared: PreparedPair, text: Any, context: Context = NO_CONTEXT
+) -> PromptSet:
     """As a machine does that sees these rows for the first time."""
     with tempfile.TemporaryDirectory() as cache:  # what is mapped stays mapped
-        return load_prompts(data, prepared, Chat(text, data), few_shot, Path(cache))
+        return load_prompts(data, prepared, Chat(text, data), context, Path(cache))
 
 
 def prompt(example: Example) -> str:
@@ -496,6 +505,41 @@ def test_a_prompt_that_the_teacher_cannot_hold_is_counted(tmp_path: Path) -> Non
     assert found.skipped == {"few-shot prompt too long for the teacher": 1}
 
 
+def test_a_teacher_reads_its_template_over_the_row_after_the_exemplars(tmp_path: Path) -> None:
+    rows = [{"prompt": f"Find {n}+1.", "completion": f"{n + 1}", "hint": n} for n in range(4)]
+    file, template = lines(tmp_path / "a.jsonl", *rows), "{{{question}}} {hint}: {completion}"
+    alone = load(file, template=template)
+    for n, example in enumerate(alone.train):
+        assert prompt(example) == f"<|user|>Find {n}+1.<|assistant|>"
+        told = f"<|user|>{{Find {n}+1.}} {n}: {n + 1}<|assistant|>"
+        assert TEXT.decode(example.teacher_prompt_ids) == told
+    after = load(file, template=template, few_shot=1).train[0]
+    solved = "<|user|>Find 0+1.<|assistant|>1<eos>"
+    told = "<|user|>{Find 1+1.} 1: 2<|assistant|>"
+    assert TEXT.decode(after.teacher_prompt_ids) == solved + told
+    text = tiny.tokenizer()
+    text.chat_template = None
+    bare = load(file, text=text, template=template).train[0]
+    assert text.decode(bare.teacher_prompt_ids) == "{Find 0+1.} 0: 1"
+
+
+def test_a_template_changes_the_last_question_alone(tmp_path: Path) -> None:
+    said = [turn("user", "a"), turn("assistant", "b"), turn("user", "a"), turn("assistant", "c")]
+    found = load(
+        lines(tmp_path / "a.jsonl", {"messages": said}), template="{question}={completion}"
+    )
+    told = "<|user|>a<|assistant|>b<eos><|user|>a=c<|assistant|>"
+    assert TEXT.decode(found.train[0].teacher_prompt_ids) == told
+
+
+@pytest.mark.parametrize("field", ["hint", "completion"])
+def test_a_field_that_a_row_lacks_is_refused(tmp_path: Path, field: str) -> None:
+    rows = [{"prompt": "a", "completion": "b", "hint": "c"}, {"prompt": "d"}]
+    said = rf"row 1 has nothing for \{{{field}\}} of teacher_prompt; it has prompt"
+    with pytest.raises(DataError, match=said):
+        load(lines(tmp_path / "a.jsonl", *rows), template=f"{{question}} {{{field}}}")
+
+
 # ---------------------------------------------------------------- the same rows, once
 
 
@@ -553,7 +597,7 @@ def test_the_same_bytes_tokenizer_template_and_limits_are_encoded_once(
 
     def at(path: Path, text: Any = TEXT, few_shot: int = 0, **changes: Any) -> tuple[str, str]:
         data = dataclasses.replace(LOCAL, data_path=str(path), held_out_rows=2, **changes)
-        found = load_prompts(data, NOWHERE, Chat(text, data), few_shot, cache)
+        found = load_prompts(data, NOWHERE, Chat(text, data), Context(few_shot), cache)
         assert len(found.held_out) == 2 and found.skipped == {}
         return found.key, capsys.readouterr().out
 
@@ -583,7 +627,7 @@ def test_the_same_bytes_tokenizer_template_and_limits_are_encoded_once(
 def test_what_was_encoded_says_how_many_rows_and_the_largest_token_id(tmp_path: Path) -> None:
     file = lines(tmp_path / "a.jsonl", *sums(9), {"text": "x"})
     data = dataclasses.replace(LOCAL, data_path=str(file), held_out_rows=2)
-    found = load_prompts(data, NOWHERE, Chat(TEXT, data), 0, tmp_path / "cache")
+    found = load_prompts(data, NOWHERE, Chat(TEXT, data), NO_CONTEXT, tmp_path / "cache")
     made = tmp_path / "cache" / "rows" / found.key / "made.json"
     facts = json.loads(made.read_text())["facts"]
     assert facts["rows"] == {"train": 7, "held_out": 2}

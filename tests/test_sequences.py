@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,12 +12,14 @@ import torch
 from stillhouse import entrypoints
 from stillhouse.compose import options_of
 from stillhouse.distill.agreement import RANKED, compared, ranking, row_means
+from stillhouse.distill.head import head_of
 from stillhouse.distill.loaded import load
+from stillhouse.distill.loop import positions_of
 from stillhouse.distill.monitor import answer_in
 from stillhouse.distill.replay import Entry, Replay
 from stillhouse.distill.rollouts import Completions
 from stillhouse.distill.run import Run
-from stillhouse.errors import Interrupted
+from stillhouse.errors import ConfigError, Interrupted
 from stillhouse.rundir import Runs
 from stillhouse.stop import StopFlag
 from tests.builders.cheap import cheap, teacher_of
@@ -355,3 +358,110 @@ def test_held_out_accuracy_is_measured_when_asked_and_at_the_end(tmp_path):
     measured = {m["step"]: m["eval/accuracy"] for m in Runs(tmp_path).of(spec).metrics()
                 if "eval/accuracy" in m}  # fmt: skip
     assert set(measured) == {3, 5} and all(0 <= value <= 1 for value in measured.values())
+
+
+# -------------------------------------------------------------------- a teacher that is the student
+
+SELF = ["pair=tiny_told", "teacher_steps=8", "student_steps=null", "max_new_tokens=6", "lmbda=0.5",
+        "off_policy_source=teacher", "save_steps=2", "max_steps=6"]  # fmt: skip
+
+
+def test_a_live_teacher_is_the_student_and_reads_more(tmp_path):
+    run = make(tmp_path, *SELF, "ema_decay=0")
+    for step in range(2):
+        run.loop.gradients(step)
+        run.loop.update(step)
+        run.roles.average.update()
+    (share,) = shares(run)
+    told = [replace(e, prompt_ids=e.teacher_prompt_ids) for e in share.examples]
+    before = {name: p.clone() for name, p in run.student.named_parameters()}
+    teacher_NV = run.roles.teacher_scorer()(share.examples, share.written.ids, share.written.forced)
+    student_NH, _ = positions_of(
+        run.student, [e.prompt_ids for e in told], share.written.ids, share.written.forced,
+        max(len(e.prompt_ids) for e in told), run.roles.pad_id, run.accelerator.device,
+    )  # fmt: skip
+    rows = slice(0, len(student_NH))
+    torch.testing.assert_close(teacher_NV(rows), head_of(run.student).logits(student_NH))
+    start_NV = run.roles.start_scorer()(told, share.written.ids, share.written.forced)
+    assert not torch.allclose(teacher_NV(rows), start_NV(rows), atol=1e-4), "it has moved"
+    after = dict(run.student.named_parameters())
+    assert all(torch.equal(before[name], p) for name, p in after.items()), "and gives all back"
+
+
+def test_an_average_follows_by_its_decay_and_the_teacher_writes_with_it(tmp_path):
+    run = make(tmp_path, *SELF, "ema_decay=0.75")
+    name, start = next(
+        (n, t.clone()) for n, t in run.roles.average.tensors.items() if "lora_A" in n
+    )
+    weight = dict(run.student.named_parameters())[name]
+    weight.data.add_(4.0)
+    run.roles.average.update()
+    torch.testing.assert_close(run.roles.average.tensors[name], start + 1.0)
+    example = run.prompts.train[0]
+
+    def drawn():
+        return run.roles.writers()["teacher"]([example], 0, [0]).log_probs
+
+    before = drawn()
+    weight.data.add_(4.0)
+    assert drawn() == before, "the student moves alone until the average is updated"
+    for tensor in run.roles.average.tensors.values():
+        tensor.add_(0.5)
+    assert drawn() != before
+
+
+@pytest.mark.parametrize("decay", [0, 0.5])
+def test_a_run_with_an_average_that_is_stopped_ends_in_the_same_bits(tmp_path, decay):
+    words = [*SELF, f"ema_decay={decay}"]
+    spec = cheap(tmp_path / "stopped", *words)
+    run = Runs(tmp_path / "stopped").of(spec)
+    stopped(spec, run, 5, 12)
+    assert list(run.checkpoints.glob("*/teacher.safetensors"))
+    assert entrypoints.train(spec) == 0
+    whole = cheap(tmp_path / "whole", *words)
+    assert entrypoints.train(whole) == 0
+    there = Runs(tmp_path / "whole").of(whole)
+    assert steps_of(run) == steps_of(there)
+    name = "adapter_model.safetensors"
+    assert (run.adapter / name).read_bytes() == (there.adapter / name).read_bytes()
+
+
+def test_replayed_text_of_an_earlier_teacher_is_not_held_against_the_present_one(tmp_path):
+    words = ["method=replay_buffer", "replay_injection=1", "ema_decay=0", "max_rollout_gap=3e-5"]
+    run = make(tmp_path, *SELF[:-4], *words, "max_steps=6", "learning_rate=0.1")
+    for step in range(5):
+        run.loop.gradients(step)
+        run.loop.check_rollouts(step)
+        run.loop.update(step)
+        run.roles.average.update()
+    assert run.loop.found_gaps["teacher"] is not None
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["ema_decay=0.9"], "and the teacher of pair tiny is not the student"),
+        ([*SELF, "teacher_prompt=null", "ema_decay=0"], "there is nothing to learn"),
+        ([*SELF, "ema_decay=0", "cold_start=0.5", "cold_prompts=4"], "this teacher changes with"),
+        ([*SELF, "other_prompts=0.5"], "teacher_prompt: its fields are of the data's own kind"),
+        ([*SELF, "fixed_advantage=-1"], "fixed_advantage -1 is of on_loss pg, and on_loss is jsd"),
+        ([*SELF, "teacher_prompt='{completion}'"], "must contain {question}"),
+        ([*SELF, "teacher_prompt='{question.x}'"], "a field is a name in braces"),
+        ([*SELF, "teacher_prompt='{question'"], "a brace that is meant as one is written twice"),
+    ],
+)
+def test_a_teacher_that_cannot_be_the_student_is_refused(tmp_path, words, said):
+    with pytest.raises(ConfigError, match=said):
+        cheap(tmp_path, *words)
+
+
+def test_a_fixed_advantage_has_no_teacher_in_its_loss(tmp_path):
+    run = make(tmp_path, *SELF, "lmbda=1", "on_loss=pg", "fixed_advantage=-1")
+    metrics = run.loop.gradients(0)
+    gradient = flat_gradient(run)
+    # The ratio of a token that was just drawn is 1, and its loss is minus the advantage.
+    assert metrics["train/loss"] == pytest.approx(1.0, abs=1e-5)
+    run.loop.score = lambda *of: lambda rows: torch.zeros(rows.stop - rows.start, 440)
+    run.loop.optimizer.zero_grad()
+    run.loop.gradients(0)
+    torch.testing.assert_close(flat_gradient(run), gradient)

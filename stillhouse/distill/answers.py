@@ -1,4 +1,4 @@
-"""Answer an evaluation with an engine: greedy texts, and log-likelihoods of given choices.
+"""Answer an evaluation with an engine: greedy or drawn texts, log-likelihoods of given choices.
 
 Legend: B rows, b rows still being written, C new positions, V vocabulary, P positions of a
 context, n positions of a continuation.
@@ -15,11 +15,12 @@ from torch import Tensor
 
 from stillhouse.distill.engine import Engine
 from stillhouse.distill.folded import computes_in
-from stillhouse.distill.rollouts import pad_left
+from stillhouse.distill.rollouts import pad_left, uniforms, write
 from stillhouse.errors import Diverged
-from stillhouse.spec import GAPS
+from stillhouse.spec import GAPS, RolloutSpec
 
 CHECKED = 2  # rows of an evaluation whose tokens are checked against the model's own forward pass
+SAMPLE_SEED = 1234  # of drawn answers: every model is asked with the same draws
 BESIDE = 2  # tokens that may surround a stop string
 
 
@@ -48,6 +49,33 @@ def answers(
     if checked and engine.form is not None:
         _check(engine, ids_BP, mask_BP, _has_ended(new_BC, eos_ids), new_BC, pick)
     return new_BC
+
+
+def samples(
+    engine: Engine,
+    prompts: Sequence[Sequence[int]],
+    numbers: Sequence[int],
+    *,
+    pad_id: int,
+    eos_ids: Sequence[int],
+    max_new_tokens: int,
+) -> Int[Tensor, "B C"]:
+    """Tokens drawn at temperature 1 after each prompt. The draws depend on the prompt and its
+    number alone, so another model is asked with the same ones."""
+    draws_BT = torch.cat(
+        [
+            uniforms(SAMPLE_SEED, f"answer to {list(prompt)}", 0, [number], max_new_tokens)
+            for prompt, number in zip(prompts, numbers, strict=True)
+        ]
+    )
+    rollout = RolloutSpec(max_new_tokens, 0, 1.0, 1.0, len(prompts))
+    written = write(
+        engine, prompts, draws_BT, rollout, pad_id=pad_id, eos_ids=eos_ids, poll=lambda: None
+    )
+    width = max(map(len, written.ids))
+    return torch.tensor([row + [pad_id] * (width - len(row)) for row in written.ids]).to(
+        engine.device
+    )
 
 
 def ended(new_BC: Int[Tensor, "B C"], eos_ids: Sequence[int], pad_id: int) -> Int[Tensor, "B C"]:

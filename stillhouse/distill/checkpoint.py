@@ -3,8 +3,9 @@
 A checkpoint is a directory of safetensors and JSON files (nothing is ever unpickled) with a
 manifest of sizes and digests. It appears in one rename. A resume takes the newest complete
 checkpoint; it skips a damaged one and logs that. Random numbers are derived from counters, so there
-is no generator state to save: a checkpoint holds the adapter, the optimizer's moments, the step,
-the costs, the replay buffer, and metrics that are not logged yet.
+is no generator state to save: a checkpoint holds the adapter, the optimizer's moments, a teacher
+that averages the student, the step, the costs, the replay buffer, and metrics that are not logged
+yet.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from stillhouse.distill.average import Average
 from stillhouse.errors import ContractError
 from stillhouse.file_formats import SAVED, checked
 from stillhouse.rundir import (
@@ -33,7 +35,12 @@ KEEP = 2  # a crash may damage the newest; the one before it is then used
 
 
 def save(
-    run: RunDir, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, state: Json
+    run: RunDir,
+    step: int,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    state: Json,
+    average: Average | None = None,
 ) -> None:
     """Save the state after `step` completed steps.
 
@@ -48,6 +55,8 @@ def save(
     try:
         save_file(_trainable(model), temporary / "adapter.safetensors")
         save_file(_moments(model, optimizer), temporary / "optimizer.safetensors")
+        if average is not None:
+            save_file(average.tensors, temporary / "teacher.safetensors")
         write_json(temporary / "state.json", state | {"step": step})
         files = {
             p.name: {"size": p.stat().st_size, "sha256": file_digest(p)}
@@ -63,7 +72,11 @@ def save(
 
 
 def load_newest(
-    run: RunDir, model: nn.Module, optimizer: torch.optim.Optimizer, say: Any
+    run: RunDir,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    say: Any,
+    average: Average | None = None,
 ) -> Json | None:
     """Restore the newest complete checkpoint in place; its state, or None if there is none."""
     for directory in reversed(_complete_names(run.checkpoints)):
@@ -72,6 +85,8 @@ def load_newest(
             say(f"{directory}: {problem}; skipped, going back to the checkpoint before it")
             continue
         _restore(directory, model, optimizer)
+        if average is not None:
+            average.restore(load_file(directory / "teacher.safetensors"))
         return read_json(directory / "state.json")
     return None
 

@@ -12,7 +12,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
@@ -23,12 +23,12 @@ import numpy as np
 from stillhouse.distill.cache import Say, made_once
 from stillhouse.distill.chat import Chat, Rendered
 from stillhouse.distill.encoded import Draft, packed, write_examples
-from stillhouse.distill.formats import UNDERSTOOD, Conversation, Skip, Turn, read
+from stillhouse.distill.formats import UNDERSTOOD, Conversation, Row, Skip, Turn, columns, read
 from stillhouse.distill.tables import Table
 from stillhouse.errors import DataError
 from stillhouse.identity import digest
 from stillhouse.rundir import Json, file_digest
-from stillhouse.spec import DataSpec
+from stillhouse.spec import DataSpec, PairSpec, template_fields
 
 VERSION = 1  # increment it whenever the same rows would give other ids
 BATCH = 1000  # rows that are tokenized together
@@ -37,6 +37,47 @@ PROGRESS_S = 5.0  # between two progress lines
 LIBRARIES = ("jinja2", "tokenizers", "transformers")
 
 Parts = dict[str, list[Draft]]  # what is kept, by name
+
+
+@dataclass(frozen=True)
+class Context:
+    """What only the teacher reads: exemplars, and a template over each row in place of its
+    question."""
+
+    few_shot: int = 0
+    template: str | None = None
+
+    @classmethod
+    def of(cls, pair: PairSpec) -> Context:
+        """The context of a pair's teacher."""
+        return cls(pair.teacher_few_shot, pair.teacher_prompt)
+
+    @property
+    def content(self) -> list[Any]:
+        """What decides the teacher's prompts, besides the rows."""
+        return [self.few_shot, *([] if self.template is None else [self.template])]
+
+    def asked(self, row: Row, conversation: Conversation) -> Conversation:
+        """The conversation with its (last) question as the teacher reads it.
+
+        Raises:
+            KeyError: the row has nothing for a field of the template.
+        """
+        if self.template is None:
+            return conversation
+        turns = [*conversation.turns]
+        last = max((i for i, turn in enumerate(turns) if turn["role"] == "user"), default=-1)
+        question = turns[last]["content"]
+        known: Row = {**row, "question": question}
+        if conversation.completion is not None:
+            known["completion"] = conversation.completion["content"]
+        for name in template_fields(self.template):
+            if known.get(name) is None:
+                raise KeyError(name)
+        told = self.template.format_map(known)
+        turns[last] = turns[last] | {"content": told}
+        before, _, after = conversation.plain.rpartition(question)
+        return replace(conversation, turns=turns, plain=before + told + after)
 
 
 class Encoder:
@@ -76,10 +117,10 @@ class Encoder:
     # ------------------------------------------------------------ which rows
 
     def chosen(
-        self, train: Table, held_out: Table, where: str, few_shot: int
+        self, train: Table, held_out: Table, where: str, context: Context
     ) -> tuple[list[Draft], list[Draft]]:
         """Rows to train on, and held-out ones."""
-        data = self._data
+        data, few_shot = self._data, context.few_shot
         candidates = range(len(held_out)) if held_out is not train else _from_the_end(train)
         watched = self.take(held_out, candidates, data.held_out_rows)
         if len(watched) < data.held_out_rows:
@@ -93,12 +134,11 @@ class Encoder:
         rest = [row for row in range(len(train)) if row not in apart]
         wanted = len(train) if data.max_rows is None else data.max_rows
         kept = self.take(train, rest, wanted + few_shot)
-        if few_shot and len(kept) > few_shot:
-            exemplars = self._exemplars(train, kept[:few_shot], where)
-            watched = self._for_teacher(held_out, watched, exemplars)
-            kept = self._for_teacher(train, kept[few_shot:], exemplars)
-        elif few_shot:
-            kept = []
+        shown, kept = kept[:few_shot], kept[few_shot:]
+        if kept and context != Context():
+            exemplars = self._exemplars(train, shown, where)
+            watched = self._for_teacher(held_out, watched, exemplars, context, where)
+            kept = self._for_teacher(train, kept, exemplars, context, where)
         if not kept:
             raise DataError(
                 f"{where}: none of its {len(train)} rows is left to train on, after {len(watched)}"
@@ -166,9 +206,17 @@ class Encoder:
         return found
 
     def _for_teacher(
-        self, table: Table, drafts: list[Draft], exemplars: list[Conversation]
+        self,
+        table: Table,
+        drafts: list[Draft],
+        exemplars: list[Conversation],
+        context: Context,
+        where: str,
     ) -> list[Draft]:
-        """The drafts with few-shot examples before the teacher's prompt; counts those too long."""
+        """The drafts with the teacher's own prompts; counts those that are too long.
+
+        Raises DataError: a row lacks a field of the template.
+        """
         kept: list[Draft] = []
         progress = _Progress(self._say, len(drafts))
         for first in range(0, len(drafts), BATCH):
@@ -177,16 +225,24 @@ class Encoder:
             written: list[Draft] = []
             for draft, row in zip(batch, table.at([d.row for d in batch]), strict=True):
                 try:
-                    texts.append(self._text(read(row, self._data), None, exemplars))
+                    asked = context.asked(row, read(row, self._data))
+                    texts.append(self._text(asked, None, exemplars))
                 except Skip as skip:
                     self._leave_out(draft.row, skip)
+                except KeyError as error:
+                    raise DataError(
+                        f"{where}: row {draft.row} has nothing for {{{error.args[0]}}} of"
+                        f" teacher_prompt; {columns(row)}, besides question and, where it has an"
+                        " answer, completion"
+                    ) from error
                 else:
                     written.append(draft)
             for draft, (ids, _) in zip(written, self._chat.encode(texts), strict=True):
                 room = max(len(draft.completion), self._data.min_completion)
                 # A tokenizer without a limit reports 10^30.
                 if len(ids) + room > self._chat.tokenizer.model_max_length:
-                    reason = "few-shot prompt too long for the teacher"
+                    kind = "few-shot " if exemplars else ""
+                    reason = f"{kind}prompt too long for the teacher"
                     self._leave_out(draft.row, Skip(reason, f"it has {len(ids)} tokens"))
                 else:
                     kept.append(replace(draft, teacher=packed(ids)))

@@ -12,6 +12,7 @@ from accelerate import Accelerator
 
 from stillhouse.distill import models
 from stillhouse.distill.chat import chat_of
+from stillhouse.distill.encoder import Context
 from stillhouse.distill.loop import needed_shares
 from stillhouse.distill.pairs import PreparedPair
 from stillhouse.distill.prompts import (
@@ -58,8 +59,8 @@ def load(spec: TrainSpec, poll: Callable[[], None]) -> Loaded:
     prepared = models.prepare(spec.pair, spec.quant, cache_dir, commits)
     sources = sources_of(spec, cache_dir)
     tokenizer = models.load_tokenizer(prepared.student, prepared.student_revision)
-    chat, few_shot = chat_of(prepared, tokenizer, spec.data), spec.pair.teacher_few_shot
-    prompts = load_prompts(spec.data, prepared, chat, few_shot, cache_dir, commits)
+    chat, context = chat_of(prepared, tokenizer, spec.data), Context.of(spec.pair)
+    prompts = load_prompts(spec.data, prepared, chat, context, cache_dir, commits)
     check_answers(spec, f"data {spec.data.data_name}", prompts.train)
     if spec.rescue.other_prompts:
         file = prepared.data_dir / "other.jsonl"

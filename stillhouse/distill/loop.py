@@ -320,8 +320,9 @@ class Loop:
 
     def _drawn(self, batch: Batch, written: Completions) -> Drawn | None:
         """The collector for these rows' log-probabilities. None if they were not drawn, or were
-        drawn by an earlier student, or if enough rows of the step were checked."""
-        is_old = batch.is_on_policy and batch.step != self.step
+        drawn by an earlier model, or if enough rows of the step were checked."""
+        changes = batch.is_on_policy or self.spec.loss.ema_decay is not None
+        is_old = changes and batch.step != self.step
         is_sample = batch.is_on_policy and not self.spec.lora.lora_dropout
         if is_old or not any(written.log_probs):
             return None
@@ -368,7 +369,8 @@ class Loop:
             drawn = [number for row in written.log_probs for number in row]
             device = self.accelerator.device
             sampled_N = torch.tensor(drawn, device=device)
-            return PolicyGradient(sampled_N, plan.advantage_clip, loss.ratio_cap)
+            clip, fixed = plan.advantage_clip, loss.fixed_advantage
+            return PolicyGradient(sampled_N, clip, loss.ratio_cap, fixed)
         return Jsd(loss.beta)
 
     def _sum(self, numbers: list[float]) -> list[float]:

@@ -58,6 +58,8 @@ class PolicyGradient:
     (p_sample = p, nothing clipped) the expected gradient over y is that of KL(p || q). Without a
     `cap` the ratio is unbounded: if it overflows, the gradient is not finite, whatever the weight.
     A capped ratio is a constant (truncated importance sampling): the token keeps its gradient.
+    A fixed `advantage` takes the place of A, for a control that no teacher has a part in: on
+    policy, its expected gradient is 0.
     Source: sampled-token form, Eq. 3 of arXiv:2604.13016, with tinker-cookbook's
     `importance_sampling` and the cliff seeds' clip.
     """
@@ -65,6 +67,7 @@ class PolicyGradient:
     sampled_N: Float[Tensor, " N"]
     clip: float
     cap: float | None = None
+    advantage: float | None = None
     capped: list[Tensor] = field(default_factory=list[Tensor], compare=False)  # counts, by chunk
 
     def __post_init__(self) -> None:
@@ -279,12 +282,17 @@ def _policy_gradient(
 ) -> tuple[Tensor, Tensor]:
     """The loss [n] of the drawn tokens, and how strongly each is pushed towards, [n]."""
     sampled_n = objective.sampled_N.to(log_p_y.dtype)
-    advantage = (log_q_y - sampled_n).clamp(-objective.clip, objective.clip)
+    if objective.advantage is None:
+        advantage = (log_q_y - sampled_n).clamp(-objective.clip, objective.clip)
+    else:
+        advantage = torch.full_like(sampled_n, objective.advantage)
     ratio = torch.exp(log_p_y - sampled_n)
     if objective.cap is not None:
         objective.capped.append((ratio > objective.cap).sum())
         ratio = ratio.clamp(max=objective.cap)
     push = advantage * ratio
+    if objective.advantage is not None:
+        return -push, push
     # For a token that the teacher never writes, the advantage is -clip, even if infinite.
     is_never = (log_q_y <= NEVER) & (ratio > 0)
     return torch.where(is_never, objective.clip * ratio, -push), push

@@ -212,7 +212,7 @@ def _trained(
 
     # Names, precisions, few-shot counts, and `asks` are not part of the key: they do not change the
     # weights.
-    made_of = {key: value for key, value in asdict(recipe).items() if key != "asks"}
+    made_of = {k: v for k, v in asdict(recipe).items() if k != "asks" and v != ()}
     key = digest([VERSION, tiny.VERSION, seed, steps, made_of])[:10]
     home = cache_dir / "pairs" / f"{name}-{role}-{key}"
     facts = made_once(home, say, make)

@@ -20,7 +20,7 @@ from typing import Any
 from stillhouse import compatibility, model_files, packaged_prompts
 from stillhouse.distill.chat import Chat, chat_of
 from stillhouse.distill.encoded import Examples
-from stillhouse.distill.encoder import Encoder, Parts, reasons
+from stillhouse.distill.encoder import Context, Encoder, Parts, reasons
 from stillhouse.distill.pairs import NO_COMMITS, PreparedPair
 from stillhouse.distill.tables import Table, open_table
 from stillhouse.errors import ConfigError, DataError
@@ -66,27 +66,27 @@ def load_prompts(
     data: DataSpec,
     prepared: PreparedPair,
     chat: Chat,
-    few_shot: int,
+    context: Context,
     cache_dir: Path,
     commits: Mapping[str, str] = NO_COMMITS,
 ) -> PromptSet:
     """The rows of `data` as ids of the chat's tokenizer, in file order; held-out rows separate.
 
     `commits`: the commits that open hub revisions stand for (`place.commits`).
-    With few_shot > 0, the first `few_shot` training rows, with their answers, precede each prompt
-    of the teacher; these rows are not trained on.
-    Raises DataError if a path does not exist, a line cannot be parsed, or no row can be used;
-    ConfigError if hub data is not on this machine.
+    `context`: what only the teacher reads. Its exemplars are the first training rows with their
+    answers; these rows are not trained on.
+    Raises DataError if a path does not exist, a line cannot be parsed, no row can be used, or a row
+    lacks a field of the teacher's template; ConfigError if hub data is not on this machine.
     """
     train, held_out, where = _tables(data, prepared, cache_dir, commits)
 
     encoder = Encoder(data, chat)
 
     def choose() -> Parts:
-        kept, watched = encoder.chosen(train, held_out, where, few_shot)
+        kept, watched = encoder.chosen(train, held_out, where, context)
         return {"train": kept, "held_out": watched}
 
-    content = [train.digest, held_out.digest, held_out is train, few_shot]
+    content = [train.digest, held_out.digest, held_out is train, *context.content]
     home, facts = encoder.once(content, cache_dir, choose)
     rows = Examples(home, "train"), Examples(home, "held_out")
     return PromptSet(*rows, facts["skipped"], facts["seen"], home.name)
@@ -98,8 +98,8 @@ def encode_rows(spec: EvalSpec, prepared: PreparedPair, tokenizer: Any) -> None:
     Raises what `load_prompts` and `check_ids` raise.
     """
     chat, cache_dir = chat_of(prepared, tokenizer, spec.data), Path(spec.place.cache_dir)
-    few_shot, commits = spec.pair.teacher_few_shot, spec.place.commits
-    prompts = load_prompts(spec.data, prepared, chat, few_shot, cache_dir, commits)
+    context, commits = Context.of(spec.pair), spec.place.commits
+    prompts = load_prompts(spec.data, prepared, chat, context, cache_dir, commits)
     compatibility.note_largest_id(spec, prompts.largest_token_id)
     check_ids(prepared, prompts, tokenizer)
 

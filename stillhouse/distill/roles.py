@@ -1,7 +1,7 @@
 """Load the two models of a pair, and build the functions that generate and score sequences.
 
 All writers share one signature, and so do all scorers. So the loop need not know that the teacher
-may be the student's own base with the adapter disabled.
+may be the student's own base with the adapter disabled, or with an average of it.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from stillhouse.distill import models
+from stillhouse.distill.average import Average
 from stillhouse.distill.chat import Chat
 from stillhouse.distill.encoded import Example
 from stillhouse.distill.engine import Engine
@@ -57,7 +58,10 @@ class Roles:
             prepared.student_revision,
             pair.student_dtype,
         ) == (prepared.teacher, prepared.teacher_revision, pair.teacher_dtype)
-        self.is_same_function = is_shared and pair.teacher_few_shot == 0
+        decay = spec.loss.ema_decay
+        self.average = None if decay is None else Average(self.student, decay)
+        is_shared = is_shared or self.average is not None
+        self.is_same_function = is_shared and not pair.has_context
         self.eos_ids, pad = chat.stop_ids, chat.tokenizer.pad_token_id
         self.pad_id = self.eos_ids[0] if pad is None else pad
         self.engine = Engine(self.student)
@@ -67,28 +71,31 @@ class Roles:
     def _load_teacher(self, prepared: PreparedPair, is_shared: bool) -> ModelTeacher:
         """The teacher's model, in this process."""
         if is_shared:
-            return self._of_model(self.student, self.engine)
+            return self._of_model(self.student, self.engine, self.average)
         model = models.load_base(
             prepared.teacher, prepared.teacher_revision, self.spec.pair.teacher_dtype, None,
             self.accelerator.device,
         )  # fmt: skip
         return self._of_model(model, Engine(model))
 
-    def _of_model(self, model: nn.Module, engine: Engine) -> ModelTeacher:
-        return ModelTeacher(
-            model, engine, lambda: self._frozen(model), self.pad_id, self.eos_ids, self.poll
-        )
+    def _of_model(
+        self, model: nn.Module, engine: Engine, average: Average | None = None
+    ) -> ModelTeacher:
+        frozen = partial(self._frozen, model, average)
+        return ModelTeacher(model, engine, frozen, self.pad_id, self.eos_ids, self.poll)
 
     @contextlib.contextmanager
-    def _frozen(self, model: nn.Module) -> Iterator[None]:
-        """Use a model without training it: the teacher, or the base with the adapter disabled."""
+    def _frozen(self, model: nn.Module, average: Average | None) -> Iterator[None]:
+        """Use a model without training it: another one, or the student with its adapter disabled,
+        or with the average of its adapter."""
         if model is not self.student:
             yield
             return
         was_training = self.student.training
+        weights = self.student.disable_adapter() if average is None else average.in_place()
         self.student.eval()
         try:
-            with self.student.disable_adapter(), self.accelerator.autocast():
+            with weights, self.accelerator.autocast():
                 yield
         finally:
             self.student.train(was_training)

@@ -84,7 +84,10 @@ class Run:
 
     def train(self) -> int:
         """Train from the newest complete checkpoint to the end, and save the adapter."""
-        state = checkpoint.load_newest(self.dir, self.student, self.loop.optimizer, self.say)
+        average = self.roles.average
+        state = checkpoint.load_newest(
+            self.dir, self.student, self.loop.optimizer, self.say, average
+        )
         first = 0 if state is None else int(state["step"])
         if state is not None:
             self.say(f"going on from step {first}")
@@ -181,6 +184,8 @@ class Run:
             if step == 0:
                 check_first_step(self.spec, metrics, self.roles.is_same_function)
             metrics |= self.loop.update(step)
+            if self.roles.average is not None:
+                self.roles.average.update()
         except Diverged:
             self._post_mortem(step, metrics)
             raise
@@ -248,7 +253,9 @@ class Run:
         replay = self.loop.sequences.replay.state()
         pending = self.pending and finite(self.pending)
         state = {"cost": self.cost, "pending": pending, "replay": replay}
-        checkpoint.save(self.dir, step, self.student, self.loop.optimizer, state)
+        checkpoint.save(
+            self.dir, step, self.student, self.loop.optimizer, state, self.roles.average
+        )
         for name in ("save", "total"):
             self._count("seconds", name, time.perf_counter() - started)
 

@@ -215,6 +215,8 @@ def _baselines(
         if (chat := chat_settings(_plain(spec.data))) != chat_settings({}):
             about["chat"] = chat
         examples = pair.teacher_few_shot if kind == "teacher" else 0
+        if kind == "teacher" and pair.teacher_prompt is not None:
+            _say("eval: teacher is asked without its teacher_prompt, whose fields no test has")
         with isolation.guard(home):
             if read_json(home / "baseline.json") != about:
                 write_json(home / "baseline.json", about)

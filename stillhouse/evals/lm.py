@@ -10,6 +10,7 @@ import functools
 import logging
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -19,7 +20,7 @@ import lm_eval.models.huggingface
 import lm_eval.utils
 from lm_eval.models.huggingface import HFLM
 
-from stillhouse.distill.answers import answers, ended, joined, log_likelihoods
+from stillhouse.distill.answers import answers, ended, joined, log_likelihoods, samples
 from stillhouse.distill.chat import Chat, Skip
 from stillhouse.distill.engine import Engine
 from stillhouse.errors import ConfigError
@@ -53,6 +54,7 @@ class Lm(_HFLM):
         )
         self.chat, self.left_out = chat, 0
         self.engine, self.is_checked = engine, False
+        self.drawn: Counter[tuple[int, ...]] = Counter()  # answers to each prompt so far
         engine.refold()
         # Some tokenizers put EOS behind every text: an answer would be asked for after the end.
         self.is_ended = tokenizer("a")["input_ids"][-1] in chat.stop_ids
@@ -95,6 +97,9 @@ class Lm(_HFLM):
             settings["eos_token_id"] = ends
             ids_BT = super()._model_generate(context, max_length, stop, **settings)
             return joined(context, ended(ids_BT[:, context.shape[1] :], ends, pad))
+        if settings.get("do_sample"):
+            new_BC = self._sampled(context, settings["attention_mask"], max_length)
+            return joined(context, ended(new_BC, ends, pad))
         new_BC = answers(
             self.engine, context, settings["attention_mask"], self.tokenizer, stop, pad_id=pad,
             eos_ids=ends, max_new_tokens=max_length - context.shape[1],
@@ -102,6 +107,20 @@ class Lm(_HFLM):
         )  # fmt: skip
         self.is_checked = True
         return joined(context, ended(new_BC, ends, pad))
+
+    def _sampled(self, ids_BP: Any, mask_BP: Any, max_length: int) -> Any:
+        """Answers drawn at temperature 1: the n-th to a prompt has draws of its own."""
+        prompts = [
+            tuple(ids[mask.bool()].tolist()) for ids, mask in zip(ids_BP, mask_BP, strict=True)
+        ]
+        numbers: list[int] = []
+        for prompt in prompts:
+            numbers.append(self.drawn[prompt])
+            self.drawn[prompt] += 1
+        return samples(
+            self.engine, prompts, numbers, pad_id=self.tokenizer.pad_token_id,
+            eos_ids=self.chat.stop_ids, max_new_tokens=max_length - ids_BP.shape[1],
+        )  # fmt: skip
 
     def _loglikelihood_tokens(
         self, requests: Any, disable_tqdm: bool = False, override_bs: int | None = None

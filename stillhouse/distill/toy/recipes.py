@@ -23,6 +23,7 @@ class Recipe:
     styles: tuple[str, ...] = ("sums",)  # how answers are written; of several, each as often
     asks: tuple[Kind, ...] = ASKED  # of a teacher: the kinds of problems on disk for its pairs
     template: str | None = None  # wraps questions that request the first style; others are plain
+    told_styles: tuple[str, ...] = ()  # after a solution in the question; (): `styles`
     zoo: bool = False  # knows the words of every style, not only of sums
 
 
@@ -52,6 +53,20 @@ RECIPES: dict[str, dict[str, Recipe]] = {
     },
     "tiny_thin": {"teacher": Recipe(64, 3, {"word2": 1}, 48, 4)},
     "tiny_context": {"teacher": Recipe(64, 3, {"word2": 1}, 16, 3, turns=5)},
+    # Its own teacher once it reads a problem's solution. That also makes it terser: half of its
+    # answers have a preamble, and a quarter of those that it gives after a solution.
+    "tiny_told": {
+        "teacher": Recipe(
+            64,
+            2,
+            {"word1": 30, "symbolic2": 30, "told2": 30, "word2": 1},
+            64,
+            10,
+            styles=("sums", "verbose"),
+            told_styles=("sums", "sums", "sums", "verbose"),
+            zoo=True,
+        )
+    },
     "zoo": {"student": Recipe(64, 2, _BASE, 64, 5, zoo=True)},
     "zoo_small": {
         "student": Recipe(32, 2, _TASK, 64, 6, zoo=True),

@@ -53,7 +53,11 @@ def training_problems(recipe: Recipe, pair_seed: int) -> Iterator[Problem]:
     if recipe.styles == ("sums",):
         return source
     rng = random.Random(f"{seed} styles")
-    return (_asked_for(problem, rng.choice(recipe.styles), recipe) for problem in source)
+    told = recipe.told_styles or recipe.styles
+    return (
+        _asked_for(problem, rng.choice(told if problem.is_told else recipe.styles), recipe)
+        for problem in source
+    )
 
 
 def _asked_for(problem: Problem, style: str, recipe: Recipe) -> Problem:
