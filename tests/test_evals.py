@@ -31,7 +31,7 @@ from stillhouse.distill.prompts import load_prompts
 from stillhouse.distill.quant import dequantized_weight, quantize_
 from stillhouse.distill.toy import problems, tiny
 from stillhouse.errors import ConfigError, ContractError, DataError, Interrupted, exit_code_of
-from stillhouse.evals import find, harness
+from stillhouse.evals import find, harness, written
 from stillhouse.evals.lm import Lm
 from stillhouse.evals.suite import LoadedTask, Scorer, _set_every_field, _tiny_task, load_tasks
 from stillhouse.identity import baseline_key, score_key
@@ -473,6 +473,31 @@ def test_a_template_is_compiled_once_for_all_documents():
     filled = [lm_eval.utils.apply_template("{{ n }} apples", {"n": n}) for n in range(3)]
     assert filled == ["0 apples", "1 apples", "2 apples"]
     assert compiled.cache_info().misses == before + 1
+
+
+def test_distinct_n_grams_and_lengths_by_hand():
+    assert written.pieces("So: 7+3=10. #### 8") == [*"So : 7 + 3 =".split(), "10", *".####", "8"]
+    assert written.length(["7+3", "a"]) == 2
+    # n = 1: 4 of 6 (a, b, c, d); n = 2: ab, bc, ab, bd, 3 of 4; n = 3: abc, abd, 2 of 2.
+    assert written.distinct(["a b c", "a b d", ""]) == pytest.approx((4 / 6 + 3 / 4 + 1) / 3)
+    assert written.distinct([""]) == 0
+
+
+def test_drawn_answers_are_the_same_in_any_batch_and_others_to_the_same_question(place, tmp_path):
+    text = tiny.tokenizer()
+    model = llama(len(text))
+    names = [TaskSpec(name, name.split("_")[-1], None, True) for name in written.TASKS]
+    found = []
+    for size in (LIMIT * written.SAMPLES, 3):
+        scorer = Scorer(suite(*names, limit=3), Chat(text, DATA), size, Never())
+        tasks = load_tasks(scorer.suite, names, data_dir(place, tmp_path))
+        scores = [scorer.score(model, task, "model") for task in tasks]
+        found.append([(score["value"], score["samples"]) for score in scores])
+    assert found[0] == found[1]
+    (length, _), (distinct, of_all), (drawn_length, _), (drawn, per_question) = found[0]
+    assert length != drawn_length, "one is of the likeliest tokens"
+    assert of_all == [] and len(per_question) == 3
+    assert 0 < distinct <= 1 and drawn > 0.5, "four answers that differ"
 
 
 def test_being_stopped_keeps_what_is_finished_and_goes_on_to_the_same_table(

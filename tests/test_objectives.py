@@ -97,6 +97,18 @@ def test_policy_gradient_of_three_tokens_by_hand(
     assert dz[0].tolist() == pytest.approx([-advantage * ratio * t for t in towards], rel=1e-12)
 
 
+def test_a_fixed_advantage_takes_the_teachers_place_by_hand() -> None:
+    objective = PolicyGradient(torch.tensor([log(1 / 5)] * 3, dtype=F64), 0.0, advantage=-0.5)
+    for teacher in (Q.log(), torch.tensor([[0.0, -torch.inf, -torch.inf]], dtype=F64)):
+        every = (P.log().repeat(3, 1), teacher.repeat(3, 1), torch.arange(3))
+        loss, stats, dz = on_logits(*every, objective=objective)
+        ratio = torch.tensor([5 / 2, 5 / 4, 5 / 4], dtype=F64)  # p(y) / (1/5)
+        torch.testing.assert_close(stats.loss, 0.5 * ratio)
+        torch.testing.assert_close(dz, 0.5 * ratio[:, None] * (torch.eye(3, dtype=F64) - P))
+    # Drawn by p itself, each token as often as that: what is pushed down comes back elsewhere.
+    torch.testing.assert_close((dz / 5).sum(0), torch.zeros(3, dtype=F64), rtol=0, atol=1e-15)
+
+
 @settings(max_examples=50, deadline=None, derandomize=True)
 @given(
     V=st.integers(2, 9),
