@@ -194,7 +194,7 @@ def prepared_file(pair: PairSpec, cache_dir: Path) -> Path:
     """The file in which `prepare` records what it made or found of a pair. For the same weights it
     is the same file, whatever the pair is called."""
     plain = TypeAdapter(PairSpec).dump_python(pair, mode="json")
-    for key in ("pair.pair_name", *NOT_VERSIONED):
+    for key in ("pair.pair_name", "pair.teacher_prompt", *NOT_VERSIONED):
         section, _, leaf = key.partition(".")
         if section == "pair":
             del plain[leaf]

