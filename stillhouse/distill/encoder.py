@@ -61,7 +61,7 @@ class Context:
         """The conversation with its (last) question as the teacher reads it.
 
         Raises:
-            KeyError: the row has nothing for a field of the template.
+            KeyError: the row has no text or number for a field of the template.
         """
         if self.template is None:
             return conversation
@@ -72,7 +72,8 @@ class Context:
         if conversation.completion is not None:
             known["completion"] = conversation.completion["content"]
         for name in template_fields(self.template):
-            if known.get(name) is None:
+            value = known.get(name)  # of a table, a missing number is nan
+            if not isinstance(value, str | int | float) or value != value:
                 raise KeyError(name)
         told = self.template.format_map(known)
         turns[last] = turns[last] | {"content": told}
@@ -231,7 +232,7 @@ class Encoder:
                     self._leave_out(draft.row, skip)
                 except KeyError as error:
                     raise DataError(
-                        f"{where}: row {draft.row} has nothing for {{{error.args[0]}}} of"
+                        f"{where}: row {draft.row} has no text for {{{error.args[0]}}} of"
                         f" teacher_prompt; {columns(row)}, besides question and, where it has an"
                         " answer, completion"
                     ) from error
