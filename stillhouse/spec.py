@@ -732,12 +732,13 @@ class TrainSpec:
             asks = {
                 f"lmbda {self.method.lmbda}": self.method.lmbda != 0,
                 f"kept_prompts {self.rescue.kept_prompts}": self.rescue.kept_prompts != 1,
+                f"ema_decay {self.loss.ema_decay}": self.loss.ema_decay is not None,
             }
             wants = ", ".join(what for what, asked in asks.items() if asked)
             if wants:
                 raise ValueError(
-                    f"teacher_at cache with {wants}: it scores what the student writes, which is"
-                    " another text at every step; use process, or lmbda=0"
+                    f"teacher_at cache with {wants}: text or teacher are others at every step; use"
+                    " process, or lmbda=0 with a frozen teacher"
                 )
             if self.scoring.teacher_rows != "alone":
                 raise ValueError(

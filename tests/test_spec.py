@@ -198,6 +198,7 @@ BESIDE: dict[str, dict[str, object]] = {
     "double_quant": {"quant": "bnb_nf4"},
     "replay_size": {"off_policy_source": "teacher"},
     "teacher_at": {"lmbda": 0, "teacher_rows": "alone"},
+    "fixed_advantage": {"on_loss": "pg"},
     "replay_injection": {"off_policy_source": "teacher", "replay_size": 50},
 }
 
