@@ -319,12 +319,11 @@ class Loop:
         return torch.stack([*sums, held.detach().double(), count]).cpu()
 
     def _drawn(self, batch: Batch, written: Completions) -> Drawn | None:
-        """The collector for these rows' log-probabilities. None if they were not drawn, or were
-        drawn by an earlier model, or if enough rows of the step were checked."""
+        """The collector for these rows' log-probabilities. None if they were not drawn, if an
+        earlier model drew them, or if enough rows of the step were checked."""
         changes = batch.is_on_policy or self.spec.loss.ema_decay is not None
-        is_old = changes and batch.step != self.step
         is_sample = batch.is_on_policy and not self.spec.lora.lora_dropout
-        if is_old or not any(written.log_probs):
+        if (changes and batch.step != self.step) or not any(written.log_probs):
             return None
         if not is_sample and self.gaps[batch.writer].sums[0]:
             return None
@@ -367,8 +366,7 @@ class Loop:
             return TopK(loss.loss_top_k, loss.top_k_support, loss.beta)
         if plan.on_loss == "pg":
             drawn = [number for row in written.log_probs for number in row]
-            device = self.accelerator.device
-            sampled_N = torch.tensor(drawn, device=device)
+            sampled_N = torch.tensor(drawn, device=self.accelerator.device)
             clip, fixed = plan.advantage_clip, loss.fixed_advantage
             return PolicyGradient(sampled_N, clip, loss.ratio_cap, fixed)
         return Jsd(loss.beta)

@@ -206,12 +206,9 @@ def _baselines(
     rows = []
     for kind, label, base in wanted:
         home = runs.baseline(kind, baseline_key(kind, pair, spec.quant, spec.data))
-        about = {
-            "format": 1,
-            "label": kind,
-            "pair": TypeAdapter(type(pair)).dump_python(pair, mode="json"),
-            "quant": base.quant and _plain(base.quant),
-        }
+        plain = TypeAdapter(type(pair)).dump_python(pair, mode="json")
+        quant = base.quant and _plain(base.quant)
+        about = {"format": 1, "label": kind, "pair": plain, "quant": quant}
         if (chat := chat_settings(_plain(spec.data))) != chat_settings({}):
             about["chat"] = chat
         examples = pair.teacher_few_shot if kind == "teacher" else 0
