@@ -954,7 +954,7 @@ def test_an_answer_ends_where_the_chat_template_ends_a_turn(tmp_path):
     whole = _tiny_task("tiny_gen", tmp_path)
     whole["filter_list"] = [{"name": "none", "filter": [{"function": "take_first"}]}]
     loaded = TaskManager(include_defaults=False).load([whole])["tasks"]["tiny_gen"]
-    _set_every_field(loaded, None, 6)
+    _set_every_field(loaded, None, 6, False)
     score = Scorer(suite(GEN), chat, 8, Never()).score(
         chain(text, steps), LoadedTask(GEN, loaded), "m"
     )

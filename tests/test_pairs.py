@@ -40,6 +40,7 @@ TINY = PairSpec(
     student_dtype="float32",
     teacher_dtype="float32",
     teacher_few_shot=0,
+    teacher_prompt=None,
     teacher_samples=True,
     vocab_size=None,
     pair_seed=0,

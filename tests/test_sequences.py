@@ -366,12 +366,17 @@ SELF = ["pair=tiny_told", "teacher_steps=8", "student_steps=null", "max_new_toke
         "off_policy_source=teacher", "save_steps=2", "max_steps=6"]  # fmt: skip
 
 
+def average_of(run):
+    assert run.roles.average is not None
+    return run.roles.average
+
+
 def test_a_live_teacher_is_the_student_and_reads_more(tmp_path):
     run = make(tmp_path, *SELF, "ema_decay=0")
     for step in range(2):
         run.loop.gradients(step)
         run.loop.update(step)
-        run.roles.average.update()
+        average_of(run).update()
     (share,) = shares(run)
     told = [replace(e, prompt_ids=e.teacher_prompt_ids) for e in share.examples]
     before = {name: p.clone() for name, p in run.student.named_parameters()}
@@ -390,13 +395,11 @@ def test_a_live_teacher_is_the_student_and_reads_more(tmp_path):
 
 def test_an_average_follows_by_its_decay_and_the_teacher_writes_with_it(tmp_path):
     run = make(tmp_path, *SELF, "ema_decay=0.75")
-    name, start = next(
-        (n, t.clone()) for n, t in run.roles.average.tensors.items() if "lora_A" in n
-    )
+    name, start = next((n, t.clone()) for n, t in average_of(run).tensors.items() if "lora_A" in n)
     weight = dict(run.student.named_parameters())[name]
     weight.data.add_(4.0)
-    run.roles.average.update()
-    torch.testing.assert_close(run.roles.average.tensors[name], start + 1.0)
+    average_of(run).update()
+    torch.testing.assert_close(average_of(run).tensors[name], start + 1.0)
     example = run.prompts.train[0]
 
     def drawn():
@@ -405,7 +408,7 @@ def test_an_average_follows_by_its_decay_and_the_teacher_writes_with_it(tmp_path
     before = drawn()
     weight.data.add_(4.0)
     assert drawn() == before, "the student moves alone until the average is updated"
-    for tensor in run.roles.average.tensors.values():
+    for tensor in average_of(run).tensors.values():
         tensor.add_(0.5)
     assert drawn() != before
 
@@ -433,7 +436,7 @@ def test_replayed_text_of_an_earlier_teacher_is_not_held_against_the_present_one
         run.loop.gradients(step)
         run.loop.check_rollouts(step)
         run.loop.update(step)
-        run.roles.average.update()
+        average_of(run).update()
     assert run.loop.found_gaps["teacher"] is not None
 
 
