@@ -24,7 +24,8 @@ BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.M | re.S)
 
 
 # A verdict is one whatever the pair, and of this one it takes seconds.
-CHEAP_PAIR = ["teacher_steps=8", "student_steps=8", "sanity_max_nll=9", f"cache_dir={ROOT / CACHE}"]
+CHEAP_PAIR = ["teacher_steps=8", "student_steps=8", "sanity_max_nll=9", "max_new_tokens=6"]
+CHEAP_PAIR += ["threads=1", f"cache_dir={ROOT / CACHE}"]
 
 
 def commands(page: str) -> list[str]:

@@ -23,7 +23,7 @@ from stillhouse.evals import find
 from stillhouse.identity import eval_id, point_id, suite_key
 from stillhouse.rundir import RunDir, Runs, code_identity
 from stillhouse.spec import EvalSpec
-from tests.builders.cheap import CACHE, cheap, words
+from tests.builders.cheap import CACHE, cache_with_pairs, cheap, words
 
 ROOT = Path(__file__).parent.parent
 SHORT = ["max_steps=1", "lmbda=0"]
@@ -323,20 +323,17 @@ def test_an_evaluation_of_a_run_that_is_not_trained_is_42_and_names_it(
     assert f"{run}: no adapter" in told(exit_file)[-1]["cause"]
 
 
-def test_preparing_a_generated_pair_makes_it_and_loads_its_tasks(tmp_path: Path) -> None:
-    line = ["pair=tiny", "teacher_steps=2", "student_steps=2", f"cache_dir={tmp_path}"]
+def test_preparing_a_generated_pair_loads_it_and_its_tasks() -> None:
+    line = ["pair=tiny", "teacher_steps=8", "student_steps=8", f"cache_dir={CACHE}"]
     assert entrypoints.prepare_main(["--no-scores", *line]) == 0
     assert entrypoints.prepare_main([*line, "suite=tiny"]) == 0
     assert entrypoints.prepare_main([*line, "suite=tiny", "data=local", "data_path=nowhere"]) == 42
 
 
 def test_rows_that_a_prepare_encoded_are_those_that_a_point_trains_on(tmp_path: Path) -> None:
-    file, cache = tmp_path / "prompts.jsonl", tmp_path / "cache"
+    file, cache = tmp_path / "prompts.jsonl", cache_with_pairs(tmp_path / "cache")
     asked = [[{"role": "user", "content": f"Find {n}+1."}] for n in range(8)]
     file.write_text("".join(json.dumps({"prompt": turns}) + "\n" for turns in asked))
-    cache.mkdir()
-    (CACHE / "pairs").mkdir(parents=True, exist_ok=True)
-    (cache / "pairs").symlink_to((CACHE / "pairs").resolve())  # the models are made once
     data = ["data=local", f"data_path={file}", "held_out_rows=2", "max_length=64"]
     data += [f"cache_dir={cache}"]
     pair = ["pair=tiny", "teacher_steps=8", "student_steps=8"]

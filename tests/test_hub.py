@@ -112,7 +112,7 @@ def downloads(hub: Hub, name: str) -> int:
         pytest.param(["suite=gsm8k"], marks=pytest.mark.slow),  # lm-eval reads its 14,000 tasks
     ],
 )
-def test_prepare_fetches_what_training_and_scoring_need_and_then_needs_no_hub(
+def test_prepare_fetches_once_what_training_and_scoring_need_and_then_needs_no_hub(
     hub: Hub, door: Door, scoring: list[str]
 ) -> None:
     line = [*PAIR, *scoring]
@@ -120,9 +120,11 @@ def test_prepare_fetches_what_training_and_scoring_need_and_then_needs_no_hub(
     assert code == 42 and "`hf download some/student`" in err
     assert hub.asked == [], "nothing is looked up unless it is asked for"
 
-    code, out, err = door.run("prepare_main", "--fetch", *line)
-    assert code == 0, err
-    assert "downloading some/student from http" in out
+    both = [door.start("prepare_main", "--fetch", *line) for _ in range(2)]
+    ends = [process.communicate(timeout=240) for process in both]
+    assert [process.returncode for process in both] == [0, 0], ends
+    assert any("downloading some/student from http" in out for out, _ in ends)
+    # One of the two downloaded.
     assert downloads(hub, "model.safetensors") == 2 and downloads(hub, "/main/test.jsonl") > 0
     assert downloads(hub, "pytorch_model.bin") == 0, "weights are wanted once"
 
@@ -132,14 +134,6 @@ def test_prepare_fetches_what_training_and_scoring_need_and_then_needs_no_hub(
     code, out, err = door.run("prepare_main", "--fetch", "--no-scores", *PAIR)
     assert code == 0 and "downloading" not in out
     assert hub.asked == [], "what is here is not looked up again"
-
-
-def test_of_two_processes_one_downloads(hub: Hub, door: Door) -> None:
-    both = [door.start("prepare_main", "--fetch", "--no-scores", *PAIR) for _ in range(2)]
-    for process in both:
-        _, err = process.communicate(timeout=240)
-        assert process.returncode == 0, err
-    assert downloads(hub, "model.safetensors") == 2
 
 
 @pytest.mark.parametrize(
@@ -172,9 +166,12 @@ def test_a_hub_that_is_down_is_nobodys_mistake(hub: Hub, door: Door) -> None:
     assert "cannot be reached" in door.cause()
 
 
-TASK = (
-    "task: ours\ndataset_path: {}\ntest_split: test\ndoc_to_text: question\ndoc_to_target: answer"
-)
+TASK = """task: {}
+dataset_path: {}
+test_split: test
+doc_to_text: question
+doc_to_target: answer
+"""
 LOAD = """
 import sys
 from pathlib import Path
@@ -182,37 +179,43 @@ from lm_eval.tasks import TaskManager
 from stillhouse.errors import exit_code_of
 from stillhouse.evals.suite import load_tasks
 from stillhouse.spec import SuiteSpec, TaskSpec
-tasks = (TaskSpec("ours", "exact_match", None, True),)
 ours = lambda: TaskManager(include_defaults=False, include_path=sys.argv[1])
-load = lambda: len(load_tasks(SuiteSpec("s", tasks, False, None, 8), tasks, Path(), ours)) - 1
-sys.exit(exit_code_of(load))
+for name in sys.argv[2:]:
+    tasks = (TaskSpec(name, "exact_match", None, True),)
+    load = lambda: len(load_tasks(SuiteSpec("s", tasks, False, None, 8), tasks, Path(), ours)) - 1
+    print("code", exit_code_of(load))
 """
 
 
-@pytest.mark.parametrize(
-    ("data", "broken", "code"),
-    [
-        ("some/rows", None, 0),
-        ("some/nothing", None, 42),
-        # datasets asks six times, over 23 seconds
-        pytest.param("some/rows", 503, 1, marks=pytest.mark.slow),
-    ],
-)
-def test_a_tasks_data_is_fetched_or_missing_or_nobodys_mistake(
-    hub: Hub, door: Door, tmp_path: Path, data: str, broken: int | None, code: int
-) -> None:
+def loaded(door: Door, *names: str, **env: str) -> list[int]:
+    """How loading each of these tasks ended, in a process of its own."""
+    command = [sys.executable, "-c", LOAD, str(door.home / "tasks"), *names]
+    done = subprocess.run(command, capture_output=True, text=True, env={**door.env, **env})
+    assert done.returncode == 0, done.stderr
+    return [int(line[5:]) for line in done.stdout.splitlines() if line.startswith("code ")]
+
+
+@pytest.fixture
+def tasks(hub: Hub, door: Door) -> None:
     hub.repositories["datasets/some/rows"] = Repository({"test.jsonl": questions(1)})
-    hub.broken = broken
-    (tmp_path / "tasks").mkdir()
-    (tmp_path / "tasks/ours.yaml").write_text(TASK.format(data))
-    command = [sys.executable, "-c", LOAD, str(tmp_path / "tasks")]
-    done = subprocess.run(command, capture_output=True, text=True, env=door.env)
-    assert done.returncode == code, done.stderr
-    if code == 0:
-        hub.asked.clear()
-        offline = {**door.env, "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
-        assert subprocess.run(command, env=offline).returncode == 0
-        assert hub.asked == []
+    (door.home / "tasks").mkdir()
+    for name in ("rows", "nothing"):
+        (door.home / "tasks" / f"{name}.yaml").write_text(TASK.format(name, f"some/{name}"))
+
+
+@pytest.mark.usefixtures("tasks")
+def test_a_tasks_data_is_fetched_once_or_missing(hub: Hub, door: Door) -> None:
+    assert loaded(door, "rows", "nothing") == [0, 42]
+    hub.asked.clear()
+    assert loaded(door, "rows", HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1") == [0]
+    assert hub.asked == []
+
+
+@pytest.mark.slow  # datasets asks six times, over 23 seconds
+@pytest.mark.usefixtures("tasks")
+def test_a_tasks_data_that_a_broken_hub_has_is_nobodys_mistake(hub: Hub, door: Door) -> None:
+    hub.broken = 503
+    assert loaded(door, "rows") == [1]
 
 
 def test_who_is_told_to_stay_offline_does(hub: Hub, door: Door) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import random
 import shutil
 import signal
@@ -22,7 +21,8 @@ from stillhouse import entrypoints
 from stillhouse.errors import Diverged, StillhouseError
 from stillhouse.rundir import RunDir, Runs
 from stillhouse.stop import StopFlag
-from tests.builders.cheap import Training, cheap, words
+from tests.builders.cheap import Training, cheap, forked, words
+from tests.builders.gradient import write_gradient
 
 SLOW = pytest.mark.slow  # more of the same promise, with other seeds
 STEPS = 30
@@ -263,36 +263,20 @@ def free_port() -> int:
     ids=["rollouts", "replayed"],
 )
 def test_two_processes_give_the_gradient_of_one_with_the_double_batch(tmp_path, method):
-    """Rollouts included, to 1e-6, at dropout 0; under `accelerate launch` on the CPU.
-
-    `--multi_gpu` is accelerate's word for its torchrun launcher; with `--cpu` it wants MPI.
-    """
+    """Rollouts included, to 1e-6, at dropout 0; tests/test_pod.py has the real launcher."""
     common = words(tmp_path, *method, "lora_dropout=0")
-    launch = [
-        sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
-        "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no",
-        "--main_process_ip", "127.0.0.1", "--main_process_port", str(free_port()),
-    ]  # fmt: skip
-    env = {
-        **os.environ,
-        "GLOO_SOCKET_IFNAME": "lo",
-        "PYTHONPATH": os.getcwd(),
-        "OMP_NUM_THREADS": "1",
-    }
-    two = tmp_path / "two.safetensors"
-    worker = ["tests/gradient_worker.py"]
-    done = subprocess.run(
-        [*launch, *worker, str(two), "2", *common, "per_device_train_batch_size=2",
-         "num_processes=2"],
-        capture_output=True, text=True, env=env, timeout=180,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    one = tmp_path / "one.safetensors"
-    done = subprocess.run(
-        [sys.executable, *worker, str(one), "2", *common], capture_output=True, text=True, env=env,
-        timeout=180,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    halves = [*common, "per_device_train_batch_size=2", "num_processes=2"]
+    two, one = tmp_path / "two.safetensors", tmp_path / "one.safetensors"
+    job = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    job["GLOO_SOCKET_IFNAME"] = "lo"
+    processes = [
+        forked(write_gradient, two, 2, halves, {**job, "RANK": rank, "LOCAL_RANK": rank})
+        for rank in ("0", "1")
+    ]
+    processes.append(forked(write_gradient, one, 2, common))
+    for process in processes:
+        process.join(180)
+    assert [process.exitcode for process in processes] == [0, 0, 0]
     a, b = load_file(two), load_file(one)
     assert a["processes"] == 2 and b["processes"] == 1
     half = len(a["tokens"])

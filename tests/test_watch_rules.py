@@ -243,27 +243,27 @@ def changes_its_mind(step: int) -> float:
     return 20.0 if step < 25 else -20.0
 
 
-ILL: dict[str, tuple[list[str], Callable[[Run], None] | None]] = {
-    "overlap_stuck": (["learning_rate=1e-9", "max_new_tokens=8"], None),
-    "length_inflation": ([], wants(end_of_text, changes_its_mind)),
-    "repetition": (
+ILL: dict[tuple[str, ...], tuple[list[str], Callable[[Run], None]]] = {
+    # A teacher that doubts everything, and a student that does not and learns nothing.
+    ("overlap_stuck", "entropy_collapse"): (
+        ["learning_rate=1e-9"], taught(lambda run, step, z_nV: 0.2 * z_nV),
+    ),
+    ("length_inflation", "kl_runaway"): ([], wants(end_of_text, changes_its_mind)),
+    ("repetition",): (
         ["max_new_tokens=24", "per_device_train_batch_size=8", "max_steps=60"],
         wants(a_digit, lambda step: 20.0),
     ),
-    # A teacher that doubts everything, and a student that does not.
-    "entropy_collapse": (["learning_rate=1e-9"], taught(lambda run, step, z_nV: 0.2 * z_nV)),
-    "kl_runaway": ([], wants(end_of_text, changes_its_mind)),
-}
+}  # fmt: skip
 
 
 def test_every_packaged_rule_has_its_illness() -> None:
-    assert [*ILL] == PACKAGED
+    assert {*itertools.chain(*ILL)} == {*PACKAGED}
 
 
-@pytest.mark.parametrize("name", ILL)
-def test_a_packaged_rule_warns_of_its_illness(name: str, tmp_path: Path) -> None:
-    line, ill = ILL[name]
-    assert name in trained(tmp_path, *line, ill=ill)
+@pytest.mark.parametrize("names", ILL, ids="-".join)
+def test_packaged_rules_warn_of_their_illness(names: tuple[str, ...], tmp_path: Path) -> None:
+    line, ill = ILL[names]
+    assert {*names} <= trained(tmp_path, *line, ill=ill)
 
 
 def test_no_packaged_rule_warns_of_a_run_that_learns(tmp_path: Path) -> None:

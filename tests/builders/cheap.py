@@ -41,6 +41,14 @@ def cheap(runs: Path, *more: str) -> TrainSpec:
     return compose(from_command_line(words(runs, *more), TrainSpec), TrainSpec)
 
 
+def cache_with_pairs(place: Path) -> Path:
+    """A cache that is empty but for the generated pairs, which are made once per checkout."""
+    place.mkdir()
+    (CACHE / "pairs").mkdir(parents=True, exist_ok=True)
+    (place / "pairs").symlink_to((CACHE / "pairs").resolve())
+    return place
+
+
 def teacher_of(run: Any) -> Any:
     """The model of a run's teacher, which is in this process."""
     return run.roles.teacher.model
@@ -51,13 +59,19 @@ _processes = multiprocessing.get_context("forkserver")
 _processes.set_forkserver_preload(["stillhouse.distill.run"])
 
 
+def forked(work: Callable[..., object], *args: object) -> Any:
+    """A process that has torch loaded and does this work."""
+    process = _processes.Process(target=work, args=args)
+    process.start()
+    return process
+
+
 class Training:
     """`train.py WORDS…` as a process of its own, with its output in a file."""
 
     def __init__(self, line: list[str], log: Path) -> None:
         self.log = log
-        self.process = _processes.Process(target=_train, args=(line, str(log)))
-        self.process.start()
+        self.process = forked(_train, line, str(log))
 
     def wait_until(self, condition: Callable[[], bool], seconds: float = 240) -> None:
         """Return when the condition holds; fail if the process ends before, or never gets there."""

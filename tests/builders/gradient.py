@@ -1,9 +1,9 @@
-"""Write the gradient of one training step to a file, from a process of its own.
+"""Write the gradient of one training step to a file: the work of a process of its own."""
 
-Command line: FILE STEP WORDS…
-"""
+from __future__ import annotations
 
-import sys
+import os
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -15,11 +15,15 @@ from stillhouse.rundir import Runs
 from stillhouse.spec import TrainSpec
 from stillhouse.stop import StopFlag
 
-if __name__ == "__main__":
-    file, step, *words = sys.argv[1:]
+
+def write_gradient(
+    file: Path, step: int, words: list[str], environment: Mapping[str, str] | None = None
+) -> None:
+    """Of the point of these words; `environment` makes this process one rank of several."""
+    os.environ.update(environment or {})
     spec = compose(from_command_line(words, TrainSpec), TrainSpec)
     run = Run(spec, Runs(Path(spec.place.runs)).of(spec), StopFlag())
-    run.loop.gradients(int(step))
+    run.loop.gradients(step)
     if run.is_main:
         shares = [share for batch in run.loop.batches for share in batch.shares]
         tokens = [t for share in shares for ids in share.written.ids for t in ids]
