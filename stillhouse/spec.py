@@ -737,8 +737,8 @@ class TrainSpec:
             wants = ", ".join(what for what, asked in asks.items() if asked)
             if wants:
                 raise ValueError(
-                    f"teacher_at cache with {wants}: text or teacher are others at every step; use"
-                    " process, or lmbda=0 with a frozen teacher"
+                    f"teacher_at cache with {wants}: a cache is for sequences and a teacher that"
+                    " no step changes; use process, or lmbda=0 with a frozen teacher"
                 )
             if self.scoring.teacher_rows != "alone":
                 raise ValueError(

@@ -93,6 +93,11 @@ def states(cluster: Cluster, sweep: Sweep = SWEEP) -> list[str]:
     return [seen[id_].state for id_ in ids(sweep)]
 
 
+def trained(cluster: Cluster) -> None:
+    """All points are, before a driver looks: so it is known which of them share a pack."""
+    Ledger(cluster, SWEEP.site.runs_claim).write({id_: Record("done") for id_ in IDS})
+
+
 def records(fake: FakeApi) -> dict[str, Record]:
     """What the ledger says, by its keys."""
     found = fake.all("configmaps", "stillhouse/kind=ledger")
@@ -170,10 +175,11 @@ def test_poison_is_not_tried_twice_and_what_infrastructure_broke_is_the_clusters
 
 def test_a_broken_adapter_does_not_take_its_pack_with_it(fake: FakeApi, cluster: Cluster) -> None:
     pack = step_of(Action("eval", GROUP, (IDS[2], IDS[3]))).name
+    trained(cluster)
     with World(fake, {pack: ("rows",)}):
         assert drive(cluster, SWEEP) == 1
         assert states(cluster) == ["done", "done", "failed", "done"]
-        assert len(fake.created("jobs")) == 1 + 4 + 2 and set(fake.created("jobs").values()) == {1}
+        assert set(fake.created("jobs").values()) == {1}
         record = records(fake)[score_of(IDS[2], SCORES)]
         assert (record.code, record.cause) == (42, "ContractError: NaN")
         ledger = Ledger(cluster, SWEEP.site.runs_claim)
@@ -190,6 +196,7 @@ def test_who_killed_a_pod_is_blamed_and_the_others_are_scored_by_another(
     fake: FakeApi, cluster: Cluster
 ) -> None:
     pack = step_of(Action("eval", GROUP, (IDS[2], IDS[3]))).name
+    trained(cluster)
     with World(fake, {pack: ("crash", "death")}):
         assert drive(cluster, SWEEP) == 1
     assert states(cluster) == ["done", "done", "failed", "done"]
@@ -210,7 +217,7 @@ def test_what_an_earlier_version_wanted_to_score_alone_is_scored_in_its_pack(
     ledger = Ledger(cluster, SWEEP.site.runs_claim)
     alone = Record("alone", 42, "ConfigError: no", at=ended or 0.0)
     ledger.write({score_of(id_, SCORES): alone for id_ in (IDS[2], IDS[3])})
-    ledger.write({id_: Record("done") for id_ in IDS})
+    trained(cluster)
     assert states(cluster) == ["waiting"] * 4
     with World(fake):
         assert drive(cluster, SWEEP) == 0

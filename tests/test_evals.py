@@ -697,11 +697,11 @@ def test_a_name_below_dump_means_the_run_of_that_name(place, tmp_path, monkeypat
 
 def test_a_path_without_adapters_says_what_was_looked_for(place, tmp_path):
     runs = Runs(tmp_path / "runs")
-    run = bare_run(place, runs.root, adapter=False)
+    bare_run(place, runs.root, adapter=False)
     with pytest.raises(
         ConfigError, match=r"adapter_config\.json.*1 runs there are not trained yet"
     ):
-        find.typed((str(run.path),), runs)
+        find.typed((str(runs.root),), runs)
 
 
 def test_a_run_of_a_pack_that_is_gone_does_not_end_the_others(place, tmp_path):

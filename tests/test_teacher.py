@@ -167,8 +167,8 @@ def test_teachers_in_other_dtypes_and_of_other_weights_share_no_row(cached):
 @pytest.mark.parametrize(
     ("words", "why"),
     [
-        (["lmbda=0.5", "teacher_rows=alone"], "scores what the student writes"),
-        (["lmbda=[[0,0],[1,0.1]]", "teacher_rows=alone"], "scores what the student writes"),
+        (["lmbda=0.5", "teacher_rows=alone"], "lmbda 0.5: a cache is for sequences"),
+        (["lmbda=[[0,0],[1,0.1]]", "teacher_rows=alone"], "that no step changes"),
         (["lmbda=0", "kept_prompts=0.5", "teacher_rows=alone"], "kept_prompts 0.5"),
         (["lmbda=0"], "add teacher_rows=alone"),
     ],
