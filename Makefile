@@ -37,9 +37,9 @@ quickstart: $(READY)
 	$(BIN)/stillhouse report quickstart
 
 # A file's tests share what is costly to make, so a file stays with one process, and tests/conftest.py
-# says which begin first. Tests also wait, for processes and servers: one worker more than there are cores.
+# says which begin first. Tests also wait, for processes and servers: two workers more than there are cores.
 test: $(READY)
-	$(BIN)/python -m pytest -q -n $$(($$(getconf _NPROCESSORS_ONLN) + 1)) --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -q -n $$(($$(getconf _NPROCESSORS_ONLN) + 2)) --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 # The first line is the one that may need a network: Go modules, Debian packages.
 test-cluster: $(READY)

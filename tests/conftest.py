@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 # A fixed user: composed configurations are cached, and Jobs carry their owner's name.
 os.environ["USER"] = "ada"
-# There is a worker per core: second threads would only spin while they wait for one another.
+# There are more workers than cores: second threads would only spin while they wait.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # Before any test imports the package: each call of an annotated function of these is then checked.

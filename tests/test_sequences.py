@@ -451,6 +451,7 @@ def test_replayed_text_of_an_earlier_teacher_is_not_held_against_the_present_one
         (["ema_decay=0.9"], "and the teacher of pair tiny is not the student"),
         ([*SELF, "teacher_prompt=null", "ema_decay=0"], "there is nothing to learn"),
         ([*SELF, "ema_decay=0", "cold_start=0.5", "cold_prompts=4"], "this teacher changes with"),
+        ([*SELF, "lmbda=0", "ema_decay=0.9", "teacher_at=cache"], "cache with ema_decay 0.9"),
         ([*SELF, "other_prompts=0.5"], "teacher_prompt: its fields are of the data's own kind"),
         ([*SELF, "fixed_advantage=-1"], "fixed_advantage -1 is of on_loss pg, and on_loss is jsd"),
         ([*SELF, "teacher_prompt='{completion}'"], "must contain {question}"),
