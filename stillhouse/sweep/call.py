@@ -85,7 +85,7 @@ class Call:
         """
         return self._sweep
 
-    def asked(self) -> Sweep:
+    def sweep_to_start(self) -> Sweep:
         """The same sweep, as somebody who starts it has to have it.
 
         Raises:
@@ -170,6 +170,6 @@ def _of_site_only(call: Call) -> Overrides:
         if overrides is not None:
             return overrides
     raise ConfigError(
-        f"{' '.join(call.words)}: {call.target} names what was asked already; words change a"
+        f"{' '.join(call.words)}: {call.target} names a sweep that is there already; words change a"
         " sweep file, or are a grid by themselves"
     )

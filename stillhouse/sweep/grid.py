@@ -23,7 +23,7 @@ from stillhouse.compose import Overrides, as_command_line, compose, resolve, voc
 from stillhouse.errors import ConfigError, nearest
 from stillhouse.identity import NOT_VERSIONED, digest, point_id, slug, suite_content
 from stillhouse.spec import NAME, EvalSpec, SuiteSpec, TrainSpec
-from stillhouse.sweep import sweep_file as request
+from stillhouse.sweep import sweep_file
 from stillhouse.sweep.points import Point, Sweep, baselines_of, grouped
 from stillhouse.sweep.sweep_file import (
     OF_SUITE,
@@ -56,23 +56,23 @@ def load_sweep(target: str | None, words: list[str], runs: Path, site: str = "lo
         raise ConfigError(
             "nothing is asked; give a sweep file, or a grid: pair=tiny lmbda=0,0.5,1 seeds=3"
         )
-    asked = request.read(target, words)
+    request = sweep_file.read(target, words)
     if site != "local":
-        asked = dataclasses.replace(asked, base={"site": site, **asked.base})
-    points = _points(asked, runs)
+        request = dataclasses.replace(request, base={"site": site, **request.base})
+    points = _points(request, runs)
     axes = {
         # By their spelling: a template's variables have no hash.
         name: tuple({repr(p.overrides[name]): p.overrides[name] for p in points}.values())
         for name in points[0].overrides
         if name != "seed"
     }
-    suite = _suite(asked, points[0].spec)
+    suite = _suite(request, points[0].spec)
     if suite is not None:
         for data in {point.spec.data for point in points}:
-            packaged_prompts.check_apart(vars(data), suite, asked.where)
+            packaged_prompts.check_apart(vars(data), suite, request.where)
     name = _name(points, axes, suite) if target is None else Path(target).stem
     _checked_name(name, "the grid's name" if target is None else f"{target}: the file's name")
-    block = asked.eval if suite else None
+    block = request.eval if suite else None
     pack = block.pack if block else 1
     points = grouped(points, pack)
     return Sweep(
@@ -83,40 +83,42 @@ def load_sweep(target: str | None, words: list[str], runs: Path, site: str = "lo
         baselines=baselines_of(points, block.baselines, runs) if block else (),
         cache_dir=Path(points[0].spec.place.cache_dir),
         file=target,
-        question=asked.question,
+        question=request.question,
         axes=axes,
         pack=pack,
-        compare=_compare(asked, axes, suite),
+        compare=_compare(request, axes, suite),
         words=tuple(words),
     )
 
 
-def _points(asked: SweepRequest, runs: Path) -> tuple[Point, ...]:
+def _points(request: SweepRequest, runs: Path) -> tuple[Point, ...]:
     """All points of a sweep, each checked, no two alike."""
-    grid = {**asked.grid, **asked.typed} if asked.grid or not asked.points else None
+    grid = {**request.grid, **request.typed} if request.grid or not request.points else None
     count = 0 if grid is None else math.prod(map(len, grid.values()))
-    count += len(asked.points) * math.prod(map(len, asked.typed.values()))
-    count *= len(asked.seeds or [SEED])
+    count += len(request.points) * math.prod(map(len, request.typed.values()))
+    count *= len(request.seeds or [SEED])
     if count > MAX_POINTS:
         raise ConfigError(
-            f"{asked.where}: {count:,} points; at most {MAX_POINTS:,} are planned at once"
+            f"{request.where}: {count:,} points; at most {MAX_POINTS:,} are planned at once"
         )
-    varying = list(dict.fromkeys(itertools.chain(grid or {}, asked.typed, *asked.points)))
-    by_rules = list(itertools.chain(*(rule.set for rule in asked.rules)))
-    for key in (*varying, *by_rules, *asked.base, *asked.single):
+    varying = list(dict.fromkeys(itertools.chain(grid or {}, request.typed, *request.points)))
+    by_rules = list(itertools.chain(*(rule.set for rule in request.rules)))
+    for key in (*varying, *by_rules, *request.base, *request.single):
         if key in ("place.runs", "place.output_dir"):
             raise ConfigError(
-                f"{asked.where}: {label(key)} is not for a sweep; use --runs DIR and name"
+                f"{request.where}: {label(key)} is not for a sweep; use --runs DIR and name"
             )
         if key.split(".")[0] == "site" and key in (*varying, *by_rules):
-            raise ConfigError(f"{asked.where}: {label(key)} is one for all points; put it in site:")
+            raise ConfigError(
+                f"{request.where}: {label(key)} is one for all points; put it in site:"
+            )
     axes = dict.fromkeys((*varying, *by_rules))
     axes = [key for key in axes if key not in ("place.name", "place.tags", SEED)]
-    ruled = (_by_rules(asked, own) for own in _own_knobs(asked, grid))
-    points = tuple(_point(asked, own, axes, runs) for own in ruled if own is not None)
+    ruled = (_by_rules(request, own) for own in _own_knobs(request, grid))
+    points = tuple(_point(request, own, axes, runs) for own in ruled if own is not None)
     if not points:
-        raise ConfigError(f"{asked.where}: its rules leave no point of what is asked")
-    _refuse_twins(points, asked.where)
+        raise ConfigError(f"{request.where}: its rules leave no point of what is asked")
+    _refuse_twins(points, request.where)
     said_by_rules = [label(key) for key in axes if key not in varying]
     return _without_constants(points, said_by_rules) if said_by_rules else points
 
@@ -130,23 +132,23 @@ def _without_constants(points: tuple[Point, ...], names: Sequence[str]) -> tuple
     return tuple(dataclasses.replace(point, overrides=overrides) for point, overrides in pairs)
 
 
-def _own_knobs(asked: SweepRequest, grid: Axes | None) -> Iterator[Knobs]:
+def _own_knobs(request: SweepRequest, grid: Axes | None) -> Iterator[Knobs]:
     """What each point sets beyond base: the grid, then explicit points; seeds vary fastest."""
-    explicit = itertools.product(asked.points, _product(asked.typed))
+    explicit = itertools.product(request.points, _product(request.typed))
     chosen = [{**point, **typed} for point, typed in explicit]
     for knobs in itertools.chain(() if grid is None else _product(grid), chosen):
-        if asked.seeds is None:
+        if request.seeds is None:
             yield knobs
         else:
-            yield from ({**knobs, SEED: seed} for seed in asked.seeds)
+            yield from ({**knobs, SEED: seed} for seed in request.seeds)
 
 
-def _by_rules(asked: SweepRequest, own: Knobs) -> Knobs | None:
+def _by_rules(request: SweepRequest, own: Knobs) -> Knobs | None:
     """What a point sets, over what rules add for it; None where one leaves it out."""
-    said = {**asked.base, **own, **asked.single}
+    said = {**request.base, **own, **request.single}
     holding = [
         rule
-        for rule in asked.rules
+        for rule in request.rules
         if all(key in said and said[key] == value for key, value in rule.where.items())
     ]
     if any(rule.skip for rule in holding):
@@ -158,22 +160,22 @@ def _product(axes: Axes) -> Iterator[Knobs]:
     return (dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values()))
 
 
-def _point(asked: SweepRequest, own: Knobs, axes: Sequence[str], runs: Path) -> Point:
-    knobs = {**asked.base, **own, **asked.single}
+def _point(request: SweepRequest, own: Knobs, axes: Sequence[str], runs: Path) -> Point:
+    knobs = {**request.base, **own, **request.single}
     knobs["place.runs"] = str(runs)
-    knobs["place.tags"] = _tags(asked, own)
-    knobs["place.name"] = name = _point_name(asked, knobs)
+    knobs["place.tags"] = _tags(request, own)
+    knobs["place.name"] = name = _point_name(request, knobs)
     groups = {key: value for key, value in knobs.items() if "." not in key}
     overrides = Overrides(groups, {key: value for key, value in knobs.items() if "." in key})
     try:
         for group, option in groups.items():
             if not isinstance(option, str):
-                resolve(group, option, TrainSpec, asked.where)
-        spec = compose(overrides, TrainSpec, asked.where)
+                resolve(group, option, TrainSpec, request.where)
+        spec = compose(overrides, TrainSpec, request.where)
     except ConfigError as error:
         # Composed with one `where` for all points, which lets Hydra's part be remembered.
-        what = str(error).removeprefix(f"{asked.where}: ")
-        raise ConfigError(f"{asked.where}: point {_describe(own, name)}: {what}") from error
+        what = str(error).removeprefix(f"{request.where}: ")
+        raise ConfigError(f"{request.where}: point {_describe(own, name)}: {what}") from error
     values = {label(key): _value(spec, key, groups) for key in axes}
     values["seed"] = spec.training.seed
     words = as_command_line(Overrides(_elsewhere(groups), _elsewhere(overrides.values)))
@@ -193,31 +195,31 @@ def _elsewhere(knobs: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _tags(asked: SweepRequest, own: Knobs) -> list[str]:
+def _tags(request: SweepRequest, own: Knobs) -> list[str]:
     """The tags of the sweep, of the point and of the command line, each once."""
     found: list[str] = []
-    for knobs in (asked.base, own, asked.single):
+    for knobs in (request.base, own, request.single):
         tags: Any = knobs.get("place.tags", [])
         if not isinstance(tags, list):
             raise ConfigError(
-                f"{asked.where}: tags is not a list. Did you mean tags: [{text(tags)}]?"
+                f"{request.where}: tags is not a list. Did you mean tags: [{text(tags)}]?"
             )
         odd = [tag for tag in cast("list[Any]", tags) if not isinstance(tag, str)]
         if odd:
-            raise ConfigError(f"{asked.where}: tags: {short(odd[0])} is not text; quote it")
+            raise ConfigError(f"{request.where}: tags: {short(odd[0])} is not text; quote it")
         found += cast("list[str]", tags)
     return list(dict.fromkeys(found))
 
 
-def _point_name(asked: SweepRequest, knobs: Knobs) -> str | None:
+def _point_name(request: SweepRequest, knobs: Knobs) -> str | None:
     """The name somebody gave, told apart where words or seeds make several points of it."""
     if knobs.get("place.name") is None:
         return None
     parts = [str(knobs["place.name"])]
-    parts += [f"{label(key)}{text(knobs[key])}" for key in asked.typed]
-    parts += [f"s{knobs[SEED]}"] if asked.seeds and len(asked.seeds) > 1 else []
+    parts += [f"{label(key)}{text(knobs[key])}" for key in request.typed]
+    parts += [f"s{knobs[SEED]}"] if request.seeds and len(request.seeds) > 1 else []
     name = "-".join(parts)
-    return _checked_name(name, f"{asked.where}: name")
+    return _checked_name(name, f"{request.where}: name")
 
 
 def _checked_name(name: str, what: str) -> str:
@@ -269,9 +271,9 @@ def _describe(knobs: Mapping[str, Any], name: str | None) -> str:
     return f'"{name}" ({words})' if name else words or "(base)"
 
 
-def _suite(asked: SweepRequest, spec: TrainSpec) -> SuiteSpec | None:
-    block = asked.eval
-    if block is None or (block.suite is None and not asked.picks_suite):
+def _suite(request: SweepRequest, spec: TrainSpec) -> SuiteSpec | None:
+    block = request.eval
+    if block is None or (block.suite is None and not request.picks_suite):
         return None
     groups = {} if block.suite in (None, OWN) else {"suite": block.suite}
     if not groups and spec.pair.pair_source == "generated":
@@ -280,17 +282,17 @@ def _suite(asked: SweepRequest, spec: TrainSpec) -> SuiteSpec | None:
         groups = {"suite": "gsm8k"}
     said = {leaf: getattr(block, leaf) for leaf in OF_SUITE}
     values = {f"suite.{leaf}": value for leaf, value in said.items() if value is not None}
-    return compose(Overrides(groups, values), EvalSpec, f"{asked.where}: eval").suite
+    return compose(Overrides(groups, values), EvalSpec, f"{request.where}: eval").suite
 
 
 def _compare(
-    asked: SweepRequest, axes: Mapping[str, tuple[Any, ...]], suite: SuiteSpec | None
+    request: SweepRequest, axes: Mapping[str, tuple[Any, ...]], suite: SuiteSpec | None
 ) -> Compare | None:
     """The comparison, with its axis and baseline as the points have them.
 
     None where the command line took away what it needs: a narrowed axis, another suite.
     """
-    compare, where = asked.compare, f"{asked.where}: compare"
+    compare, where = request.compare, f"{request.where}: compare"
     if compare is None:
         return None
     by = label(vocabulary(TrainSpec).find(compare.by, f"{where}.by")[0])
@@ -299,7 +301,7 @@ def _compare(
     metrics = _metrics(suite) if suite else []
     alone = [name for name in metrics if name.partition("/")[2] == compare.metric]
     metric = alone[0] if len(alone) == 1 else compare.metric
-    if {"suite", "include_path", "tasks"} & asked.words and metric not in metrics:
+    if {"suite", "include_path", "tasks"} & request.words and metric not in metrics:
         return None
     if suite is None:
         raise ConfigError(
@@ -315,7 +317,7 @@ def _compare(
         knots = cast("list[Any]", baseline)
         baseline = tuple(tuple(cast("list[float]", k)) if isinstance(k, list) else k for k in knots)
     if baseline not in axes[by]:
-        if by in asked.words:
+        if by in request.words:
             return None
         values = ", ".join(map(text, axes[by]))
         raise ConfigError(f"{where}.baseline = {text(baseline)}: not a value of {by} ({values})")

@@ -84,7 +84,7 @@ def plan(call: Call) -> int:
 
 def _planned(call: Call) -> tuple[Sweep, Snapshot]:
     """The sweep, with the points that are meant, and a look at it; of a cluster also without it."""
-    sweep = call.asked()
+    sweep = call.sweep_to_start()
     try:
         backend = call.backend
     except ConfigError as error:  # points, costs and prices are known all the same
@@ -111,7 +111,7 @@ def _dry_run(call: Call) -> int:
     from stillhouse.sweep.cluster.jobspec import JobSpecs
     from stillhouse.sweep.cluster.manifest import image_problem, render, to_yaml
 
-    sweep = _pinned_unasked(call, call.asked())
+    sweep = _pinned_unasked(call, call.sweep_to_start())
     problem = image_problem(sweep.site)
     if problem:
         say(f"not to be sent as it is: {problem}", file=sys.stderr)
@@ -144,9 +144,9 @@ def run(call: Call, executor_for: Callable[..., Executor] | None = None) -> int:
 
 def _run(call: Call, executor_for: Callable[..., Executor] | None) -> tuple[int, Sweep, Snapshot]:
     """The exit code, the points that were meant, and how they stood when it ended."""
-    asked, backend = call.asked(), call.backend
-    asked = backend.pinned(asked, begins=True)
-    sweep = registry.narrowed(asked, call.points)
+    whole, backend = call.sweep_to_start(), call.backend
+    whole = backend.pinned(whole, begins=True)
+    sweep = registry.narrowed(whole, call.points)
     snapshot = backend.look(sweep, is_to_run=True)
     if snapshot.to_begin_anew and sweep.points[0].spec.place.sources != "new":
         return _refuse(sweep, snapshot.observations), sweep, snapshot
@@ -163,11 +163,11 @@ def _run(call: Call, executor_for: Callable[..., Executor] | None) -> tuple[int,
         call.cluster.require(sweep, is_detached=True)
     elif not is_idle:
         backend.require(sweep)
-    backend.save(asked)
-    _print([*show.drifted_baselines(snapshot.baselines), *commits.notes(asked)])
+    backend.save(whole)
+    _print([*show.drifted_baselines(snapshot.baselines), *commits.notes(whole)])
     _print(
         f"{name}: nobody here knows its commit; each point uses what its pod finds, and records it"
-        for name in commits.unknown(asked)
+        for name in commits.unknown(whole)
         if call.is_cluster
     )
     if snapshot.of_other_code or snapshot.to_begin_anew:
