@@ -270,6 +270,11 @@ class Kubernetes:
             raise RuntimeError(f"kubectl {' '.join(args)}: {done.stderr.strip()}")
         return done.stdout if check else done.stdout + done.stderr
 
+    def look_again(self, namespace: str) -> None:
+        """Let every controller look at the pods again; one that is gone by then needs no look."""
+        words = ["annotate", "pods", "--all", "-n", namespace, "look=again", "--overwrite"]
+        self.kubectl(*words, check=False)
+
     def events(self) -> str:
         """The latest events, to explain why a test failed."""
         said = self.kubectl("get", "events", "-A", "--request-timeout=5s", check=False)

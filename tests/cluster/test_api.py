@@ -138,7 +138,7 @@ def test_workloads_of_a_real_kueue_stand_as_those_of_the_fake(kube_kueue: Kubern
         stands("lost", "inadmissible")
         create("urgent", priority="stands-first")
         stands("first", "preempted")
-    kube_kueue.kubectl("annotate", "pods", "--all", "-n", space.name, "look=again")
+    kube_kueue.look_again(space.name)
     stands("urgent", "finished")
     cluster.close()
 

@@ -227,7 +227,7 @@ def test_kueue_admits_what_its_quota_allows_and_knows_who_is_next(kube_kueue: Ku
     waiting = kube_kueue.kueue.positions("quota", "quota")
     assert {name.split("-")[1] for name in waiting} == set("abcd") - set(running())
     held.close()
-    kube_kueue.kubectl("annotate", "pods", "--all", "-n", "quota", "look=again")
+    kube_kueue.look_again("quota")
     assert [outcome(kube_kueue, space, name)["type"] for name in "abcd"] == ["Complete"] * 4
 
 

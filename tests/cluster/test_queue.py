@@ -75,7 +75,7 @@ def test_a_sweep_of_higher_priority_goes_first_and_costs_the_other_nothing(ada_q
     again = "preempted, waits in queue urgent-q again"
     until("who was pushed out is told so", lambda: any(again in cause for cause in causes()))
     slow.close()
-    ada.kube.kubectl("annotate", "pods", "--all", "-n", ada.space.name, "look=again")
+    ada.kube.look_again(ada.space.name)
     second.ends()
     first.ends()
     check(ada, "usual", 12)

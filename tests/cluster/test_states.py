@@ -80,7 +80,7 @@ def is_ready(job: Json) -> bool:
 
 def go_on(ada: Desk) -> None:
     """Fake pods look again at what they are to do."""
-    ada.kube.kubectl("annotate", "pods", "--all", "-n", ada.space.name, "look=again", "--overwrite")
+    ada.kube.look_again(ada.space.name)
 
 
 # -------------------------------------------------------------------------------- with Kueue
