@@ -87,6 +87,16 @@ class _Spec(TypedDict):
     method: _Method
     training: _Training
     place: _Place
+    # A version that did not know a section yet left it out.
+    rescue: NotRequired[dict[str, Any]]
+    scoring: NotRequired[dict[str, Any]]
+    lora: NotRequired[dict[str, Any]]
+    rollout: NotRequired[dict[str, Any]]
+    optim: NotRequired[dict[str, Any]]
+    monitor: NotRequired[dict[str, Any]]
+    watch: NotRequired[dict[str, Any]]
+    tracking: NotRequired[dict[str, Any]]
+    site: NotRequired[dict[str, Any]]
 
 
 class _Record(_Libraries):

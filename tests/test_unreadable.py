@@ -65,6 +65,8 @@ def odd_files(run: RunDir) -> list[tuple[str, Path, bytes]]:
         ("no code", run.spec_file, less(record, "code")),
         ("no number", run.spec_file,
          json.dumps(record | {"versioned": {"data": {"x": float("inf")}}}).encode()),
+        ("a section of nothing", run.spec_file,
+         json.dumps(record | {"spec": record["spec"] | {"rescue": None}}).encode()),
         ("another format", run.spec_file, json.dumps(record | {"format": 99}).encode()),
         ("no files", run.adapter / "stillhouse.json", less(contract, "files")),
         ("a file of no size", run.adapter / "stillhouse.json",
