@@ -40,6 +40,8 @@ def explained_writing(path: Path, option: str = "") -> Generator[None, None, Non
         Unwritable: nothing can be written at the path.
         NodeFault: in a pod, its file system is read-only, as after an error of its node.
     """
+    if "\0" in str(path):
+        raise Unwritable(f"{option} {str(path)!r}: no path has a null character".lstrip())
     try:
         yield
     except OSError as error:
@@ -75,6 +77,8 @@ def check_directory(path: Path, option: str) -> None:
         pass
     except OSError as error:
         raise ConfigError(f"{option} {path}: {error.strerror}; name a directory") from error
+    except ValueError as error:  # a null character, which no path has
+        raise ConfigError(f"{option} {str(path)!r}: {error}; name a directory") from error
     there = next(p for p in (path, *path.absolute().parents) if os.path.lexists(p))
     if not there.is_dir():
         raise ConfigError(

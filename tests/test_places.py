@@ -87,6 +87,15 @@ def test_a_file_that_cannot_be_read_where_it_is_is_named_or_not_there(path: str)
         assert str(error).startswith(f"{path}: cannot be read")
 
 
+def test_a_null_character_in_a_path_is_refused_in_words(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert cli.main(["status", "--runs", "a\0b"]) == MISTAKE
+    assert "--runs 'a\\x00b': embedded null byte" in capsys.readouterr().err
+    with pytest.raises(Unwritable, match=r"'a\\x00b': no path has a null character"):
+        make_directory(Path("a\0b"))
+
+
 @pytest.mark.parametrize("place", NO_DIRECTORIES)
 def test_no_directory_of_runs_is_a_file_or_a_link_that_leads_nowhere(
     place: str, capsys: pytest.CaptureFixture[str]
