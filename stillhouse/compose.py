@@ -331,3 +331,14 @@ def from_json(text: str, spec_type: type[Spec], where: str = "--spec") -> Spec:
     if "site" in _sections(spec_type):
         sections = {"site": _composed(FILE_OF[spec_type], (), where)["site"], **sections}
     return check(sections, spec_type, where)
+
+
+def from_arguments(words: list[str], spec_type: type[Spec]) -> Spec:
+    """The checked spec of a command line: a person's words, or a launcher's `--spec JSON`.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    if words[:1] == ["--spec"] and len(words) == 2:
+        return from_json(words[1], spec_type)
+    return compose(from_command_line(words, spec_type), spec_type)

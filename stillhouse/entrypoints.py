@@ -26,14 +26,7 @@ from typing import Any, NoReturn
 from filelock import Timeout
 
 from stillhouse import compatibility, packaged_prompts, preflight_rules
-from stillhouse.compose import (
-    Spec,
-    compose,
-    data_file,
-    from_command_line,
-    from_json,
-    help_text,
-)
+from stillhouse.compose import data_file, from_arguments, help_text
 from stillhouse.errors import (
     AGAIN,
     DONE,
@@ -77,7 +70,7 @@ def train_main(argv: list[str]) -> int:
         return 0
 
     def work() -> int:
-        spec = _asked(argv, TrainSpec)
+        spec = from_arguments(argv, TrainSpec)
         _check_made_for(point_id(spec))
         if os.environ.get("STILLHOUSE_FETCH"):
             _fetch(spec)
@@ -93,7 +86,7 @@ def eval_main(argv: list[str]) -> int:
         return 0
 
     def work() -> int:
-        spec = _asked(argv, EvalSpec)
+        spec = from_arguments(argv, EvalSpec)
         _check_made_for(eval_id(spec))
         if not _is_in_pod():
             _refuse_without_adapters(spec)
@@ -108,7 +101,7 @@ def prepare_main(argv: list[str]) -> int:
     words = [word for word in argv if word not in options]
 
     def work() -> int:
-        spec = _asked(words, EvalSpec)
+        spec = from_arguments(words, EvalSpec)
         _check_made_for(None)
         return prepare(spec, fetches="--fetch" in argv, scores="--no-scores" not in argv)
 
@@ -127,7 +120,7 @@ def preflight_main(argv: list[str]) -> int:
 
     def work() -> int:
         options, words = _parsed(parser, argv)
-        spec = _asked(words, TrainSpec)
+        spec = from_arguments(words, TrainSpec)
         if options.backend == "cluster":
             from stillhouse.sweep.cluster.submit import send
 
@@ -230,13 +223,6 @@ def _reported(work: Callable[[], int]) -> int:
         return code
 
     return exit_code_of(told)
-
-
-def _asked(words: list[str], spec_type: type[Spec]) -> Spec:
-    """What to work on: as a person says it, or `--spec JSON`, as a launcher resolved it."""
-    if words[:1] == ["--spec"] and len(words) == 2:
-        return from_json(words[1], spec_type)
-    return compose(from_command_line(words, spec_type), spec_type)
 
 
 def _check_made_for(found: str | None) -> None:

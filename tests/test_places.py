@@ -126,22 +126,20 @@ STARTS: dict[str, Callable[..., int]] = {
 }
 
 
-@pytest.mark.parametrize("command", [name for name in STARTS if name != "prepare"])
 @pytest.mark.parametrize("place", ["/proc/x", "a_file", "nowhere"])
-def test_runs_that_cannot_be_written_are_a_mistake_of_that_option(
-    command: str, place: str, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("command", "option"),
+    [
+        *((name, "--runs") for name in STARTS if name != "prepare"),
+        ("run", "--cache-dir"),
+        ("prepare", "--cache-dir"),
+    ],
+)
+def test_a_place_that_cannot_be_written_is_a_mistake_of_its_option(
+    command: str, option: str, place: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    code = STARTS[command](f"--runs={place}")
-    check_said(code, capsys.readouterr().err, f"--runs {place}: ")
-
-
-@pytest.mark.parametrize("place", ["/proc/x", "a_file", "nowhere"])
-@pytest.mark.parametrize("command", ["run", "prepare"])
-def test_a_cache_that_cannot_be_written_is_a_mistake_of_that_option(
-    command: str, place: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    code = STARTS[command](f"--cache-dir={place}")
-    check_said(code, capsys.readouterr().err, f"--cache-dir {place}: ")
+    code = STARTS[command](f"{option}={place}")
+    check_said(code, capsys.readouterr().err, f"{option} {place}: ")
 
 
 @pytest.mark.parametrize("place", ["/proc/x", "a_file/x", "nowhere/x"])
