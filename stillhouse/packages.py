@@ -97,14 +97,17 @@ def find(name: str, cache_dir: Path) -> dict[str, Path]:
             versions = ", ".join(one.version for one in here)
             missing[each] = f"is of version {versions}" if here else "is not installed"
             continue
-        root = Path(str(fitting[0].locate_file("")))
-        if (content := sha256_of(known, root, cache_dir)) != known.sha256:
+        roots = [Path(str(one.locate_file(""))) for one in fitting]
+        contents = {root: sha256_of(known, root, cache_dir) for root in roots}
+        whole = [root for root in roots if contents[root] == known.sha256]
+        if not whole:
+            root, content = roots[0], contents[roots[0]]
             raise ConfigError(
                 f"package {each}: its files in {root} are not those of version {known.version}"
                 f" (sha256 {content[:10]}… here, {known.sha256[:10]}… known); install it again with"
                 f" {install_line([each], cache_dir, again=True)}"
             )
-        found |= known.files_below(root)
+        found |= known.files_below(whole[0])
     if missing:
         said = ", ".join(f"{each} {what}" for each, what in missing.items())
         raise ConfigError(f"{said}; get it with {install_line(missing, cache_dir)}")

@@ -137,6 +137,21 @@ def test_a_full_disk_goes_on_without_writing_and_says_so_once(cached, said, monk
     assert [text for text in said if "No space left" in text] == [said[-1]]
 
 
+def test_a_cache_that_takes_no_files_goes_on_without_writing_and_says_so(tmp_path, said):
+    (tmp_path / "teachers").symlink_to("/proc/none")  # no files can be made there
+    one = CachedTeacher(DESCRIBED, tmp_path, 2**30, CPU, in_process, said.append)
+    assert torch.equal(asked(one), asked(in_process()))
+    assert "it goes on without writing" in said[-1]
+
+
+def test_what_another_point_is_just_writing_stops_no_point_that_begins(cached):
+    first = cached()
+    asked(first)
+    kept = files_of(first)
+    (kept[0].parent / ".row.tmp").symlink_to("renamed in this moment")
+    assert cached().used == sum(file.stat().st_size for file in kept)
+
+
 def test_a_row_that_is_no_number_is_not_kept(cached):
     model = drawn()
     sick = cached(load=lambda: in_process(model))

@@ -30,7 +30,7 @@ from torch import Tensor
 from stillhouse.distill.head import Head
 from stillhouse.distill.rollouts import Completions
 from stillhouse.distill.teacher import Draws, Ids, Teacher, difference, probe
-from stillhouse.errors import ContractError
+from stillhouse.errors import ContractError, NodeFault, Unwritable
 from stillhouse.identity import digest
 from stillhouse.rundir import Json, read_json, sweep_leftovers, temporary_name, write_json
 from stillhouse.spec import RolloutSpec
@@ -68,7 +68,9 @@ class CachedTeacher:
         folders = [folder for folder in rows.glob("??") if folder.is_dir()]
         for folder in folders:
             sweep_leftovers(folder)
-        self.used = sum(file.stat().st_size for folder in folders for file in folder.iterdir())
+        # Another point's temporary file may be renamed at any moment; a row's never is.
+        whole = (file for folder in folders for file in folder.iterdir() if file.name[0] != ".")
+        self.used = sum(file.stat().st_size for file in whole)
         self._compare(described)
 
     def _compare(self, described: Json) -> None:
@@ -176,12 +178,10 @@ class CachedTeacher:
     def _try(self, do: Callable[[], object]) -> None:
         try:
             do()
-        except OSError as error:
+        except (OSError, Unwritable, NodeFault) as error:
             if self.is_writing:
-                self.say(
-                    f"teacher cache {self.folder}: {error.strerror or error}; it goes on without"
-                    " writing"
-                )
+                why = getattr(error, "strerror", None) or error
+                self.say(f"teacher cache {self.folder}: {why}; it goes on without writing")
             self.is_writing = False
 
 
