@@ -23,6 +23,7 @@ import tempfile
 import time
 from collections.abc import Generator
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -193,6 +194,18 @@ def _kill(launcher: subprocess.Popen[bytes], with_all: bool) -> None:
             process.kill()
 
 
+def differences(expected: Any, found: Any, where: str = "") -> list[str]:
+    """Each value in which two outcomes differ, with its place; [] where they are equal."""
+    if isinstance(expected, list) and isinstance(found, list):
+        expected, found = dict(enumerate(expected)), dict(enumerate(found))
+    if isinstance(expected, dict) and isinstance(found, dict):
+        none = "(nothing)"
+        keys = [*expected, *(key for key in found if key not in expected)]
+        pairs = [(key, expected.get(key, none), found.get(key, none)) for key in keys]
+        return [line for k, a, b in pairs for line in differences(a, b, f"{where} {k}".strip())]
+    return [] if expected == found else [f"{where}: {str(expected)[:200]} != {str(found)[:200]}"]
+
+
 def main(argv: list[str]) -> int:
     """0 if every sweep gave the same results as the undisturbed one."""
     parser = argparse.ArgumentParser(prog="python -m tests.kills")
@@ -209,9 +222,8 @@ def main(argv: list[str]) -> int:
         place = Place(folder / f"sweep-{sweeps}")
         now = disturb(place, options.kills - killed, rng)
         found = place.outcome()
-        unlike = [n for n in {**expected, **found} if expected.get(n) != found.get(n)]
-        if unlike:
-            print(f"{place.path} differs from {quiet.path}: {', '.join(unlike)}")
+        if unlike := differences(expected, found):
+            print(f"{place.path} differs from {quiet.path}:", *unlike, sep="\n  ")
             return 1
         killed, sweeps = killed + now, sweeps + 1
         begun = len(place.started)

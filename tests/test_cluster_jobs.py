@@ -356,7 +356,8 @@ def test_a_job_that_is_there_is_taken_over(fake: FakeApi, backend: JobExecutor) 
     name = put(fake)
     backend.start(task())
     fake.complete(name)
-    assert finished(backend) == Finished(TRAIN, 0, None, 0.0)
+    ended = finished(backend)
+    assert (ended.action, ended.exit_code, ended.cause) == (TRAIN, 0, None)
     assert fake.created("jobs")[name] == 0
 
 
