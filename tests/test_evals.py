@@ -222,6 +222,29 @@ def test_every_row_is_scored_and_each_base_loaded_once(place, table, capsys, mon
     assert loads == [] and scores_below(runs) == before, "a finished score is not computed again"
 
 
+def test_a_score_that_another_evaluation_writes_meanwhile_counts_as_replaced_by_none(
+    place, table, monkeypatch
+):
+    runs, made = table
+    run, versions = made["plain"], models.versions
+    spec, file = (
+        asked(place, runs, f"lora_paths=[{run.path}]", *ADAPTERS_ONLY),
+        run.eval_file("tiny_mc"),
+    )
+    harness.run_suite(spec, Never())
+    theirs = read_json(file)
+    file.unlink()
+
+    def slow() -> dict[str, str]:
+        write_json(file, theirs)  # between our look at the file and our writing
+        return versions()
+
+    monkeypatch.setattr(models, "versions", slow)
+    harness.run_suite(spec, Never())
+    ours = read_json(file)
+    assert ours == theirs | {key: ours[key] for key in ("seconds", "finished")}
+
+
 @pytest.mark.parametrize("which", ["lmbda_1_int4", "plain", "nf4"])
 def test_an_adapter_is_scored_as_the_function_it_was_trained_as(place, table, which):
     runs, made = table

@@ -3,9 +3,9 @@
 Every adapter is scored as the function it was trained as, Q(W)x + BAx under its own quantizer,
 which its contract names. It is scored as Q(W + BA) only for a task whose name says so, in a
 separate column. A teacher is scored as the function that teaches: after its few-shot examples, if
-it has any. A score is written as soon as it is known and never computed twice, unless something it
-depends on has changed (`scores`). Then that is printed, the score is computed again, and it keeps a
-note of the one that it replaces. What a row does wrong costs the others nothing (`isolate`).
+it has any. A score is written as soon as it is known, and computed again only if something that it
+depends on has changed (`scores`), with a note of the one that it replaces. What a row does wrong
+costs the others nothing (`isolate`).
 """
 
 from __future__ import annotations
@@ -81,10 +81,8 @@ class Row:
         """The sources that this row's scores depend on."""
         return scores.rests_on(self.kind, self.sources)
 
-    def drift(self, suite: SuiteSpec, task: TaskSpec) -> list[str]:
-        """Why the score on disk is no longer valid though it answers this question; [] if it is
-        valid, or there is none."""
-        score = read_score(self.home, task.task) or {}
+    def drift(self, score: Json, suite: SuiteSpec, task: TaskSpec) -> list[str]:
+        """Why a score that answers this question is not valid; [] if it is, or answers another."""
         if score.get("key") != self.key(suite, task):
             return []
         found = scores.changes(
@@ -94,12 +92,16 @@ class Row:
             found = [f"its base was {score['base_revision']} and is {self.base.revision} here"]
         return found
 
+    def is_answered_by(self, score: Json, suite: SuiteSpec, task: TaskSpec) -> bool:
+        """Whether a score answers this question about exactly these weights."""
+        question = (self.key(suite, task), self.adapter_digest)
+        is_it = question == (score.get("key"), score.get("adapter_digest"))
+        return is_it and not self.drift(score, suite, task)
+
     def finished(self, suite: SuiteSpec, task: TaskSpec) -> Json | None:
-        """The score on disk, if it answers this question about exactly these weights."""
+        """The score on disk, if it answers this question."""
         score = read_score(self.home, task.task) or {}
-        asked = (self.key(suite, task), self.adapter_digest)
-        is_asked = (score.get("key"), score.get("adapter_digest")) == asked
-        return score if is_asked and not self.drift(suite, task) else None
+        return score if self.is_answered_by(score, suite, task) else None
 
 
 def run_suite(spec: EvalSpec, stop: Stop) -> int:
@@ -184,7 +186,7 @@ def _stay_offline() -> None:
 def _say_what_drifted(rows: list[Row], suite: SuiteSpec) -> None:
     for row in rows:
         for task in suite.tasks:
-            if why := row.drift(suite, task):
+            if why := row.drift(read_score(row.home, task.task) or {}, suite, task):
                 _say(f"eval: {row.label} {task.task} drifted, scored anew: {'; '.join(why)}")
 
 
@@ -422,10 +424,11 @@ def _probe(model: Any, tokenizer: Any) -> Any:
 
 
 def _write(row: Row, task: TaskSpec, suite: SuiteSpec, score: Json) -> None:
-    if row.finished(suite, task):  # another evaluation, at the same time, was here first
+    # Read once: another evaluation, which was here first, may write it at any moment.
+    there = read_score(row.home, task.task) or {}
+    if row.is_answered_by(there, suite, task):
         return
     ours = {name: models.versions()[name] for name in ("transformers", "torch", "peft")}
-    before, why = read_json(eval_file(row.home, task.task)), row.drift(suite, task)
     score = score | {
         "task": task.task,
         "examples": row.examples,
@@ -434,7 +437,7 @@ def _write(row: Row, task: TaskSpec, suite: SuiteSpec, score: Json) -> None:
         "base_revision": row.base.revision,
         "sources": row.rests_on,
         "machine": models.machine(),
-        "before": scores.replaced(before, why or ["another question"]),
+        "before": scores.replaced(there, row.drift(there, suite, task) or ["another question"]),
         "quant_type": row.base.quant.quant_type if row.base.quant else "none",
         "versions": score["versions"] | ours,
         "finished": now(),
