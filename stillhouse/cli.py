@@ -237,8 +237,8 @@ def _data(words: list[str]) -> int:
         raise ConfigError(f"stillhouse data {' '.join(words)}: there is `{USAGES['data']}`")
     require_torch()
     spec = compose(from_command_line(words[1:], EvalSpec), EvalSpec)
-    cache_dir = Path(spec.place.cache_dir)
-    print(f"{benchmarks.described(cache_dir)}\n\nrows: {benchmarks.unpacked(cache_dir)}")
+    rows = benchmarks.unpacked(Path(spec.place.cache_dir))
+    print(f"{benchmarks.described()}\n\nrows: {rows}")
     return DONE
 
 

@@ -20,6 +20,7 @@ from stillhouse.identity import digest
 from stillhouse.local_models import at_hand
 from stillhouse.model_files import HEADS, PLAIN_DTYPES, Checkpoint, count, read
 from stillhouse.rundir import Json, read_json, write_json
+from stillhouse.scores import check_rows
 from stillhouse.sources import of_pair, rows_of
 from stillhouse.spec import DataSpec, EvalSpec, TrainSpec
 
@@ -194,7 +195,7 @@ def check(specs: Iterable[TrainSpec | EvalSpec]) -> None:
 
     Raises:
         ContractError: a model whose files do not fit one another. ConfigError: a knob or data that
-            do not fit a model.
+            do not fit a model, or rows that a suite asks and no package has.
     """
     done: set[object] = set()
     for spec in specs:
@@ -216,6 +217,8 @@ def _relevant(spec: TrainSpec | EvalSpec) -> object:
 
 def _check_one(spec: TrainSpec | EvalSpec) -> None:
     pair = spec.pair
+    if isinstance(spec, EvalSpec):
+        check_rows(spec.suite, "eval")
     if pair.pair_source != "hub":  # what `prepare` makes or unpacks fits
         return
     for role, name, revision in (

@@ -18,6 +18,7 @@ from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationE
 from typing_extensions import TypedDict
 
 from stillhouse.errors import ContractError
+from stillhouse.spec import Dtype
 
 Json = dict[str, Any]
 
@@ -288,6 +289,17 @@ class _Saved(_File):
     sha256: str
 
 
+@with_config(_LENIENT)
+class _Teacher(TypedDict):
+    """What is relied on in a teacher's manifest: of a run, and of what a cache keeps."""
+
+    weights: str
+    settings: str
+    tokenizer: str
+    dtype: Dtype
+    probe: list[Annotated[float, Field(allow_inf_nan=False)]]
+
+
 RECORD: Any = TypeAdapter(with_config(_LENIENT)(_Record))
 ROW: Any = TypeAdapter(with_config(_LENIENT)(_Row))
 STATUS: Any = TypeAdapter(with_config(_LENIENT)(_Status))
@@ -301,3 +313,4 @@ SAVED: Any = TypeAdapter(dict[str, _Saved])
 COST: Any = TypeAdapter(with_config(_LENIENT)(_Cost))
 SWEEP: Any = TypeAdapter(with_config(_LENIENT)(_Sweep))
 WHOLE_SWEEP: Any = TypeAdapter(with_config(_LENIENT)(_WholeSweep))
+TEACHER: Any = TypeAdapter(_Teacher)

@@ -130,15 +130,18 @@ def check_apart(data: Json, suite: SuiteSpec, where: str) -> None:
     """
     if data["data_source"] != "packaged":
         return
-    asked = {task.asks for task in suite.tasks}
-    for name in sources(data["data_path"]):
-        if scored := asked.intersection(SOURCES[name].scored_by):
-            rest = "+".join(each for each in sources(data["data_path"]) if each != name)
-            raise ConfigError(
-                f"{where}: suite {suite.suite_name} scores task {scored.pop()} on rows that"
-                f" data={data['data_name']} trains on ({name}); leave the task out, or train with"
-                f" data_path={rest}"
-            )
+    asked = [task.asks for task in suite.tasks]
+    names = sources(data["data_path"])
+    scored = {name: task for name in names for task in asked if task in SOURCES[name].scored_by}
+    if not scored:
+        return
+    other = "+".join(name for name in names if name not in scored)
+    cure = f"train with data_path={other}" if other else "train on other rows (data_path)"
+    raise ConfigError(
+        f"{where}: suite {suite.suite_name} scores {', '.join(scored.values())} on rows that"
+        f" data={data['data_name']} trains on ({', '.join(scored)}); leave"
+        f" {'these tasks' if len(scored) > 1 else 'that task'} out, or {cure}"
+    )
 
 
 # ---------------------------------------------------------------- overlap

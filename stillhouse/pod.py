@@ -1,7 +1,7 @@
 # ruff: noqa: E402  (a PID 1 that has no handler yet hears no SIGTERM, so that comes before imports)
 """Run as PID 1 of a pod: start the command, forward signals, and report how it ended.
 
-    pod.py [--code=D] [--id=I] [--log=FILE] [--processes=N] KIND -- WORDS…
+    pod.py [--code=D] [--id=I] [--log=FILE] [--processes=N] [--grace=S] KIND -- WORDS…
 
     train eval prepare preflight drive
                                starts train.py, eval.py or `python -m stillhouse` with these words;
@@ -75,7 +75,7 @@ FINAL = (42, 43, 44, 46)  # never retried, so what one rank says of it counts fo
 MESSAGE_BYTES = 4096  # what Kubernetes keeps of a termination message
 CAUSE_LENGTH, ROW_CAUSE_LENGTH = 1000, 300
 TAIL_BYTES = 3000
-SAVE_S = 150  # torchrun kills ranks that still save after 30 s; a pod has 180 to end
+GRACE_S = 180  # between the SIGTERM of a pod and its SIGKILL
 
 
 class Mistake(Exception):
@@ -117,6 +117,7 @@ def _work(argv: list[str], output: Output) -> tuple[int, str, Json]:
     parser.add_argument("--id", help="what the words must come to")
     parser.add_argument("--log", type=Path, help="the output is appended to it")
     parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--grace", type=int, default=GRACE_S, help="seconds to end in")
     parser.add_argument("kind", choices=COMMANDS)
     options = parser.parse_args(argv[:cut])
     if options.log:
@@ -130,7 +131,8 @@ def _work(argv: list[str], output: Output) -> tuple[int, str, Json]:
         "STILLHOUSE_EXIT_FILE": str(EXIT_FILE),
         "PYTHONPATH": os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")])),
         "PYTHONUNBUFFERED": "1",
-        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(SAVE_S),
+        # torchrun kills ranks that still save after 30 s, whatever time the pod has to end.
+        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(options.grace * 5 // 6),
         # The ranks of a pod all run inside it, so loopback is enough, whatever interfaces it has.
         "GLOO_SOCKET_IFNAME": os.environ.get("GLOO_SOCKET_IFNAME", "lo"),
     }

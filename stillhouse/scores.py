@@ -19,10 +19,11 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, cast
 
-from stillhouse import local_models, packages
+from stillhouse import benchmarks, local_models, packages
+from stillhouse.errors import ConfigError
 from stillhouse.rundir import Json, file_digest, now
 from stillhouse.sources import differences
-from stillhouse.spec import PairSpec, TaskSpec
+from stillhouse.spec import PairSpec, SuiteSpec, TaskSpec
 
 # Versions of our own tasks: raise one whenever its questions or its scoring change.
 TASK_VERSIONS = {
@@ -33,10 +34,34 @@ TASK_VERSIONS = {
     "tiny_sampled_length": 1,
     "tiny_sampled_distinct": 1,
 }
+TEST_ROWS = 256  # problems that each of them asks
 NOT_RECORDED = (
     "it was made before a score recorded what it rests on, and its weights may have been others"
     " than are here"
 )
+
+
+def check_rows(suite: SuiteSpec, where: str) -> None:
+    """Refuse a task that no package has the rows of, and a sample above those that there are.
+
+    Of the hub's tasks and of the user's own only lm-eval knows the rows, once they are loaded.
+
+    Raises ConfigError.
+    """
+    for task in suite.tasks:
+        if task.content is not None:
+            continue
+        if task.asks in TASK_VERSIONS:
+            has = TEST_ROWS
+        elif suite.benchmark_rows == "packaged":
+            has = benchmarks.known(task.asks).rows
+        else:
+            continue
+        if suite.sample is not None and suite.sample > has:
+            raise ConfigError(
+                f"{where}: suite {suite.suite_name}: sample {suite.sample} is above the {has:,}"
+                f" documents of task {task.asks}; take fewer, or leave it out for all"
+            )
 
 
 def rests_on(label: str, here: Mapping[str, Any]) -> Json:

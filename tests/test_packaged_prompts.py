@@ -55,11 +55,18 @@ def test_a_suite_that_scores_rows_that_are_trained_on_is_refused(tmp_path: Path)
     data = {"data_source": "packaged", "data_path": "sciq+nq_open", "data_name": "packaged"}
     check_apart(data, suite("suite=mcq5_packaged"), "here")
     check_apart(data | {"data_source": "local"}, suite("suite=more_packaged"), "here")
-    with pytest.raises(ConfigError, match="here: suite more_packaged scores task sciq_val on rows"):
+    with pytest.raises(
+        ConfigError, match="here: suite more_packaged scores sciq_val, nq_open on ro"
+    ):
         check_apart(data, suite("suite=more_packaged"), "here")
+    with pytest.raises(ConfigError, match=r"\(sciq\); leave that task out, or train on other rows"):
+        check_apart(data | {"data_path": "sciq"}, suite("suite=more_packaged"), "here")
     words = ["pair=smollm2_self", "data=packaged", "suite=more_packaged", "seeds=1"]
-    with pytest.raises(ConfigError, match="suite more_packaged scores task .* trains on"):
+    with pytest.raises(ConfigError, match="suite more_packaged scores .* trains on") as refused:
         load_sweep(None, words, tmp_path)
+    proposed = str(refused.value).rpartition(" ")[2]  # passes for the whole suite
+    assert proposed == "data_path=openbookqa+trivia_qa"
+    assert load_sweep(None, [*words, proposed], tmp_path).points
 
 
 def test_the_overlap_with_a_suites_rows_is_counted_in_sequences_of_eight_words(cache: Path) -> None:

@@ -154,7 +154,7 @@ def test_nothing_a_tiny_pair_learns_from_shares_a_chain_with_a_test_problem(
 ) -> None:
     train = problems.chat_rows("train", problems.TRAIN_ROWS)
     held_out = problems.chat_rows("held_out", problems.HELD_OUT_ROWS)
-    tested = windows_of([row["worked"] for row in problems.test_rows(problems.TEST_ROWS)])
+    tested = windows_of([row["worked"] for row in problems.test_rows(256)])
     assert len(tested) > 100
     sources = {
         "distillation prompts": [row["messages"][1]["content"] for row in train],

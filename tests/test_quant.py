@@ -406,12 +406,6 @@ def test_the_last_group_of_a_row_may_be_shorter_and_has_a_scale_of_its_own():
     torch.testing.assert_close(x.grad, dequantized_weight(layer).sum(0).expand(3, 96))
 
 
-def test_int4_refuses_a_group_it_has_no_layout_for():
-    quant = QuantSpec(quant_type="int4", quant_group_size=256, double_quant=False)
-    with pytest.raises(ConfigError, match=r"256 is not one .* \(32, 64, 128\)"):
-        quantize_(llama(), quant)
-
-
 @ALL
 def test_what_is_quantised_or_wrapped_already_is_refused(quant):
     model = llama()

@@ -450,6 +450,22 @@ def test_a_group_size_belongs_to_a_quantiser_and_only_to_one():
         with pytest.raises(ValueError, match="group size"):
             QuantSpec(kind, size, False)  # pyright: ignore[reportArgumentType]
     assert QuantSpec("none", None, False).quant_group_size is None
+    with pytest.raises(ValueError, match=r"1024 is not one that int4 has: 32, 64, 128 \["):
+        QuantSpec("int4", 1024, False)
+    assert QuantSpec("bnb_nf4", 1024, False).quant_group_size == 1024
+
+
+@pytest.mark.parametrize(
+    ("values", "why"),
+    [
+        ({"on_loss": "pg", "fixed_advantage": 0}, "fixed_advantage 0: no rollout would change"),
+        ({"on_loss": "pg", "fixed_advantage": -1, "lmbda": 0}, "-1 with lmbda 0: it is of roll"),
+        ({"data": "packaged", "data_path": "sciq+boolq+sciq"}, "data_path=sciq\\+boolq$"),
+    ],
+)
+def test_what_would_do_nothing_or_nothing_more_is_refused(values: dict[str, object], why: str):
+    with pytest.raises(ConfigError, match=why):
+        train(**values)
 
 
 def test_knots_keep_their_jump():

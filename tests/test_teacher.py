@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import json
+import math
 import shutil
 import threading
 from pathlib import Path
@@ -16,9 +18,10 @@ from stillhouse import entrypoints
 from stillhouse.distill import teacher_cache
 from stillhouse.distill.engine import Engine
 from stillhouse.distill.teacher import ModelTeacher, difference, probe
-from stillhouse.distill.teacher_cache import CachedTeacher
-from stillhouse.errors import ConfigError, ContractError
+from stillhouse.distill.teacher_cache import CachedTeacher, key_of
+from stillhouse.errors import ConfigError, ContractError, Interrupted, NodeFault
 from stillhouse.rundir import Runs, read_json, write_json
+from stillhouse.stop import StopFlag
 from tests.builders.cheap import cheap
 
 V = 64
@@ -58,8 +61,8 @@ def said():
 def cached(tmp_path, said):
     """Makes teachers that share a cache."""
 
-    def make(load=in_process, described=DESCRIBED, most=2**30):
-        return CachedTeacher(described, tmp_path, most, CPU, load, said.append)
+    def make(load=in_process, described=DESCRIBED, most=2**30, poll=lambda: None):
+        return CachedTeacher(described, tmp_path, most, CPU, load, said.append, poll)
 
     return make
 
@@ -139,7 +142,7 @@ def test_a_full_disk_goes_on_without_writing_and_says_so_once(cached, said, monk
 
 def test_a_cache_that_takes_no_files_goes_on_without_writing_and_says_so(tmp_path, said):
     (tmp_path / "teachers").symlink_to("/proc/none")  # no files can be made there
-    one = CachedTeacher(DESCRIBED, tmp_path, 2**30, CPU, in_process, said.append)
+    one = CachedTeacher(DESCRIBED, tmp_path, 2**30, CPU, in_process, said.append, lambda: None)
     assert torch.equal(asked(one), asked(in_process()))
     assert "it goes on without writing" in said[-1]
 
@@ -149,7 +152,51 @@ def test_what_another_point_is_just_writing_stops_no_point_that_begins(cached):
     asked(first)
     kept = files_of(first)
     (kept[0].parent / ".row.tmp").symlink_to("renamed in this moment")
+    kept += [first.folder / "head", first.folder / "manifest.json"]
     assert cached().used == sum(file.stat().st_size for file in kept)
+
+
+def test_points_at_once_and_other_teachers_keep_to_one_limit(cached):
+    full = cached()
+    asked(full)
+    teachers = full.folder.parent
+    used = sum(file.stat().st_size for file in teachers.rglob("*") if file.is_file())
+    row = max(file.stat().st_size for file in files_of(full))
+    most = used + 8 * row  # another teacher's head and manifest, and a few of its rows
+    ways = [cached(described=DESCRIBED | {"weights": "x"}, most=most) for _ in range(3)]
+    for first in range(1, 35):
+        asked(ways[first % 3], [([first], [4, 5, 6, 1])])
+    assert not any(way.is_writing for way in ways)
+    assert sum(file.stat().st_size for file in teachers.rglob("*") if file.is_file()) <= most
+
+
+def test_who_waits_for_a_row_that_another_point_scores_hears_a_request_to_stop(cached, monkeypatch):
+    monkeypatch.setattr(teacher_cache, "LOCK_S", 0.01)
+    flag, inside, done = StopFlag(), threading.Event(), threading.Event()
+    waiting = cached(poll=flag.check)
+    first = cached()
+
+    def score(*_, **__):
+        inside.set()
+        done.wait()
+        raise NodeFault("ended")
+
+    first.model().hidden = score  # type: ignore[method-assign]
+
+    def work():
+        with contextlib.suppress(NodeFault):
+            asked(first)
+
+    other = threading.Thread(target=work)
+    other.start()
+    inside.wait()
+    flag.is_set = True
+    try:
+        with pytest.raises(Interrupted):
+            asked(waiting)
+    finally:
+        done.set()
+        other.join()
 
 
 def test_a_row_that_is_no_number_is_not_kept(cached):
@@ -169,14 +216,58 @@ def test_a_cache_of_another_teacher_is_refused_in_words(cached):
         cached()
     write_json(manifest, kept)
     shutil.rmtree(first.folder / "rows")
-    with pytest.raises(ContractError, match="other log-probabilities, by .* Remove that folder"):
+    with pytest.raises(ContractError, match="other log-probabilities, by .* remove .*scored anew"):
         cached(load=lambda: in_process(drawn(seed=1)))
 
 
-def test_teachers_in_other_dtypes_and_of_other_weights_share_no_row(cached):
-    others = [DESCRIBED | {"weights": "x"}, DESCRIBED | {"dtype": "bfloat16"}]
-    folders = {cached(described=d).folder for d in [DESCRIBED, *others]}
-    assert len(folders) == 3
+def test_a_model_that_is_loaded_when_a_row_is_missing_is_the_recorded_teacher(cached):
+    asked(cached(), ROWS[:1])
+    another = cached(load=lambda: in_process(drawn(seed=1)))
+    assert torch.equal(asked(another, ROWS[:1]), asked(in_process(), ROWS[:1]))
+    before = files_of(another)
+    with pytest.raises(ContractError, match="manifest.json: .* other log-probabilities"):
+        asked(another)
+    assert files_of(another) == before
+
+
+@pytest.mark.parametrize(
+    ("bend", "why"),
+    [
+        (lambda m: "{", "manifest.json: not JSON"),
+        (lambda m: "[]", "manifest.json: holds no JSON object"),
+        (lambda m: json.dumps({k: v for k, v in m.items() if k != "weights"}), "weights: field"),
+        (lambda m: json.dumps(m | {"dtype": "float8"}), "manifest.json: dtype: input should be"),
+        (lambda m: json.dumps(m | {"probe": None}), "manifest.json: probe: input should be"),
+        (lambda m: json.dumps(m | {"probe": [math.nan] * 15}), "probe.0: input should be a finite"),
+    ],
+)
+def test_a_manifest_that_is_torn_or_odd_is_refused_by_its_path(cached, bend, why):
+    file = cached().folder / "manifest.json"
+    file.write_text(bend(read_json(file)))
+    with pytest.raises(ContractError, match=why):
+        cached(load=no_model)
+
+
+def test_a_teacher_that_answers_no_numbers_is_refused(cached):
+    class Sick(ModelTeacher):
+        def hidden(self, *args, **kwargs):
+            return super().hidden(*args, **kwargs) * torch.nan
+
+    def sick():
+        model = drawn()
+        return Sick(model, Engine(model), contextlib.nullcontext, 0, [1], lambda: None)
+
+    with pytest.raises(ContractError, match="log-probabilities that are not finite"):
+        cached(load=sick)
+    assert torch.equal(asked(cached()), asked(in_process()))
+
+
+def test_teachers_share_no_row_that_could_differ_and_a_template_of_its_own_is_no_other(cached):
+    others = [{"weights": "x"}, {"dtype": "bfloat16"}, {"tokenizer": "x"}]
+    folders = {cached(described=DESCRIBED | other).folder for other in [{}, *others]}
+    assert len(folders) == 4
+    keys = {key_of(DESCRIBED, torch.device(kind)) for kind in ("cpu", "cuda", "cuda:1")}
+    assert len(keys) == 2
 
 
 @pytest.mark.parametrize(
@@ -220,7 +311,6 @@ def test_a_manifest_tells_teachers_apart_and_not_roundings():
     assert "other log-probabilities" in (difference(one, other) or "")
     for name, words in [("tokenizer", "chat template"), ("dtype", "another dtype")]:
         assert words in (difference(one, one | {name: "x"}) or "")
-    assert "other log" in (difference(one, one | {"probe": [float("nan")] * 15}) or "")
 
 
 def test_a_run_is_not_resumed_with_another_teacher(tmp_path):
@@ -233,4 +323,8 @@ def test_a_run_is_not_resumed_with_another_teacher(tmp_path):
     record["teacher"]["probe"][0] -= 3
     write_json(run.spec_file, record)
     with pytest.raises(ContractError, match="not the one this run began with: it gives fixed"):
+        entrypoints.train(spec)
+    del record["teacher"]["dtype"]
+    write_json(run.spec_file, record)
+    with pytest.raises(ContractError, match=r"spec\.json: dtype: field required; move the dir"):
         entrypoints.train(spec)

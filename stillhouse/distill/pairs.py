@@ -40,6 +40,7 @@ from stillhouse.local_models import (
     snapshot,
 )
 from stillhouse.rundir import Json, file_digest, write_atomic, write_json
+from stillhouse.scores import TEST_ROWS
 from stillhouse.spec import PairSpec, QuantSpec
 
 NO_COMMITS: Mapping[str, str] = {}
@@ -374,7 +375,7 @@ def _problem_files(
             "train": problems.chat_rows("train", problems.TRAIN_ROWS, rule, kinds),
             "other": problems.other_rows(problems.OTHER_ROWS),
             "held_out": problems.chat_rows("held_out", problems.HELD_OUT_ROWS, rule, kinds),
-            "test": problems.test_rows(problems.TEST_ROWS, rule, kinds),
+            "test": problems.test_rows(TEST_ROWS, rule, kinds),
         }
         for name, entries in rows.items():
             text = "".join(json.dumps(entry) + "\n" for entry in entries)

@@ -35,8 +35,6 @@ from stillhouse.distill.layers import (
 from stillhouse.errors import ConfigError, ContractError
 from stillhouse.spec import QuantSpec
 
-INT_GROUPS = (32, 64, 128)
-BNB_GROUPS = (32, 64, 128, 256, 512, 1024)
 INT_FORMAT = "1"  # increment it if the same W gives another Q(W): old adapters are then refused
 
 
@@ -322,10 +320,10 @@ def _quantised(name: str, dense: nn.Linear, quant: QuantSpec) -> nn.Module:
     # bitsandbytes lets a block extend into the next row, but its CPU dequantizer (0.50.2) then
     # silently reads the wrong scales: in_features 96 at 64 errs by 36 %.
     if not _is_ours(quant) and dense.in_features % group:
-        allowed = [size for size in _groups(quant) if dense.in_features % size == 0]
+        allowed = [size for size in quant.groups if dense.in_features % size == 0]
         raise ConfigError(
             f"{name}: in_features {dense.in_features} (out_features {dense.out_features}) is no "
-            f"multiple of quant_group_size {group}. {quant.quant_type} allows {_groups(quant)}; "
+            f"multiple of quant_group_size {group}. {quant.quant_type} allows {quant.groups}; "
             f"this layer fits {tuple(allowed) or 'none of them, so choose quant=none'}"
         )
     if not torch.isfinite(dense.weight).all():
@@ -383,15 +381,7 @@ def _is_ours(quant: QuantSpec) -> bool:
     return quant.quant_type.startswith("int")
 
 
-def _groups(quant: QuantSpec) -> tuple[int, ...]:
-    return INT_GROUPS if _is_ours(quant) else BNB_GROUPS
-
-
 def _group(quant: QuantSpec) -> int:
     """Weights per scale."""
-    group = quant.quant_group_size
-    if group is None or group not in _groups(quant):
-        raise ConfigError(
-            f"quant_group_size {group} is not one that {quant.quant_type} allows: {_groups(quant)}"
-        )
-    return group
+    assert quant.quant_group_size is not None, "a quantiser has a group size"
+    return quant.quant_group_size

@@ -19,6 +19,7 @@ from stillhouse.distill.monitor import Monitor
 from stillhouse.distill.teacher import difference
 from stillhouse.distill.tracking import Tracker, finite
 from stillhouse.errors import ContractError, Diverged, Interrupted, OutOfMemory, Stopped
+from stillhouse.file_formats import TEACHER, checked
 from stillhouse.rundir import Json, RunDir, new_record, now, write_json
 from stillhouse.sources import drift, refusal
 from stillhouse.spec import TrainSpec
@@ -76,10 +77,14 @@ class Run:
     def _check_teacher(self) -> None:
         """Raise ContractError if the teacher is not the one that this run began with."""
         before, here = (self.dir.record() or {}).get("teacher"), self.roles.manifest
-        if before and here and (other := difference(before, here)):
+        if not before or not here:
+            return
+        cure = "move the directory away and run again"
+        checked(before, TEACHER, self.dir.spec_file, cure)
+        if other := difference(before, here):
             raise ContractError(
                 f"{self.dir.path}: the teacher is not the one this run began with: {other}."
-                " Restore that, or move the directory away and run again"
+                f" Restore that, or {cure}"
             )
 
     def train(self) -> int:

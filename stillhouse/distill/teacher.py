@@ -27,6 +27,7 @@ from stillhouse.distill.engine import Engine
 from stillhouse.distill.head import Head, head_of
 from stillhouse.distill.loop import positions_of
 from stillhouse.distill.rollouts import Completions, uniforms, write
+from stillhouse.errors import ContractError
 from stillhouse.rundir import Json
 from stillhouse.sources import SETTINGS, TOKENIZER
 from stillhouse.spec import GAPS, PairSpec, RolloutSpec
@@ -154,7 +155,11 @@ def described(pair: PairSpec, cache_dir: Path, commits: Mapping[str, str]) -> Js
 
 @torch.no_grad()
 def probe(teacher: Teacher) -> list[float]:
-    """The log-probabilities [P - 1] that a teacher gives to fixed tokens, in nats."""
+    """The log-probabilities [P - 1] that a teacher gives to fixed tokens, in nats.
+
+    Raises:
+        ContractError: one is not finite, so nothing can be learned from this teacher.
+    """
     head = teacher.head()
     V = len(head.weight_VH)
     # As in the probe of a head: ids from the lower half, none of which is reserved.
@@ -162,7 +167,14 @@ def probe(teacher: Teacher) -> list[float]:
     hidden_NH = teacher.hidden([ids[:1]], [ids[1:]], [0], alone=True)
     log_prob_NV = head.logits(hidden_NH).float().log_softmax(-1)
     picked = torch.tensor(ids[1:], device=log_prob_NV.device)
-    return log_prob_NV.gather(1, picked[:, None]).squeeze(1).tolist()
+    found = log_prob_NV.gather(1, picked[:, None]).squeeze(1)
+    if not bool(found.isfinite().all()):
+        numbers = ", ".join(f"{value:.3g}" for value in found.tolist())
+        raise ContractError(
+            f"the teacher gives fixed tokens log-probabilities that are not finite ({numbers}): its"
+            " weights are damaged, or overflow in their dtype (teacher_dtype=float32?)"
+        )
+    return found.tolist()
 
 
 DIFFERENT = {

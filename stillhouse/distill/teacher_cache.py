@@ -5,10 +5,11 @@
                            rows/ab/cdef…   one row: hidden states [n, H] in the teacher's dtype
                            rows/ab.lock    held by whoever scores a row of that folder
 
-The key is of the teacher's files, its dtype and the libraries; a row's name is of its token ids. A
-row is scored alone, unpadded, once: whoever comes first writes it, others wait for it. Each file
-begins with the sha256 of its rest: what is torn counts as not there, and is written again. If the
-disk is full, or the cache is as large as it may become, a run goes on without writing.
+The key is of the teacher's files, its dtype, the libraries, and the kind of device that computes; a
+row's name is of its token ids. A row is scored alone, unpadded, once: whoever comes first writes
+it, others wait for it. Each file begins with the sha256 of its rest: what is torn counts as not
+there, and is written again. If the disk is full, or the caches of all teachers are as large as they
+may become, a run goes on without writing.
 """
 
 from __future__ import annotations
@@ -16,12 +17,13 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import math
+import os
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from jaxtyping import Float
 from safetensors import SafetensorError
 from safetensors.torch import load, save
@@ -31,12 +33,15 @@ from stillhouse.distill.head import Head
 from stillhouse.distill.rollouts import Completions
 from stillhouse.distill.teacher import Draws, Ids, Teacher, difference, probe
 from stillhouse.errors import ContractError, NodeFault, Unwritable
+from stillhouse.file_formats import TEACHER, checked
 from stillhouse.identity import digest
 from stillhouse.rundir import Json, read_json, sweep_leftovers, temporary_name, write_json
 from stillhouse.spec import RolloutSpec
 
 SEAL = hashlib.sha256().digest_size  # bytes of a file before its content
 KEY_DIGITS = 16
+LOCK_S = 1.0  # between two looks at whether somebody asked us to stop
+COUNTED = 0.01  # of the limit: after writing so much, a point counts what others wrote
 
 
 class CachedTeacher:
@@ -50,45 +55,51 @@ class CachedTeacher:
         device: torch.device,
         load_model: Callable[[], Teacher],
         say: Callable[[str], None],
+        poll: Callable[[], None],
     ) -> None:
-        """`described`: the manifest's part that follows from the teacher's files.
+        """`described`: the manifest's part that follows from the teacher's files; `most_bytes`: of
+        the caches of all teachers; `poll` is called while another point scores a row, and may
+        raise.
 
         Raises:
             ContractError: what lies under this teacher's key is another teacher's.
         """
-        key = digest({name: v for name, v in described.items() if name != "tokenizer"})
-        self.folder = cache_dir / "teachers" / key[:KEY_DIGITS]
-        self.most_bytes, self.device = most_bytes, device
-        self._load_model, self.say = load_model, say
+        self.folder = cache_dir / "teachers" / key_of(described, device)
+        self.described, self.most_bytes, self.device = described, most_bytes, device
+        self._load_model, self.say, self.poll = load_model, say, poll
         self._model: Teacher | None = None
         self._head: Head | None = None
         self.is_writing = True
         self.forwards = 0  # rows that the model was asked for
-        rows = self.folder / "rows"
-        folders = [folder for folder in rows.glob("??") if folder.is_dir()]
-        for folder in folders:
+        for folder in (self.folder / "rows").glob("??"):
             sweep_leftovers(folder)
-        # Another point's temporary file may be renamed at any moment; a row's never is.
-        whole = (file for folder in folders for file in folder.iterdir() if file.name[0] != ".")
-        self.used = sum(file.stat().st_size for file in whole)
-        self._compare(described)
+        self.used, self.uncounted = _size(self.folder.parent), 0
+        self._compare(self)
 
-    def _compare(self, described: Json) -> None:
-        file = self.folder / "manifest.json"
-        there, here = read_json(file), described | {"probe": probe(self)}
+    def _compare(self, teacher: Teacher) -> None:
+        """Record which teacher this is, or raise ContractError if it is not the recorded one."""
+        file, cure = (
+            self.folder / "manifest.json",
+            f"remove {self.folder}: its rows are scored anew",
+        )
+        there = read_json(file)
+        if there is not None:
+            checked(there, TEACHER, file, cure)
+        here = self.described | {"probe": probe(teacher)}
         if there is None:
             self._try(lambda: write_json(file, here))
         elif other := difference(there, here):
             raise ContractError(
-                f"{self.folder}: what is kept here is of another teacher than {file.name} says:"
-                f" {other}. Remove that folder; its rows are then scored again"
+                f"{file}: the teacher that it names is not the one in use: {other}; {cure}"
             )
 
     def model(self) -> Teacher:
-        """The teacher's model, loaded now if it was not needed before."""
+        """The teacher's model, loaded now, and compared, if it was not needed before."""
         if self._model is None:
             self.say("teacher: not every row is in the cache; loading its model")
-            self._model = self._load_model()
+            model = self._load_model()
+            self._compare(model)
+            self._model = model
         return self._model
 
     def head(self) -> Head:
@@ -143,8 +154,17 @@ class CachedTeacher:
     def _alone(self, lock_file: Path) -> Iterator[None]:
         """Hold a lock where one can be had: without it a row may be scored twice, to the same
         bits."""
-        lock = FileLock(lock_file)
-        self._try(lambda: (lock_file.parent.mkdir(parents=True, exist_ok=True), lock.acquire()))
+        lock = FileLock(lock_file, timeout=LOCK_S)
+
+        def take() -> None:
+            lock_file.parent.mkdir(parents=True, exist_ok=True)
+            while not lock.is_locked:
+                try:
+                    lock.acquire()
+                except Timeout:
+                    self.poll()
+
+        self._try(take)
         try:
             yield
         finally:
@@ -153,10 +173,10 @@ class CachedTeacher:
     def _write(self, file: Path, tensors: dict[str, Tensor]) -> None:
         content = save(tensors)
         data = hashlib.sha256(content).digest() + content
-        if self.is_writing and self.used + len(data) > self.most_bytes:
+        if self.is_writing and not self._has_room(len(data)):
             self.is_writing = False
             self.say(
-                f"teacher cache {self.folder}: {self.used / 2**30:.3g} GiB of"
+                f"teacher cache {self.folder.parent}: {self.used / 2**30:.3g} GiB of"
                 f" {self.most_bytes / 2**30:.3g} (teacher_cache_gib); it goes on without writing"
             )
         if not self.is_writing:
@@ -171,9 +191,16 @@ class CachedTeacher:
                 temporary.replace(file)
             finally:
                 temporary.unlink(missing_ok=True)
-            self.used += len(data)
+            self.uncounted += len(data)
 
         self._try(put)
+
+    def _has_room(self, size: int) -> bool:
+        """Whether the caches may grow so much; n points at once exceed their limit by at most n
+        times `COUNTED` of it."""
+        if self.uncounted + size > COUNTED * self.most_bytes:
+            self.used, self.uncounted = _size(self.folder.parent), 0
+        return self.used + self.uncounted + size <= self.most_bytes
 
     def _try(self, do: Callable[[], object]) -> None:
         try:
@@ -183,6 +210,21 @@ class CachedTeacher:
                 why = getattr(error, "strerror", None) or error
                 self.say(f"teacher cache {self.folder}: {why}; it goes on without writing")
             self.is_writing = False
+
+
+def key_of(described: Json, device: torch.device) -> str:
+    """The name of a teacher's folder: what shares it has equal rows, to the bit."""
+    return digest(described | {"device": device.type})[:KEY_DIGITS]
+
+
+def _size(folder: Path) -> int:
+    """Bytes of the whole files below a folder; others may write and remove files meanwhile."""
+    total = 0
+    for where, _, names in os.walk(folder):
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):
+                total += 0 if name[0] == "." else os.stat(os.path.join(where, name)).st_size
+    return total
 
 
 def _read(file: Path) -> dict[str, Tensor] | None:

@@ -14,11 +14,14 @@ from stillhouse.spec import TrainSpec
 
 
 def placed(
-    spec: TrainSpec, device: torch.device, load: Callable[[], Teacher]
+    spec: TrainSpec,
+    device: torch.device,
+    load: Callable[[], Teacher],
+    poll: Callable[[], None],
 ) -> tuple[Teacher, Json | None]:
     """The teacher of a point, and its manifest; None if its files are not on this machine.
 
-    `load`: gives the teacher with its model in this process.
+    `load`: gives the teacher with its model in this process; `poll`: see `CachedTeacher`.
 
     Raises:
         ContractError: another teacher is where this one should be.
@@ -30,7 +33,7 @@ def placed(
         if spec.training.mixed_precision != "no":
             files |= {"mixed_precision": spec.training.mixed_precision}  # of a base as the teacher
         most = int(scoring.teacher_cache_gib * 2**30)
-        teacher: Teacher = CachedTeacher(files, cache_dir, most, device, load, _say)
+        teacher: Teacher = CachedTeacher(files, cache_dir, most, device, load, _say, poll)
     else:
         teacher = load()
     return teacher, None if files is None else files | {"probe": probe(teacher)}

@@ -18,7 +18,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
-from stillhouse import packaged_prompts
+from stillhouse import packaged_prompts, scores
 from stillhouse.compose import Overrides, as_command_line, compose, resolve, vocabulary
 from stillhouse.errors import ConfigError, nearest
 from stillhouse.identity import NOT_VERSIONED, digest, point_id, slug, suite_content
@@ -68,6 +68,7 @@ def load_sweep(target: str | None, words: list[str], runs: Path, site: str = "lo
     }
     suite = _suite(request, points[0].spec)
     if suite is not None:
+        scores.check_rows(suite, request.where)
         for data in {point.spec.data for point in points}:
             packaged_prompts.check_apart(vars(data), suite, request.where)
     name = _name(points, axes, suite) if target is None else Path(target).stem

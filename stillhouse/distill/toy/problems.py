@@ -48,7 +48,7 @@ BONUSES = {1: "a", 2: "b", 3: "c", 4: "d"}  # what a rule can add, and how it is
 # defaults to 1 after a gain and 4 after a loss, and RULE is neither.
 USUAL = ((2, 1, 1, 1), (1, 1, 1, 2))
 RULE: Rule = (4, 1)  # used for the rows on disk of a pair whose models know rules
-TRAIN_ROWS, HELD_OUT_ROWS, TEST_ROWS, OTHER_ROWS = 2048, 256, 256, 1024
+TRAIN_ROWS, HELD_OUT_ROWS, OTHER_ROWS = 2048, 256, 1024
 DATA_SEED = 8  # of the rows on disk: the same for every pair, so that pairs can be compared
 RULED_SEED = (
     12  # of those under RULE: the first four, which a teacher reads, end in gains and losses

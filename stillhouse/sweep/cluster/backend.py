@@ -37,7 +37,7 @@ from stillhouse.sweep.cluster.ledger import (
     sweeps,
     write_sweep,
 )
-from stillhouse.sweep.cluster.manifest import label_value, refuse_secrets, render
+from stillhouse.sweep.cluster.manifest import label_value, refuse_unsendable, render
 from stillhouse.sweep.cluster.objects import JobView
 from stillhouse.sweep.cluster.watch import Watcher
 from stillhouse.sweep.points import Point, Sweep, point_of
@@ -200,7 +200,7 @@ class ClusterBackend:
         is_driver = is_detached or "STILLHOUSE_IN_POD" in os.environ
         role = DRIVER if is_driver else doctor.LAUNCHER
         steps = JobSpecs(sweep).all()
-        refuse_secrets(steps, sweep.site)
+        refuse_unsendable(steps, sweep.site)
         for step in {step.kind: step for step in steps}.values():
             render(
                 step, sweep.site, bundle(sweep.suite).key

@@ -328,9 +328,17 @@ def refuse_collisions(steps: Iterable[JobSpec]) -> None:
         other = seen.setdefault(step.name, step)
         if other.hash != step.hash:
             raise ConfigError(
-                f"two Jobs would be named {step.name}: {' '.join(other.typed)}; and"
-                f" {' '.join(step.typed)}. Change a knob of one of them, or run them one by one"
+                f"two Jobs would be named {step.name}: {_about(other)}; and {_about(step)}. Change"
+                " a knob of one of them, or run them one by one"
             )
+
+
+def _about(step: JobSpec) -> str:
+    """What a step does, in the words that were typed, or of what it is."""
+    if step.typed:
+        return " ".join(step.typed)
+    what = [*step.points, *step.baselines] or [step.hash]
+    return f"{step.kind} of {', '.join(what)}"
 
 
 def _name(readable: str, content: str) -> str:

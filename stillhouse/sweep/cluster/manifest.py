@@ -19,14 +19,16 @@ from typing import Any, cast
 
 from stillhouse.compose import as_json, k8s_dir
 from stillhouse.errors import ConfigError
+from stillhouse.identity import to_plain
 from stillhouse.rundir import Json
-from stillhouse.spec import SiteSpec
+from stillhouse.spec import EvalSpec, SiteSpec
 from stillhouse.sweep.cluster import secrets
 from stillhouse.sweep.cluster.jobspec import RUNS, SWEEP, JobSpec, Kind
 
 SELECTOR = "app.kubernetes.io/part-of=stillhouse"  # everything that is ours
 OUR_LABELS = {f"app.kubernetes.io/{key}": "stillhouse" for key in ("name", "part-of", "managed-by")}
 MAX_LABEL = 63
+MAX_ARGUMENT = 131_071  # bytes; Linux's MAX_ARG_STRLEN without the zero at its end
 HASH_DIGITS = 40  # of the content's sha256 in a label
 CODE_DIGITS = 16  # of the code's, as code_identity has it
 LABEL = re.compile(r"([A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?)?")
@@ -70,9 +72,10 @@ def render(step: JobSpec, site: SiteSpec, code: str) -> Json:
     """The Job of a step at a site, running the code whose bundle has this key.
 
     Raises:
-        ConfigError: something that no manifest may hold (a secret), or no label or name can.
+        ConfigError: something that no manifest may hold (a secret), or no label, name or argument
+            can.
     """
-    refuse_secrets([step], site)
+    refuse_unsendable([step], site)
     job: Json = json.loads(_pattern())
     labels = _labels(step, site, code)
     if not JOB_NAME.fullmatch(step.name):
@@ -154,11 +157,12 @@ def label_value(text: str) -> str:
     return f"{kept}-{mark}" if kept else mark
 
 
-def refuse_secrets(steps: Iterable[JobSpec], site: SiteSpec) -> None:
-    """Refuse what must not be in a manifest, before any of these steps is sent.
+def refuse_unsendable(steps: Iterable[JobSpec], site: SiteSpec) -> None:
+    """Refuse what cannot be, or must not be, in a manifest, before any of these steps is sent.
 
     Raises:
-        ConfigError: a secret in a word, a tag, a name or the site; the message has no value.
+        ConfigError: a secret in a word, a setting, a tag, a name or the site (the message has no
+            value); a configuration that no container could be started with.
     """
     where = f"site {site.site_name}"
     secrets.refuse_values(site.pod_env, f"{where}: pod_env")
@@ -174,9 +178,33 @@ def refuse_secrets(steps: Iterable[JobSpec], site: SiteSpec) -> None:
     for step in steps:
         secrets.refuse_words((*step.words, *step.typed), "the command line")
         if step.spec is not None:
-            secrets.refuse_key(as_json(step.spec), f"the configuration of {step.name}")
+            configuration = as_json(step.spec)
+            secrets.refuse_key(configuration, f"the configuration of {step.name}")
+            if (size := len(configuration.encode())) > MAX_ARGUMENT:
+                raise _too_long(step.name, size, to_plain(step.spec))
+            if isinstance(step.spec, EvalSpec):  # of a sweep's file: no word has them
+                plain = to_plain(step.spec)
+                for name, value in (plain["suite"] | plain["evaluation"]).items():
+                    text = value if isinstance(value, str) else json.dumps(value)
+                    secrets.refuse(text, name, f"the configuration of {step.name}: {name}")
         secrets.refuse_texts(step.tags, "tags")
         secrets.refuse_texts((*step.names, step.sweep or ""), "names")
+
+
+def _too_long(name: str, size: int, plain: Json) -> ConfigError:
+    sizes = {
+        leaf: len(json.dumps(value, ensure_ascii=False).encode())
+        for leaves in plain.values()
+        for leaf, value in leaves.items()
+    }
+    longest = max(sizes, key=lambda leaf: sizes[leaf])
+    cure = f"shorten {longest}"
+    if longest == "lora_paths":
+        cure = "score fewer at once: lower pack, or name a directory above them"
+    return ConfigError(
+        f"{name}: its configuration takes {size:,} bytes, {longest} {sizes[longest]:,} of"
+        f" them, and Linux starts no program with over {MAX_ARGUMENT:,} in one argument; {cure}"
+    )
 
 
 # ------------------------------------------------------------------------------- of a step
@@ -282,7 +310,7 @@ def _pod(pod: Json, step: JobSpec, site: SiteSpec, code: str) -> Json:
     main = containers[0]
     main["image"] = site.image
     main["command"] = ["python", "/bundle/pod.py"]
-    main["args"] = _args(step, code)
+    main["args"] = _args(step, site, code)
     main["env"] = _env(main["env"], step, site, gpus)
     main["resources"] = _resources(step, site, gpus)
     kept = VOLUMES[step.kind]
@@ -297,12 +325,14 @@ def _pod(pod: Json, step: JobSpec, site: SiteSpec, code: str) -> Json:
     return pod
 
 
-def _args(step: JobSpec, code: str) -> list[str]:
+def _args(step: JobSpec, site: SiteSpec, code: str) -> list[str]:
     options = [f"--code={code[:CODE_DIGITS]}", f"--id={step.id}"]
     if step.log:
         options.append(f"--log={RUNS}/{step.log}")
     if step.processes:
         options.append(f"--processes={step.processes}")
+    if step.processes > 1:
+        options.append(f"--grace={site.grace_s}")
     spec = ("--spec", as_json(step.spec)) if step.spec else ()
     # A kubelet fills in $(NAME) from the container's environment; to it, $$ is a $.
     return [*options, step.kind, "--", *(w.replace("$", "$$") for w in (*step.words, *spec))]

@@ -22,6 +22,7 @@ from stillhouse.compose import Overrides, as_command_line, compose, from_command
 from stillhouse.errors import ConfigError
 from stillhouse.local_models import SUFFIXES
 from stillhouse.rundir import Json
+from stillhouse.scores import check_rows
 from stillhouse.spec import NAME, EvalJobSpec, EvalSpec, SiteSpec, TrainSpec
 from stillhouse.sweep.cluster.code_bundle import Bundle, bundle
 from stillhouse.sweep.cluster.jobspec import (
@@ -125,6 +126,7 @@ def read(kind: Kind, name: str | None, words: Sequence[str], options: Sequence[s
         spec, step = _train(name, words, asked)
     elif kind == "eval":
         spec, step = compose(overrides, EvalSpec), eval_line_step(name, overrides)
+        check_rows(spec.suite, command)
     else:
         spec = compose(overrides, TrainSpec)
         step = preflight_step(name, overrides, options)
