@@ -109,18 +109,6 @@ def test_workloads_of_the_fake_stand_as_kueue_leaves_them(state: str, fake, clus
     assert api_behaviour.workload_of(cluster, "queued") == api_behaviour.WORKLOADS[state]
 
 
-def test_the_line_before_a_queue_is_known_where_kueue_shows_it(fake, log_in):
-    fake.lines["lab"] = ["job-a", "job-b"]
-    cluster = log_in()
-    places = {w["metadata"]["name"]: w["positionInLocalQueue"] for w in cluster.pending("lab")}
-    assert places == {"job-a": 0, "job-b": 1}
-    assert cluster.pending("other") == []
-    fake.faults.script("GET", "/pendingworkloads", "unavailable")
-    assert cluster.pending("lab") == []  # only an explanation: nobody waits for it
-    fake.kueue = False
-    assert log_in().pending("lab") == []
-
-
 def test_a_page_is_gone_when_its_list_is_older_than_history(fake, cluster):
     for number in range(3):
         cluster.create("configmaps", config_map(f"c-{number}"))

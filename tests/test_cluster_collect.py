@@ -24,7 +24,7 @@ from stillhouse.rundir import RunDir, Runs, read_json, write_atomic, write_json
 from stillhouse.spec import SiteSpec
 from stillhouse.sweep import registry
 from stillhouse.sweep.cluster import collect as collecting
-from stillhouse.sweep.cluster.collect import Collected, collect, fetch_log
+from stillhouse.sweep.cluster.collect import Collected, collect
 from stillhouse.sweep.cluster.connect import Cluster, connect
 from stillhouse.sweep.cluster.manifest import SELECTOR
 from stillhouse.sweep.grid import load_sweep
@@ -460,24 +460,6 @@ def test_a_pod_that_fails_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPat
             lab.collect()
         assert fake.names("jobs") == []
         cluster.close()
-
-
-# ---------------------------------------------------------------------------------- logs
-
-
-def test_a_log_can_be_read_after_its_pod_is_gone(lab: Lab):
-    directory = lab.sweep.points[0].directory
-    write_atomic(lab.run(0, lab.volume).log_file, b"step 1\nstep 2\n")
-    write_atomic(lab.volume / "sweeps" / "grid.eval-tiny-int4-0011223344.log", b"scored\n")
-
-    def log(file: str) -> bytes | None:
-        return fetch_log(lab.cluster, lab.site, "grid", file, lab.said.append)
-
-    assert log(f"{directory}/log.txt") == b"step 1\nstep 2\n"
-    assert log("sweeps/grid.eval-tiny-int4-0011223344.log") == b"scored\n"
-    assert log("tiny-gkd-0123456789/log.txt") is None
-    assert not lab.home.exists()
-    assert lab.fake.names("jobs") == []
 
 
 def test_sizes_are_said_in_words():

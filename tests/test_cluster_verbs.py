@@ -553,6 +553,7 @@ def test_logs_come_from_the_pod_while_it_is_there_and_then_from_what_was_collect
     )
     fake.complete(job)
     fake.remove("jobs", job)
+    assert say("logs", "mine", *CLUSTER) == ""
     run = Path("runs") / job
     run.mkdir(parents=True)
     (run / "log.txt").write_text("step 1\nstep 2\nstep 3\n")
@@ -698,7 +699,10 @@ def test_no_driver_is_said_to_be_sent_while_the_last_one_still_ends(
 
 
 def test_what_the_ledger_kept_of_a_log_is_shown_when_the_pod_is_gone(
-    fake: FakeApi, works: dict[str, int], say: Callable[..., str]
+    fake: FakeApi,
+    works: dict[str, int],
+    say: Callable[..., str],
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     sweep = grid()
     works.update({point.id: 43 for point in sweep.points})
@@ -707,6 +711,13 @@ def test_what_the_ledger_kept_of_a_log_is_shown_when_the_pod_is_gone(
         fake.remove("jobs", job["metadata"]["name"])
     out = say("logs", sweep.name, *CLUSTER)
     assert out.count("==> ") == 4 and out.count("step 6\nstep 7") == 4
+    created = len(fake.names("jobs"))
+    capsys.readouterr()
+    assert main(["logs", sweep.name, "--point", sweep.points[0].id, *CLUSTER]) == 0
+    shown = capsys.readouterr()
+    assert shown.out.endswith("step 6\nstep 7\n")
+    assert f"pod is gone, `stillhouse collect {sweep.name}` fetches its log" in shown.err
+    assert len(fake.names("jobs")) == created, "no pod is started to read a log"
 
 
 def test_status_says_what_was_spent_and_plan_what_the_rest_will_cost(

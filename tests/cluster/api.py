@@ -27,7 +27,6 @@ PATHS = {  # where the API keeps the kinds that tests make; {}: of a namespace
     "Job": "/apis/batch/v1/namespaces/{}/jobs",
     "PriorityClass": "/apis/scheduling.k8s.io/v1/priorityclasses",
     "CustomResourceDefinition": "/apis/apiextensions.k8s.io/v1/customresourcedefinitions",
-    "APIService": "/apis/apiregistration.k8s.io/v1/apiservices",
     "MutatingWebhookConfiguration": f"{HOOKS}/mutatingwebhookconfigurations",
     "ValidatingWebhookConfiguration": f"{HOOKS}/validatingwebhookconfigurations",
     "Stage": "/apis/kwok.x-k8s.io/v1alpha1/stages",

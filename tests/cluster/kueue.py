@@ -1,8 +1,8 @@
 """Install the real Kueue next to a control plane, and create queues.
 
-Kueue runs as in production, including its certificates and its API of queue positions, but as a
-process of this machine. Services of type ExternalName lead the API server to localhost, so webhooks
-and conversions keep the addresses that Kueue's own manifests give them.
+Kueue runs as in production, including its certificates, but as a process of this machine. A
+Service of type ExternalName leads the API server to localhost, so webhooks and conversions keep the
+addresses that Kueue's own manifests give them.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from tests.cluster.api import PATHS, Json
+from tests.cluster.api import Json
 from tests.cluster.processes import free_port
 
 if TYPE_CHECKING:
@@ -23,8 +23,6 @@ if TYPE_CHECKING:
 
 SYSTEM = "kueue-system"
 SERVICE = "kueue-webhook-service"
-POSITIONS = "visibility-server"
-POSITIONS_API = ("visibility.kueue.x-k8s.io", "v1beta2")
 # On by default from Kueue 0.20: reasons of a Workload that waits have other names (stillhouse's
 # sweep/cluster/kueue.py reads both).
 OBSERVABILITY = "UnadmittedWorkloadsObservability"
@@ -58,7 +56,6 @@ class Kueue:
         self.kube.create(
             {"kind": "Namespace", "metadata": {"name": SYSTEM}},
             outside(SERVICE, self.webhook),
-            outside(POSITIONS, self.visibility),
         )
         self.make_certificate()
         for hooks in yaml.safe_load_all((manifests / "kueue-webhooks.yaml").read_text()):
@@ -92,7 +89,7 @@ class Kueue:
         self.kube.create({"kind": "Secret", "metadata": meta, "data": coded})
 
     def start(self) -> None:
-        """Starts the process and waits until its webhooks and its API of positions answer."""
+        """Starts the process and waits until its webhooks answer."""
         config: Json = {
             "apiVersion": "config.kueue.x-k8s.io/v1beta2",
             "kind": "Configuration",
@@ -122,27 +119,6 @@ class Kueue:
                 return answer.status == 200
 
         self.kube.processes.wait_for("kueue", ready)
-        self.serve_positions()
-
-    def serve_positions(self) -> None:
-        group, version = POSITIONS_API
-        name = f"{version}.{group}"
-        if all(
-            a["metadata"]["name"] != name
-            for a in self.kube.call("GET", PATHS["APIService"])["items"]
-        ):
-            spec = {
-                "group": group,
-                "version": version,
-                "groupPriorityMinimum": 100,
-                "versionPriority": 100,
-                "insecureSkipTLSVerify": True,
-                "service": {"namespace": SYSTEM, "name": POSITIONS, "port": self.visibility},
-            }
-            kind = {"apiVersion": "apiregistration.k8s.io/v1", "kind": "APIService"}
-            self.kube.create({**kind, "metadata": {"name": name}, "spec": spec})
-        path = f"/apis/{group}/{version}"
-        self.kube.processes.wait_for("kueue", lambda: self.kube.call("GET", path))
 
     def stop(self) -> None:
         """Its crash. While it is gone the answer to every create of a Job is a 500."""
@@ -185,15 +161,6 @@ class Kueue:
         """A WorkloadPriorityClass."""
         kind = {"apiVersion": "kueue.x-k8s.io/v1beta2", "kind": "WorkloadPriorityClass"}
         self.kube.create({**kind, "metadata": {"name": name}, "value": value, "description": ""})
-
-    def positions(self, namespace: str, queue: str) -> list[str]:
-        """Names of the Workloads that wait in a LocalQueue, first in line first."""
-        path = "/apis/{}/{}".format(*POSITIONS_API)
-        path += f"/namespaces/{namespace}/localqueues/{queue}/pendingworkloads"
-        waiting = self.kube.call("GET", path)["items"]
-        return [
-            w["metadata"]["name"] for w in sorted(waiting, key=lambda w: w["positionInLocalQueue"])
-        ]
 
 
 def outside(name: str, port: int) -> Json:

@@ -52,9 +52,6 @@ class FakeApi(Hands):
         self.user = "ada"
         self.bookmark_s = 1.0
         self.requests: Counter[tuple[str, str]] = Counter()
-        self.lines: dict[
-            str, list[str]
-        ] = {}  # LocalQueue -> names of Workloads that wait, in order
         self.logs: dict[str, bytes] = {}
         self.execs: Exec = lambda pod, command: ((), b"no such command", 127)
         self.takes: Take = lambda pod, command, stdin: ((), b"no such command", 127)
@@ -157,12 +154,8 @@ class FakeApi(Hands):
                 minor = self.git_version.split(".")[1]
                 said = {"major": "1", "minor": minor, "gitVersion": self.git_version}
                 reply.send(200, _bytes(said))
-            case ["apis", group] if group in (KUEUE, f"visibility.{KUEUE}") and self.kueue:
+            case ["apis", group] if group == KUEUE and self.kueue:
                 reply.send(200, _bytes(_api_group(group)))
-            case ["apis", group, _, "namespaces", ns, "localqueues", queue, "pendingworkloads"] if (
-                group == f"visibility.{KUEUE}" and self.kueue
-            ):
-                reply.send(200, _bytes(self._line(ns, queue)))
             case ["apis", "authorization.k8s.io", "v1", "selfsubjectaccessreviews"]:
                 self._review_access(request, reply)
             case ["apis", "authentication.k8s.io", "v1", "selfsubjectreviews"]:
@@ -255,17 +248,6 @@ class FakeApi(Hands):
         of = asked["spec"]["resourceAttributes"]
         denied = (of["verb"], of["resource"], of.get("subresource", "")) in self._denied
         reply.send(201, _bytes({**asked, "status": {"allowed": not denied}}))
-
-    def _line(self, ns: str, queue: str) -> Json:
-        items = [
-            {
-                "metadata": {"name": name, "namespace": ns}, "priority": 0,
-                "localQueueName": queue, "positionInClusterQueue": place,
-                "positionInLocalQueue": place,
-            }
-            for place, name in enumerate(self.lines.get(queue, []))
-        ]  # fmt: skip
-        return {"kind": "PendingWorkloadsSummary", "metadata": {}, "items": items}
 
     # Lists and watches.
 

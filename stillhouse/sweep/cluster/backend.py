@@ -177,7 +177,6 @@ class ClusterBackend:
     def _sources(self, sweep: Sweep, observations: Observations) -> pod_logs.Sources:
         return pod_logs.Sources(
             self.cluster,
-            self.site,
             sweep,
             observations,
             {point.id: self._jobs_about(point) for point in sweep.points},

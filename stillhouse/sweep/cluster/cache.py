@@ -60,7 +60,6 @@ class NamespaceCache:
         self._queued: dict[str, QueueView] = {}  # uid of the Job -> its Workload
         self._asked: set[str] = set()  # uids of the Jobs whose Workloads we looked for
         self.may_read_queue = True
-        self._places: dict[str, int] = {}  # name of a Workload -> its place in the queue, from 0
         self._notes: dict[str, list[Note]] = {}  # uid -> what was said about it
         self._about: dict[str, set[str]] = {}  # id, or baseline's directory -> names of Jobs
         self._deleted: dict[str, float] = {}  # key of the ledger -> when its Job vanished
@@ -176,8 +175,7 @@ class NamespaceCache:
             notes = [*self._notes.get(job.uid, ())]
             for pod in pods:
                 notes += self._notes.get(pod.uid, ())
-            place = self._places.get(queued.name) if queued else None
-            return why_waiting(job, pods, queued, notes, place)
+            return why_waiting(job, pods, queued, notes)
 
     def how(self, job: JobView) -> End:
         """How a Job failed."""
@@ -361,11 +359,6 @@ class NamespaceCache:
                 if before.get(job.uid) != self._queued.get(job.uid):
                     self._touch(job.name)
             self.news.notify_all()
-
-    def learn_line(self, workloads: Sequence[str]) -> None:
-        """Take in the order of one queue: names of Workloads, the first one first."""
-        with self.lock:
-            self._places |= {name: place for place, name in enumerate(workloads)}
 
     def waiting(self) -> list[JobView]:
         """Jobs that should have a running pod and have none."""

@@ -44,7 +44,7 @@ class Cluster:
         self._login_lock, self._lock = threading.Lock(), threading.Lock()
         self.gives_up_at = math.inf  # monotonic; until then `connect` waits for a first answer
         self._streams = errors.Streams()
-        self._versions: dict[str, str | None] = {}
+        self._kueue: str | None = None  # the version of its API; "" where there is none
 
     # Any object.
 
@@ -173,21 +173,10 @@ class Cluster:
 
     def kueue(self) -> str | None:
         """The version of Kueue's API that is served; None without Kueue."""
-        return self._version_of(KUEUE)
-
-    def pending(self, queue: str) -> list[Json]:
-        """What waits in a LocalQueue, in Kueue's order: each with the metadata of a Workload.
-
-        Empty too where Kueue does not show it to us: its visibility API is off, down or forbidden.
-        """
-        try:
-            version = self._version_of(VISIBILITY)
-            if version is None:
-                return []
-            where = f"/apis/{VISIBILITY}/{version}/namespaces/{self.namespace}/localqueues/{queue}"
-            return self._json(Ask("GET", f"{where}/{PENDING}", is_patient=False))["items"] or []
-        except ApiError:
-            return []
+        if self._kueue is None:
+            found = self._unless_missing(Ask("GET", f"/apis/{KUEUE}"))
+            self._kueue = found["preferredVersion"]["version"] if found else ""
+        return self._kueue or None
 
     # Pods.
 
@@ -230,12 +219,6 @@ class Cluster:
         self.user = self.create("selfsubjectreviews", review)["status"]["userInfo"]["username"]
         return self.version, self.user
 
-    def _version_of(self, group: str) -> str | None:
-        if group not in self._versions:
-            found = self._unless_missing(Ask("GET", f"/apis/{group}"))
-            self._versions[group] = found["preferredVersion"]["version"] if found else None
-        return self._versions[group]
-
     def _json(self, ask: Ask) -> Json:
         return json.loads(self._send(ask).data)
 
@@ -277,7 +260,7 @@ class Cluster:
                     raise ConfigError(f"{login}: login expired; {login.how()}")
                 is_passing = no.status >= 500 or no.status == 429 or ask.retry(no)
                 is_passing |= errors.is_denied(no) and time.monotonic() < self._awake_at
-                if not (is_passing and ask.is_patient):
+                if not is_passing:
                     self.trouble = ""
                     raise no
                 after_s = errors.seconds(answer.headers.get("Retry-After", ""))
@@ -342,8 +325,7 @@ ANSWER_S = 70.0  # a server gives up a request after 60 s by itself
 JSON = "application/json"
 MERGE_PATCH = "application/merge-patch+json"
 PARTIAL = "application/json;as=PartialObjectMetadataList;g=meta.k8s.io;v=v1"
-KUEUE, VISIBILITY = "kueue.x-k8s.io", "visibility.kueue.x-k8s.io"
-QUEUES, PENDING = ("workloads", "localqueues"), "pendingworkloads"
+KUEUE, QUEUES = "kueue.x-k8s.io", ("workloads", "localqueues")
 API = {
     "jobs": "/apis/batch/v1",
     "selfsubjectaccessreviews": "/apis/authorization.k8s.io/v1",
@@ -369,8 +351,7 @@ class Ask:
     body: Json | None = None
     kind: str = JSON
     accept: str = JSON
-    is_patient: bool = True  # 429 and 5xx are waited out
-    retry: Callable[[ApiError], bool] = never  # and these too
+    retry: Callable[[ApiError], bool] = never  # waited out, as 429 and 5xx are
     still: Callable[[], bool] | None = None  # whether it is still wanted, asked after a wait
     read_s: float | None = ANSWER_S
     is_stream: bool = False

@@ -10,10 +10,8 @@ one that was changed here since it came.
 from __future__ import annotations
 
 import contextlib
-import glob
 import os
 import shutil
-import tempfile
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -111,24 +109,6 @@ def collect(
         if adapters:
             home.fetch_weights(directories)
     return home.collected
-
-
-def fetch_log(cluster: Cluster, site: SiteSpec, sweep: str, file: str, say: Say) -> bytes | None:
-    """A file of the volume, by its path below the runs there; None where there is none.
-
-    Raises:
-        ConfigError, Interrupted: as `collect`.
-    """
-    directory, _, name = file.rpartition("/")
-    with (
-        tempfile.TemporaryDirectory() as place,
-        VolumePod(cluster, site, sweep, say) as volume_pod,
-    ):
-        stage = Path(place) / "stage"
-        wanted = {"directories": [directory], "files": [glob.escape(name)]}
-        volume_pod.ask(wanted | {"largest": LARGEST_SMALL}, stage)
-        path = stage / file
-        return path.read_bytes() if path.exists() else None
 
 
 @contextlib.contextmanager

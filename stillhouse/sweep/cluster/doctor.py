@@ -127,7 +127,6 @@ def _namespace(cluster: Cluster) -> Finding:
 def _rights(cluster: Cluster, site: SiteSpec, role: str) -> Iterator[Finding]:
     """One finding for each right of a Role of k8s/access.yaml."""
     wanted = [rule for rule in rules(role) if site.queue is not None or KUEUE not in rule.group]
-    wanted = [rule for rule in wanted if not rule.group.startswith("visibility.")]  # only explains
 
     def may(rule: Rule) -> bool:
         return cluster.may(rule.verb, rule.resource, rule.group, rule.sub)

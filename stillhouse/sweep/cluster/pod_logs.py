@@ -1,7 +1,7 @@
 """Print the logs of pods, also of pods that are gone.
 
 The first of these that exists: a pod's own log, through the API; the log.txt that `collect`
-fetched; the log on the volume, which a short-lived pod sends.
+fetched; the last lines, which the ledger keeps of what failed.
 """
 
 from __future__ import annotations
@@ -13,8 +13,6 @@ from dataclasses import dataclass
 
 from stillhouse.errors import visible
 from stillhouse.rundir import Json
-from stillhouse.spec import SiteSpec
-from stillhouse.sweep.cluster.collect import fetch_log
 from stillhouse.sweep.cluster.connect import ApiError, Cluster
 from stillhouse.sweep.cluster.ledger import Ledger
 from stillhouse.sweep.cluster.objects import JobView, PodView, job_view, pod_view, viewed
@@ -24,6 +22,7 @@ from stillhouse.sweep.show import SHOWN, TAIL_LINES
 from stillhouse.sweep.state import FAILED, Observation
 from stillhouse.text import say
 
+UNPRINTED = ("new", "waiting")  # states in which a point without pods has printed nothing
 FOLLOW_S = 2.0  # how often we look again whether a pod that is waited for has begun
 
 
@@ -32,7 +31,6 @@ class Sources:
     """What is needed to find the logs of some points."""
 
     cluster: Cluster
-    site: SiteSpec
     sweep: Sweep
     observations: Mapping[str, Observation]
     jobs: Mapping[str, Sequence[JobView]]  # by point's id: those about it
@@ -41,7 +39,11 @@ class Sources:
 
 
 def show(sources: Sources, follows: bool) -> bool:
-    """Print the log of one point, or the ends of those at work or failed; whether any was there."""
+    """Print the log of one point, or the ends of those at work or failed.
+
+    Returns:
+        whether any was there, or it was said where one is.
+    """
     points = sources.sweep.points
     if len(points) == 1:
         return _show_one(sources, points[0], follows)
@@ -80,11 +82,11 @@ def _show_one(sources: Sources, point: Point, follows: bool) -> bool:
         text = decoder.decode(piece).replace("\r\n", "\n").replace("\r", "\n")
         sys.stdout.write(visible(text))
         sys.stdout.flush()
-    return found
+    return found or sources.observations[point.id].state not in UNPRINTED
 
 
 def _whole(sources: Sources, point: Point) -> Iterator[bytes]:
-    """All that a point printed, as far as it can be had."""
+    """All that a point printed, as far as it can be had without a pod."""
     job = _job(sources, point)
     for pod in reversed(_pods(sources.cluster, job.name)) if job else ():
         try:
@@ -97,14 +99,17 @@ def _whole(sources: Sources, point: Point) -> Iterator[bytes]:
         _say(f"(as collected: {here})")
         yield here.read_bytes()
         return
-    if sources.observations[point.id].state == "new":
+    if sources.observations[point.id].state in UNPRINTED:
         return
-    file = f"{point.directory}/log.txt"
+    record = sources.ledger.get(point.id)
+    kept = "; these are its last lines" if record is not None and record.tail else ""
     if job is not None and job.kind != "train":  # pods that are about no one point
         file = f"sweeps/{job.sweep}.{job.name}.log" if job.sweep else f"sweeps/{job.name}.log"
-    text = fetch_log(sources.cluster, sources.site, sources.sweep.name, file, _say)
-    if text is not None:
-        yield text
+        _say(f"its pod is gone, its log is {file} on the volume of runs{kept}")
+    else:
+        _say(f"its pod is gone, `stillhouse collect {sources.sweep.name}` fetches its log{kept}")
+    if record is not None and record.tail:
+        yield f"{record.tail}\n".encode()
 
 
 def _followed(sources: Sources, point: Point) -> Iterator[bytes]:

@@ -86,13 +86,12 @@ def why_waiting(
     pods: Sequence[PodView],
     queued: QueueView | None = None,
     notes: Sequence[Note] = (),
-    position: int | None = None,
 ) -> Reason:
     """Why a live Job has no running pod; `pods`, `queued` and `notes` are about this Job only."""
     if job.is_deleting:
         return Reason("its Job is being deleted")
     if job.is_suspended:
-        return _why_suspended(job, queued, position)
+        return _why_suspended(job, queued)
     lost = next((p for p in reversed(by_age(pods)) if is_lost(p)), None)
     if lost is not None:
         return _why_lost(lost)
@@ -150,16 +149,16 @@ def _why_between(job: JobView, pods: Sequence[PodView]) -> Reason:
     )
 
 
-def _why_suspended(job: JobView, queued: QueueView | None, position: int | None) -> Reason:
+def _why_suspended(job: JobView, queued: QueueView | None) -> Reason:
     if job.queue is None:
         return _why_held(job)
-    found = _why_queued(job, queued, position)
+    found = _why_queued(job, queued)
     if job.queue == DEFAULT_QUEUE and job.asks and "queue" not in demands(job.asks):
         return replace(found, words=f"{found.words} (Kueue queued it, its site names no queue)")
     return found
 
 
-def _why_queued(job: JobView, queued: QueueView | None, position: int | None) -> Reason:
+def _why_queued(job: JobView, queued: QueueView | None) -> Reason:
     queue = f"queue {job.queue}"
     if queued is None:
         return Reason(f"{queue}: {_unseen(job)}")
@@ -182,11 +181,10 @@ def _why_queued(job: JobView, queued: QueueView | None, position: int | None) ->
         return Reason(f"{queue} has quota for it, waits for admission check {said}")
     if queued.state in ("reserved", "admitted"):
         return Reason(f"{queue} has admitted it")
-    place = f", place {position + 1}" if position is not None else ""
     if queued.state in ("preempted", "evicted"):
         how = "preempted" if queued.state == "preempted" else f"evicted ({queued.reason})"
-        return Reason(f"{how}, waits in {queue} again{place}{after}")
-    return Reason(f"waits in {queue}{place}{after}")
+        return Reason(f"{how}, waits in {queue} again{after}")
+    return Reason(f"waits in {queue}{after}")
 
 
 def _why_held(job: JobView) -> Reason:

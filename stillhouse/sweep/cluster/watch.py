@@ -146,14 +146,6 @@ class Watcher:
                 return
             self.cache.may_read_queue = False
         self.cache.replace_queue(found, asked)
-        if found:
-            self._read_places()
-
-    def _read_places(self) -> None:
-        with contextlib.suppress(Gone, ApiError):  # not ours to read, or not served
-            for queue in {job.queue for job in self.cache.queued() if job.queue}:
-                line = [item["metadata"]["name"] for item in self.cluster.pending(queue)]
-                self.cache.learn_line(line)
 
     # ------------------------------------------------------------------------------ following
 
