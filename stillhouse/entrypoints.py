@@ -88,9 +88,7 @@ def eval_main(argv: list[str]) -> int:
     def work() -> int:
         spec = from_arguments(argv, EvalSpec)
         _check_made_for(eval_id(spec))
-        if not _is_in_pod():
-            _refuse_without_adapters(spec)
-        return evaluate(spec)
+        return evaluate(spec, is_typed=not _is_in_pod())
 
     return _reported(work)
 
@@ -394,12 +392,18 @@ def _attempt(spec: TrainSpec, run: Any) -> int:
     return code
 
 
-def evaluate(spec: EvalSpec) -> int:
-    """Score what the spec asks for and print the table; finished scores are not computed again."""
+def evaluate(spec: EvalSpec, is_typed: bool = False) -> int:
+    """Score what the spec asks for and print the table; finished scores are not computed again.
+
+    `is_typed`: a person waits, who is told at once that none of these runs has an adapter. A
+    launcher wants the baselines scored all the same.
+    """
     from stillhouse.evals import find
 
     runs = _runs_of(spec)
-    find.typed(spec.evaluation.lora_paths, runs)
+    adapters = find.adapters(spec, runs)
+    if is_typed and adapters.gone and not adapters.found:
+        raise ConfigError("; ".join(adapters.gone.values()))
     _look_first(spec)
     make_directory(runs.root, "--runs")
     stop = _stop()  # before the imports: they take ten seconds, in which a stop may be requested
@@ -409,16 +413,7 @@ def evaluate(spec: EvalSpec) -> int:
         print(f"data {spec.data.data_name}: {said}", flush=True)
     from stillhouse.evals.harness import run_suite
 
-    return run_suite(spec, stop)
-
-
-def _refuse_without_adapters(spec: EvalSpec) -> None:
-    """Tell a person at once that none of these runs has an adapter, before baselines are scored."""
-    from stillhouse.evals import find
-
-    found, _, gone = find.typed(spec.evaluation.lora_paths, _runs_of(spec))
-    if gone and not found:
-        raise ConfigError("; ".join(gone.values()))
+    return run_suite(spec, adapters, stop)
 
 
 def prepare(spec: EvalSpec, fetches: bool, scores: bool) -> int:

@@ -48,7 +48,8 @@ jaxtyping.install_import_hook(["stillhouse.distill", "stillhouse.evals"], CHECKE
 
 
 # What takes longest begins first, so that no worker is left alone with it at the end.
-LONGEST = "run hub sequences report evals grid pod watch_rules docs cluster_verbs ids end_to_end"
+LONGEST = """run hub sequences report harness harness_faults grid pod suite watch_rules docs
+cluster_verbs ids end_to_end"""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -62,6 +63,16 @@ def pytest_configure(config: pytest.Config) -> None:
     asked = config.option.markexpr
     if "gpu" not in asked or "not gpu" in asked:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
+@pytest.fixture(scope="session")
+def models_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A pair of random micro models, and below `cache` what was prepared for it."""
+    from tests.builders.micro_models import write_pair
+
+    directory = tmp_path_factory.mktemp("models")
+    write_pair(directory)
+    return directory
 
 
 @pytest.fixture(scope="session")

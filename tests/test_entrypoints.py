@@ -18,8 +18,7 @@ import pytest
 
 from stillhouse import entrypoints
 from stillhouse.compose import compose, from_command_line
-from stillhouse.errors import POISON, ConfigError, Interrupted, NoProgress
-from stillhouse.evals import find
+from stillhouse.errors import POISON, Interrupted, NoProgress
 from stillhouse.identity import eval_id, point_id, suite_key
 from stillhouse.rundir import RunDir, Runs, code_identity
 from stillhouse.spec import EvalSpec
@@ -263,61 +262,14 @@ def test_a_run_that_another_pod_still_has_is_85_and_on_a_laptop_a_mistake(
 # ---------------------------------------------------------------- evaluations in a pod
 
 
-@pytest.fixture
-def volume(trained: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Runs:
-    """Runs as a pod sees them, with a ConfigMap of names beside."""
-    shutil.copytree(trained.path.parent, tmp_path / "runs", symlinks=True)
-    names = tmp_path / "names"
-    (names / "..2026_11_25").mkdir(parents=True)
-    (names / "..data").symlink_to("..2026_11_25")
-    for name, run in (("alias", trained.path.name), ("later", "tiny-gkd-0123456789")):
-        (names / "..data" / name).write_text(f"{run}\n")
-        (names / name).symlink_to(f"..data/{name}")
-    monkeypatch.setenv("STILLHOUSE_NAMES", str(names))
-    return Runs(tmp_path / "runs")
-
-
-def test_a_name_that_only_the_launcher_knows_is_found_in_a_pod(
-    volume: Runs, trained: RunDir
-) -> None:
-    for word in ("dump/alias", "alias"):
-        [found], untrained, _ = find.typed((word,), volume)
-        assert (found.home.name, found.name, untrained) == (trained.path.name, "alias", 0)
-
-
-def test_a_link_on_the_volume_comes_before_the_launchers_name(volume: Runs) -> None:
-    other = volume.root / "other"
-    (other / "adapter").mkdir(parents=True)
-    (other / "adapter/adapter_config.json").write_text("{}")
-    volume.names.mkdir()
-    (volume.names / "alias").symlink_to("../other")
-    [found], _, _ = find.typed(("dump/alias",), volume)
-    assert found.home == other.resolve()
-
-
-@pytest.mark.parametrize(
-    ("word", "said"),
-    [
-        ("dump/nobody", 'dump/nobody: no such directory, and no run in .* has the name "nobody"'),
-        ("dump/alais", 'Did you mean "alias"'),
-        ("later", "later: its run tiny-gkd-0123456789 is not in"),
-    ],
-)
-def test_a_name_that_is_nowhere_is_a_mistake_that_names_it(
-    volume: Runs, word: str, said: str
-) -> None:
-    with pytest.raises(ConfigError, match=said):
-        find.typed((word,), volume)
-
-
 def test_an_evaluation_of_a_run_that_is_not_trained_is_42_and_names_it(
-    volume: Runs, exit_file: Path
+    trained: RunDir, exit_file: Path, tmp_path: Path
 ) -> None:
-    shutil.rmtree(next(volume.all()).adapter)
-    run = next(volume.all()).path
+    run = tmp_path / trained.path.name
+    shutil.copytree(trained.path, run, ignore=shutil.ignore_patterns("adapter"))
     line = [
         "pair=tiny", "teacher_steps=8", "student_steps=8", "suite=tiny", f"cache_dir={CACHE}",
-        f"runs={volume.root}", f"lora_paths=[{run}]",
+        f"runs={tmp_path}", f"lora_paths=[{run}]",
     ]  # fmt: skip
     assert entrypoints.eval_main(line) == 42
     assert f"{run}: no adapter" in told(exit_file)[-1]["cause"]

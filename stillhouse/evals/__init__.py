@@ -13,7 +13,7 @@ Reading order:
 
 A score is written to eval/<task>.json, in the directory of the run or of the baseline.
 
-`entrypoints` imports `find.typed`, `harness.run_suite` and `harness.load_suite`.
+`entrypoints` imports `find.adapters`, `harness.run_suite` and `harness.load_suite`.
 `sweep.local.workers` names `harness` among the modules that its server imports in advance. Nothing
 else in the package imports from here. Of `distill`, this package uses `models`, `chat`, `engine`
 and `answers`.

@@ -16,13 +16,14 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from pydantic import TypeAdapter
 
 from stillhouse.errors import ConfigError, ContractError, nearest
 from stillhouse.identity import as_before
 from stillhouse.rundir import RunDir, Runs
-from stillhouse.spec import PairSpec
+from stillhouse.spec import EvalSpec, PairSpec
 
 MARK = "adapter_config.json"  # PEFT writes it into every adapter
 
@@ -36,8 +37,25 @@ class Found:
     name: str | None  # None: a run without a name
 
 
-def typed(words: tuple[str, ...], runs: Runs) -> tuple[list[Found], int, dict[Path, str]]:
-    """Every adapter at or below these paths in their order, and how many unfinished runs lay there.
+class Adapters(NamedTuple):
+    """What was found, and what of it cannot be scored."""
+
+    found: list[Found]
+    untrained: int  # runs that have no adapter yet
+    gone: dict[Path, str]  # runs without a readable adapter, and why
+
+
+def adapters(spec: EvalSpec, runs: Runs) -> Adapters:
+    """The adapters that an evaluation names; without names, of every run of its pair.
+
+    Raises: as `typed`.
+    """
+    words = spec.evaluation.lora_paths
+    return typed(words, runs) if words else trained(spec.pair, runs)
+
+
+def typed(words: tuple[str, ...], runs: Runs) -> Adapters:
+    """Every adapter at or below these paths, in their order.
 
     A launcher names the runs of a pack by their directories: one that is gone, or has no adapter,
     ends neither the evaluation of the others nor the baselines', and is returned with the reason.
@@ -62,7 +80,7 @@ def typed(words: tuple[str, ...], runs: Runs) -> tuple[list[Found], int, dict[Pa
         for real, one in described:
             found.setdefault(real, one)
         untrained |= unfinished
-    return list(found.values()), len(untrained), gone
+    return Adapters(list(found.values()), len(untrained), gone)
 
 
 def _is_run_path(path: Path, runs: Runs) -> bool:
@@ -81,8 +99,8 @@ def _adapters_of(word: str, runs: Runs) -> tuple[list[Path], set[Path]]:
     return adapters, unfinished
 
 
-def trained(pair: PairSpec, runs: Runs) -> tuple[list[Found], int, dict[Path, str]]:
-    """As `typed`: every run of exactly this pair whose adapter is whole, 0, and unreadable runs."""
+def trained(pair: PairSpec, runs: Runs) -> Adapters:
+    """Every run of exactly this pair whose adapter is whole."""
     names = _names(runs)
     wanted = as_before("pair", TypeAdapter(PairSpec).dump_python(pair, mode="json"))
     found: list[Found] = []
@@ -93,7 +111,7 @@ def trained(pair: PairSpec, runs: Runs) -> tuple[list[Found], int, dict[Path, st
                 found.append(_described(run.adapter, names))
         except ContractError as error:
             torn[run.path] = str(error)
-    return found, 0, torn
+    return Adapters(found, 0, torn)
 
 
 def _place(word: str, runs: Runs) -> Path:

@@ -104,13 +104,13 @@ class Row:
         return score if self.is_answered_by(score, suite, task) else None
 
 
-def run_suite(spec: EvalSpec, stop: Stop) -> int:
+def run_suite(spec: EvalSpec, adapters: find.Adapters, stop: Stop) -> int:
     """Scores what the spec asks for, prints the table and returns 0.
 
     Under a launcher of several processes the first does it all; the others return at once.
 
     Raises:
-        ConfigError: nothing found under a path, an unknown task, data that is not here.
+        ConfigError: an unknown task, data that is not here.
         ContractError: an adapter whose base or quantizer cannot be rebuilt, or that does nothing;
             after all others were scored.
         NotScored: the same, where what went wrong may not go wrong again.
@@ -120,21 +120,19 @@ def run_suite(spec: EvalSpec, stop: Stop) -> int:
     if os.environ.get("RANK", "0") != "0":
         return 0
     runs, suite = Runs(Path(spec.place.runs)), spec.suite
-    words = spec.evaluation.lora_paths
-    found, untrained, gone = find.typed(words, runs) if words else find.trained(spec.pair, runs)
-    if untrained:
-        _say(f"eval: {untrained} runs found there are not trained yet and are left out")
+    if adapters.untrained:
+        _say(f"eval: {adapters.untrained} runs found there are not trained yet and are left out")
     _stay_offline()
     models.use_threads(spec.place.threads)
     cache_dir = Path(spec.place.cache_dir)
     prepared = models.prepare(spec.pair, spec.quant, cache_dir, spec.place.commits)
     sources = sources_of(spec, cache_dir)
     isolation = Isolation()
-    for home, why in gone.items():
+    for home, why in adapters.gone.items():
         isolation.fail(home, MISTAKE, f"ContractError: {why}")
     rows = [
         *_baselines(spec, prepared, sources, runs, isolation),
-        *_adapters(spec, prepared, sources, found, isolation),
+        *_adapters(spec, prepared, sources, adapters.found, isolation),
     ]
     missing: set[tuple[Row, TaskSpec]] = set()
     for row in rows:
