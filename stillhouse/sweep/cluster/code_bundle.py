@@ -120,7 +120,7 @@ def bundle(suite: SuiteSpec | None = None) -> Bundle:
 def sweep_file(name: str, sweep: str, file: str, content: bytes) -> Json:
     """The ConfigMap that brings a sweep's file to its driver.
 
-    `name`: `Step.sweep_file`; `sweep`: the sweep's name; `file`: the file's, without directories.
+    `name`: `JobSpec.sweep_file`; `sweep`: its name; `file`: the file's, without directories.
 
     Raises:
         ConfigError: the file holds a secret.

@@ -123,12 +123,9 @@ def records_of(
     record = Record(
         "done",
         at=job.ended or now,
-        queued=times.queued,
-        starting=times.starting,
-        running=times.running,
-        lost=times.lost,
         devices=job.devices,
         gpu=job.gpu,
+        **vars(times),
     )
     # Who comes later may find no pod to ask any more: what was said of this end is not said anew.
     return {

@@ -18,7 +18,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, cast
 
 from stillhouse.compose import as_json, k8s_dir
-from stillhouse.errors import ConfigError
+from stillhouse.errors import SOME_FAILED, ConfigError
 from stillhouse.identity import to_plain
 from stillhouse.rundir import Json
 from stillhouse.spec import EvalSpec, SiteSpec
@@ -55,7 +55,6 @@ VOLUMES: dict[Kind, tuple[str, ...]] = {
 OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
 # The launcher's own pods: some tens of MB for a sweep, and mostly waiting.
 LAUNCHER_CPU, LAUNCHER_MEMORY_GIB = 0.25, 1.0
-SOME_FAILED = 1  # how `run` ends where some points failed
 DRIVE_DEADLINE_S = 60 * 86_400  # a sweep lasts as long as its queue
 COLLECT_DEADLINE_S = 6 * 3_600
 PUSH_DEADLINE_S = 24 * 3_600  # a laptop's line is slow
@@ -241,7 +240,7 @@ def _queue(step: JobSpec, site: SiteSpec) -> Json:
 def asked(kind: str, processes: int, site: SiteSpec) -> str:
     """What of a site decides whether and where such a Job may start, in words: `queue=lab …`.
 
-    Jobs of one name may be sent from two sites: this tells them apart (`views.ASKS`).
+    Jobs of one name may be sent from two sites: this tells them apart (`objects.ASKS`).
     """
     knobs = ["image", "pull_secret", "priority_class", "node_selector", "tolerations"]
     knobs += ["runs_claim", "cache_claim"]

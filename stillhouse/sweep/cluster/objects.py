@@ -78,7 +78,7 @@ class JobView:
 
 
 def told_attempts(job: JobView) -> list[Json]:
-    """What earlier attempts of a Job left behind, the oldest first (`settle.attempt`)."""
+    """What earlier attempts of a Job left behind, the oldest first (`job_outcomes.attempt`)."""
     return _attempts(job.attempts) or []
 
 

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from stillhouse.errors import DONE, ConfigError
+from stillhouse.errors import DONE, SOME_FAILED, ConfigError
 from stillhouse.sweep.cluster import doctor
 from stillhouse.sweep.cluster.cache import NamespaceCache
 from stillhouse.sweep.cluster.code_bundle import bundle, sweep_file
@@ -29,7 +29,6 @@ from stillhouse.sweep.cluster.refusals import differing, why_not_made
 from stillhouse.sweep.cluster.replace import of_other_site
 from stillhouse.sweep.cluster.submit_args import Kind, Line, read
 from stillhouse.sweep.cluster.watch import Watcher
-from stillhouse.sweep.driver import SOME_FAILED
 from stillhouse.sweep.points import Sweep, point_of
 from stillhouse.sweep.show import as_json
 from stillhouse.sweep.site import away_words
