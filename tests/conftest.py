@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import threading
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
@@ -49,7 +50,7 @@ jaxtyping.install_import_hook(["stillhouse.distill", "stillhouse.evals"], CHECKE
 
 # What takes longest begins first, so that no worker is left alone with it at the end.
 LONGEST = """run hub sequences report harness harness_faults grid pod suite watch_rules docs
-cluster_verbs ids end_to_end"""
+cluster_verbs cluster_lines ids end_to_end"""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -123,3 +124,31 @@ def furnished(fake: FakeApi, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     furnish(fake)
     monkeypatch.setenv("KUBECONFIG", str(kubeconfig(fake, tmp_path)))
     monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def say(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """A command that is to end with 0 (or `code`): what it printed; of a mistake, to stderr."""
+    from stillhouse.cli import main
+
+    def run(*words: str, code: int = 0) -> str:
+        capsys.readouterr()
+        ended = main([*words])
+        out, error = capsys.readouterr()
+        assert ended == code, f"{words} ended with {ended}:\n{out}{error}"
+        return out if code != 42 else error
+
+    return run
+
+
+@pytest.fixture
+def works(fake: FakeApi) -> Iterator[dict[str, int]]:
+    """A cluster at work; how points end, by id, where it is not well."""
+    from tests.builders.lab import finish
+
+    until, codes = threading.Event(), dict[str, int]()
+    thread = threading.Thread(target=finish, args=(fake, until, codes))
+    thread.start()
+    yield codes
+    until.set()
+    thread.join()

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from stillhouse.cli import main
 from stillhouse.rundir import write_json
 from stillhouse.sweep.cluster import submit_args
 from tests.builders.lab import SITE
@@ -34,18 +33,6 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (tmp_path / name).mkdir(parents=True)
     (tmp_path / "rows.jsonl").write_text('{"prompt": "a"}\n')
     return tmp_path
-
-
-@pytest.fixture
-def say(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    def run(*words: str, code: int = 0) -> str:
-        capsys.readouterr()
-        ended = main([*words])
-        out, error = capsys.readouterr()
-        assert ended == code, f"{words} ended with {ended}:\n{out}{error}"
-        return error if code else out
-
-    return run
 
 
 @pytest.mark.parametrize("verb", LINES)

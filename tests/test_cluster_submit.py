@@ -38,14 +38,6 @@ def dry_run(text: str, capsys: pytest.CaptureFixture[str]) -> Json:
     return yaml.safe_load(capsys.readouterr().out)
 
 
-def test_the_published_lines_are_27_and_make_26_jobs(capsys: pytest.CaptureFixture[str]) -> None:
-    assert len(PUBLISHED) == 27
-    names = [dry_run(line, capsys)["metadata"]["name"] for line in PUBLISHED]
-    assert len(set(names)) == 26
-    twice = [line.split()[1] for line in PUBLISHED if names.count(line_of(line).step.name) > 1]
-    assert twice == ["lmbda_0_int4", "lmbda0_lr1e5"], "1e-5 is the default"
-
-
 @pytest.mark.parametrize("text", PUBLISHED, ids=lambda text: text.split()[1])
 def test_the_spec_in_a_job_is_what_its_line_asks_for(text: str) -> None:
     door, name, *typed = text.split()

@@ -54,6 +54,20 @@ def table(models_dir, tmp_path_factory):
     return runs, made
 
 
+@pytest.fixture
+def scored(monkeypatch) -> list[tuple[str, str, int]]:
+    """Label, task and examples of each score that is computed."""
+    found: list[tuple[str, str, int]] = []
+    score = Scorer.score
+
+    def counted(self: Scorer, model: Any, task: LoadedTask, label: str, examples: int = 0) -> Any:
+        found.append((label, task.spec.task, examples))
+        return score(self, model, task, label, examples)
+
+    monkeypatch.setattr(Scorer, "score", counted)
+    return found
+
+
 def test_every_row_is_scored_and_each_base_loaded_once(models_dir, table, capsys, monkeypatch):
     runs, made = table
     loads: list[Any] = []
@@ -86,6 +100,27 @@ def test_every_row_is_scored_and_each_base_loaded_once(models_dir, table, capsys
     assert again[again.index("model  ") :].splitlines() == rows
     assert "0 of 14 scores to find" in again
     assert loads == [] and scores_below(runs) == before, "a finished score is not computed again"
+
+
+def test_a_score_that_another_evaluation_writes_meanwhile_counts_as_replaced_by_none(
+    models_dir, table, monkeypatch
+):
+    runs, made = table
+    run, versions = made["plain"], models.versions
+    spec = eval_spec(models_dir, runs, f"lora_paths=[{run.path}]", *ADAPTERS_ONLY)
+    run_suite(spec)
+    file = run.eval_file("tiny_mc")
+    theirs = read_json(file) or {}
+    file.unlink()
+
+    def slow() -> dict[str, str]:
+        write_json(file, theirs)  # between our look at the file and our writing
+        return versions()
+
+    monkeypatch.setattr(models, "versions", slow)
+    run_suite(spec)
+    ours = read_json(file) or {}
+    assert ours == theirs | {key: ours[key] for key in ("seconds", "finished")}
 
 
 @pytest.mark.parametrize("which", ["lmbda_1_int4", "plain", "nf4"])
@@ -196,20 +231,11 @@ def test_a_score_of_other_weights_or_another_lm_eval_is_said_and_made_anew(
         assert len(note["why"]) == 1
 
 
-def test_teacher_and_untrained_student_of_a_self_pair_are_asked_once(
-    models_dir, tmp_path, monkeypatch
-):
-    runs, scored = tmp_path / "runs", []
-    score = Scorer.score
-
-    def counted(self: Scorer, model: Any, task: LoadedTask, label: str, examples: int = 0) -> Any:
-        scored.append((label, task.spec.task))
-        return score(self, model, task, label, examples)
-
-    monkeypatch.setattr(Scorer, "score", counted)
+def test_teacher_and_untrained_student_of_a_self_pair_are_asked_once(models_dir, tmp_path, scored):
+    runs = tmp_path / "runs"
     spec = eval_spec(models_dir, runs, f"teacher={models_dir / 'student'}", "eval_ptq=false")
     run_suite(spec)
-    assert scored == [("teacher", "tiny_gen"), ("teacher", "tiny_mc")]
+    assert scored == [("teacher", "tiny_gen", 0), ("teacher", "tiny_mc", 0)]
     values = {p.parent.parent.name.split("-")[0] for p in runs.rglob("tiny_mc.json")}
     assert values == {"teacher", "student"}
 
@@ -245,25 +271,18 @@ def test_the_second_column_is_the_adapter_merged_into_the_dense_base_and_quantis
 
 
 def test_an_adapter_gets_both_scores_and_a_row_without_one_the_same_twice(
-    models_dir, tmp_path, capsys, monkeypatch
+    models_dir, tmp_path, capsys, scored
 ):
-    runs, scored = tmp_path / "runs", []
+    runs = tmp_path / "runs"
     run = trained_run(models_dir, runs, "name=one")
-    score = Scorer.score
-
-    def counted(self: Scorer, model: Any, task: LoadedTask, label: str, examples: int = 0) -> Any:
-        scored.append((label, task.spec.task))
-        return score(self, model, task, label, examples)
-
-    monkeypatch.setattr(Scorer, "score", counted)
     spec = eval_spec(
         models_dir, runs, "suite=tiny_requantised", "eval_teacher=false", "eval_student=false"
     )
     run_suite(spec)
     tasks = [task.task for task in spec.suite.tasks]
     assert tasks == ["tiny_gen", "tiny_gen@requantised", "tiny_mc", "tiny_mc@requantised"]
-    assert scored == [("ptq_int4", "tiny_gen"), ("ptq_int4", "tiny_mc")] + [
-        ("int4_one", task) for task in sorted(tasks, key=lambda task: "@" in task)
+    assert scored == [("ptq_int4", "tiny_gen", 0), ("ptq_int4", "tiny_mc", 0)] + [
+        ("int4_one", task, 0) for task in sorted(tasks, key=lambda task: "@" in task)
     ]
     found = [read_json(run.eval_file(task)) for task in tasks]
     assert [score["task"] for score in found if score] == tasks
@@ -316,15 +335,8 @@ def test_a_label_is_cut_to_the_column_but_keeps_the_id():
     assert harness._label("bnb_fp4", named) == "bnb_fp4_lmbda_0"
 
 
-def test_only_the_teacher_of_a_few_shot_pair_reads_examples(models_dir, tmp_path, monkeypatch):
-    runs, scored = tmp_path / "runs", []
-    score = Scorer.score
-
-    def counted(self: Scorer, model: Any, task: LoadedTask, label: str, examples: int = 0) -> Any:
-        scored.append((label, task.spec.task, examples))
-        return score(self, model, task, label, examples)
-
-    monkeypatch.setattr(Scorer, "score", counted)
+def test_only_the_teacher_of_a_few_shot_pair_reads_examples(models_dir, tmp_path, scored):
+    runs = tmp_path / "runs"
     words = [f"teacher={models_dir / 'student'}", "teacher_few_shot=2", "eval_ptq=false"]
     trained_run(models_dir, runs, "name=one", *words[:2])
     run_suite(eval_spec(models_dir, runs, *words))
