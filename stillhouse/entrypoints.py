@@ -40,7 +40,7 @@ from stillhouse.errors import (
 )
 from stillhouse.files import check_directory
 from stillhouse.identity import eval_id, point_id
-from stillhouse.local_models import require_torch
+from stillhouse.local_models import require_libraries
 from stillhouse.pod import tell
 from stillhouse.rundir import (
     Json,
@@ -111,7 +111,9 @@ def preflight_main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser("stillhouse preflight", add_help=False, allow_abbrev=False)
     parser.add_argument("--prompts", type=_count, default=PROMPTS)
     parser.add_argument("--pilot", type=_count, default=None)
-    parser.add_argument("--prefixes", type=_counts, default=())
+    parser.add_argument(
+        "--prefixes", type=lambda words: tuple(map(_count, words.split(","))), default=()
+    )
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--backend", choices=["local", "cluster"], default="local")
     parser.add_argument("--dry-run", action="store_true")
@@ -144,14 +146,24 @@ def preflight_main(argv: list[str]) -> int:
     return _reported(work)
 
 
+def teacher_main(argv: list[str]) -> int:
+    """The exit code of `stillhouse teacher` with these words: it serves until told to stop."""
+
+    def work() -> int:
+        spec = from_arguments(["teacher_at=server", *argv], TrainSpec)
+        _look_first(spec)
+        _say_what_takes_long()
+        from stillhouse.distill.teacher_server import serve_at_url
+
+        return serve_at_url(spec)
+
+    return _reported(work)
+
+
 def _count(word: str) -> int:
     if not word.isascii() or not word.isdigit() or int(word) < 2:
         raise argparse.ArgumentTypeError(f"{word}: a whole number of 2 or more is wanted")
     return int(word)
-
-
-def _counts(words: str) -> tuple[int, ...]:
-    return tuple(map(_count, words.split(",")))
 
 
 def _parsed(
@@ -189,16 +201,7 @@ def look(spec: TrainSpec, prompts: int, pilot: int | None, prefixes: tuple[int, 
             from stillhouse.distill.preflight import preflight
 
             found = preflight(spec, prompts, pilot, stop, prefixes) | {"created": now()}
-    numbers = preflight_rules.numbers_of(found)
-    asked = {
-        "pair": spec.pair.pair_name,
-        "quant": spec.quant.quant_type,
-        "loss": spec.loss.on_loss,
-        "beta": spec.loss.beta,
-        "max_steps": spec.training.max_steps,
-    }
-    numbers |= preflight_rules.asked_numbers(spec.loss.beta, spec.training.max_steps)
-    whole = asked | preflight_rules.decide(rules, numbers) | found | {"measured": how}
+    whole = preflight_rules.judged(rules, spec, found) | found | {"measured": how}
     sweep_leftovers(file.parent)
     write_json(file, whole)
     return whole
@@ -313,7 +316,7 @@ def _look_first(spec: TrainSpec | EvalSpec) -> None:
         ConfigError: libraries, weights or a data set that are not here. DataError: no such rows.
         ContractError: files of a model that do not fit one another.
     """
-    require_torch()
+    require_libraries([spec])
     from stillhouse.distill import pairs, prompts
 
     pairs.require(spec.pair, Path(spec.place.cache_dir), spec.place.commits)

@@ -17,7 +17,7 @@ import fnmatch
 import importlib.util
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -27,7 +27,7 @@ from pydantic import TypeAdapter
 from stillhouse.errors import ConfigError, ContractError, DataError
 from stillhouse.identity import NOT_VERSIONED, digest
 from stillhouse.rundir import Json, read_json
-from stillhouse.spec import PairSpec
+from stillhouse.spec import EvalSpec, PairSpec, TrainSpec
 
 RepoType = Literal["model", "dataset"]
 # What is used of a model: many repositories hold its weights two or three times.
@@ -35,6 +35,7 @@ MODEL_FILES = ("*.json", "*.jinja", "*.model", "*.safetensors", "*.tiktoken", "*
 SUFFIXES = (".jsonl", ".parquet", ".json", ".jsonl.gz", ".json.gz")  # of files of rows
 FOLDERS = (".", "data", "main")  # where hub data sets keep their files
 COMMIT = re.compile("[0-9a-f]{40}")
+HTTP = ("httpx", "starlette", "uvicorn")  # libraries that serve a teacher, and ask one
 
 
 @dataclass(frozen=True)
@@ -45,12 +46,19 @@ class AtHand:
     commit: str | None  # None: a path that somebody filled, not a snapshot of the hub's
 
 
-def require_torch() -> None:
-    """Raises ConfigError where this environment only launches and reads."""
-    if importlib.util.find_spec("torch") is None:
+def require_libraries(specs: Iterable[TrainSpec | EvalSpec]) -> None:
+    """Raises ConfigError where this environment lacks what these runs import."""
+    lacks = [name for name in ("torch", *HTTP) if importlib.util.find_spec(name) is None]
+    if "torch" in lacks:
         raise ConfigError(
             "this environment only launches and reads: training and scoring here need torch and its"
             " family (`uv sync`, or `pip install 'stillhouse[train,eval]'`)"
+        )
+    at_server = any(isinstance(s, TrainSpec) and s.scoring.teacher_at == "server" for s in specs)
+    if lacks and at_server:
+        raise ConfigError(
+            f"teacher_at server needs {' and '.join(lacks)}, which this environment lacks (`uv"
+            " sync`, or `pip install 'stillhouse[train]'`)"
         )
 
 

@@ -99,6 +99,19 @@ def decide(rules: Rules, numbers: Mapping[str, Measured]) -> Json:
     }
 
 
+def judged(rules: Rules, spec: TrainSpec, found: Mapping[str, Any]) -> Json:
+    """The verdict on what was measured of a spec's pair, with what it was asked for."""
+    beta, max_steps = spec.loss.beta, spec.training.max_steps
+    asked = {
+        "pair": spec.pair.pair_name,
+        "quant": spec.quant.quant_type,
+        "loss": spec.loss.on_loss,
+        "beta": beta,
+        "max_steps": max_steps,
+    }
+    return asked | decide(rules, numbers_of(found) | asked_numbers(beta, max_steps))
+
+
 def _told(c: Condition, m: Measured) -> str:
     end = {"value": "", "low": "'s lower end", "high": "'s upper end"}[c.end]
     found = f"{m.value:.3g}"
@@ -115,8 +128,8 @@ def numbers_of(found: Mapping[str, Any]) -> dict[str, Measured]:
 
 def as_text(found: Mapping[str, Any]) -> str:
     """A verdict and its numbers for a terminal."""
-    settings = f"{found['loss']}, beta {found['beta']:g}, {found['max_steps']} steps"
-    lines = [f"{found['verdict']}: {found['pair']} in {found['quant']}, with {settings}"]
+    asked = f"{found['loss']}, beta {found['beta']:g}, {found['max_steps']} steps"
+    lines = [f"{found['verdict']}: {found['pair']} in {found['quant']}, with {asked}"]
     lines += [f"  {reason}" for reason in found["reasons"]]
     if found["recipe"]:
         lines.append(f"  worth trying: {found['recipe']}")
@@ -176,8 +189,8 @@ def key_of(spec: TrainSpec) -> str:
 
 def key_of_plain(plain: Mapping[str, Any]) -> str:
     """The same as `key_of`, for a spec as a run's record keeps it."""
-    names = ("pair", "quant", "data", "loss", "rollout")
-    sections = {name: as_before(name, plain[name]) for name in names}
+    asked = ("pair", "quant", "data", "loss", "rollout")
+    sections = {name: as_before(name, plain[name]) for name in asked}
     for name, leaf in _IN_KEYS:
         if leaf in plain[name]:
             sections[name] |= {leaf: plain[name][leaf]}

@@ -334,15 +334,26 @@ class LossSpec:
         return self
 
 
+def _is_server_url(value: str) -> str:
+    found = re.fullmatch(r"http://[^\s/:@]+:(\d{1,5})", value)
+    if found is None or int(found[1]) > 65535:
+        raise ValueError(f"an address of a teacher is http://HOST:PORT, not {value}")
+    return value
+
+
 @dataclass(frozen=True, config=_STRICT)
 class ScoringSpec:
     """Where the teacher is that scores. Its numbers are the same wherever it is."""
 
-    # process: in the student's. cache: what it gave is read from disk (docs/teachers.md).
-    teacher_at: Literal["process", "cache"]
+    # process: in the student's. cache: what it gave is read from disk. server: one process for many
+    # points (docs/teachers.md).
+    teacher_at: Literal["process", "cache", "server"]
     # alone: each row by itself, unpadded, as a cache keeps it; last digits differ from together.
     teacher_rows: Literal["together", "alone"]
     teacher_cache_gib: Positive  # cache: it writes no more rows beyond
+    # server: where `stillhouse teacher` serves; None: `stillhouse run` starts one for its points.
+    teacher_url: Annotated[str, AfterValidator(_is_server_url)] | None
+    teacher_patience_s: Positive  # server: a point waits so long, then saves and ends with 85
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -778,6 +789,31 @@ class TrainSpec:
                     "teacher_at cache keeps each row as it is scored alone: add teacher_rows=alone"
                     " (another point than together, which differs in the last digits)"
                 )
+        if self.scoring.teacher_at == "server":
+            self._server_fits()
+        elif self.scoring.teacher_url is not None:
+            raise ValueError(
+                f"teacher_url {self.scoring.teacher_url} is of teacher_at server, and teacher_at is"
+                f" {self.scoring.teacher_at}; set one of them otherwise"
+            )
+
+    def _server_fits(self) -> None:
+        """Refuse a server for a teacher that is the student, or an average of it."""
+        pair, decay = self.pair, self.loss.ema_decay
+        if decay is not None:
+            raise ValueError(
+                f"teacher_at server with ema_decay {decay:g}: that teacher is an average of the"
+                " student, which only the student's process has; use process"
+            )
+        is_base = (pair.student, pair.student_revision, pair.student_dtype) == (
+            pair.teacher, pair.teacher_revision, pair.teacher_dtype,
+        )  # fmt: skip
+        if is_base and pair.student_steps is None and self.quant.quant_type == "none":
+            raise ValueError(
+                f"teacher_at server: the teacher of pair {pair.pair_name} is the student's own base"
+                " with its adapter off, which is loaded anyway, so nothing would be saved; use"
+                " process"
+            )
 
     @property
     def cold_steps(self) -> int:

@@ -60,6 +60,13 @@ def test_a_path_that_no_pod_has_is_42_and_names_the_way(
 
 
 @pytest.mark.parametrize("verb", LINES)
+def test_a_teacher_that_no_pod_has_is_42(verb: str, say: Callable[..., str], here: Path) -> None:
+    before, behind = LINES[verb]
+    error = say(*before, "pair=tiny", "teacher_at=server", *behind, *SITE, code=42)
+    assert error.startswith("ConfigError: teacher_at server: ") and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("verb", LINES)
 def test_what_was_pushed_and_what_is_on_the_hub_passes(verb: str, say: Callable[..., str]) -> None:
     rows = ("data=local", "data_path=/cache/pushed/rows-0123456789ab/rows.jsonl")
     before, behind = LINES[verb]

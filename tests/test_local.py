@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,12 +17,14 @@ from stillhouse.rundir import RunDir
 from stillhouse.sweep.backend import Finished, Task
 from stillhouse.sweep.driver import Driver
 from stillhouse.sweep.grid import load_sweep
+from stillhouse.sweep.local.teachers import Teachers
 from stillhouse.sweep.local.workers import WorkerPool
 from stillhouse.sweep.plan import Action
 from stillhouse.sweep.points import Sweep
 from stillhouse.sweep.progress import Lines
 from stillhouse.sweep.snapshot import observe
 from tests.fakes import behaving
+from tests.kills import PATIENCE_S
 
 
 @pytest.fixture
@@ -208,6 +211,63 @@ def test_workers_and_server_end_with_a_launcher_that_is_killed(tmp_path: Path) -
     for run in runs:
         status: dict[str, Any] = run.status()
         assert (status["phase"], status["exit_code"]) == ("waiting", 85)
+
+
+def test_points_share_one_teacher_that_starts_before_them_and_ends_with_them(
+    tmp_path: Path,
+) -> None:
+    line = behaving.words(tmp_path, "teacher_at=server", points=3, parallel=1)
+    launcher = behaving.start_launcher(tmp_path, *line)
+    assert launcher.wait(PATIENCE_S) == 0, (tmp_path / "launcher.out").read_text()
+    (teacher,) = behaving.begun(tmp_path, "teacher")
+    assert len(behaving.begun(tmp_path, "train")) == 3 and not is_alive(int(teacher))
+
+
+def test_a_teacher_that_is_killed_starts_again_at_its_address_and_no_point_fails(
+    tmp_path: Path,
+) -> None:
+    behaving.misbehave(tmp_path, "teacher", answers=3)
+    line = behaving.words(tmp_path, "teacher_at=server")
+    launcher = behaving.start_launcher(tmp_path, *line)
+    assert launcher.wait(PATIENCE_S) == 0, (tmp_path / "launcher.out").read_text()
+    teachers = behaving.begun(tmp_path, "teacher")
+    assert len(teachers) == 2 and not any(is_alive(int(pid)) for pid in teachers)
+    runs = [RunDir(file.parent) for file in tmp_path.glob("*/metrics.jsonl")]
+    assert [run.status()["attempt"] for run in runs] == [1, 1]
+
+
+def test_a_teacher_that_dies_again_and_again_is_given_up_with_a_cause(tmp_path: Path) -> None:
+    words = behaving.words(tmp_path, "teacher_at=server", "infra_retries=1", points=1)
+    sweep = load_sweep(None, [*words], tmp_path)
+    begun: list[Any] = []
+
+    def fork(_: Any) -> Any:
+        begun.append(subprocess.Popen([sys.executable, "-c", "raise SystemExit(7)"]))
+        begun[-1].wait()
+        return SimpleNamespace(
+            exitcode=7, terminate=begun[-1].terminate, join=begun[-1].wait, kill=begun[-1].kill
+        )
+
+    teachers, spec = Teachers(sweep, fork, set()), sweep.points[0].spec
+    assert teachers.environment(spec)["STILLHOUSE_TEACHER_URL"].startswith("http://127.0.0.1:")
+    for _ in range(4):
+        teachers.look()
+    assert len(begun) == 2 and "died 2 times" in (teachers.given_up(spec) or "")
+    teachers.end()
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_a_teacher_ends_with_a_launcher_that_is_killed_or_interrupted(
+    tmp_path: Path, number: int
+) -> None:
+    behaving.misbehave(tmp_path, steps=10_000, step_s=0.02)
+    line = behaving.words(tmp_path, "teacher_at=server")
+    launcher = behaving.start_launcher(tmp_path, *line)
+    behaving.at_work(tmp_path, 2)
+    launcher.send_signal(number)
+    launcher.wait(PATIENCE_S)
+    (teacher,) = behaving.begun(tmp_path, "teacher")
+    behaving.until(lambda: not is_alive(int(teacher)))
 
 
 def is_alive(pid: int) -> bool:

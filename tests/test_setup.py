@@ -344,6 +344,7 @@ PLANTED = {
     "hydra stays": ("stillhouse/sweep/planted.py", "hydra.core"),
     "kubernetes stays": ("stillhouse/sweep/cluster/planted.py", "kubernetes.client"),
     "wandb stays": ("stillhouse/distill/planted.py", "wandb"),
+    "HTTP stays": ("stillhouse/distill/planted.py", "starlette.applications"),
     "matplotlib stays": ("stillhouse/results/planted.py", "matplotlib.pyplot"),
     "pandas and scipy": ("stillhouse/spec.py", "pandas"),
 }

@@ -85,6 +85,8 @@ OTHER: dict[str, object] = {
     "teacher_at": "cache",
     "teacher_rows": "alone",
     "teacher_cache_gib": 1,
+    "teacher_url": "http://10.0.0.5:8765",
+    "teacher_patience_s": 60,
     "quant_type": "bnb_nf4",
     "quant_group_size": 64,
     "double_quant": True,
@@ -198,6 +200,7 @@ BESIDE: dict[str, dict[str, object]] = {
     "double_quant": {"quant": "bnb_nf4"},
     "replay_size": {"off_policy_source": "teacher"},
     "teacher_at": {"lmbda": 0, "teacher_rows": "alone"},
+    "teacher_url": {"teacher_at": "server"},
     "fixed_advantage": {"on_loss": "pg"},
     "replay_injection": {"off_policy_source": "teacher", "replay_size": 50},
 }

@@ -66,7 +66,7 @@ class Roles:
         self.pad_id = self.eos_ids[0] if pad is None else pad
         self.engine = Engine(self.student)
         load = partial(self._load_teacher, prepared, is_shared)
-        self.teacher, self.manifest = placed(spec, device, load, poll)
+        self.teacher, self.manifest = placed(spec, device, load, (self.pad_id, self.eos_ids), poll)
 
     def _load_teacher(self, prepared: PreparedPair, is_shared: bool) -> ModelTeacher:
         """The teacher's model, in this process."""

@@ -8,6 +8,7 @@ import time
 from collections.abc import Sequence
 
 import torch
+from accelerate import PartialState
 
 from stillhouse.distill import checkpoint, models
 from stillhouse.distill.agreement import ranking
@@ -128,7 +129,7 @@ class Run:
         except BaseException as error:
             # An error after a request to stop (such as a peer that left first) counts as that stop.
             # The parameters are those of `step` completed updates: an update cannot be interrupted.
-            if self.is_main and (self.stop.is_set or isinstance(error, Stopped)):
+            if self.is_main and (self.stop.is_set or isinstance(error, Interrupted | Stopped)):
                 self._save(step)
                 self.dir.update_status(step=max(step, best))
             if self.stop.is_set and not isinstance(error, Interrupted | Stopped):
@@ -165,7 +166,7 @@ class Run:
 
     def _poll(self) -> None:
         """Stop in the middle of a rollout, if no other process waits for this one."""
-        if self.accelerator.num_processes == 1:
+        if PartialState().num_processes == 1:  # also before the accelerator is here
             self.stop.check()
 
     def _check_stop(self) -> None:

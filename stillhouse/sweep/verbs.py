@@ -14,7 +14,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager
 
 from stillhouse import compatibility, rollout_memory
 from stillhouse.errors import AGAIN, DONE, MISTAKE, SOME_FAILED, ConfigError, ContractError
@@ -44,6 +44,7 @@ __all__ = [
     "status",
 ]
 
+ExecutorFor = Callable[[Sweep, Snapshot], AbstractContextManager[Executor]]
 WAYS_OUT = (
     "restore what changed, or run the same command with --sources=new: these points begin anew, and"
     " what they left is kept beside them, in runs/.before"
@@ -127,7 +128,7 @@ def _dry_run(call: Call) -> int:
     return DONE
 
 
-def run(call: Call, executor_for: Callable[..., Executor] | None = None) -> int:
+def run(call: Call, executor_for: ExecutorFor | None = None) -> int:
     """Train and score what is not done.
 
     `executor_for`: makes what the tasks run on, of a sweep and the last look at it.
@@ -142,7 +143,7 @@ def run(call: Call, executor_for: Callable[..., Executor] | None = None) -> int:
     return code
 
 
-def _run(call: Call, executor_for: Callable[..., Executor] | None) -> tuple[int, Sweep, Snapshot]:
+def _run(call: Call, executor_for: ExecutorFor | None) -> tuple[int, Sweep, Snapshot]:
     """The exit code, the points that were meant, and how they stood when it ended."""
     whole, backend = call.sweep_to_start(), call.backend
     whole = backend.pinned(whole, begins=True)
@@ -184,9 +185,8 @@ def _run(call: Call, executor_for: Callable[..., Executor] | None) -> tuple[int,
     from stillhouse.sweep.progress import display  # rich, which looking does not need
 
     started = time.monotonic()
-    made = nullcontext(executor_for(sweep, snapshot)) if executor_for else None
     with (
-        made or backend.executor(sweep, snapshot) as executor,
+        (executor_for or backend.executor)(sweep, snapshot) as executor,
         display(sweep, has_files=not call.is_cluster) as watch,
     ):
         drive = Driver(sweep, executor, watch)
@@ -353,13 +353,13 @@ def retry(call: Call) -> int:
 def cancel(call: Call) -> int:
     """Ask running points to checkpoint and stop, and a `run` that is under way to end."""
     backend, sweep = call.backend, call.find()
-    stopping = backend.cancel(sweep)
+    asked = backend.cancel(sweep)
     observations = backend.look(sweep).observations
     if call.is_json:
         return _print_json(show.as_json(sweep, observations))
-    _print([f"  {line}" for line in stopping])
+    _print([f"  {line}" for line in asked])
     phrases = show.PHRASES[call.backend_name]
-    if not stopping:
+    if not asked:
         say(f"{sweep.name}: no point of it is running {phrases.there}")
     if any(seen.state != "done" for seen in observations.values()):
         say(f"{phrases.again} goes on from there")

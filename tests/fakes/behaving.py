@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -51,6 +52,7 @@ WORK = {
     "prepare": "tests.fakes.behaving:prepare",
     "train": "tests.fakes.behaving:train",
     "eval": "tests.fakes.behaving:evaluate",
+    "teacher": "tests.fakes.behaving:serve",
 }
 PRELOAD = ("pytest", "hypothesis", "tests.fakes.behaving")
 ENDS = {
@@ -159,6 +161,8 @@ def _attempt(spec: TrainSpec, run: RunDir, how: dict[str, Any]) -> int:
     try:
         for step in range(len(run.metrics()), how["steps"]):
             stop.check()
+            if spec.scoring.teacher_at == "server":
+                ask_teacher()
             time.sleep(how["step_s"])
             with run.metrics_file.open("a") as file:
                 file.write(json.dumps({"step": step, "train/loss": 1.0}) + "\n")
@@ -183,6 +187,25 @@ def _misbehave_now(how: dict[str, Any]) -> None:
         os.kill(os.getpid(), getattr(signal, how["kill"]))
     if "exit" in how:
         raise ENDS[how["exit"]]("as it was told to")
+
+
+def serve(spec: TrainSpec, listening: socket.socket, token: str) -> int:
+    """Say its token to whoever asks; the first one may be killed after some answers."""
+    runs = Path(spec.place.runs)
+    _begin(runs, "teacher", str(os.getpid()))
+    answers = _behaviour(runs, "teacher").get("answers")
+    while True:
+        with listening.accept()[0] as asked:
+            asked.sendall(token.encode())
+        if answers and len(begun(runs, "teacher")) == 1 and (answers := answers - 1) == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def ask_teacher() -> None:
+    """Wait for an answer of the teacher's server, whose address a worker is given."""
+    host, _, port = os.environ["STILLHOUSE_TEACHER_URL"].rpartition("/")[2].partition(":")
+    with socket.create_connection((host, int(port)), timeout=240) as connection:
+        assert connection.recv(100).decode() == os.environ["STILLHOUSE_TEACHER_TOKEN"]
 
 
 def evaluate(spec: EvalSpec) -> int:

@@ -7,11 +7,11 @@ import os
 import signal
 import sys
 import time
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 from stillhouse.errors import ContractError
-from stillhouse.local_models import require_torch
+from stillhouse.local_models import require_libraries
 from stillhouse.rundir import RunDir, code_identity, make_directory, write_json
 from stillhouse.sweep import commits, registry
 from stillhouse.sweep.backend import Executor
@@ -68,7 +68,7 @@ class LocalBackend:
         return found
 
     def require(self, sweep: Sweep) -> None:
-        require_torch()
+        require_libraries(point.spec for point in sweep.points)
         cache_dir = Path(sweep.points[0].spec.place.cache_dir)
         if not cache_dir.is_dir():  # one that is full of prepared pairs may be read-only
             make_directory(cache_dir, "--cache-dir")
@@ -89,7 +89,7 @@ class LocalBackend:
     def executor(self, sweep: Sweep, snapshot: Snapshot) -> AbstractContextManager[Executor]:
         from stillhouse.sweep.local.workers import WorkerPool
 
-        return nullcontext(WorkerPool(sweep, snapshot))
+        return WorkerPool(sweep, snapshot)
 
     def forget(self, sweep: Sweep) -> int:
         baselines = [RunDir(baseline.directory) for baseline in sweep.meant_baselines]
@@ -102,8 +102,8 @@ class LocalBackend:
         if sweep.is_whole:
             registry.cancel(self.runs, sweep.name)  # before the points: nothing follows them
         observations = observe(sweep)
-        stopping = [point for point in sweep.points if _ask_to_stop(point, observations[point.id])]
-        return [f"asked to save and stop: {point}" for point in stopping]
+        asked = [point for point in sweep.points if _ask_to_stop(point, observations[point.id])]
+        return [f"asked to save and stop: {point}" for point in asked]
 
 
 def _adopt_code(run: RunDir) -> None:

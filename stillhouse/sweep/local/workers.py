@@ -37,6 +37,7 @@ from stillhouse.rundir import RunDir, code_identity, make_directory, now
 from stillhouse.spec import EvalSpec, TrainSpec
 from stillhouse.sweep.backend import Finished, Task
 from stillhouse.sweep.local.outcomes import Ending, check_promise, write_ending
+from stillhouse.sweep.local.teachers import Teachers
 from stillhouse.sweep.plan import Action
 from stillhouse.sweep.points import Baseline, Sweep
 from stillhouse.sweep.registry import cancel_mark, log_file
@@ -48,6 +49,7 @@ WORK = {
     "prepare": "stillhouse.distill.pairs:prepare",
     "train": "stillhouse.entrypoints:train",
     "eval": "stillhouse.entrypoints:evaluate",
+    "teacher": "stillhouse.distill.teacher_server:serve",
 }
 PRELOAD = ("stillhouse.distill", "torch", "transformers", "datasets")
 # Importing bitsandbytes (peft does) opens a CUDA device, and a fork cannot share an open one.
@@ -91,6 +93,10 @@ class WorkerPool:
         self._queue: list[Task] = []  # asked for while the server still imports
         self._left_behind: list[ForkServerProcess] = []
         self._unwritable: dict[Path, str] = {}  # run directories that cannot say how they ended
+        self._hopeless: list[Finished] = []  # tasks whose teacher will not answer
+        self._teachers_words: list[connection.Connection] = []
+        trained = {id_ for id_, seen in first.observations.items() if seen.is_trained}
+        self.teachers = Teachers(sweep, self._fork_teacher, trained)
         self._is_stopping = False
         if preload is None:
             preload = PRELOAD if CUDA_DEVICE.exists() else PRELOAD_WITHOUT_CUDA
@@ -100,6 +106,12 @@ class WorkerPool:
         # The first fork waits for the imports; this thread waits, so that we still hear Ctrl-C.
         self._warming = threading.Thread(target=self._warm, daemon=True)
         self._warming.start()
+
+    def __enter__(self) -> WorkerPool:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.teachers.end()
 
     def _warm(self) -> None:
         with contextlib.suppress(EOFError, OSError):  # a server that broke is said at the next fork
@@ -169,8 +181,26 @@ class WorkerPool:
     def _fork_queued(self) -> None:
         if self._warming.is_alive():
             return
+        self.teachers.look()
         while self._queue:
-            self._workers.append(self._fork(self._queue.pop(0)))
+            task = self._queue.pop(0)
+            why = self.teachers.given_up(task.arguments[0]) if _trains(task) else None
+            if why is None:
+                self._workers.append(self._fork(task))
+            else:
+                ending = Ending(1, why, self.sweep.site.infra_retries, False)
+                self._unwritable |= write_ending(task, ending)
+                self._hopeless.append(Finished(task.action, 1, why, 0.0))
+
+    def _fork_teacher(self, arguments: tuple[Any, ...]) -> ForkServerProcess:
+        given = tuple(_with_threads(a, self.threads) for a in arguments)
+        log = log_file(self.sweep.runs, self.sweep.name)
+        receiver, sender = self._context.Pipe(duplex=False)
+        self._teachers_words.append(receiver)  # kept, so that it can say them
+        what = (self.work["teacher"], given, log, (), sender, dict[str, str]())
+        process = self._context.Process(target=_work, args=what)
+        process.start()
+        return process
 
     def _fork(self, task: Task) -> _Worker:
         try:
@@ -189,8 +219,10 @@ class WorkerPool:
         receiver, sender = self._context.Pipe(duplex=False)
         arguments = tuple(_with_threads(a, self.threads) for a in task.arguments)
         locks = task.runs if task.action.kind == "eval" else ()
+        env = self.teachers.environment(task.arguments[0]) if _trains(task) else {}
         process = self._context.Process(
-            target=_work, args=(self.work[task.action.kind], arguments, task.log, locks, sender)
+            target=_work,
+            args=(self.work[task.action.kind], arguments, task.log, locks, sender, env),
         )
         process.start()
         sender.close()
@@ -206,6 +238,8 @@ class WorkerPool:
             if never_forked:
                 return never_forked
         self._fork_queued()
+        if self._hopeless:
+            return [self._hopeless.pop() for _ in list(self._hopeless)]
         sentinels = [worker.process.sentinel for worker in self._workers]
         if not sentinels:  # what we wait for runs elsewhere
             time.sleep(timeout_s)
@@ -230,6 +264,7 @@ class WorkerPool:
             with contextlib.suppress(ProcessLookupError):  # it has no session of its own yet
                 os.killpg(worker.process.pid, signal.SIGKILL)
             worker.process.kill()
+        self.teachers.end()
 
     def _reap(self, worker: _Worker) -> Finished:
         task, code, pid = worker.task, worker.process.exitcode, worker.process.pid
@@ -242,6 +277,8 @@ class WorkerPool:
             code = 128 - code  # as a shell says it
         elif code == DONE:
             code, cause = check_promise(task)
+            if _trains(task) and code == DONE:
+                self.teachers.is_trained(task.arguments[0], task.action.points[0])
         if any(run.is_locked() for run in task.runs):
             # Another launcher's worker has it; or ours, which a server that died left behind: its
             # process object is kept, because the pipe it holds says that the launcher is alive.
@@ -268,6 +305,10 @@ class _Worker:
         with contextlib.closing(self.receiver), contextlib.suppress(EOFError):
             return self.receiver.recv() if self.receiver.poll() else None
         return None
+
+
+def _trains(task: Task) -> bool:
+    return task.action.kind == "train"
 
 
 def _cores() -> int:
@@ -320,8 +361,10 @@ def _work(
     log: Path,
     locks: tuple[RunDir, ...],
     sender: connection.Connection,
+    environment: Mapping[str, str],
 ) -> None:
     """Do one task in this process, and end it with the exit code that says how that went."""
+    os.environ.update(environment)
     os.setsid()  # a terminal's Ctrl-C is for the launcher, which then asks us
     _print_into(log)
     threading.Thread(target=_stop_with_launcher, daemon=True).start()
