@@ -15,6 +15,7 @@ import contextlib
 import json
 import os
 import random
+import resource
 import statistics
 import subprocess
 import sys
@@ -22,6 +23,7 @@ import tempfile
 import time
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import yaml
@@ -52,7 +54,7 @@ TITLES = {
 }
 SITE = (f"image={IMAGE}", "cpu=0.05", "memory_gib=0.5", "shm_gib=0.1")
 KUBECTLS = 40  # files for kubectl create; it is slow enough for a rate
-RUNS = 3
+RUNS = 5
 QUOTA = 64
 # Pods of one second leave the quota half empty: on 2 cores the API server then lets 7 Jobs a second
 # through Kueue and 20 by hand (a ratio of 2.8), and no Job is ever preempted. A short point of ours
@@ -156,9 +158,9 @@ def submit(programs: Path, points: int) -> str:
             (f"`kubectl create -f` one after the other ({KUBECTLS})", f"{kubectl:.1f}", ""),
             ("ratio", f"{ours / kubectl:.0f}", "≥ 10"),
             ("memory of the launcher, MiB", f"{memory:.0f}", f"{MEMORY_MIB}"),
-            (f"one paged LIST of {points:,} Jobs, whole process, s", f"{listed:.2f}", ""),
-            ("`status`, s", f"{status:.2f} ({status / listed:.2f} of it)", "2"),
-            ("`run` with nothing to do, s", f"{rerun:.2f} ({rerun / listed:.2f} of it)", "2"),
+            (f"one paged LIST of {points:,} Jobs, whole process, s", listed.shown(listed), ""),
+            ("`status`, s", status.shown(listed), "2"),
+            ("`run` with nothing to do, s", rerun.shown(listed), "2"),
         ]
     )
 
@@ -178,8 +180,8 @@ def make_queue(ada: Desk) -> None:
     )
 
 
-def _ours(kube: Kubernetes, points: int) -> tuple[float, float, tuple[float, float, float]]:
-    """Jobs a second, MiB of the launcher, and seconds of a LIST, `status` and an idle `run`."""
+def _ours(kube: Kubernetes, points: int) -> tuple[float, float, list[Took]]:
+    """Jobs a second, MiB of the launcher, and what a LIST, `status` and an idle `run` took."""
     queued = ("site=kueue", "queue=still", f"max_parallel={2 * points}")
     with desk(kube, "ours") as ada:
         make_queue(ada)
@@ -197,11 +199,8 @@ def _ours(kube: Kubernetes, points: int) -> tuple[float, float, tuple[float, flo
         with client(ada) as cluster:
             done = {point.id: Record("done", at=time.time()) for point in sweep.points}
             Ledger(cluster, "stillhouse-runs").write(done)
-        looked = (
-            seconds(ada, ["-c", LISTER]),
-            seconds(ada, ["-m", "stillhouse", "status", "big", *AWAY]),
-            seconds(ada, ["-m", "stillhouse", *command]),
-        )
+        status = ["-m", "stillhouse", "status", "big", *AWAY]
+        looked = in_turn(ada, ["-c", LISTER], status, ["-m", "stillhouse", *command])
         return (points - first) / (end - begin), memory, looked
 
 
@@ -212,18 +211,41 @@ print(sum(len(items) for items, _ in connect(None, None).pages("jobs", SELECTOR)
 """
 
 
-def seconds(ada: Desk, words: Sequence[str]) -> float:
-    """How long a process takes, median of a few."""
-    took: list[float] = []
+@dataclass
+class Took:
+    """Seconds of some runs of one command: by the clock, and of the processor."""
+
+    wall: list[float] = field(default_factory=list[float])
+    processor: list[float] = field(default_factory=list[float])
+
+    def shown(self, first: Took) -> str:
+        """Medians, and those of the ratios to the first command of each turn."""
+        found: list[str] = []
+        for mine, other in ((self.wall, first.wall), (self.processor, first.processor)):
+            ratio = statistics.median(a / b for a, b in zip(mine, other, strict=True))
+            of = "" if self is first else f" ({ratio:.2f} of it)"
+            found.append(f"{statistics.median(mine):.2f}{of}")
+        return f"{found[0]}; processor {found[1]}"
+
+
+def in_turn(ada: Desk, *commands: Sequence[str]) -> list[Took]:
+    """What commands take, one after the other, so that all meet the same load."""
+    took = [Took() for _ in commands]
     for _ in range(RUNS):
-        begin = time.perf_counter()
-        done = subprocess.run(
-            [sys.executable, *words], cwd=ada.folder, env=ada.env(), capture_output=True, text=True
-        )
-        took.append(time.perf_counter() - begin)
-        if done.returncode:
-            sys.exit(f"{' '.join(words)} ended with {done.returncode}: {done.stdout}{done.stderr}")
-    return statistics.median(took)
+        for words, each in zip(commands, took, strict=True):
+            before, begin = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
+            done = subprocess.run(
+                [sys.executable, *words], cwd=ada.folder, env=ada.env(),
+                capture_output=True, text=True,
+            )  # fmt: skip
+            each.wall.append(time.perf_counter() - begin)
+            after = resource.getrusage(resource.RUSAGE_CHILDREN)
+            used = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+            each.processor.append(used)
+            if done.returncode:
+                said = f"{done.stdout}{done.stderr}"
+                sys.exit(f"{' '.join(words)} ended with {done.returncode}: {said}")
+    return took
 
 
 def peak_mib(typed: Typed) -> float:

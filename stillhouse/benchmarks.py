@@ -197,8 +197,8 @@ def _openbookqa(document: Json) -> Json:
 
 
 def _boolq(document: Json) -> Json:
-    asked = _between(document["query"], "", "?\nAnswer:")
-    passage, _, question = asked.rpartition("\nQuestion: ")
+    shown = _between(document["query"], "", "?\nAnswer:")
+    passage, _, question = shown.rpartition("\nQuestion: ")
     label = ["no", "yes"].index(document["choices"][document["gold"]])
     return {"question": question, "passage": passage, "idx": document["idx"], "label": label}
 

@@ -130,9 +130,9 @@ def check_apart(data: Json, suite: SuiteSpec, where: str) -> None:
     """
     if data["data_source"] != "packaged":
         return
-    asked = [task.asks for task in suite.tasks]
+    tasks = [task.asks for task in suite.tasks]
     names = sources(data["data_path"])
-    scored = {name: task for name in names for task in asked if task in SOURCES[name].scored_by}
+    scored = {name: task for name in names for task in tasks if task in SOURCES[name].scored_by}
     if not scored:
         return
     other = "+".join(name for name in names if name not in scored)

@@ -128,8 +128,8 @@ def numbers_of(found: Mapping[str, Any]) -> dict[str, Measured]:
 
 def as_text(found: Mapping[str, Any]) -> str:
     """A verdict and its numbers for a terminal."""
-    asked = f"{found['loss']}, beta {found['beta']:g}, {found['max_steps']} steps"
-    lines = [f"{found['verdict']}: {found['pair']} in {found['quant']}, with {asked}"]
+    settings = f"{found['loss']}, beta {found['beta']:g}, {found['max_steps']} steps"
+    lines = [f"{found['verdict']}: {found['pair']} in {found['quant']}, with {settings}"]
     lines += [f"  {reason}" for reason in found["reasons"]]
     if found["recipe"]:
         lines.append(f"  worth trying: {found['recipe']}")
@@ -189,8 +189,8 @@ def key_of(spec: TrainSpec) -> str:
 
 def key_of_plain(plain: Mapping[str, Any]) -> str:
     """The same as `key_of`, for a spec as a run's record keeps it."""
-    asked = ("pair", "quant", "data", "loss", "rollout")
-    sections = {name: as_before(name, plain[name]) for name in asked}
+    names = ("pair", "quant", "data", "loss", "rollout")
+    sections = {name: as_before(name, plain[name]) for name in names}
     for name, leaf in _IN_KEYS:
         if leaf in plain[name]:
             sections[name] |= {leaf: plain[name][leaf]}

@@ -85,9 +85,9 @@ def changes(
     the adapter that is asked; None: none is, or it is not known.
     """
     found = _versions(cast("Json", score.get("versions") or {}), task)
-    asked = score.get("adapter_digest")
-    if None not in (asked, adapter) and asked != adapter:
-        found.insert(0, f"it is of adapter {asked}, and {adapter} is here")
+    digest = score.get("adapter_digest")
+    if None not in (digest, adapter) and digest != adapter:
+        found.insert(0, f"it is of adapter {digest}, and {adapter} is here")
     if "sources" in score:
         return differences(score["sources"], rests_on(label, here)) + found
     if "base_revision" not in score:

@@ -103,13 +103,13 @@ def _completed(entry: Any, own: Mapping[str, OwnTask], root: Path, where: str) -
     given = cast("Plain", {"task": entry} if isinstance(entry, str) else entry)
     if not isinstance(entry, dict | str) or not isinstance(given.get("task"), str):
         return given
-    asked = given["task"].removesuffix(REQUANTISED)
-    task = own.get(asked)
+    name = given["task"].removesuffix(REQUANTISED)
+    task = own.get(name)
     if task is None:
         if set(given) == {"task"}:
             raise ConfigError(
-                f'{where}: no task "{asked}" in include_path {root} ({", ".join(own)}).'
-                f"{nearest(asked, own)}"
+                f'{where}: no task "{name}" in include_path {root} ({", ".join(own)}).'
+                f"{nearest(name, own)}"
             )
         return given  # lm-eval's own, written in full
     is_said = {"metric", "higher_is_better"} <= set(given)

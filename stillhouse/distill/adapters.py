@@ -328,8 +328,8 @@ def check_contract(contract: Json, prepared: PreparedPair, quant: QuantSpec) -> 
                 f"adapter {contract['id']} was trained over {there.get('path')} with {field}"
                 f" {there.get(field)}; the base at hand has {here[field]}"
             )
-    asked = TypeAdapter(QuantSpec).dump_python(quant, mode="json")
-    if contract["quant"] != asked or contract["numerics"] != numerics(quant):
+    wanted = TypeAdapter(QuantSpec).dump_python(quant, mode="json")
+    if contract["quant"] != wanted or contract["numerics"] != numerics(quant):
         raise ContractError(
             f"adapter {contract['id']} was trained over {contract['numerics']};"
             f" this version and spec would rebuild {numerics(quant)}"

@@ -31,13 +31,13 @@ RANKED = 10**9 + 11  # the step number that seeds a ranking's rollouts: beyond a
 def compared(
     spec: TrainSpec,
     loaded: Loaded,
-    asked: Sequence[Example],
+    prompts: Sequence[Example],
     written: Sequence[Sequence[int]],
     k: int,
 ) -> tuple[dict[str, Tensor], Tensor]:
     """Numbers per position [N] of the completion of each prompt, and each position's prompt index.
 
-    `asked` are the prompts, `written` the ids of their completions. The numbers are those of
+    `written`: the ids of the prompts' completions. The numbers are those of
     `TokenStats` and `Overlap`, and log q - log p of the written token.
     """
     roles, device = loaded.roles, loaded.accelerator.device
@@ -46,15 +46,15 @@ def compared(
     found: list[dict[str, Tensor]] = []
     rows: list[int] = []
     roles.student.eval()
-    for first in range(0, len(asked), BATCH):
-        examples, ids = asked[first : first + BATCH], written[first : first + BATCH]
+    for first in range(0, len(prompts), BATCH):
+        examples, ids = prompts[first : first + BATCH], written[first : first + BATCH]
         none = [0] * len(ids)
         logits = score(examples, ids, none)
         with loaded.accelerator.autocast():
-            prompts = [e.prompt_ids for e in examples]
-            longest = max(map(len, prompts))
+            prompt_ids = [e.prompt_ids for e in examples]
+            longest = max(map(len, prompt_ids))
             hidden_NH, target_N = positions_of(
-                roles.student, prompts, ids, none, longest, roles.pad_id, device
+                roles.student, prompt_ids, ids, none, longest, roles.pad_id, device
             )
         rows += [first + row for row, c in enumerate(ids) for _ in c]
         for start in range(0, len(target_N), size):
@@ -89,17 +89,17 @@ def ranking(spec: TrainSpec, loaded: Loaded) -> list[int]:
     aligned prompts raise in §5.2), or the smallest reverse KL. One rollout per row is written and
     compared, once for a pair and a seed; later runs reuse the order.
     """
-    plain, asked = to_plain(spec), loaded.prompts.train
+    plain, prompts = to_plain(spec), loaded.prompts.train
     sections = {name: plain[name] for name in ("pair", "quant", "data", "rollout")}
     how = [spec.rescue.kept_by, spec.monitor.overlap_k, spec.loss.loss_temperature]
     content = ["ranking", sections, how, spec.training.seed, loaded.prompts.key]
 
     def rank() -> Json:
-        ids = loaded.roles.writers()["student"](asked, RANKED, range(len(asked))).ids
-        numbers, rows_N = compared(spec, loaded, asked, ids, spec.monitor.overlap_k)
+        ids = loaded.roles.writers()["student"](prompts, RANKED, range(len(prompts))).ids
+        numbers, rows_N = compared(spec, loaded, prompts, ids, spec.monitor.overlap_k)
         is_mass = spec.rescue.kept_by == "mass"
         values_N = numbers["mass_teacher"] if is_mass else -numbers["reverse_kl"]
-        means_P = row_means(values_N, rows_N, len(asked))
+        means_P = row_means(values_N, rows_N, len(prompts))
         return {"rows": means_P.argsort(descending=True, stable=True).tolist()}
 
     return remembered(Path(spec.place.cache_dir), content, rank, rows=list)["rows"]

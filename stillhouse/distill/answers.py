@@ -150,17 +150,17 @@ def joined(context_BP: Int[Tensor, "B P"], new_BC: Int[Tensor, "B C"]) -> Int[Te
 
 @torch.inference_mode()
 def log_likelihoods(
-    engine: Engine, asked: Sequence[tuple[Sequence[int], Sequence[Sequence[int]]]], pad_id: int
+    engine: Engine, groups: Sequence[tuple[Sequence[int], Sequence[Sequence[int]]]], pad_id: int
 ) -> list[list[tuple[float, bool]]]:
     """For each continuation of each context: the sum of its tokens' log-probabilities, and whether
     greedy decoding would give exactly these tokens. Each context is processed only once."""
     assert engine.form is not None, "an engine with a copy; `generate` has no state to go on from"
     device = engine.device
-    contexts = [context for context, _ in asked]
+    contexts = [context for context, _ in groups]
     padded = pad_left(contexts, max(map(len, contexts)), pad_id)
     ids_BP, mask_BP = (t.to(device) for t in padded)
-    rows = [row for row, (_, choices) in enumerate(asked) for _ in choices]
-    choices = [choice for _, of_context in asked for choice in of_context]
+    rows = [row for row, (_, choices) in enumerate(groups) for _ in choices]
+    choices = [choice for _, of_context in groups for choice in of_context]
     room = max(map(len, choices)) - 1
     with engine.form.arithmetic():
         state = engine.form.begin(mask_BP, room)
@@ -171,7 +171,7 @@ def log_likelihoods(
             fed = [[*choice[:-1], *[pad_id] * (room + 1 - len(choice))] for choice in choices]
             parts.append(state.logits(torch.tensor(fed, device=device)))
     found = iter(_scored(parts, choices))
-    return [[next(found) for _ in of_context] for _, of_context in asked]
+    return [[next(found) for _ in of_context] for _, of_context in groups]
 
 
 def _scored(parts: Sequence[Tensor], choices: Sequence[Sequence[int]]) -> list[tuple[float, bool]]:

@@ -326,9 +326,9 @@ class _Template:
         messages = [{k: v for k, v in turn.items() if v is not None} for turn in turns]
         if self.wants_parts:
             messages = [_with_parts(turn) for turn in messages]
-        asked = {"tools"} if variables.get("tools") else set[str]()
-        asked |= {"tool_calls"} if any("tool_calls" in turn for turn in messages) else set()
-        for name in asked - self.writes:
+        needed = {"tools"} if variables.get("tools") else set[str]()
+        needed |= {"tool_calls"} if any("tool_calls" in turn for turn in messages) else set()
+        for name in needed - self.writes:
             raise Skip(f"{name} that the chat template does not write")
         everything = {**self.special, **self.given, **variables}
         try:

@@ -57,7 +57,7 @@ class Context:
         """What decides the teacher's prompts, besides the rows."""
         return [self.few_shot, *([] if self.template is None else [self.template])]
 
-    def asked(self, row: Row, conversation: Conversation) -> Conversation:
+    def applied(self, row: Row, conversation: Conversation) -> Conversation:
         """The conversation with its (last) question as the teacher reads it.
 
         Raises:
@@ -226,8 +226,8 @@ class Encoder:
             written: list[Draft] = []
             for draft, row in zip(batch, table.at([d.row for d in batch]), strict=True):
                 try:
-                    asked = context.asked(row, read(row, self._data))
-                    texts.append(self._text(asked, None, exemplars))
+                    taught = context.applied(row, read(row, self._data))
+                    texts.append(self._text(taught, None, exemplars))
                 except Skip as skip:
                     self._leave_out(draft.row, skip)
                 except KeyError as error:

@@ -78,10 +78,10 @@ def require_gpus() -> None:
     Raises:
         NodeFault: torch sees fewer GPUs; on a CPU the run would take weeks, which nobody wants.
     """
-    asked, seen = int(os.environ.get("STILLHOUSE_GPUS") or 0), torch.cuda.device_count()
-    if seen < asked:
+    wanted, seen = int(os.environ.get("STILLHOUSE_GPUS") or 0), torch.cuda.device_count()
+    if seen < wanted:
         raise NodeFault(
-            f"this pod asked for {asked} GPU{'s' if asked > 1 else ''} and torch sees {seen}: the"
+            f"this pod asked for {wanted} GPU{'s' if wanted > 1 else ''} and torch sees {seen}: the"
             " node's driver does not fit, a device is lost, or its GPUs are shown only to a"
             " runtime class (site.runtime_class, `nvidia` on k3s and RKE2)"
         )

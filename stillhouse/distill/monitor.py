@@ -116,8 +116,8 @@ class Monitor:
         with self.loop.clock.phase("eval"):
             ids = write(self.questions, 0, range(len(self.questions)), greedy=True).ids
             texts = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
-        asked = zip(texts, self.questions, strict=True)
-        right = [answer_in(text) == question.answer for text, question in asked]
+        pairs = zip(texts, self.questions, strict=True)
+        right = [answer_in(text) == question.answer for text, question in pairs]
         return torch.tensor(right, dtype=torch.float64)
 
     def _answered(self) -> list[Example]:

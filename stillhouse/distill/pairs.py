@@ -180,9 +180,9 @@ def _generated(pair: PairSpec, cache_dir: Path, say: Say) -> tuple[_Weights, _We
             f" own weights, and the teacher is {pair.teacher}; name one recipe twice, or give"
             " student_steps"
         )
-    asked = [(pair.teacher, "teacher", teacher_steps)]
-    asked += [] if student_steps is None else [(pair.student, "student", student_steps)]
-    made = _at_once([partial(_trained, *one, seed, cache_dir, say) for one in asked])
+    parts = [(pair.teacher, "teacher", teacher_steps)]
+    parts += [] if student_steps is None else [(pair.student, "student", student_steps)]
+    made = _at_once([partial(_trained, *one, seed, cache_dir, say) for one in parts])
     facts = {name: fact for _, more in made for name, fact in more.items()}
     return made[-1][0], made[0][0], facts
 

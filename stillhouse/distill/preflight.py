@@ -59,21 +59,21 @@ def preflight(
         ContractError: the tokenizers differ.
     """
     loaded = load(spec, stop.check)
-    asked = [*islice(chain(loaded.prompts.held_out, loaded.prompts.train), prompts)]
-    if len(asked) < 2:
+    examples = [*islice(chain(loaded.prompts.held_out, loaded.prompts.train), prompts)]
+    if len(examples) < 2:
         raise ConfigError(
-            f"data {spec.data.data_name} has {len(asked)} rows to ask; a preflight needs two"
+            f"data {spec.data.data_name} has {len(examples)} rows to ask; a preflight needs two"
         )
     if pilot and not any(example.answer for example in loaded.prompts.held_out):
         raise ConfigError(
             f"--pilot: data {spec.data.data_name} has no held-out row with an answer, so a pilot"
             " has nothing to show; leave it out"
         )
-    look = _Look(spec, loaded, asked)
+    look = _Look(spec, loaded, examples)
     numbers = look.overlap() | look.told_apart() | look.capability() | look.along(prefixes)
     prepared = loaded.prepared
     facts = {
-        "prompts": len(asked),
+        "prompts": len(examples),
         "with_answers": int((~look.has_no_answer_P).sum()),
         "tokenizers": "equal",  # or load() had refused
         "end_of_text": {
@@ -94,10 +94,10 @@ def preflight(
 class _Look:
     """Measurements of one pair on a set of prompts."""
 
-    def __init__(self, spec: TrainSpec, loaded: Loaded, asked: Sequence[Example]) -> None:
-        self.spec, self.loaded, self.asked = spec, loaded, asked
+    def __init__(self, spec: TrainSpec, loaded: Loaded, examples: Sequence[Example]) -> None:
+        self.spec, self.loaded, self.examples = spec, loaded, examples
         self.writers = loaded.roles.writers()
-        self.has_no_answer_P = torch.tensor([example.answer is None for example in asked])
+        self.has_no_answer_P = torch.tensor([example.answer is None for example in examples])
         self.written = {
             "rollouts": self._write("student", FIRST),
             "again": self._write("student", SECOND),
@@ -115,15 +115,15 @@ class _Look:
         prefixes: Sequence[Sequence[int]] | None = None,
         greedy: bool = False,
     ) -> Completions:
-        rows = range(len(self.asked))
-        return self.writers[who](self.asked, step, rows, prefixes=prefixes, greedy=greedy)
+        rows = range(len(self.examples))
+        return self.writers[who](self.examples, step, rows, prefixes=prefixes, greedy=greedy)
 
     def _right(self, written: Completions) -> Float[Tensor, " P"]:
         texts = self.loaded.tokenizer.batch_decode(written.ids, skip_special_tokens=True)
         return torch.tensor(
             [
                 torch.nan if e.answer is None else float(answer_in(text) == e.answer)
-                for text, e in zip(texts, self.asked, strict=True)
+                for text, e in zip(texts, self.examples, strict=True)
             ],
             dtype=torch.float64,
         )
@@ -132,7 +132,7 @@ class _Look:
         """Numbers per position [N] of these answers, and each position's prompt index."""
         if (name, k) not in self.known:
             ids = self.written[name].ids
-            self.known[name, k] = compared(self.spec, self.loaded, self.asked, ids, k)
+            self.known[name, k] = compared(self.spec, self.loaded, self.examples, ids, k)
         return self.known[name, k]
 
     # ------------------------------------------------------------------ what it comes to
@@ -144,12 +144,12 @@ class _Look:
             values, rows_N = self._positions("rollouts", k)
             names = ["ratio", "advantage", "mass_student", "mass_teacher"]
             for name in names:
-                found[f"{name}_{k}"] = _per_token(values[name], rows_N, len(self.asked))
+                found[f"{name}_{k}"] = _per_token(values[name], rows_N, len(self.examples))
         for name in ("entropy_gap", "student_entropy", "teacher_entropy", "reverse_kl"):
-            found[name] = _per_token(values[name], rows_N, len(self.asked))
+            found[name] = _per_token(values[name], rows_N, len(self.examples))
         if "teacher" in self.written:
             of_teacher, rows_N = self._positions("teacher", 1)
-            found["forward_kl"] = _per_token(of_teacher["forward_kl"], rows_N, len(self.asked))
+            found["forward_kl"] = _per_token(of_teacher["forward_kl"], rows_N, len(self.examples))
         return found
 
     def told_apart(self) -> dict[str, Measured]:
@@ -164,7 +164,7 @@ class _Look:
         means = []
         for name in self.written:
             values, rows_N = self._positions(name, 1)
-            means.append(row_means(values["log_ratio"], rows_N, len(self.asked)))
+            means.append(row_means(values["log_ratio"], rows_N, len(self.examples)))
         mine, again, theirs = means
 
         def higher(columns_Pc: Tensor) -> Tensor:

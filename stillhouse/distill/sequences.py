@@ -137,9 +137,9 @@ class Sequences:
 
     def _write(self, who: str, step: int, plan: StepPlan, weight: float = 1.0) -> Batch:
         """New sequences of one kind: all shares of this process at once."""
-        rows, asked = self.choice.rows(step), self.choice.examples
+        rows, pool = self.choice.rows(step), self.choice.examples
         places = range(self.mine.start * self.per_share, self.mine.stop * self.per_share)
-        examples = [asked[rows[place]] for place in places]
+        examples = [pool[rows[place]] for place in places]
         seeds = None
         if who == "student" and plan.seed_tokens:
             forced = self.writers["teacher"](examples, step, places, tokens=plan.seed_tokens)
@@ -157,7 +157,7 @@ class Sequences:
             self.wrote["length"] += sum(map(len, written.ids))
             self.wrote["room"] += len(written.ids) * plan.rollout_tokens
             self.wrote["compression"] += sum(map(compression, written.ids))
-        length = max(len(asked[row].prompt_ids) for row in rows)
+        length = max(len(pool[row].prompt_ids) for row in rows)
         shares = [
             Share(index, examples[part], written[part])
             for number, index in enumerate(self.mine)

@@ -128,14 +128,14 @@ class Lm(_HFLM):
         """As HFLM's, in batches sorted by length; a context is read once for all its choices."""
         if self.engine.form is None:
             return super()._loglikelihood_tokens(requests, disable_tqdm, override_bs)
-        asked: dict[tuple[int, ...], list[int]] = {}
+        by_context: dict[tuple[int, ...], list[int]] = {}
         for number, (_, context, continuation) in enumerate(requests):
             cut = max(0, len(context) + len(continuation) - self.max_length - 1)
             LOG.cut += cut > 0
-            asked.setdefault(tuple(context[cut:]), []).append(number)
+            by_context.setdefault(tuple(context[cut:]), []).append(number)
         found: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
         bar = ProgressLines(requests, desc="Running loglikelihood requests", disable=disable_tqdm)
-        for batch in _batches(asked, override_bs or self.batch_size):
+        for batch in _batches(by_context, override_bs or self.batch_size):
             choices = [[requests[number][2] for number in numbers] for _, numbers in batch]
             contexts = [context for context, _ in batch]
             scores = log_likelihoods(
@@ -158,12 +158,12 @@ class Lm(_HFLM):
                 return self.chat.render(chat_history).prompt
             return self.chat.continued(chat_history)
         except Skip as refusal:
-            asked = [turn for turn in chat_history if turn["role"] != "system"]
-            if len(asked) == len(chat_history):
+            turns = [turn for turn in chat_history if turn["role"] != "system"]
+            if len(turns) == len(chat_history):
                 raise ConfigError(f"a task has {refusal} ({refusal.seen})") from refusal
             # As lm-eval does, and the published scores of such models with it.
             self.left_out += 1
-            return self.apply_chat_template(asked, add_generation_prompt)
+            return self.apply_chat_template(turns, add_generation_prompt)
 
     def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:
         """Nats of whole documents, one window at a time: each has LONGEST x vocabulary logits."""
@@ -180,12 +180,12 @@ class Lm(_HFLM):
 
 
 def _batches(
-    asked: Mapping[tuple[int, ...], list[int]], size: int
+    by_context: Mapping[tuple[int, ...], list[int]], size: int
 ) -> Iterator[list[tuple[tuple[int, ...], list[int]]]]:
     """Batches of contexts with the numbers of their requests: at most `size` requests, unless one
     context has more. The longest come first, so that running out of memory shows at once."""
     batch: list[tuple[tuple[int, ...], list[int]]] = []
-    for context, numbers in sorted(asked.items(), key=lambda item: -len(item[0])):
+    for context, numbers in sorted(by_context.items(), key=lambda item: -len(item[0])):
         if batch and sum(len(each) for _, each in batch) + len(numbers) > size:
             yield batch
             batch = []

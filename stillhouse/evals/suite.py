@@ -100,7 +100,7 @@ def load_tasks(
         DataError: a line of the generated problems that cannot be read.
     """
     local, theirs = TaskManager(include_defaults=False), None
-    asked: list[LoadedTask] = []
+    tasks: list[LoadedTask] = []
     for spec in wanted:
         if spec.content is not None:
             loaded = own_task(suite, spec, TINY)
@@ -120,11 +120,11 @@ def load_tasks(
         if spec.content is None and spec.asks == "gsm8k":
             add_last_number(loaded)
         sampled = None if suite.sample is None else chosen(spec.asks, loaded, suite.sample)
-        asked.append(LoadedTask(spec, loaded, sampled))
-        for leaf in asked[-1].leaves():
+        tasks.append(LoadedTask(spec, loaded, sampled))
+        for leaf in tasks[-1].leaves():
             is_drawn = written.is_sampled(spec.asks)
             _set_every_field(leaf, spec.num_fewshot, suite.max_gen_toks, is_drawn)
-    return asked
+    return tasks
 
 
 def _set_every_field(

@@ -44,8 +44,8 @@ def pinned(sweep: Sweep, recorded: Mapping[str, str], find: Find) -> Sweep:
     A commit that a person gave (`commits={...}`) counts before the recorded one, that before what
     `find` finds now. What nobody knows stays open.
     """
-    asked = {key: commit for p in sweep.points for key, commit in p.spec.place.commits.items()}
-    known = dict(asked)
+    given = {key: commit for p in sweep.points for key, commit in p.spec.place.commits.items()}
+    known = dict(given)
     for one in _opens(sweep):
         if one.name not in known:
             commit = recorded.get(one.name) or find(one)

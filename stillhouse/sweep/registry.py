@@ -261,7 +261,7 @@ def cancel(runs: Path, name: str) -> None:
 def cancel_mark(runs: Path, name: str) -> float | None:
     """What changes whenever somebody asks that; its value is by the clock of whoever asked."""
     file = Runs(runs).cancel_file(name)
-    asked = read_json(file)
-    if asked is not None and not isinstance(asked.get("asked"), int | float):
+    mark = read_json(file)
+    if mark is not None and not isinstance(mark.get("asked"), int | float):
         raise ContractError(f"{file}: says no time; remove it, and run again")
-    return None if asked is None else float(asked["asked"])
+    return None if mark is None else float(mark["asked"])

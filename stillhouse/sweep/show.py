@@ -355,17 +355,17 @@ def _one(
 def verdict_lines(found: Sequence[Json]) -> list[str]:
     """The same for a screen: what is known, then how to get what is not."""
     known = [one for one in found if one["verdict"]]
-    asked = [f"  {one['verdict']:<8} {_named(one)}: {one['reason']}" for one in known[:PAIRS]]
+    lines = [f"  {one['verdict']:<8} {_named(one)}: {one['reason']}" for one in known[:PAIRS]]
     if len(known) > PAIRS:
-        asked.append(f"  and {len(known) - PAIRS} more; --json has each")
+        lines.append(f"  and {len(known) - PAIRS} more; --json has each")
     for one in [one for one in found if one["drifted"]][:PAIRS]:
-        asked.append(f"  drifted  {_named(one)}: {'; '.join(one['drifted'])}; ask again")
-    asked += [f"  unreadable {one['reason']}" for one in found if _is_unreadable(one)][:PAIRS]
+        lines.append(f"  drifted  {_named(one)}: {'; '.join(one['drifted'])}; ask again")
+    lines += [f"  unreadable {one['reason']}" for one in found if _is_unreadable(one)][:PAIRS]
     others = [one for one in found if not one["verdict"] and not _is_unreadable(one)]
     if others:
         more = f" and of {len(others) - 1} more" if len(others) > 1 else ""
-        asked.append(f"  not asked of {_named(others[0])}{more}: {others[0]['command']}")
-    return ["will these pairs distil (preflight)?", *asked]
+        lines.append(f"  not asked of {_named(others[0])}{more}: {others[0]['command']}")
+    return ["will these pairs distil (preflight)?", *lines]
 
 
 def _is_unreadable(one: Json) -> bool:

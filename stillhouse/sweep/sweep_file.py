@@ -275,10 +275,10 @@ def _checked(content: Mapping[str, Any], where: str) -> SweepFile:
         raise ConfigError(f"{where}: {key} = {short(first['input'])}: {reason}") from error
 
 
-def _knobs(asked: Mapping[str, Any], where: str) -> Knobs:
+def _knobs(given: Mapping[str, Any], where: str) -> Knobs:
     """One canonical name for each key of a sweep file; each is known, and given once."""
     found: Knobs = {}
-    for name, value in asked.items():
+    for name, value in given.items():
         key = vocabulary(TrainSpec).find(str(name), where)[0]
         if key in found:
             raise ConfigError(f"{where}: {label(key)} is given twice")

@@ -353,13 +353,13 @@ def retry(call: Call) -> int:
 def cancel(call: Call) -> int:
     """Ask running points to checkpoint and stop, and a `run` that is under way to end."""
     backend, sweep = call.backend, call.find()
-    asked = backend.cancel(sweep)
+    stopping = backend.cancel(sweep)
     observations = backend.look(sweep).observations
     if call.is_json:
         return _print_json(show.as_json(sweep, observations))
-    _print([f"  {line}" for line in asked])
+    _print([f"  {line}" for line in stopping])
     phrases = show.PHRASES[call.backend_name]
-    if not asked:
+    if not stopping:
         say(f"{sweep.name}: no point of it is running {phrases.there}")
     if any(seen.state != "done" for seen in observations.values()):
         say(f"{phrases.again} goes on from there")

@@ -278,30 +278,30 @@ class ClusterBackend:
         return count
 
     def cancel(self, sweep: Sweep) -> list[str]:
-        asked: dict[str, JobView] = {}
-        jobs = self._to_cancel(sweep, asked)
+        stopped: dict[str, JobView] = {}
+        jobs = self._to_cancel(sweep, stopped)
         refuse_others(jobs, self.site.owner)
         if sweep.is_whole:
             cancel_sweep(self.cluster, sweep.name)  # before the Jobs, so that nothing follows them
         while jobs:
             stop_jobs(self.cluster, self.watcher.ledger, jobs, self.site.owner)
-            asked |= {job.uid: job for job in jobs}
+            stopped |= {job.uid: job for job in jobs}
             self.look_again()  # a driver that had not heard of it may just have sent another
-            jobs = self._to_cancel(sweep, asked)
+            jobs = self._to_cancel(sweep, stopped)
         names = {point.directory: str(point) for point in sweep.points}
         said = [
-            f"asked to save and stop: {names.get(job.name, job.name)}" for job in asked.values()
+            f"asked to save and stop: {names.get(job.name, job.name)}" for job in stopped.values()
         ]
         more = len(said) - show.SHOWN
         return said[: show.SHOWN] + ([f"and {more} more"] if more > 0 else [])
 
-    def _to_cancel(self, sweep: Sweep, asked: Mapping[str, JobView]) -> list[JobView]:
+    def _to_cancel(self, sweep: Sweep, stopped: Mapping[str, JobView]) -> list[JobView]:
         """The live Jobs of these points, and of a whole sweep also those that no point has."""
         jobs = [job for point in sweep.points for job in self._jobs_about(point)]
         others = self._jobs_of(sweep) if sweep.is_whole else []
         jobs += [job for job in others if job.kind != "collect"]
         live = {job.name: job for job in jobs if job.state == "live" and not job.is_deleting}
-        return [job for job in live.values() if job.uid not in asked]
+        return [job for job in live.values() if job.uid not in stopped]
 
     def collect(
         self, sweep: Sweep, adapters: bool, say: Callable[[str], None]

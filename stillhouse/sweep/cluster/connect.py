@@ -79,8 +79,8 @@ def _log_in(context: str | None) -> Login:
     from kubernetes.config import ConfigException
     from yaml import YAMLError
 
-    asked = os.environ.get("KUBECONFIG") or "~/.kube/config"
-    files = [Path(part).expanduser() for part in asked.split(os.pathsep) if part]
+    paths = os.environ.get("KUBECONFIG") or "~/.kube/config"
+    files = [Path(part).expanduser() for part in paths.split(os.pathsep) if part]
     files = [file for file in files if file.is_file()]
     where = ", ".join(map(str, files)) or str(POD_IDENTITY)
     try:
@@ -95,7 +95,7 @@ def _log_in(context: str | None) -> Login:
             " read it, and KUBECONFIG names another file"
         ) from error
     raise ConfigError(
-        f"no kubeconfig: {asked} is not there; ask whoever runs the cluster for one and put it"
+        f"no kubeconfig: {paths} is not there; ask whoever runs the cluster for one and put it"
         " there, or set KUBECONFIG to where it is"
     )
 

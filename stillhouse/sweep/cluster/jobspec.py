@@ -151,15 +151,15 @@ def eval_line_step(name: str, overrides: Overrides) -> JobSpec:
     spec = compose(overrides, EvalSpec)
     step = _eval_step(spec, None)
     evaluation, quant = spec.evaluation, spec.quant
-    asked = {
+    rows = {
         "teacher": evaluation.eval_teacher,
         "student": evaluation.eval_student,
         "ptq": evaluation.eval_ptq and quant.quant_type != "none",
     }
     baselines = (
         directory_name(label, baseline_key(label, spec.pair, quant, spec.data))
-        for label, is_asked in asked.items()
-        if is_asked
+        for label, is_wanted in rows.items()
+        if is_wanted
     )
     typed = (*as_command_line(overrides), *PLACES)
     return dataclasses.replace(step, names=(name,), baselines=tuple(baselines), typed=typed)

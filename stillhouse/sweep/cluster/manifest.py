@@ -228,13 +228,13 @@ def _queue(step: JobSpec, site: SiteSpec) -> Json:
     """Kueue's labels, of the Job alone."""
     if site.queue is None or step.kind not in QUEUED:
         return {}
-    asked = {"queue-name": site.queue, "priority-class": site.queue_priority}
-    for knob, name in zip(("queue", "queue_priority"), asked.values(), strict=True):
+    names = {"queue-name": site.queue, "priority-class": site.queue_priority}
+    for knob, name in zip(("queue", "queue_priority"), names.values(), strict=True):
         if name is not None and (not name or not LABEL.fullmatch(name)):
             raise ConfigError(
                 f"site {site.site_name}: {knob} = {name!r} is no name of a Kubernetes object"
             )
-    return {f"kueue.x-k8s.io/{key}": name for key, name in asked.items() if name is not None}
+    return {f"kueue.x-k8s.io/{key}": name for key, name in names.items() if name is not None}
 
 
 def asked(kind: str, processes: int, site: SiteSpec) -> str:

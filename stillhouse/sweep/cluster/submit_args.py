@@ -83,17 +83,17 @@ class Line:
     def about(self) -> list[str]:
         """What is to be submitted, in a few lines."""
         site, step = self.site, self.step
-        asked = [f"{step.processes} {site.gpu_resource}"] if site.gpu_resource else []
-        asked += [f"{site.cpu * step.processes:g} cores"]
-        asked += [
+        asks = [f"{step.processes} {site.gpu_resource}"] if site.gpu_resource else []
+        asks += [f"{site.cpu * step.processes:g} cores"]
+        asks += [
             f"{site.memory_gib * step.processes:g} GiB",
             f"at most {duration(site.deadline_s)}",
         ]
-        asked += [f"queue {site.queue}"] if site.queue else []
+        asks += [f"queue {site.queue}"] if site.queue else []
         return [
             f"{self.name}: {DOES[self.kind]} {step.name}",
             f"  differs from the defaults by: {' '.join(self.differs) or 'nothing'}",
-            f"  asks for: {', '.join(asked)}",
+            f"  asks for: {', '.join(asks)}",
             f"  image {site.image}, code {self.code.key}",
         ]
 
@@ -115,15 +115,15 @@ def read(kind: Kind, name: str | None, words: Sequence[str], options: Sequence[s
         raise ConfigError(
             f"{command}: {name!r}: letters, digits, dot, dash and underscore make a name"
         )
-    asked = from_command_line([*words], EvalJobSpec if kind == "eval" else TrainSpec)
-    for key in POD_PLACES & asked.values.keys():
+    given = from_command_line([*words], EvalJobSpec if kind == "eval" else TrainSpec)
+    for key in POD_PLACES & given.values.keys():
         raise ConfigError(
             f"{command}: {label(key)} is a place of this machine; in a pod, runs are in {RUNS}"
             " (site.runs_claim) and found by their NAME. Leave it out"
         )
-    site, overrides = site_of(_part(asked, is_site=True)), _part(asked, is_site=False)
+    site, overrides = site_of(_part(given, is_site=True)), _part(given, is_site=False)
     if kind == "train":
-        spec, step = _train(name, words, asked)
+        spec, step = _train(name, words, given)
     elif kind == "eval":
         spec, step = compose(overrides, EvalSpec), eval_line_step(name, overrides)
         check_rows(spec.suite, command)
@@ -134,11 +134,11 @@ def read(kind: Kind, name: str | None, words: Sequence[str], options: Sequence[s
     return Line(kind, name, step, site, _differs(overrides, type(spec)), spec)
 
 
-def _train(name: str, words: Sequence[str], asked: Overrides) -> tuple[TrainSpec, JobSpec]:
+def _train(name: str, words: Sequence[str], given: Overrides) -> tuple[TrainSpec, JobSpec]:
     """The only point of a sweep that scores nothing, and its Job, which belongs to no sweep."""
-    if asked.values.get("place.name", name) != name:
+    if given.values.get("place.name", name) != name:
         raise ConfigError(
-            f"k8s/train.sh: two names, {name} and {asked.values['place.name']}; give one"
+            f"k8s/train.sh: two names, {name} and {given.values['place.name']}; give one"
         )
     sweep = load_sweep(None, [*words, f"name={name}", "suite=null"], Path(RUNS), CLUSTER)
     (point,) = sweep.points
@@ -148,13 +148,13 @@ def _train(name: str, words: Sequence[str], asked: Overrides) -> tuple[TrainSpec
     return point.spec, dataclasses.replace(step, sweep=None)
 
 
-def _part(asked: Overrides, is_site: bool) -> Overrides:
+def _part(given: Overrides, is_site: bool) -> Overrides:
     """What is asked of the site, or of all else."""
 
     def kept(knobs: Mapping[str, Any]) -> dict[str, Any]:
         return {k: v for k, v in knobs.items() if (k.partition(".")[0] == "site") == is_site}
 
-    return Overrides(kept(asked.groups), kept(asked.values))
+    return Overrides(kept(given.groups), kept(given.values))
 
 
 def _differs(overrides: Overrides, spec_type: type[TrainSpec] | type[EvalSpec]) -> tuple[str, ...]:

@@ -102,8 +102,8 @@ class LocalBackend:
         if sweep.is_whole:
             registry.cancel(self.runs, sweep.name)  # before the points: nothing follows them
         observations = observe(sweep)
-        asked = [point for point in sweep.points if _ask_to_stop(point, observations[point.id])]
-        return [f"asked to save and stop: {point}" for point in asked]
+        stopping = [point for point in sweep.points if _ask_to_stop(point, observations[point.id])]
+        return [f"asked to save and stop: {point}" for point in stopping]
 
 
 def _adopt_code(run: RunDir) -> None:
