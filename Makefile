@@ -70,6 +70,7 @@ bench-gpu: $(READY)
 # Offline, and so without the usage report that TRL sends; on the CPU, so that any machine can repeat it.
 parity: $(PARITY)/.ready
 	CUDA_VISIBLE_DEVICES= HF_HUB_OFFLINE=1 $(PARITY)/bin/python benchmarks/parity.py
+	CUDA_VISIBLE_DEVICES= HF_HUB_OFFLINE=1 $(PARITY)/bin/python -m benchmarks.trl_steps tiny
 
 image:
 	@UV_VERSION=$(UV_VERSION) $(or $(PYTHON),python3) tools/image.py $(IMAGE)
