@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 
-from stillhouse import compatibility, rollout_memory
+from stillhouse import compatibility, rollout_memory, teacher_placement
 from stillhouse.errors import AGAIN, DONE, MISTAKE, SOME_FAILED, ConfigError, ContractError
 from stillhouse.rundir import Json, make_directory
 from stillhouse.sweep import commits, cost, registry, show, spending
@@ -71,6 +71,7 @@ def plan(call: Call) -> int:
     _print(show.by_axis(sweep, observations, costs))
     _print(show.method_lines(sweep.points))
     _print(rollout_memory.lines(point.spec for point in sweep.points))
+    _print(teacher_placement.lines(point.spec for point in sweep.points))
     _print(verdict_lines(verdicts(sweep, call.runs)))
     _print(_forecast(call, sweep, costs))
     _print(show.failures(sweep, observations))
