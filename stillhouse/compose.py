@@ -253,7 +253,7 @@ def help_text(script: str, spec_type: type[Any]) -> str:
     lines += [f"  --{group:<8} {', '.join(options_of(group))}" for group in groups]
     lines += [
         "",
-        "knobs, with the defaults of the default pair (their ranges: stillhouse/spec.py):",
+        "knobs, with the defaults of the default pair (their ranges: stillhouse/spec/):",
     ]
     for name, leaf in vocabulary(spec_type).leaves.items():
         section, _, key = leaf.path.partition(".")

@@ -346,7 +346,7 @@ PLANTED = {
     "wandb stays": ("stillhouse/distill/planted.py", "wandb"),
     "HTTP stays": ("stillhouse/distill/planted.py", "starlette.applications"),
     "matplotlib stays": ("stillhouse/results/planted.py", "matplotlib.pyplot"),
-    "pandas and scipy": ("stillhouse/spec.py", "pandas"),
+    "pandas and scipy": ("stillhouse/spec/train.py", "pandas"),
 }
 
 
