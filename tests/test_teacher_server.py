@@ -180,6 +180,15 @@ def test_a_server_of_another_version_is_refused(here, monkeypatch):
         here.teacher()
 
 
+@pytest.mark.parametrize("answer", [b"<html>", b"[]", b'{"version": 1, "manifest": {}}'])
+def test_what_is_no_teacher_at_all_is_named_so(here, monkeypatch, answer):
+    monkeypatch.setattr(here.server, "_manifest", lambda _: (answer, "text/html"))
+    here.stop()
+    here.start()
+    with pytest.raises(ContractError, match="is no server of `stillhouse teacher`"):
+        here.teacher()
+
+
 def test_what_no_server_can_answer_is_not_asked_again(here, monkeypatch):
     served = here.teacher()
     with pytest.raises(ContractError, match="refuses: IndexError"):

@@ -28,6 +28,7 @@ from stillhouse.distill.rollouts import Completions
 from stillhouse.distill.teacher import Draws, Ids
 from stillhouse.distill.teacher_cache import head_of_tensors
 from stillhouse.errors import ConfigError, ContractError, Diverged, Interrupted, OutOfMemory
+from stillhouse.file_formats import TEACHER
 from stillhouse.rundir import Json
 from stillhouse.spec import RolloutSpec
 
@@ -36,6 +37,7 @@ PATIENT = (408, 425, 429, 500, 502, 503, 504)  # status codes after which a requ
 LOOK_S = 0.05  # how often a wait looks for a request to stop
 PAUSE_S = 0.2  # before a request is sent again, doubled up to LONGEST_PAUSE_S
 LONGEST_PAUSE_S = 5.0
+SERVER = "server of `stillhouse teacher`"
 NAME = "x-teacher"  # the header that says which teacher answered
 
 
@@ -65,13 +67,7 @@ class ServedTeacher:
         self._client = httpx.Client(base_url=url, headers=words, timeout=timeout, trust_env=False)
         weakref.finalize(self, self._client.close)
         self._name: str | None = None  # of the teacher that answers
-        said = json.loads(self._ask("GET", "/manifest"))
-        if said["version"] != VERSION:
-            raise ContractError(
-                f"the teacher at {url} is served by another version of this program, which speaks"
-                f" {said['version']} where this one speaks {VERSION}; start it from this code"
-            )
-        self.manifest: Json = said["manifest"]
+        self.manifest = self._manifest_of(self._ask("GET", "/manifest"))
         self._head = head_of_tensors(load(self._ask("GET", "/head")), device)
 
     def head(self) -> Head:
@@ -117,6 +113,19 @@ class ServedTeacher:
             "threads": torch.get_num_threads(),
         }
         return Completions(*json.loads(self._ask("POST", "/write", asked)))
+
+    def _manifest_of(self, answer: bytes) -> Json:
+        try:
+            said = json.loads(answer)
+            if said["version"] != VERSION:
+                raise ContractError(
+                    f"the teacher at {self.url} is served by another version of this program, which"
+                    f" speaks {said['version']} where this one speaks {VERSION}; start it from this"
+                    " code"
+                )
+            return TEACHER.validate_python(said["manifest"])
+        except (ValueError, TypeError, KeyError) as error:
+            raise ContractError(f"what answers at {self.url} is no {SERVER}") from error
 
     # ------------------------------------------------------------------- asked until answered
 
@@ -201,5 +210,5 @@ class ServedTeacher:
         if answer.status_code not in PATIENT:
             raise ContractError(
                 f"the teacher at {self.url} refuses: {answer.text[:300]} (status"
-                f" {answer.status_code}). Is it a server of `stillhouse teacher`?"
+                f" {answer.status_code}). Is it a {SERVER}?"
             )

@@ -38,7 +38,7 @@ from starlette.routing import Route
 
 from stillhouse.distill import models
 from stillhouse.distill.engine import Engine
-from stillhouse.distill.teacher import Draws, ModelTeacher, described, probe
+from stillhouse.distill.teacher import DIFFERENT, Draws, ModelTeacher, described, probe
 from stillhouse.distill.teacher_cache import head_tensors
 from stillhouse.distill.teacher_client import NAME, VERSION
 from stillhouse.errors import ConfigError, StillhouseError
@@ -61,7 +61,7 @@ class Server:
         self.model, self.token = model, token
         self.engine, self.writing = Engine(model), threading.Lock()
         self.manifest = described | {"probe": probe(self._teacher(0, []))}
-        self.name = digest(self.manifest)
+        self.name = digest({name: described[name] for name in DIFFERENT})
         self.count = 0  # requests at work or waiting
         self.pool = ThreadPoolExecutor(workers)
 
