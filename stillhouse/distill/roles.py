@@ -22,7 +22,7 @@ from stillhouse.distill.encoded import Example
 from stillhouse.distill.engine import Engine
 from stillhouse.distill.loop import Logits, Scorer
 from stillhouse.distill.pairs import PreparedPair
-from stillhouse.distill.rollouts import Completions, uniforms, write
+from stillhouse.distill.rollouts import Completions
 from stillhouse.distill.sequences import Writer
 from stillhouse.distill.teacher import Draws, ModelTeacher, Teacher
 from stillhouse.distill.teacher_places import placed
@@ -116,14 +116,24 @@ class Roles:
 
     def writers(self) -> dict[str, Writer]:
         """The writers, by the names that methods use."""
+        # The student, as it is now, writes by the same lines as a teacher of this process.
+        student = ModelTeacher(
+            self.student, self.engine, lambda: self.accelerator.autocast(), self.pad_id,
+            self.eos_ids, self.poll,
+        )  # fmt: skip
         return {
-            "student": self._write_as_student,
-            "teacher": self._write_as_teacher,
+            "student": partial(self._write, "student", student, lambda e: e.prompt_ids),
+            "teacher": partial(
+                self._write, "teacher", self.teacher, lambda e: e.teacher_prompt_ids
+            ),
             "dataset": read,
         }
 
-    def _write_as_student(
+    def _write(
         self,
+        who: str,
+        writer: Teacher,
+        prompt_of: PromptOf,
         examples: Sequence[Example],
         step: int,
         rows: Sequence[int],
@@ -132,30 +142,10 @@ class Roles:
         prefixes: Sequence[Sequence[int]] | None = None,
         greedy: bool = False,
     ) -> Completions:
+        draws = Draws(self.spec.training.seed, who, step, rows)
         rollout = _at_most(self.spec.rollout, tokens)
-        seed = self.spec.training.seed
-        draws_BT = uniforms(seed, "student", step, rows, rollout.max_new_tokens)
-        with self.accelerator.autocast():
-            return write(
-                self.engine, [e.prompt_ids for e in examples], draws_BT, rollout,
-                pad_id=self.pad_id, eos_ids=self.eos_ids, poll=self.poll, prefixes=prefixes,
-                greedy=greedy, most_rows=rollout.rollout_rows,
-            )  # fmt: skip
-
-    def _write_as_teacher(
-        self,
-        examples: Sequence[Example],
-        step: int,
-        rows: Sequence[int],
-        *,
-        tokens: int | None = None,
-        prefixes: Sequence[Sequence[int]] | None = None,
-        greedy: bool = False,
-    ) -> Completions:
-        draws = Draws(self.spec.training.seed, "teacher", step, rows)
-        rollout = _at_most(self.spec.rollout, tokens)
-        prompts = [e.teacher_prompt_ids for e in examples]
-        return self.teacher.write(prompts, draws, rollout, prefixes=prefixes, greedy=greedy)
+        prompts = [prompt_of(e) for e in examples]
+        return writer.write(prompts, draws, rollout, prefixes=prefixes, greedy=greedy)
 
 
 def _scorer(teacher: Teacher, prompt_of: PromptOf, alone: bool = False) -> Scorer:
