@@ -14,7 +14,6 @@ import re
 import signal
 import sys
 import traceback
-from importlib import metadata
 from itertools import pairwise
 from pathlib import Path
 from typing import NoReturn
@@ -146,8 +145,10 @@ def _dispatch(words: list[str]) -> int:
         print(f"usage: {USAGE}\n\n{verbs}\n\n{HELP}\n{EXAMPLES}", end="")
         return DONE if words else MISTAKE
     verb, *rest = words
-    if verb == "--version":
-        print(_version())
+    if "--version" in words:
+        from stillhouse.rundir import version
+
+        print(version())
         return DONE
     if verb in COMMANDS and {"-h", "--help"} & {*rest}:
         return _help_of_command(verb)
@@ -178,17 +179,6 @@ def _dispatch(words: list[str]) -> int:
         return do(verb, rest)
     except ApiError as error:
         raise ConfigError(f"the cluster says no: {error}{_cure(error.status)}") from error
-
-
-def _version() -> str:
-    """What is installed, and the digest of the code, which runs and Jobs name."""
-    from stillhouse.rundir import code_identity
-
-    try:
-        version = metadata.version("stillhouse")
-    except metadata.PackageNotFoundError:
-        version = "not installed"
-    return f"stillhouse {version}, code {code_identity()['digest']}"
 
 
 def _refuse_mistyped(verb: str, words: list[str]) -> None:
@@ -244,7 +234,10 @@ def _data(words: list[str]) -> int:
     if words[:1] != ["benchmarks"]:
         raise ConfigError(f"stillhouse data {' '.join(words)}: there is `{USAGES['data']}`")
     require_libraries([])
-    spec = compose(from_command_line(words[1:], EvalSpec), EvalSpec)
+    asked = from_command_line(words[1:], EvalSpec)
+    if other := [key for key in (*asked.groups, *asked.values) if key != "place.cache_dir"]:
+        raise ConfigError(f"stillhouse data benchmarks: {other[0]}: there is `{USAGES['data']}`")
+    spec = compose(asked, EvalSpec)
     rows = benchmarks.unpacked(Path(spec.place.cache_dir))
     print(f"{benchmarks.described()}\n\nrows: {rows}")
     return DONE
@@ -271,12 +264,13 @@ def _send(kind: str, words: list[str]) -> int:
 
 
 def _help_of_command(kind: str) -> int:
-    from stillhouse.compose import help_text
-    from stillhouse.spec import EvalSpec, TrainSpec
+    print(f"usage: {USAGES[kind]}\n\n{COMMANDS[kind]}\n{MORE[kind]}")
+    if kind != "data":
+        from stillhouse.compose import help_text
+        from stillhouse.spec import EvalSpec, TrainSpec
 
-    spec_type = TrainSpec if kind in ("train", "preflight", "teacher") else EvalSpec
-    knobs = help_text(kind, spec_type).partition("\n\n")[2]
-    print(f"usage: {USAGES[kind]}\n\n{COMMANDS[kind]}\n{MORE[kind]}\n\n{knobs}")
+        spec_type = TrainSpec if kind in ("train", "preflight", "teacher") else EvalSpec
+        print("", help_text(kind, spec_type).partition("\n\n")[2], sep="\n")
     return DONE
 
 

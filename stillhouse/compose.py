@@ -117,8 +117,10 @@ def parse_value(setting: flags.Setting, where: str) -> list[Any]:
             return [_plain(value) for value in parsed.sweep_iterator()]
     except HydraException as error:
         reason = str(error).splitlines()[0]
+        flag = f"--{setting.key.rpartition('.')[2].replace('_', '-')}"
+        cure = f"{flag} 'TEXT' takes it as it is" if setting.is_text else "quote odd characters"
         raise ConfigError(
-            f'{where}: {setting.key}: cannot read "{setting.text}" ({reason}); quote odd characters'
+            f'{where}: {setting.key}: cannot read "{setting.text}" ({reason}); {cure}'
         ) from error
     value = _plain(parsed.value())
     is_text = setting.is_text and isinstance(value, int | float)

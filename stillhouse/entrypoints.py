@@ -50,6 +50,7 @@ from stillhouse.rundir import (
     make_directory,
     now,
     sweep_leftovers,
+    version,
     write_json,
 )
 from stillhouse.sources import differences, drift, refusal, sources_of
@@ -65,8 +66,7 @@ ATTEMPTS_WITHOUT_PROGRESS = 3
 
 def train_main(argv: list[str]) -> int:
     """The exit code of `train.py` with these words."""
-    if {"--help", "-h"} & {*argv}:
-        print(help_text("train.py", TrainSpec))
+    if _is_answered(argv, "train.py", TrainSpec):
         return 0
 
     def work() -> int:
@@ -81,8 +81,7 @@ def train_main(argv: list[str]) -> int:
 
 def eval_main(argv: list[str]) -> int:
     """The exit code of `eval.py` with these words."""
-    if {"--help", "-h"} & {*argv}:
-        print(help_text("eval.py", EvalSpec))
+    if _is_answered(argv, "eval.py", EvalSpec):
         return 0
 
     def work() -> int:
@@ -91,6 +90,15 @@ def eval_main(argv: list[str]) -> int:
         return evaluate(spec, is_typed=not _is_in_pod())
 
     return _reported(work)
+
+
+def _is_answered(argv: list[str], script: str, spec_type: type[TrainSpec | EvalSpec]) -> bool:
+    """Print the help, or the version, where that is what is asked."""
+    if asks_help := bool({"--help", "-h"} & {*argv}):
+        print(help_text(script, spec_type))
+    elif "--version" in argv:
+        print(version())
+    return asks_help or "--version" in argv
 
 
 def prepare_main(argv: list[str]) -> int:

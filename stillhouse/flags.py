@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from stillhouse.errors import ConfigError, nearest
+from stillhouse.spec import EvalSpec, TrainSpec
 
 # `quant_type` is a leaf and chooses the quant group: an int4 student comes with int4's group size.
 GROUP_OF_LEAF = {"quant_type": "quant"}
@@ -87,8 +88,19 @@ class Vocabulary:
         leaf = self.leaves.get(name) or self._paths.get(name)
         if leaf is None:
             known = [*self.leaves, *self.groups, *self._paths]
-            raise ConfigError(f'{where}: no knob "{name}".{nearest(name, known)}')
+            cure = _elsewhere(name) or nearest(name, known)
+            raise ConfigError(f'{where}: no knob "{name}".{cure}')
         return leaf.path, leaf
+
+
+def _elsewhere(name: str) -> str:
+    """Which entry point has this knob, in a sentence; "" where none has."""
+    spec_types: dict[str, type[Any]] = {"train.py": TrainSpec, "eval.py": EvalSpec}
+    for script, spec_type in spec_types.items():
+        known = leaves(spec_type)
+        if name in known or name in {leaf.path for leaf in known.values()}:
+            return f" It is a knob of {script}."
+    return ""
 
 
 def parse(argv: list[str], vocabulary: Vocabulary, where: str = "command line") -> list[Setting]:

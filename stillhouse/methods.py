@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from stillhouse.spec import Knots, TrainSpec
+from stillhouse.text import number_of
 
 BARS = "▁▂▃▄▅▆▇█"
 WIDTH = 20  # characters of a drawn schedule
@@ -113,7 +114,7 @@ def drawn(spec: TrainSpec) -> str:
         parts.append(f"teacher: {average if loss.ema_decay else 'the student as it is'}")
     if method.anchor_weight != 0:
         parts.append(f"anchor {_ends(method.anchor_weight)}")
-    parts.append(f"{spec.training.max_steps} steps")
+    parts.append(number_of(spec.training.max_steps, "step"))
     return f"λ {_bars(method.lmbda, 1)} {_ends(method.lmbda):<{ENDS}}  {'; '.join(parts)}"
 
 
@@ -122,8 +123,8 @@ def _rescued(spec: TrainSpec) -> list[str]:
     rescue, said = spec.rescue, list[str]()
     if rescue.cold_start:
         said.append(
-            f"first {spec.cold_steps} steps on the teacher's answers to {rescue.cold_prompts}"
-            " prompts"
+            f"first {number_of(spec.cold_steps, 'step')} on the teacher's answers to"
+            f" {number_of(rescue.cold_prompts, 'prompt')}"
         )
     if rescue.kept_prompts != 1:
         bars, ends = _bars(rescue.kept_prompts, 1), _ends(rescue.kept_prompts)

@@ -9,6 +9,7 @@ interpreter's path will do as well. Nothing is installed or downloaded here.
 
 from __future__ import annotations
 
+import fnmatch
 import importlib
 import importlib.util
 import sys
@@ -99,17 +100,29 @@ def find(name: str, cache_dir: Path) -> dict[str, Path]:
         contents = {root: sha256_of(known, root, cache_dir) for root in roots}
         whole = [root for root in roots if contents[root] == known.sha256]
         if not whole:
-            root, content = roots[0], contents[roots[0]]
+            root, gone = roots[0], _gone(known, fitting[0])
+            what = f"not those of version {known.version} (sha256 {contents[root][:10]}…)"
             raise ConfigError(
-                f"package {each}: its files in {root} are not those of version {known.version}"
-                f" (sha256 {content[:10]}… here, {known.sha256[:10]}… known); install it again with"
-                f" {install_line([each], cache_dir, again=True)}"
+                f"{each} in {root}: {f'{gone} is missing' if gone else f'its files are {what}'};"
+                f" install it again with {install_line([each], cache_dir, again=True)}"
             )
         found |= known.files_below(whole[0])
     if missing:
         said = ", ".join(f"{each} {what}" for each, what in missing.items())
         raise ConfigError(f"{said}; get it with {install_line(missing, cache_dir)}")
     return found
+
+
+def _gone(known: Package, there: metadata.Distribution) -> str | None:
+    """The first file that is used of an installed package and is not where it was installed."""
+    root = Path(str(there.locate_file("")))
+    listed = [str(file) for file in there.files or ()]
+    for pattern in known.files:
+        names = [name for name in listed if fnmatch.fnmatchcase(name, pattern)]
+        gone = [name for name in names if not (root / name).is_file()]
+        if gone or not any(root.glob(pattern)):
+            return min(gone, default=pattern)
+    return None
 
 
 def sha256_of(known: Package, root: Path, cache_dir: Path) -> str:

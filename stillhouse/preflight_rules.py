@@ -20,6 +20,7 @@ from stillhouse.errors import ConfigError
 from stillhouse.identity import as_before, digest, to_plain
 from stillhouse.rundir import Json
 from stillhouse.spec import TrainSpec
+from stillhouse.text import number_of
 
 LIKELY, UNLIKELY, UNSURE = 0, 3, 4  # exit codes
 EXIT_CODES = {"likely": LIKELY, "unlikely": UNLIKELY, "unsure": UNSURE}
@@ -128,8 +129,9 @@ def numbers_of(found: Mapping[str, Any]) -> dict[str, Measured]:
 
 def as_text(found: Mapping[str, Any]) -> str:
     """A verdict and its numbers for a terminal."""
-    settings = f"{found['loss']}, beta {found['beta']:g}, {found['max_steps']} steps"
-    lines = [f"{found['verdict']}: {found['pair']} in {found['quant']}, with {settings}"]
+    settings = f"{found['loss']}, beta {found['beta']:g}, {number_of(found['max_steps'], 'step')}"
+    stored = "" if found["quant"] == "none" else f" in {found['quant']}"
+    lines = [f"{found['verdict']}: {found['pair']}{stored}, with {settings}"]
     lines += [f"  {reason}" for reason in found["reasons"]]
     if found["recipe"]:
         lines.append(f"  worth trying: {found['recipe']}")
@@ -137,7 +139,8 @@ def as_text(found: Mapping[str, Any]) -> str:
     facts = found["facts"]
     if (error := facts.get("quantization_error")) is not None:
         lines.append(f"the quantiser changes the weights by {error:.2%} (||Q(W)-W||/||W||)")
-    lines.append(f"of {facts['prompts']} prompts, {facts['with_answers']} with an answer:")
+    prompts = number_of(facts["prompts"], "prompt")
+    lines.append(f"of {prompts}, {facts['with_answers']} with an answer:")
     if not facts["with_answers"]:
         lines.append("  capability: not measured, the data has no answers")
     if not facts["teacher_writes"]:

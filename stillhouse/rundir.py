@@ -26,6 +26,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
+from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -64,7 +65,7 @@ __all__ = [
     "FORMAT", "Json", "RunDir", "Runs", "code_identity", "directory_name", "eval_file", "eval_note",
     "file_digest", "link_path", "make_directory", "new_record", "now", "publish", "read_baseline",
     "read_eval_note", "read_json", "read_score", "sweep_leftovers", "temporary_name",
-    "write_atomic", "write_json",
+    "version", "write_atomic", "write_json",
 ]  # fmt: skip
 
 FORMAT = 1  # of a run directory; another number is refused, never guessed at
@@ -117,6 +118,15 @@ def code_identity() -> Json:
         "revision": git("rev-parse", "HEAD"),
         "dirty": bool(git("status", "--porcelain", "--", ".")),
     }
+
+
+def version() -> str:
+    """What is installed, and the digest of the code, which runs and Jobs name."""
+    try:
+        installed = metadata.version("stillhouse")
+    except metadata.PackageNotFoundError:
+        installed = "not installed"
+    return f"stillhouse {installed}, code {code_identity()['digest']}"
 
 
 @dataclass(frozen=True)

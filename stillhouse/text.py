@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
+import shlex
 import time
+from collections.abc import Iterable
 from typing import Any
 
 from stillhouse.errors import visible
@@ -11,6 +14,25 @@ from stillhouse.errors import visible
 def say(text: str, file: Any = None, flush: bool = False) -> None:
     """Print for a person; to stdout if no `file` is given."""
     print(visible(text), file=file, flush=flush)
+
+
+def number_of(count: int, noun: str) -> str:
+    """A number of things: 1 step, or 2000 steps."""
+    return f"{count} {noun}{'' if count == 1 else 's'}"
+
+
+def shell_line(words: Iterable[str]) -> str:
+    """The words as a line for a shell; of KEY=VALUE only the value is quoted."""
+    return " ".join(map(_for_shell, words))
+
+
+def _for_shell(word: str) -> str:
+    key, equals, value = word.partition("=")
+    if not equals or shlex.quote(key) != key or shlex.quote(value) == value:
+        return shlex.quote(word)
+    if "'" in value and re.search(r'[\\$`"!]', value) is None:  # nothing that a shell fills in
+        return f'{key}="{value}"'
+    return f"{key}={shlex.quote(value)}"
 
 
 def duration(seconds: float) -> str:

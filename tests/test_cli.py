@@ -14,12 +14,13 @@ from typing import Any
 import pytest
 
 from stillhouse.cli import COMMANDS, VERBS, main
+from stillhouse.entrypoints import train_main
 from stillhouse.rundir import RunDir, Runs, code_identity
 from stillhouse.sweep import verbs
 from stillhouse.sweep.grid import load_sweep
 from stillhouse.sweep.points import Sweep
 from stillhouse.sweep.progress import Board, Steps, display, steps_of
-from stillhouse.sweep.show import counted
+from stillhouse.sweep.show import counted, ways_on
 from stillhouse.sweep.snapshot import observe
 from stillhouse.sweep.state import Observation
 from stillhouse.text import Pace, duration
@@ -88,9 +89,18 @@ def test_ctrl_c_after_the_end_leaves_the_exit_code_as_it_was() -> None:
 
 
 def test_version_names_the_package_and_the_code(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["--version"]) == 0
     said = f"stillhouse {metadata.version('stillhouse')}, code {code_identity()['digest']}\n"
-    assert capsys.readouterr().out == said
+    answers = (main, ["--version"]), (main, ["plan", "--version"]), (train_main, ["--version"])
+    for answer, words in answers:
+        assert answer(words) == 0
+        assert capsys.readouterr().out == said
+
+
+def test_a_mistake_is_mended_before_it_is_tried_again() -> None:
+    failed = [Observation("failed", exit_code=code) for code in (42, 43)]
+    said = ways_on(failed, "stillhouse logs x", "stillhouse retry x")
+    assert "mend what ended with 42, or it ends so again; `stillhouse retry x`" in said
+    assert "42" not in ways_on(failed[1:], "stillhouse logs x", "stillhouse retry x")
 
 
 def test_the_help_of_run_has_the_option_that_its_refusal_names(
@@ -141,6 +151,15 @@ def test_every_verb_has_a_help_of_its_own(verb: str, capsys: pytest.CaptureFixtu
         (["run", "pair=tiny", "--detach"], "this needs a cluster"),
         (["plan", "pair=tiny", "runs=a", "--runs", "b"], "two directories"),
         (["status", "nothing"], 'no sweep and no run "nothing"'),
+        (
+            ["status", "nothing", "--runs", "gone"],
+            "there is no directory gone (a sweep file ends in",
+        ),
+        (["status", "nothing", "--runs", "gone"], "`stillhouse status --runs gone` lists"),
+        (
+            ["data", "benchmarks", "--lora-paths", "x"],
+            "`stillhouse data benchmarks [cache_dir=DIR]`",
+        ),
         (["logs"], "which sweep?"),
         (["retry", "nothing", "lmbda=0"], "words change a sweep file"),
         (["report", "nothing"], "nothing"),

@@ -119,7 +119,7 @@ def test_a_model_is_on_the_volume_and_its_words_are_said(
 ) -> None:
     out = push("models/small")
     first, *rest = out.splitlines()
-    assert first == "models/small: 3 file(s), 205 kB"
+    assert first == "models/small: 3 files, 205 kB"
     assert "deep/model.safetensors" in rest[0], "the largest is shown first"
     [name] = {path.partition("/")[0] for path in lab.files()}
     assert name.startswith("small-") and len(name) == len("small-") + 12

@@ -344,7 +344,7 @@ REFUSED = {
     "lmbda=0,1": "is a sweep; one run wants one value",
     "pair=tiny,context": "is a sweep; one run wants one value",
     "lmbda=interval(0,1)": "a grid needs a list",
-    "prompt_template={question}": "quote odd characters",
+    "prompt_template={question}": "--prompt-template 'TEXT' takes it as it is",
     "lmbda=1.5": "method.lmbda = 1.5: the values of this schedule lie in [0, 1]",
     "learning_rate=fast": "optim.learning_rate = 'fast'",
     "max_steps=1.5": "training.max_steps = 1.5",

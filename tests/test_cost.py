@@ -226,8 +226,8 @@ def test_a_plan_shows_hours_and_dollars_by_axis_and_what_they_rest_on(tmp_path: 
         "  lmbda = 0       2        not known",
         "  lmbda = 1       2                1  $2.00",
         "  all             4  1 + 2 not known  $2.00",
-        f"  2 not known: no run like it was measured on {PRODUCT}",
-        f"  2 measured: 18 s a step, 2 runs ({PRODUCT})",
+        f"  2 points, not known: no run like it was measured on {PRODUCT}",
+        f"  2 points, measured: 18 s a step, 2 runs ({PRODUCT})",
         "  $2 a device-hour (site.price_usd_per_hour); scoring is not counted",
     ]
 

@@ -70,9 +70,7 @@ def test_a_name_below_dump_means_the_run_of_that_name(tmp_path, monkeypatch):
 def test_a_path_without_adapters_says_what_was_looked_for(tmp_path):
     runs = Runs(tmp_path / "runs")
     bare_run(runs.root, adapter=False)
-    with pytest.raises(
-        ConfigError, match=r"adapter_config\.json.*1 runs there are not trained yet"
-    ):
+    with pytest.raises(ConfigError, match=r"adapter_config\.json.*not trained yet: 1 run there"):
         find.typed((str(runs.root),), runs)
 
 

@@ -154,7 +154,8 @@ def test_negative_numbers_are_values_not_flags():
 REFUSED = {
     "--lmda 0.5": 'no knob "lmda". Did you mean "lmbda"?',
     "lmda=0.5": 'no knob "lmda". Did you mean "lmbda"?',
-    "--lora_paths a": 'no knob "lora_paths". Did you mean "lora_',
+    "--lora_paths a": 'no knob "lora_paths". It is a knob of eval.py.',
+    "sample=5": 'no knob "sample". It is a knob of eval.py.',
     "optim.learnin_rate=1": 'Did you mean "optim.learning_rate"?',
     "loss.betta=1": 'Did you mean "loss.beta"?',
     "method.beta=1": 'no knob "method.beta"',

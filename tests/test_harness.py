@@ -17,6 +17,7 @@ from stillhouse.evals import find, harness
 from stillhouse.evals.suite import LoadedTask, Scorer
 from stillhouse.identity import score_key
 from stillhouse.rundir import Runs, eval_file, new_record, read_json, write_json
+from stillhouse.spec import SuiteSpec, TaskSpec
 from tests.builders.micro_models import (
     ADAPTERS_ONLY,
     GEN,
@@ -121,6 +122,12 @@ def test_a_score_that_another_evaluation_writes_meanwhile_counts_as_replaced_by_
     run_suite(spec)
     ours = read_json(file) or {}
     assert ours == theirs | {key: ours[key] for key in ("seconds", "finished")}
+
+
+def test_the_tables_headings_tell_tasks_apart():
+    names = ["tiny_sampled_length", "tiny_sampled_distinct", "arc_easy_val", "mmlu"]
+    suite = SuiteSpec("s", tuple(TaskSpec(n, "acc", 0, True) for n in names), False, None, 8)
+    assert [cell.strip() for cell in harness.table([], suite).split("|")] == ["model", *names]
 
 
 @pytest.mark.parametrize("which", ["lmbda_1_int4", "plain", "nf4"])

@@ -49,8 +49,19 @@ def test_a_package_that_is_missing_is_refused_with_the_line_that_installs_it(
 def test_files_that_are_not_what_is_known_are_refused(tmp_path: Path) -> None:
     install(tmp_path, "a-box", "1.2", {"a_box/b.txt": b"two", "a_box/a.txt": b"three"})
     said = refusal(tmp_path)
-    assert f"its files in {tmp_path}/packages are not those of version 1.2" in said
+    assert f"a-box in {tmp_path}/packages: its files are not those of version 1.2" in said
     assert f"`uv pip install --no-deps --target {tmp_path}/packages --reinstall a-box==1.2`" in said
+
+
+def test_a_file_that_is_gone_is_named(tmp_path: Path) -> None:
+    install(tmp_path, "a-box", "1.2", {"a_box/a.txt": b"one"})
+    (tmp_path / "packages" / "a_box" / "a.txt").unlink()
+    again = "install it again with `uv pip install --no-deps --target"
+    assert f"a-box in {tmp_path}/packages: a_box/*.txt is missing; {again}" in refusal(tmp_path)
+    install(tmp_path, "a-box", "1.2", {"a_box/a.txt": b"one"})
+    listed = tmp_path / "packages" / "a_box-1.2.dist-info" / "RECORD"
+    listed.write_text("a_box/a.txt,,\na_box/b.txt,,\na_box/x.py,,\n")
+    assert f"a-box in {tmp_path}/packages: a_box/b.txt is missing; {again}" in refusal(tmp_path)
 
 
 def test_all_that_a_package_needs_is_in_one_line(tmp_path: Path) -> None:

@@ -522,7 +522,7 @@ def test_a_package_that_is_not_installed_is_one_sentence(tmp_path: Path) -> None
     gemma = dataclasses.replace(SMOLLM2, student=packages.GEMMA, teacher=packages.GEMMA)
     with pytest.raises(ConfigError) as caught:
         prepare(gemma, NONE, tmp_path)
-    assert f"pair smollm2_self: its weights come in a package: {packages.GEMMA} is not" in str(
+    assert f"pair smollm2_self: its weights come in a package, and {packages.GEMMA} is not" in str(
         caught.value
     )
     absent = dataclasses.replace(SMOLLM2, student="llm_nothing", teacher="llm_nothing")

@@ -197,3 +197,14 @@ def test_a_torn_verdict_is_one_line_of_a_plan(
     file.write_text(content)
     said = planned(tmp_path, capsys)
     assert f"  unreadable {file}: " in said and "not asked of tiny" in said
+
+
+def test_a_plan_names_an_unquantised_pair_and_one_step_as_a_person_does(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["pair=tiny_told", "max_steps=1", "max_new_tokens=1", "prompt_template='{question} ='"]
+    assert main(["plan", *words, "--runs", str(tmp_path)]) == 0
+    said = capsys.readouterr().out
+    assert "not asked of tiny_told (jsd, beta 1, 1 step of 1 token): stillhouse pref" in said
+    assert """prompt_template="'{question} ='" --runs""" in said
+    assert "1 point, rule of thumb: " in said

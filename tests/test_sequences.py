@@ -448,7 +448,14 @@ def test_replayed_text_of_an_earlier_teacher_is_not_held_against_the_present_one
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["ema_decay=0.9"], "and the teacher of pair tiny is not the student"),
+        (
+            ["ema_decay=0.9"],
+            r"is not the student: the student was trained by itself \(student_steps",
+        ),
+        (
+            ["ema_decay=0.9", "teacher_dtype=bfloat16"],
+            "its dtype is bfloat16, not float32; the stu",
+        ),
         ([*SELF, "teacher_prompt=null", "ema_decay=0"], "there is nothing to learn"),
         ([*SELF, "ema_decay=0", "cold_start=0.5", "cold_prompts=4"], "this teacher changes with"),
         ([*SELF, "lmbda=0", "ema_decay=0.9", "teacher_at=cache"], "cache with ema_decay 0.9"),

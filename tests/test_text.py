@@ -23,6 +23,7 @@ from stillhouse.sweep.cluster.jobspec import drive_step, train_step
 from stillhouse.sweep.cluster.manifest import render
 from stillhouse.sweep.grid import load_sweep
 from stillhouse.sweep.points import Sweep
+from stillhouse.text import number_of, shell_line
 from tests.manifest_checklist import check
 
 ODD = "\\'\"$(){}[],:= \n\t#%aé0~!*&|>\u2028\x85"
@@ -135,3 +136,15 @@ def test_a_sweep_file_fills_in_nothing_and_says_so(
     with pytest.raises(ConfigError, match=r"\$\{…\} is not filled in") as refused:
         load_sweep(str(tmp_path / "s.yaml"), [], tmp_path)
     assert "private" not in str(refused.value)
+
+
+@given(st.lists(TEXT.map(lambda text: f"prompt_template={text}") | TEXT, max_size=4))
+def test_a_line_for_a_shell_is_read_as_the_words_it_was_made_of(words: list[str]):
+    assert shlex.split(shell_line(words)) == words
+
+
+def test_a_line_for_a_shell_quotes_values_so_that_a_person_can_read_them():
+    words = ["lmbda=0", "data_path='a b'", "name=my run", "target_modules=[a,b]"]
+    said = """lmbda=0 data_path="'a b'" name='my run' target_modules='[a,b]'"""
+    assert shell_line(words) == said
+    assert [number_of(n, "step") for n in (0, 1, 2)] == ["0 steps", "1 step", "2 steps"]

@@ -23,7 +23,7 @@ import numpy as np
 from stillhouse.distill.cache import Say, made_once
 from stillhouse.distill.chat import Chat, Rendered
 from stillhouse.distill.encoded import Draft, packed, write_examples
-from stillhouse.distill.formats import UNDERSTOOD, Conversation, Row, Skip, Turn, columns, read
+from stillhouse.distill.formats import UNDERSTOOD, Conversation, Row, Skip, Turn, read
 from stillhouse.distill.tables import Table
 from stillhouse.errors import DataError
 from stillhouse.identity import digest
@@ -231,10 +231,11 @@ class Encoder:
                 except Skip as skip:
                     self._leave_out(draft.row, skip)
                 except KeyError as error:
+                    more = [str(name) for name in row if name not in ("question", "completion")]
                     raise DataError(
                         f"{where}: row {draft.row} has no text for {{{error.args[0]}}} of"
-                        f" teacher_prompt; {columns(row)}, besides question and, where it has an"
-                        " answer, completion"
+                        " teacher_prompt. Its fields are question, completion where it has an"
+                        f" answer, and what else the row has: {', '.join(more)}"
                     ) from error
                 else:
                     written.append(draft)

@@ -233,7 +233,7 @@ def _package(pair: PairSpec, cache_dir: Path) -> tuple[str, list[Path]]:
         found = packages.find(name, cache_dir)
     except ConfigError as error:
         raise ConfigError(
-            f"pair {pair.pair_name}: its weights come in a package: {error}"
+            f"pair {pair.pair_name}: its weights come in a package, and {error}"
         ) from error
     return packages.PACKAGES[name].version, [f for f in found.values() if ".gguf" in f.name]
 
@@ -263,8 +263,11 @@ def _from_package(pair: PairSpec, cache_dir: Path, say: Say) -> tuple[_Weights, 
 
 def _unpack_gguf(file: Path, into: Path) -> None:
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoTokenizer, modeling_gguf_pytorch_utils
 
+    # Its reader's bar heeds no setting of transformers'.
+    reader: Any = modeling_gguf_pytorch_utils
+    reader.tqdm = partial(reader.tqdm, disable=True)
     with tiny.no_bars():
         packed: Any = AutoModelForCausalLM.from_pretrained(
             file.parent, gguf_file=file.name, dtype=torch.float32

@@ -25,7 +25,7 @@ from stillhouse.rundir import Json, RunDir, new_record, now, write_json
 from stillhouse.sources import drift, refusal
 from stillhouse.spec import TrainSpec
 from stillhouse.stop import StopFlag
-from stillhouse.text import Pace
+from stillhouse.text import Pace, number_of
 from stillhouse.watch_rules import Finding, replayed, stops
 
 TELL_SECONDS = 15.0  # between two progress lines in the log
@@ -291,7 +291,7 @@ class Run:
         checkpoint.remove_all(
             self.dir
         )  # a trained run never resumes; thousands of points share a disk
-        self.say(f"{self.dir.path}: trained, {step} steps")
+        self.say(f"{self.dir.path}: trained, {number_of(step, 'step')}")
 
 
 def train_run(spec: TrainSpec, run: RunDir, stop: StopFlag) -> int:

@@ -24,6 +24,7 @@ from stillhouse.errors import ConfigError, ContractError, nearest
 from stillhouse.identity import as_before
 from stillhouse.rundir import RunDir, Runs
 from stillhouse.spec import EvalSpec, PairSpec
+from stillhouse.text import number_of
 
 MARK = "adapter_config.json"  # PEFT writes it into every adapter
 
@@ -94,7 +95,7 @@ def _adapters_of(word: str, runs: Runs) -> tuple[list[Path], set[Path]]:
     if not adapters:
         raise ConfigError(
             f"{word}: no adapter (a directory with {MARK}) and no run with an adapter/ in it or"
-            f" below it; {len(unfinished)} runs there are not trained yet"
+            f" below it; not trained yet: {number_of(len(unfinished), 'run')} there"
         )
     return adapters, unfinished
 

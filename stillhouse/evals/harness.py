@@ -41,6 +41,7 @@ from stillhouse.rundir import (
 )
 from stillhouse.sources import sources_of
 from stillhouse.spec import DataSpec, EvalSpec, PairSpec, QuantSpec, SuiteSpec, TaskSpec
+from stillhouse.text import number_of
 
 NAME_WIDTH, SCORE_WIDTH = 25, 8  # of the printed table, as in the seeds
 PROBE = "Ida has 7 cups. Then 3 more are found. How many cups now?"
@@ -121,7 +122,8 @@ def run_suite(spec: EvalSpec, adapters: find.Adapters, stop: Stop) -> int:
         return 0
     runs, suite = Runs(Path(spec.place.runs)), spec.suite
     if adapters.untrained:
-        _say(f"eval: {adapters.untrained} runs found there are not trained yet and are left out")
+        left = number_of(adapters.untrained, "run")
+        _say(f"eval: left out, because not trained yet: {left} found there")
     _stay_offline()
     models.use_threads(spec.place.threads)
     cache_dir = Path(spec.place.cache_dir)
@@ -146,8 +148,8 @@ def run_suite(spec: EvalSpec, adapters: find.Adapters, stop: Stop) -> int:
                 isolation.forget_begun(row.home)  # it died after the last score
                 isolation.done(row.home)
     rows = [row for row in rows if row.home not in isolation.failed]
-    todo = f"{len(missing)} of {len(rows) * len(suite.tasks)} scores to find"
-    _say(f"eval: {len(rows)} rows, suite {suite.suite_name}: {todo}")
+    todo = f"{len(missing)} of {number_of(len(rows) * len(suite.tasks), 'score')} to find"
+    _say(f"eval: {number_of(len(rows), 'row')}, suite {suite.suite_name}: {todo}")
     _say_what_drifted(rows, suite)
     if missing:
         _score_all(spec, prepared, rows, missing, stop, isolation)
@@ -294,9 +296,10 @@ def _label(quant_type: str, found: find.Found) -> str:
 
 def table(rows: list[Row], suite: SuiteSpec) -> str:
     """The seeds' table, blank where there is no score; one of a sample has its standard error."""
-    # If cut, the two columns of a requantized task would have the same title.
-    titles = [task.task if task.is_requantised else task.task[:SCORE_WIDTH] for task in suite.tasks]
-    body = [titles, *([shown(row.finished(suite, t)) for t in suite.tasks] for row in rows)]
+    body = [
+        [task.task for task in suite.tasks],
+        *([shown(row.finished(suite, t)) for t in suite.tasks] for row in rows),
+    ]
     widths = [max(SCORE_WIDTH, *map(len, column)) for column in zip(*body, strict=True)]
     labels = ["model", *(row.label[:NAME_WIDTH] for row in rows)]
     return "\n".join(
@@ -445,5 +448,5 @@ def _write(row: Row, task: TaskSpec, suite: SuiteSpec, score: Json) -> None:
     write_json(file, score)
     _say(
         f"  {row.label} {task.task}: {score['metric']} {shown(score)}"
-        f" ({score['n']} documents, {score['seconds']:.1f} s)"
+        f" ({number_of(score['n'], 'document')}, {score['seconds']:.1f} s)"
     )

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import html
 import re
-import shlex
 import time
 from collections.abc import Iterable, Mapping
 from functools import partial
@@ -32,6 +31,7 @@ from stillhouse.results.provenance import Frame
 from stillhouse.results.section import Evidence, Section
 from stillhouse.results.summary import notes, summary, wide
 from stillhouse.rundir import Json, Runs, make_directory, sweep_leftovers, write_atomic
+from stillhouse.text import number_of, shell_line
 
 MEANING = {
     MISTAKE: "user mistake",
@@ -238,7 +238,7 @@ def _facts(frame: Frame, runs: Runs) -> list[tuple[str, str]]:
         known = first["code_revision"] if table.is_set(first["code_revision"]) else ""
         revision = f", git {known[:10]}" if known else ""
         dirty = " with uncommitted changes" if part["code_dirty"].eq(True).any() else ""
-        facts.append(("code", f"{key}{revision}{dirty} ({len(part)} points)"))
+        facts.append(("code", f"{key}{revision}{dirty} ({number_of(len(part), 'point')})"))
     facts += provenance.as_facts(frame)
     for column in [c for c in frame if c.startswith(("version_", "eval_version_lm_eval"))]:
         name = column.removeprefix("eval_").removeprefix("version_")
@@ -275,4 +275,4 @@ def commands(frame: Frame, runs: Path) -> list[str]:
     given: list[str | None] = [sweep["file"], *(sweep["words"] or [])]
     words = [word for word in given if word]
     again = [["stillhouse", "run", *words, *where]] if words else []
-    return [shlex.join(line) for line in [*again, ["stillhouse", "report", sweep["name"], *where]]]
+    return [shell_line(line) for line in [*again, ["stillhouse", "report", sweep["name"], *where]]]

@@ -71,9 +71,22 @@ class PairSpec:
     @property
     def is_self(self) -> bool:
         """Whether the student's unquantised base is the teacher."""
-        one = (self.student, self.student_revision, self.student_dtype)
-        is_same = one == (self.teacher, self.teacher_revision, self.teacher_dtype)
-        return is_same and (self.pair_source != "generated" or self.student_steps is None)
+        return not self.differences
+
+    @property
+    def differences(self) -> list[str]:
+        """What the teacher has and the student's unquantised base has not, a sentence each."""
+        both = {
+            "weights": (self.teacher, self.student),
+            "revision": (self.teacher_revision, self.student_revision),
+            "dtype": (self.teacher_dtype, self.student_dtype),
+        }
+        found = [
+            f"its {what} is {its}, not {own}" for what, (its, own) in both.items() if its != own
+        ]
+        if self.pair_source == "generated" and self.student_steps is not None:
+            found.append(f"the student was trained by itself (student_steps {self.student_steps})")
+        return found
 
 
 def template_fields(template: str) -> list[str]:

@@ -117,9 +117,8 @@ class TrainSpec:
         if not pair.is_self:
             raise ValueError(
                 f"ema_decay {decay:g}: the teacher would be an average of the student's weights,"
-                f" and the teacher of pair {pair.pair_name} is not the student ({pair.teacher} in"
-                f" {pair.teacher_dtype}, not {pair.student} in {pair.student_dtype}, or other"
-                " weights of that name); null leaves it frozen"
+                f" and the teacher of pair {pair.pair_name} is not the student:"
+                f" {'; '.join(pair.differences)}. null leaves it frozen"
             )
         if decay == 0 and not pair.has_context and self.loss.fixed_advantage is None:
             raise ValueError(

@@ -27,6 +27,7 @@ from stillhouse.spec import NonNegative, SiteSpec, TrainSpec
 from stillhouse.sweep.points import Point
 from stillhouse.sweep.state import Record
 from stillhouse.sweep.sweep_file import text
+from stillhouse.text import number_of
 
 # Seconds of a generated pair's step, per sequence. A step of 32 at λ = 1 with int4 took 0.20 s on
 # one thread of a busy 2-core machine, and 0.07 to 0.10 s without quantizer and metrics on a quiet
@@ -175,7 +176,7 @@ def estimate_lines(points: Sequence[Point], costs: Mapping[str, Cost], site: Sit
     if len(rows) > SHOWN:
         lines.insert(-1, f"  and {len(rows) - SHOWN} more values")
     bases = Counter(cost.basis for cost in costs.values()).most_common()
-    lines += [f"  {count} {basis}" for basis, count in bases[:SHOWN_BASES]]
+    lines += [f"  {number_of(count, 'point')}, {basis}" for basis, count in bases[:SHOWN_BASES]]
     if len(bases) > SHOWN_BASES:
         lines.append(f"  and {len(bases) - SHOWN_BASES} other bases")
     price = price_of(site)
@@ -298,8 +299,8 @@ def _foretell(spec: TrainSpec, alike: Sequence[Measure], is_cluster: bool) -> Co
         seconds = statistics.median(m.fixed_s for m in measured) + step_s * training.max_steps
         where = ", ".join(sorted({m.device for m in measured}))
         what = "Job" if measured[0].is_job else "run"
-        count = f"{len(measured)} {what}{'s' if len(measured) > 1 else ''}"
-        return _cost(seconds, devices, usd, f"measured: {step_s:.2g} s a step, {count} ({where})")
+        basis = f"measured: {step_s:.2g} s a step, {number_of(len(measured), what)} ({where})"
+        return _cost(seconds, devices, usd, basis)
     is_on_cores = not is_cluster or spec.site.gpu_resource is None
     if spec.pair.pair_source == "generated" and is_on_cores:
         sequences = (

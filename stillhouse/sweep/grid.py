@@ -37,6 +37,7 @@ from stillhouse.sweep.sweep_file import (
     short,
     text,
 )
+from stillhouse.text import shell_line
 
 MAX_POINTS = (
     100_000  # ten times the largest grid that is planned for; more is a slip of the keyboard
@@ -268,7 +269,7 @@ def _is_unversioned(name: str) -> bool:
 def _describe(knobs: Mapping[str, Any], name: str | None) -> str:
     """A point in words that can be pasted: lmbda=0 beta=1 seed=3."""
     values = {k: v for k, v in knobs.items() if k not in ("place.name", "place.tags")}
-    words = " ".join(as_command_line(Overrides({}, values)))
+    words = shell_line(as_command_line(Overrides({}, values)))
     return f'"{name}" ({words})' if name else words or "(base)"
 
 

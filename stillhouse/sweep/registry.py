@@ -31,6 +31,7 @@ from stillhouse.rundir import (
 )
 from stillhouse.spec import NAME, SuiteSpec
 from stillhouse.sweep.points import Baseline, Point, Sweep, point_of
+from stillhouse.text import number_of
 
 MEND = "run the sweep's file again, once this one is moved away: that writes it anew"
 
@@ -71,7 +72,7 @@ def refuse_another_sweep(before: Json | None, sweep: Sweep, where: str) -> None:
         return
     shared = {point["id"] for point in before["points"]} & {point.id for point in sweep.points}
     if was.is_file() or not shared:
-        asks = before.get("question") or f"{len(before['points'])} points"
+        asks = before.get("question") or number_of(len(before["points"]), "point")
         raise ContractError(
             f'"{sweep.name}" already means the sweep of {was} in {where} ({asks}), and this is'
             f" {is_}: give one of the files another name"
@@ -201,9 +202,12 @@ def find(word: str, runs: Path) -> Sweep:
     if not found:
         links = Runs(runs).names
         known = [*names(runs), *([p.name for p in links.iterdir()] if links.is_dir() else [])]
+        there = "" if runs == Path("runs") else f" --runs {runs}"
+        where = f"below {runs}/" if runs.is_dir() else f"here: there is no directory {runs}"
         raise ConfigError(
-            f'no sweep and no run "{word}" below {runs}/ (a sweep file ends in .yaml; `stillhouse'
-            f" status` lists the sweeps; a cluster's: --backend cluster).{nearest(word, known)}"
+            f'no sweep and no run "{word}" {where} (a sweep file ends in .yaml; `stillhouse'
+            f" status{there}` lists the sweeps; a cluster's: --backend cluster)."
+            f"{nearest(word, known)}"
         )
     return alone(point_of(found[0].path.name), runs, _readable(runs))
 

@@ -6,7 +6,6 @@ The text is plain strings that need no terminal: the same words go to a screen, 
 from __future__ import annotations
 
 import itertools
-import shlex
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from typing import Any
 
 from stillhouse import preflight_rules
 from stillhouse.compose import data_file
-from stillhouse.errors import ContractError
+from stillhouse.errors import MISTAKE, ContractError
 from stillhouse.methods import drawn
 from stillhouse.rundir import Json, Runs
 from stillhouse.sources import differences, rests_on, sources_of
@@ -24,7 +23,7 @@ from stillhouse.sweep.commits import placed
 from stillhouse.sweep.points import Baseline, Point, Sweep
 from stillhouse.sweep.state import FAILED, STATES, Observation
 from stillhouse.sweep.sweep_file import text
-from stillhouse.text import duration
+from stillhouse.text import duration, number_of, shell_line
 
 SHOWN = 20  # points, or values of an axis, that a list names before it only counts them
 TAIL_LINES = 10  # of each log, where several are shown
@@ -113,7 +112,7 @@ def headline(sweep: Sweep, observations: Mapping[str, Observation]) -> str:
     """`quickstart: 9 points: 5 done, 4 new`."""
     states = Counter(observations[point.id].state for point in sweep.points)
     count = len(sweep.points)
-    return f"{sweep.name}: {count} point{'s' if count != 1 else ''}: {counted(states)}"
+    return f"{sweep.name}: {number_of(count, 'point')}: {counted(states)}"
 
 
 def by_axis(
@@ -160,7 +159,7 @@ def estimate(sweep: Sweep, costs: Mapping[str, cost.Cost]) -> list[str]:
     if not costs:
         return []
     total = cost.totals(costs, dict.fromkeys(costs, ""))[-1]
-    points = f"{total.runs} point{'s' if total.runs > 1 else ''} to train"
+    points = f"{number_of(total.runs, 'point')} to train"
     if total.unknown == total.runs:
         lines = [f"{points}: time not known"]
     else:
@@ -172,7 +171,7 @@ def estimate(sweep: Sweep, costs: Mapping[str, cost.Cost]) -> list[str]:
         if total.unknown:
             lines.append(f"  without {total.unknown} whose time is not known")
     bases = Counter(one.basis for one in costs.values()).most_common(4)
-    return lines + [f"  {count} {basis}" for basis, count in bases]
+    return lines + [f"  {number_of(count, 'point')}, {basis}" for basis, count in bases]
 
 
 def _is_settled(seen: Observation) -> bool:
@@ -246,6 +245,13 @@ def failures(sweep: Sweep, observations: Mapping[str, Observation]) -> list[str]
         if observations[point.id].state in (*FAILED, "unreadable"):
             kinds.setdefault(fingerprint(observations[point.id]), []).append(point)
     return [_kind(points, observations) for points in sorted(kinds.values(), key=len, reverse=True)]
+
+
+def ways_on(failed: Sequence[Observation], logs: str, retry: str) -> str:
+    """What to do about points that failed; `logs` and `retry`: the commands."""
+    has_mistake = any(seen.exit_code == MISTAKE for seen in failed)
+    first = f"mend what ended with {MISTAKE}, or it ends so again; " if has_mistake else ""
+    return f"`{logs}` shows what a point printed; {first}`{retry}`, then run, tries again"
 
 
 def drifted(sweep: Sweep, observations: Mapping[str, Observation]) -> list[str]:
@@ -348,7 +354,7 @@ def _one(
         "verdict": found and found["verdict"],
         "reason": found["reasons"][0] if found else unreadable,
         "drifted": drifted,
-        "command": shlex.join(["stillhouse", "preflight", *words, *where]),
+        "command": shell_line(["stillhouse", "preflight", *words, *where]),
     }
 
 
@@ -373,9 +379,10 @@ def _is_unreadable(one: Json) -> bool:
 
 
 def _named(one: Json) -> str:
-    how = f"{one['loss']}, beta {one['beta']:g}, {one['max_steps']} steps"
-    how += f" of {one['max_new_tokens']} tokens"
+    how = f"{one['loss']}, beta {one['beta']:g}, {number_of(one['max_steps'], 'step')}"
+    how += f" of {number_of(one['max_new_tokens'], 'token')}"
     group = f" in groups of {one['quant_group_size']}" if one["quant_group_size"] else ""
     error = one["quantization_error"]
     changed = "" if error is None else f", weights changed by {error:.1%}"
-    return f"{one['pair']} in {one['quant']}{group}{changed} ({how})"
+    stored = "" if one["quant"] == "none" else f" in {one['quant']}"
+    return f"{one['pair']}{stored}{group}{changed} ({how})"

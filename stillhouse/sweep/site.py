@@ -7,10 +7,10 @@ and words of a command line combine by the usual rules.
 from __future__ import annotations
 
 import dataclasses
-import shlex
 
 from stillhouse.compose import Overrides, as_command_line, compose
 from stillhouse.spec import SiteSpec, TrainSpec
+from stillhouse.text import shell_line
 
 CLUSTER = "cluster"  # the backend, and the file of conf/site that counts where nobody names one
 # What has to be known of a site to look at it from elsewhere.
@@ -32,4 +32,4 @@ def away_words(site: SiteSpec) -> str:
     usual = site_of(Overrides({}, {}))
     other = {f"site.{key}": getattr(site, key) for key in WHERE}
     other = {k: v for k, v in other.items() if v != getattr(usual, k.partition(".")[2])}
-    return shlex.join(["--backend", CLUSTER, *as_command_line(Overrides({}, other))])
+    return shell_line(["--backend", CLUSTER, *as_command_line(Overrides({}, other))])

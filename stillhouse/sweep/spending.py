@@ -22,6 +22,7 @@ from stillhouse.spec import SiteSpec
 from stillhouse.sweep.cost import Price, no_price, prices
 from stillhouse.sweep.points import Sweep
 from stillhouse.sweep.state import Record
+from stillhouse.text import number_of
 
 KINDS = ("queued", "starting", "running", "lost")
 PHASES = ("load", "rollout", "teacher", "train", "eval", "save")  # of cost.json, in this order
@@ -72,7 +73,7 @@ class Spent:
             f"{a:<{widths[0]}}  {b:>{widths[1]}}  {c:>{widths[2]}}".rstrip() for a, b, c in rows
         ]
         if self.uncollected:
-            points = f"{self.uncollected} point{'s' if self.uncollected > 1 else ''}"
+            points = number_of(self.uncollected, "point")
             lines.append(f"  phases of {points}: `stillhouse collect` brings them")
         if self.unpriced and any(self.usd.values()):
             lines.append(f"  {_hours(self.unpriced)} device-hours have no price and are left out")

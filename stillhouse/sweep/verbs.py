@@ -29,7 +29,7 @@ from stillhouse.sweep.points import Sweep
 from stillhouse.sweep.show import verdict_lines, verdicts
 from stillhouse.sweep.snapshot import Observations, Snapshot, collected
 from stillhouse.sweep.state import FAILED, STATES, Observation
-from stillhouse.text import duration, say
+from stillhouse.text import duration, number_of, say
 
 __all__ = [
     "Call",
@@ -236,15 +236,13 @@ def _spent(call: Call, sweep: Sweep, snapshot: Snapshot) -> spending.Spent:
 def _summary(call: Call, sweep: Sweep, snapshot: Snapshot) -> int:
     """Say how a sweep stands and what to do about it; 1 where something failed."""
     observations = snapshot.observations
-    has_failed = any(seen.state in FAILED for seen in observations.values())
+    failed = [seen for seen in observations.values() if seen.state in FAILED]
     say(show.headline(sweep, observations))
     _print(show.failures(sweep, observations))
     _print([f"failed: {what}: {cause}" for what, cause in snapshot.failures.items()])
-    if has_failed:
-        say(
-            f"`{call.command('logs', sweep.name)} --point ID` shows what a point printed;"
-            f" `{call.command('retry', sweep.name)}`, then run, tries again"
-        )
+    if failed:
+        again = call.command("retry", sweep.name)
+        say(show.ways_on(failed, f"{call.command('logs', sweep.name)} --point ID", again))
     if any(seen.is_trained for seen in observations.values()):
         first = f"`{call.command('collect', sweep.name)}`, then " if call.is_cluster else ""
         say(f"{first}`stillhouse report {sweep.name}` shows the results")
@@ -415,7 +413,8 @@ def _code(snapshot: Snapshot) -> int:
 def _begun_by_other_code(snapshot: Snapshot) -> str:
     ids = snapshot.of_other_code
     who = ", ".join(id_[:6] for id_ in ids[:3]) + (" …" if len(ids) > 3 else "")
-    return f"{len(ids)} unfinished point(s) were begun by other code ({who})"
+    were = "was" if len(ids) == 1 else "were"
+    return f"{number_of(len(ids), 'unfinished point')} {were} begun by other code ({who})"
 
 
 def _check_fit(sweep: Sweep, observations: Observations) -> None:

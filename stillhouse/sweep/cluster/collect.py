@@ -34,6 +34,7 @@ from stillhouse.spec import SiteSpec
 from stillhouse.sweep.cluster.connect import Cluster
 from stillhouse.sweep.cluster.volume_pod import Say, VolumePod
 from stillhouse.sweep.points import Sweep
+from stillhouse.text import number_of
 from stillhouse.transfer import state
 
 # What a report, a status and a cost are made of; the contract says that an adapter lies there.
@@ -71,12 +72,12 @@ class Collected:
             more = ["…"] if len(directories) > SHOWN else []
             return ", ".join([*(names.get(d, d) for d in directories[:SHOWN]), *more])
 
-        said = f"{self.files} files ({size(self.bytes)}) of {len(self.came)} directories came"
+        of = "1 directory" if len(self.came) == 1 else f"{len(self.came)} directories"
+        said = f"{number_of(self.files, 'file')} ({size(self.bytes)}) of {of} came"
         lines = [f"{said}, {self.unchanged} were here already"]
         if self.verdicts:
-            lines.append(
-                f"  {self.verdicts} verdicts of preflights came; `stillhouse plan` shows them"
-            )
+            came = number_of(self.verdicts, "verdict")
+            lines.append(f"  {came} of preflights came; `stillhouse plan` shows them")
         if self.missing:
             lines.append(f"  {len(self.missing)} are not there yet [{some(self.missing)}]")
         reasons: dict[str, list[str]] = {}

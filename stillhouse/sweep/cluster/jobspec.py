@@ -44,6 +44,7 @@ from stillhouse.sweep.plan import Action, Situation, actions
 from stillhouse.sweep.points import Point, Sweep
 from stillhouse.sweep.state import Observation
 from stillhouse.tasks import IN_BUNDLE
+from stillhouse.text import shell_line
 
 Kind = Literal["prepare", "train", "eval", "preflight", "drive", "collect", "push"]
 
@@ -336,7 +337,7 @@ def refuse_collisions(steps: Iterable[JobSpec]) -> None:
 def _about(step: JobSpec) -> str:
     """What a step does, in the words that were typed, or of what it is."""
     if step.typed:
-        return " ".join(step.typed)
+        return shell_line(step.typed)
     what = [*step.points, *step.baselines] or [step.hash]
     return f"{step.kind} of {', '.join(what)}"
 

@@ -33,7 +33,7 @@ from stillhouse.sweep.cluster.connect import ApiError, Cluster, connect
 from stillhouse.sweep.cluster.jobspec import CACHE, push_step
 from stillhouse.sweep.cluster.manifest import image_problem
 from stillhouse.sweep.cluster.volume_pod import TRIES, Say, VolumePod
-from stillhouse.text import say
+from stillhouse.text import number_of, say
 
 if TYPE_CHECKING:
     from stillhouse.sweep.call import Call
@@ -74,7 +74,7 @@ class Load:
     def lines(self) -> list[str]:
         """Its sizes, the largest files first."""
         largest = sorted(self.sizes, key=lambda name: -self.sizes[name])
-        lines = [f"{self.path}: {len(self.files)} file(s), {size(self.bytes)}"]
+        lines = [f"{self.path}: {number_of(len(self.files), 'file')}, {size(self.bytes)}"]
         lines += [f"  {size(self.sizes[name]):>8}  {name}" for name in largest[:SHOWN]]
         if len(largest) > SHOWN:
             lines.append(f"            and {len(largest) - SHOWN} more")
