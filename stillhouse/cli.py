@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import NoReturn
 
 from stillhouse.errors import AGAIN, DONE, MISTAKE, ConfigError, exit_code_of, nearest
-from stillhouse.files import check_directory
 from stillhouse.text import say
 
 VERBS = {
@@ -325,6 +324,8 @@ def _target(words: list[str]) -> tuple[str | None, list[str]]:
 
 def _runs(option: str | None, words: list[str]) -> tuple[Path, list[str]]:
     """The directory of runs: the option, or its knob in Hydra's dialect."""
+    from stillhouse.files import check_directory
+
     said = [option] if option else []
     for word in list(words):
         key, equals, value = word.partition("=")
