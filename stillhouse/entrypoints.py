@@ -404,15 +404,12 @@ def _attempt(spec: TrainSpec, run: Any) -> int:
 
 
 def evaluate(spec: EvalSpec, is_typed: bool = False) -> int:
-    """Score what the spec asks for and print the table; finished scores are not computed again.
-
-    `is_typed`: a person waits, who is told at once that none of these runs has an adapter. A
-    launcher wants the baselines scored all the same.
-    """
+    """Score what the spec asks for and print the table; finished scores are not computed again."""
     from stillhouse.evals import find
 
     runs = _runs_of(spec)
     adapters = find.adapters(spec, runs)
+    # Who typed it is told at once; a launcher wants the baselines scored all the same.
     if is_typed and adapters.gone and not adapters.found:
         raise ConfigError("; ".join(adapters.gone.values()))
     _look_first(spec)

@@ -108,8 +108,6 @@ class Row:
 def run_suite(spec: EvalSpec, adapters: find.Adapters, stop: Stop) -> int:
     """Scores what the spec asks for, prints the table and returns 0.
 
-    Under a launcher of several processes the first does it all; the others return at once.
-
     Raises:
         ConfigError: an unknown task, data that is not here.
         ContractError: an adapter whose base or quantizer cannot be rebuilt, or that does nothing;
@@ -118,7 +116,7 @@ def run_suite(spec: EvalSpec, adapters: find.Adapters, stop: Stop) -> int:
         OutOfMemory: the device cannot hold eval_batch_size.
         Interrupted: asked to stop; every finished score is kept.
     """
-    if os.environ.get("RANK", "0") != "0":
+    if os.environ.get("RANK", "0") != "0":  # of a launcher's processes the first does it all
         return 0
     runs, suite = Runs(Path(spec.place.runs)), spec.suite
     if adapters.untrained:
