@@ -21,6 +21,7 @@ TITLES = {
     "preflight": "A preflight: against a run of its pair",
     "plan": "The launcher: `--help` and `plan`",
     "local": "A point that does nothing, on the local backend",
+    "teachers": "A teacher: behind one server, against one in each point",
     "rows": "A data set: encoded once, found after that",
     "quickstart": "`make quickstart` from a fresh clone",
 }
