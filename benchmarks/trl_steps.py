@@ -56,7 +56,9 @@ class Setting(NamedTuple):
 
 PAIRS = {
     "tiny, int4": Setting(["pair=tiny"], 64, 3, 8, 3.5),
-    "smollm2, nf4": Setting(["pair=smollm2_self", "quant=bnb_nf4"], 32, 1, 4, 2.0),
+    "smollm2, nf4": Setting(
+        ["pair=smollm2_self", "quant=bnb_nf4", "lora_dropout=0"], 32, 1, 4, 2.0
+    ),
 }
 
 
