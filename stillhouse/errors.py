@@ -105,7 +105,9 @@ class NoProgress(StillhouseError):
 
 def nearest(word: str, allowed: Iterable[str]) -> str:
     """' Did you mean "x"?' for the closest allowed word, or '' when nothing is close."""
-    close = difflib.get_close_matches(word, list(allowed), n=1, cutoff=0.6)
+    allowed = list(allowed)
+    swapped = [one for one in allowed if sorted(one) == sorted(word)]  # tyni: half alike, by place
+    close = swapped or difflib.get_close_matches(word, allowed, n=1, cutoff=0.6)
     return f' Did you mean "{close[0]}"?' if close else ""
 
 

@@ -15,11 +15,12 @@ from typing import Any
 from stillhouse.errors import ContractError
 from stillhouse.local_models import model
 from stillhouse.model_files import count, read
+from stillhouse.rollout_memory import BYTES, GPU
 from stillhouse.spec import TrainSpec
 from stillhouse.weights_file import tensors_of
 
 WORTH = 10**8  # bytes of weights from which the place of a teacher matters
-BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+IN_FILES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
 
 def lines(specs: Iterable[TrainSpec]) -> list[str]:
@@ -46,13 +47,22 @@ def _compared(points: Sequence[TrainSpec]) -> list[str]:
     hidden = None if there is None else count(read(there.path).text, "hidden_size")
     if there is None or hidden is None:
         return []
-    width = BYTES[pair.teacher_dtype]
-    size = width * sum(prod(tensor.shape) for tensor in tensors_of(there.path).values())
+    width, tensors = BYTES[pair.teacher_dtype], tensors_of(there.path).values()
+    size = width * sum(prod(tensor.shape) for tensor in tensors)
     if size < WORTH:
         return []
     at_once = min(len(points), site.max_parallel)
-    rows = {"process": f"{len(points)} loads, and {_gb(size)} in each of {at_once} points at once"}
-    if site.site_name == "local":
+    is_local = site.site_name == "local"
+    # Such weights stay mapped files, whose pages the processes of one machine share.
+    in_files = {tensor.dtype for tensor in tensors}
+    is_shared = is_local and not GPU.exists() and in_files == {IN_FILES[pair.teacher_dtype]}
+    each = f"{_gb(size)} in each of {at_once} points at once"
+    if is_shared:
+        each = (
+            f"{_gb(size)} for all: its files are in {pair.teacher_dtype}, and processes share them"
+        )
+    rows = {"process": f"{len(points)} loads, and {each}"}
+    if is_local:
         rows["server"] = f"1 load, and {_gb(size)} once"
     if cached := _that_may_have(points, teacher_at="cache", teacher_rows="alone"):
         who = "each point" if len(cached) == len(points) else f"{len(cached)} of them"
@@ -61,7 +71,7 @@ def _compared(points: Sequence[TrainSpec]) -> list[str]:
     best = "process"
     if len(cached) == len(points):
         best = "cache"
-    elif "server" in rows and at_once > 1:
+    elif is_local and at_once > 1 and not is_shared:
         best = "server"
     now = {spec.scoring.teacher_at for spec in points}
     lines = [f"  teacher of pair {pair.pair_name}: {_gb(size)} of weights, {len(points)} points"]

@@ -18,6 +18,7 @@ SHAPES = {"model.embed_tokens.weight": [8, 4], "model.layers.0.mlp.up_proj.weigh
 @pytest.fixture
 def directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(teacher_placement, "WORTH", 10**7)
+    monkeypatch.setattr(teacher_placement, "GPU", tmp_path / "none")
     return model(tmp_path / "m", SHAPES)
 
 
@@ -47,6 +48,17 @@ def test_a_cache_is_best_where_no_point_writes_and_a_process_where_one_runs_at_a
     assert cache.split()[:4] == ["cache", "best", "each", "point"]
     process = teacher_placement.lines(points(directory, 1, 0.5, max_parallel=1))[2]
     assert process.split()[:3] == ["process", "now,", "best"]
+
+
+def test_processes_share_weights_whose_files_have_the_dtype_of_the_teacher(
+    directory: Path, tmp_path: Path
+) -> None:
+    half = model(tmp_path / "half", SHAPES, dtype="BF16")
+    process = teacher_placement.lines(points(half, 1, 0.5))[2]
+    assert process.split()[:3] == ["process", "now,", "best"]
+    assert process.endswith(
+        "2 loads, and 0.012 GB for all: its files are in bfloat16, and processes share them"
+    )
 
 
 def test_a_cluster_serves_no_teacher(directory: Path) -> None:
