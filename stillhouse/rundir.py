@@ -122,11 +122,8 @@ def code_identity() -> Json:
 
 def version() -> str:
     """What is installed, and the digest of the code, which runs and Jobs name."""
-    try:
-        installed = metadata.version("stillhouse")
-    except metadata.PackageNotFoundError:
-        installed = "not installed"
-    return f"stillhouse {installed}, code {code_identity()['digest']}"
+    found = [there.version for there in metadata.distributions(name="stillhouse")]
+    return f"stillhouse {(found or ['not installed'])[0]}, code {code_identity()['digest']}"
 
 
 @dataclass(frozen=True)

@@ -268,6 +268,7 @@ def test_a_teacher_ends_with_a_launcher_that_is_killed_or_interrupted(
     launcher.wait(PATIENCE_S)
     (teacher,) = behaving.begun(tmp_path, "teacher")
     behaving.until(lambda: not is_alive(int(teacher)))
+    assert not is_alive(int(teacher)), "no server is left behind"
 
 
 def is_alive(pid: int) -> bool:

@@ -326,7 +326,8 @@ def test_whatever_befalls_pods_and_node_the_results_are_as_if_undisturbed(ada: D
     assert "failed" in said and "Diverged: step 1: the loss is nan" in said
     assert ada.seen.count("train") == 6 and ada.seen.made_twice() == []
     assert points.job(points.poison)["status"]["failed"] == 1
-    assert points.run(points.poison).status()["attempt"] == 1
+    poisoned = points.run(points.poison)
+    assert poisoned.status()["attempt"] == 1, poisoned.log_file.read_text()
     (left, *_) = json.loads(points.job(killed)["metadata"]["annotations"]["stillhouse/attempts"])
     assert left["code"] == 137, "what an attempt left is kept, its pod is long gone"
     for id_ in (killed, evicted, deleted, lost):
