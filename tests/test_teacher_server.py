@@ -134,7 +134,10 @@ def test_a_request_that_is_lost_or_answered_twice_gives_the_same(here, monkeypat
     assert torch.equal(asked(served), asked(in_process(here.server.model))) and len(sent) == 2
 
 
-def test_a_point_waits_for_an_answer_as_long_as_its_patience_then_ends_with_85(here):
+def test_a_point_waits_for_an_answer_as_long_as_its_patience_then_ends_with_85(
+    here, monkeypatch, capsys
+):
+    monkeypatch.setattr(teacher_client, "SAID_S", 0)
     served = here.teacher()
     served.patience_s = 0.5
     here.stop()
@@ -142,6 +145,7 @@ def test_a_point_waits_for_an_answer_as_long_as_its_patience_then_ends_with_85(h
     with pytest.raises(Interrupted, match=r"gave no answer for 0\.5 s \(teacher_patience_s") as why:
         asked(served)
     assert why.value.exit_code == 85
+    assert capsys.readouterr().out.count(f"waiting for the teacher at {here.url}") == 1
     here.listening = socket.create_server(("127.0.0.1", 0))
     here.start()
 
@@ -206,12 +210,15 @@ def test_what_no_server_can_answer_is_not_asked_again(here, monkeypatch):
     assert said.status_code == 413
 
 
-def test_a_run_without_an_address_or_with_another_pairs_teacher_is_refused(
+def test_a_run_without_an_address_or_a_token_or_with_another_pairs_teacher_is_refused(
     here, tmp_path, monkeypatch
 ):
     monkeypatch.delenv("STILLHOUSE_TEACHER_URL", raising=False)
+    monkeypatch.delenv("STILLHOUSE_TEACHER_TOKEN", raising=False)
     with pytest.raises(ConfigError, match="without an address"):
         entrypoints.train(cheap(tmp_path, "teacher_at=server"))
+    with pytest.raises(ConfigError, match="STILLHOUSE_TEACHER_TOKEN is not set"):
+        entrypoints.train(cheap(tmp_path, "teacher_at=server", f"teacher_url={here.url}"))
     monkeypatch.setenv("STILLHOUSE_TEACHER_TOKEN", TOKEN)
     with pytest.raises(ContractError, match="is not that of pair tiny on this machine"):
         entrypoints.train(cheap(tmp_path, "teacher_at=server", f"teacher_url={here.url}"))

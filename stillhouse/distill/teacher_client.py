@@ -37,6 +37,7 @@ PATIENT = (408, 425, 429, 500, 502, 503, 504)  # status codes after which a requ
 LOOK_S = 0.05  # how often a wait looks for a request to stop
 PAUSE_S = 0.2  # before a request is sent again, doubled up to LONGEST_PAUSE_S
 LONGEST_PAUSE_S = 5.0
+SAID_S = 1.0  # a wait that lasts longer is said, once
 SERVER = "server of `stillhouse teacher`"
 NAME = "x-teacher"  # the header that says which teacher answered
 
@@ -137,7 +138,8 @@ class ServedTeacher:
 
     def _ask(self, method: str, path: str, asked: Json | None = None) -> bytes:
         content = None if asked is None else json.dumps(asked, separators=(",", ":")).encode()
-        end, pause = time.monotonic() + self.patience_s, PAUSE_S
+        begun, pause, is_said = time.monotonic(), PAUSE_S, False
+        end = begun + self.patience_s
         while True:
             found = self._sent(method, path, content)
             if isinstance(found, httpx.Response):
@@ -156,6 +158,9 @@ class ServedTeacher:
                     f" (teacher_patience_s; the last try: {why}); what is done is saved, run the"
                     " same line again"
                 )
+            if not is_said and time.monotonic() - begun > SAID_S:
+                is_said = True
+                print(f"waiting for the teacher at {self.url} ({why})", flush=True)
             self._wait(pause)
             pause = min(2 * pause, LONGEST_PAUSE_S)
 

@@ -63,6 +63,11 @@ def _served(
             " own; start one with `stillhouse teacher`, and name it: teacher_url=http://HOST:PORT"
         )
     token = os.environ.get("STILLHOUSE_TEACHER_TOKEN", "")
+    if not token:
+        raise ConfigError(
+            f"teacher_at server: STILLHOUSE_TEACHER_TOKEN is not set; it is the token that the"
+            f" teacher at {url} was started with"
+        )
     teacher = ServedTeacher(url, token, spec.scoring.teacher_patience_s, device, *ends, poll)
     here = (files or teacher.manifest) | {"probe": probe(teacher)}
     if other := difference(here, teacher.manifest):

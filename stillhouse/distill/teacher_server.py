@@ -151,7 +151,9 @@ def serve_at_url(spec: TrainSpec) -> int:
     try:
         listening = socket.create_server((host, int(port)))
     except OSError as error:
-        raise ConfigError(f"stillhouse teacher: cannot listen at {url}: {error}") from error
+        raise ConfigError(
+            f"stillhouse teacher: cannot listen at {url}: {error.strerror}"
+        ) from error
     return _run(_loaded(spec, token).app(), listening, spec.pair.pair_name)
 
 
